@@ -1,0 +1,149 @@
+"""The event data set: recordings kept as lists of occupied cells, made dense a batch at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ulr_snn.data.binning import Binned
+from ulr_snn.errors import UsageError
+
+Collated = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+class EventDataset(Dataset):
+    """Binned recordings with labels; item i is `(x, y)`, x uint8 `[T, *sample_shape]`, y an int.
+
+    sample_shape: shape of one time step, such as (2, 34, 34) or (128,).
+    time_bins: T, or the largest T where recordings keep their own lengths.
+    classes: number of classes.
+    targets: int64 tensor [n], the labels.
+    lengths: int64 tensor [n], the number of time bins of each recording.
+    binary: whether x holds 0 and 1, or counts of events (at most 255).
+    """
+
+    def __init__(self, binned: Binned, sample_shape: tuple[int, ...], classes: int, binary: bool) -> None:
+        self.sample_shape = tuple(sample_shape)
+        self.classes = classes
+        self.binary = binary
+        self.time_bins = int(binned.lengths.max(initial=0))
+        self.targets = torch.from_numpy(binned.labels)
+        self.lengths = torch.from_numpy(binned.lengths)
+        self._cells = binned.cells
+        self._counts = binned.counts
+        self._starts = binned.offsets[:-1]
+        self._sizes = np.diff(binned.offsets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"recording {index} of {len(self)}")
+        x, _, _ = self.dense([index])
+        return x[:, 0], int(self.targets[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> "EventBatch":
+        return EventBatch(self, indices)
+
+    def dense(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """`(x, y, lengths)` of some recordings: x uint8 [T, B, *sample_shape], y and lengths int64 [B].
+
+        T is the longest of their lengths; x is zero past a recording's own.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[chosen]
+        features = int(np.prod(self.sample_shape))
+        batch, steps = len(chosen), int(lengths.max())
+        sizes = self._sizes[chosen]
+        # One index for all events of the batch: each recording's run in the flat list, one run after another.
+        run_start = np.cumsum(sizes) - sizes
+        source = np.arange(sizes.sum()) + np.repeat(self._starts[chosen] - run_start, sizes)
+        cells = self._cells[source]
+        # Cell t * features + f of sample b lies at (t * batch + b) * features + f in [T, B, features].
+        place = cells + (cells // features).astype(np.int64) * ((batch - 1) * features)
+        place += np.repeat(np.arange(batch) * features, sizes)
+        x = np.zeros(steps * batch * features, np.uint8)
+        x[place] = 1 if self.binary else self._counts[source]
+        return torch.from_numpy(x).view(steps, batch, *self.sample_shape), self.targets[chosen], lengths
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "EventDataset":
+        """The recordings at `indices`, in that order, as a data set of its own that shares the events."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        part = object.__new__(EventDataset)
+        part.__dict__.update(self.__dict__)
+        part.targets, part.lengths = self.targets[chosen], self.lengths[chosen]
+        part._starts, part._sizes = self._starts[chosen], self._sizes[chosen]
+        return part
+
+
+class EventBatch(Sequence):
+    """What a DataLoader fetches at once: `collate` makes it dense in one scatter; to any other collate
+    function it is a sequence of `(x, y)` items."""
+
+    def __init__(self, dataset: EventDataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.dataset[self.indices[index]]
+
+
+def collate(items: Sequence[tuple[Any, int]]) -> Collated:
+    """Recordings into a batch, time first.
+
+    items: `(x, y)` pairs, x `[T_i, ...]` (tensor or array, the same `...` for all), y a class index.
+    Returns `(x [T, B, ...], y [B])` where all recordings are equally long, and
+    `(x [T, B, ...], y [B], lengths [B])` where not: x is zero past a recording's length.
+    x keeps its type (uint8 for the sets of this package), y and lengths are int64.
+    Raises UsageError for an empty batch and for recordings whose time steps differ in shape.
+    """
+    if len(items) == 0:
+        raise UsageError("collate got an empty batch; give it at least one (x, y) item.")
+    if isinstance(items, EventBatch):
+        x, y, lengths = items.dataset.dense(items.indices)
+    else:
+        x, y, lengths = _pad([torch.as_tensor(item[0]) for item in items], [item[1] for item in items])
+    return (x, y) if bool((lengths == len(x)).all()) else (x, y, lengths)
+
+
+def _pad(recordings: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = sorted({tuple(recording.shape[1:]) for recording in recordings})
+    if len(shapes) > 1:
+        raise UsageError(
+            f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only."
+        )
+    lengths = torch.tensor([len(recording) for recording in recordings])
+    x = torch.zeros(int(lengths.max()), len(recordings), *shapes[0], dtype=recordings[0].dtype)
+    for sample, recording in enumerate(recordings):
+        x[: len(recording), sample] = recording
+    return x, torch.tensor([int(label) for label in labels]), lengths
+
+
+def loader(
+    dataset: Dataset,
+    batch_size: int = 64,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    num_workers: int = 0,
+) -> DataLoader:
+    """A DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
+
+    With `shuffle=True` every epoch has an order of its own.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,139 @@
+"""`load`: every data set by its name."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ulr_snn.data import digits, tonic
+from ulr_snn.data.binning import TimeBins, bin_recordings, window
+from ulr_snn.data.cache import Splits, cached
+from ulr_snn.data.events import EventDataset
+from ulr_snn.errors import UsageError
+
+Build = Callable[[TimeBins, int], Splits]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has been found: what tells its state, and how to read and bin it."""
+
+    place: str
+    fingerprint: str
+    build: Build
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set by name: what its recordings cover by default, in microseconds, and how to find it."""
+
+    span_us: int
+    bin_us: int
+    find: Callable[[str | os.PathLike | None], Source]
+
+
+def load(
+    name: str,
+    root: str | os.PathLike | None = None,
+    *,
+    time_bins: TimeBins | None = None,
+    bin_us: int | None = None,
+    binary: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+) -> tuple[EventDataset, EventDataset]:
+    """The training and the test recordings of a data set, binned in fixed windows, as `(train, test)`.
+
+    name: "digits" (made on first use, nothing to download), "nmnist" or "shd" (recordings in the format of
+        N-MNIST or of the Spiking Heidelberg Digits, read from `root`; subsets included).
+    root: the folder that holds tonic's `NMNIST` or `SHD`, or that folder itself; default: the environment
+        variable ULR_SNN_DATA. In it `saccade-mnist/NMNIST` and `spoken-digits/SHD` are found too.
+    time_bins, bin_us: number and width (microseconds) of the bins. An event at time t is in bin
+        `t // bin_us`; events past the last bin are dropped. By default digits and nmnist have 20 bins of
+        15,000 us, shd 50 of 20,000 us; given one of the two, the other follows so that the bins still cover
+        that span (300 ms; 1 s). `time_bins="full"`: every recording has as many bins as its last event
+        needs, and batches are padded (see `collate`).
+    binary: cells hold 0 and 1 instead of the number of events (at most 255).
+    cache_dir: where the binned events are kept; default ULR_SNN_CACHE, else ~/.cache/ulr_snn. A changed
+        source or option is noticed and read anew.
+
+    Raises UsageError for an unknown name, a bad option, and recordings that are missing or damaged.
+    """
+    if name not in ENTRIES:
+        raise UsageError(f"there is no data set {name!r}; the names are {', '.join(map(repr, ENTRIES))}.")
+    entry = ENTRIES[name]
+    bins, width = window(entry.span_us, entry.bin_us, time_bins, bin_us)
+    source = entry.find(root)
+    splits = cached(
+        cache_dir,
+        name,
+        f"{source.place}\n{bins} {width}",
+        source.fingerprint,
+        lambda: source.build(bins, width),
+    )
+    return tuple(
+        EventDataset(part, splits.sample_shape, splits.classes, binary)
+        for part in (splits.train, splits.test)
+    )
+
+
+def _digits(root: str | os.PathLike | None) -> Source:
+    if root is not None:
+        raise UsageError(
+            "digits are made, not read from a folder; leave root= out (cache_dir= says where they are kept)."
+        )
+
+    def build(bins: TimeBins, width: int) -> Splits:
+        train, test = (bin_recordings([part], 2 * 16 * 16, bins, width) for part in digits.recordings())
+        return Splits(train, test, digits.SAMPLE_SHAPE, digits.CLASSES)
+
+    return Source("", f"simulation {digits.SIMULATION}", build)
+
+
+def _nmnist(root: str | os.PathLike | None) -> Source:
+    folder = _folder(root, "NMNIST", "saccade-mnist", "Train")
+    files = {split: tonic.nmnist_files(folder, split) for split in ("train", "test")}
+
+    def build(bins: TimeBins, width: int) -> Splits:
+        train, test = (
+            bin_recordings(tonic.read_nmnist(files[split]), 2 * 34 * 34, bins, width)
+            for split in ("train", "test")
+        )
+        return Splits(train, test, tonic.NMNIST_SHAPE, tonic.NMNIST_CLASSES)
+
+    return Source(str(folder), tonic.fingerprint(files["train"] + files["test"]), build)
+
+
+def _shd(root: str | os.PathLike | None) -> Source:
+    folder = _folder(root, "SHD", "spoken-digits", "shd_train.h5")
+    files = tonic.shd_files(folder)
+
+    def build(bins: TimeBins, width: int) -> Splits:
+        units, classes = tonic.shd_shape(files)
+        train, test = (
+            bin_recordings(tonic.read_shd(files[split]), units, bins, width) for split in ("train", "test")
+        )
+        return Splits(train, test, (units,), classes)
+
+    return Source(str(folder), tonic.fingerprint(list(files.values())), build)
+
+
+def _folder(root: str | os.PathLike | None, name: str, simulated: str, mark: str) -> Path:
+    """The folder `name` with the entry `mark`: in `root`, in its folder `simulated`, or `root` itself."""
+    root = root or os.environ.get("ULR_SNN_DATA")
+    if not root:
+        raise UsageError(
+            f"where are the recordings? Give root=, the folder that holds {name}, or set ULR_SNN_DATA to it."
+        )
+    base = Path(root).expanduser().absolute()
+    candidates = (base / name, base / simulated / name, base)
+    for folder in candidates:
+        if (folder / mark).exists():
+            return folder
+    raise UsageError(f"there is no {base / name / mark}; unpack the recordings there, or give another root=.")
+
+
+ENTRIES = {
+    "digits": Entry(digits.SPAN_US, digits.BIN_US, _digits),
+    "nmnist": Entry(300_000, 15_000, _nmnist),
+    "shd": Entry(1_000_000, 20_000, _shd),
+}
