@@ -1,0 +1,10 @@
+"""Training spiking neural networks without surrogate gradients, by likelihood ratios."""
+
+from ulr_snn import data
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import ULR, Attachment, Estimate, attach
+from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
+from ulr_snn.noise import Gaussian, Logistic
+from ulr_snn.train import Result, evaluate, train
+
+__version__ = "0.1.0"

@@ -1,0 +1,60 @@
+"""Credit inside a neuron: how a spike acts on its own neuron's later firing, through the reset.
+
+A spike at t changes the neuron's membrane at t+1 by the reset, h_t = ∂u_{t+1}/∂s_t:
+    reset "subtract": h_t = -threshold,     "zero": h_t = -beta u_t,     "none": h_t = 0
+and with it, to first order, its later firing probabilities. With a from outside the neuron (direct credit,
+learned feedback), p' per unit of membrane, and k_t the factor of the membrane that the reset leaves:
+    c_t = (a_t + h_t g_{t+1}) p'_t          credit times slope
+    g_t = c_t + beta k_t g_{t+1}            = ∂L/∂J_t, credit of the input current
+METHOD section 3: direct credit misses a neuron's own reset; this carries it. It looks at the pass's own later
+probabilities, so with λ = 1 it must come from an independent copy, as all credit does there.
+
+`reset_response` is the same linear map the other way: what innovations ε do to the spikes of their own neurons,
+    e_t = ε_t + p'_t δu_t,    δu_{t+1} = beta k_t δu_t + h_t e_t,    so that  sum_t a_t e_t = sum_t (a + h g)_t ε_t.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ulr_snn.neurons import SpikingNeuron
+
+
+@dataclass
+class ResetPath:
+    """One pass of one layer, linearised along its reset. slope: p' per unit of membrane; all [T, B, ...]."""
+
+    neuron: SpikingNeuron
+    slope: Tensor
+    spikes: Tensor
+    membrane: Tensor
+
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """beta k_t and h_t, broadcast over time where they are constant."""
+        beta = self.neuron.beta.detach().clamp(0, 1)
+        steps = len(self.spikes)
+        if self.neuron.reset == "zero":
+            return beta * (1 - self.spikes), -beta * self.membrane
+        h = -self.neuron.threshold.detach() if self.neuron.reset == "subtract" else torch.zeros_like(beta)
+        return beta.expand(steps, *beta.shape), h.expand(steps, *h.shape)
+
+    def credit(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """(a + h g, g) [T, B, ...]: total credit of every spike, and credit ∂L/∂J of every input current."""
+        kept, h = self._steps()
+        total, currents = torch.empty_like(a), torch.empty_like(a)
+        g = torch.zeros_like(a[0])
+        for t in range(len(a) - 1, -1, -1):
+            torch.addcmul(a[t], g, h[t], out=total[t])
+            g = torch.addcmul(kept[t] * g, total[t], self.slope[t], out=currents[t])
+        return total, currents
+
+    def response(self, innovations: Tensor) -> Tensor:
+        """e [T, B, ...]: the innovations with what they do, by way of the reset, to their neurons' later spikes."""
+        kept, h = self._steps()
+        response = torch.empty_like(innovations)
+        moved = torch.zeros_like(innovations[0])
+        for t in range(len(innovations)):
+            torch.addcmul(innovations[t], moved, self.slope[t], out=response[t])
+            moved = kept[t] * moved + h[t] * response[t]
+        return response

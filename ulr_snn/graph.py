@@ -1,0 +1,21 @@
+"""Which leaves an autograd graph reaches: how the plan knows what gets its gradient from where."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def leaves(tensors: Iterable[Tensor]) -> set[int]:
+    """ids of the leaf tensors (parameters, spikes) on which the tensors depend differentiably."""
+    found = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.grad_fn is None}
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return found

@@ -1,0 +1,185 @@
+"""Our own neurons, on whole sequences [T, B, ...]: LIF, RecurrentLIF, LeakyReadout; and two small helpers for time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.scan.reference import RESETS, leaky_drive, scan, shift
+
+
+class Timed(nn.Module):
+    """A module that runs over time. While it is bound, `lengths` [B] marks the steps that are padding."""
+
+    lengths: Tensor | None = None
+
+
+def check_sequence(module: nn.Module, current: Tensor) -> None:
+    if current.ndim < 3 or not current.is_floating_point():
+        raise UsageError(
+            f"{type(module).__name__} got {current.dtype} of shape {tuple(current.shape)}; "
+            "it takes a floating-point sequence [T, B, ...]"
+        )
+
+
+class SpikingNeuron(Timed):
+    """What a firing site needs of a neuron. Unbound (`site` is None) it fires deterministically."""
+
+    site = None
+    reset: str
+
+    def run(self, current: Tensor, fire: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """spikes, drive, recurrent current of one pass over time (see `ulr_snn.scan.scan`)."""
+        raise NotImplementedError
+
+    def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
+        """The known drive again, now differentiable in current and parameters with the spikes held fixed."""
+        raise NotImplementedError
+
+    def forward(self, current: Tensor) -> Tensor:
+        """current [T, B, ...] -> spikes [T, B, ...] (0 or 1, in the current's dtype)."""
+        check_sequence(self, current)
+        if self.site is not None:
+            return self.site.fire_sequence(self, current)
+        with torch.no_grad():
+            return self.run(current, heaviside)[0]
+
+
+def heaviside(t: int, drive: Tensor) -> Tensor:
+    """Deterministic firing: a spike where the membrane exceeds the threshold (strictly)."""
+    return (drive > 0).to(drive.dtype)
+
+
+def _parameter(module: nn.Module, name: str, value: float | Tensor, learn: bool) -> None:
+    value = torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
+    if learn:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)
+
+
+class LIF(SpikingNeuron):
+    """Leaky integrate-and-fire neurons.
+
+        u_t = beta u_{t-1} + I_t - threshold s_{t-1}      reset "subtract"
+        u_t = beta (1 - s_{t-1}) u_{t-1} + I_t            reset "zero"
+        u_t = beta u_{t-1} + I_t                          reset "none"
+        s_t = 1 if u_t > threshold else 0                 deterministic firing
+        s_t ~ Bernoulli(F((u_t - threshold) / scale))     stochastic firing; F: logistic or Gaussian (`ULR.firing`)
+
+    beta: leak a step, clamped to [0, 1]; threshold: in units of the membrane. Both a number or a tensor that
+    broadcasts against one time step's features [...]; learnable with learn_beta, learn_threshold.
+    Input current [T, B, ...], output spikes of the same shape; every sequence starts from u = 0.
+    Raises UsageError for an unknown reset or a threshold that is not positive.
+    """
+
+    def __init__(
+        self,
+        beta: float | Tensor = 0.9,
+        threshold: float | Tensor = 1.0,
+        reset: str = "subtract",
+        learn_beta: bool = False,
+        learn_threshold: bool = False,
+    ) -> None:
+        super().__init__()
+        if reset not in RESETS:
+            raise UsageError(f"LIF got reset={reset!r}; it is one of {', '.join(RESETS)}")
+        if not (torch.as_tensor(threshold) > 0).all():
+            raise UsageError(f"LIF got threshold={threshold}; it must be positive")
+        self.reset = reset
+        self.register_module("recurrent", None)
+        _parameter(self, "beta", beta, learn_beta)
+        _parameter(self, "threshold", threshold, learn_threshold)
+
+    def run(self, current: Tensor, fire: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, self.recurrent)
+
+    def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
+        if fed_back is not None:
+            current = current + _KnownLinear.apply(shift(spikes), self.recurrent.weight, fed_back)
+        return leaky_drive(current, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, drive)
+
+    def extra_repr(self) -> str:
+        return f"beta={_show(self.beta)}, threshold={_show(self.threshold)}, reset={self.reset!r}"
+
+
+def _show(value: Tensor) -> str:
+    return f"{value.item():g}" if value.numel() == 1 else f"[{value.numel()}]"
+
+
+class RecurrentLIF(LIF):
+    """LIF neurons with all-to-all recurrent weights: I_t in the equations of `LIF` becomes I_t + V s_{t-1}.
+
+    features: number of neurons N; current and spikes [T, B, N]. V is `recurrent.weight` [N, N], no bias.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        beta: float | Tensor = 0.9,
+        threshold: float | Tensor = 1.0,
+        reset: str = "subtract",
+        learn_beta: bool = False,
+        learn_threshold: bool = False,
+    ) -> None:
+        super().__init__(beta, threshold, reset, learn_beta, learn_threshold)
+        self.recurrent = nn.Linear(features, features, bias=False)
+
+
+class _KnownLinear(torch.autograd.Function):
+    """x W^T whose value is already known; gradient for W only (x are spikes: nothing flows through them)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, value):
+        ctx.save_for_backward(x)
+        return value
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return None, g.flatten(0, -2).T @ x.flatten(0, -2), None
+
+
+class LeakyReadout(Timed):
+    """Non-spiking leaky integrators u_t = beta u_{t-1} + I_t: current [T, B, ...] -> membranes [T, B, ...].
+
+    A sample that is shorter than T holds its last membrane through the padding.
+    """
+
+    def __init__(self, beta: float | Tensor = 0.9, learn_beta: bool = False) -> None:
+        super().__init__()
+        _parameter(self, "beta", beta, learn_beta)
+
+    def forward(self, current: Tensor) -> Tensor:
+        check_sequence(self, current)
+        membrane = leaky_drive(current, self.beta.clamp(0, 1), torch.zeros_like(self.beta))
+        if self.lengths is None:
+            return membrane
+        steps = torch.arange(len(current), device=current.device)[:, None]
+        last = torch.minimum(steps, self.lengths[None] - 1)
+        return membrane.gather(0, last.view(*last.shape, *[1] * (current.ndim - 2)).expand_as(membrane))
+
+
+class TimeAverage(Timed):
+    """Mean over time, [T, B, ...] -> [B, ...]; over a sample's own steps where lengths are given."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        if self.lengths is None:
+            return sequence.mean(0)
+        mask = step_mask(self.lengths, sequence)
+        return (sequence * mask).sum(0) / self.lengths.to(sequence.dtype).view(mask.shape[1:])
+
+
+class Fold(nn.Sequential):
+    """Stateless modules on every time step at once: folds [T, B, ...] to [T*B, ...], applies them, unfolds."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return super().forward(sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
+
+
+def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
+    """[T, B, 1, ...] in the dtype of `sequence` [T, B, ...]: 1 on a sample's own steps, 0 on padding."""
+    steps = torch.arange(len(sequence), device=sequence.device)[:, None]
+    mask = (steps < lengths[None].to(sequence.device)).to(sequence.dtype)
+    return mask.view(*mask.shape, *[1] * (sequence.ndim - 2))

@@ -1,0 +1,164 @@
+"""Firing noise: the distribution of the threshold noise, and the counter-based uniforms that draw from it."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ulr_snn.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Firing:
+    """Distribution of the threshold noise: a neuron with drive d = u - threshold fires with p = F(d / scale).
+
+    relative: scale in units of each neuron's threshold (its reset level is 0), > 0.
+    scale: where given, the scale itself, in units of the membrane, > 0; `relative` is not used then.
+    """
+
+    scale: float | None = None
+    relative: float = 0.12
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("relative", self.relative)):
+            if value is not None and not value > 0:
+                raise UsageError(f"{type(self).__name__} got {name}={value}; it must be positive")
+
+    def scaled(self, factor: float) -> "Firing":
+        """The same distribution, `factor` times as wide."""
+        scale = None if self.scale is None else self.scale * factor
+        return replace(self, scale=scale, relative=self.relative * factor)
+
+    def scale_for(self, threshold: Tensor) -> Tensor:
+        """The scale of neurons with this threshold, differentiable in a learned threshold."""
+        if self.scale is not None:
+            return torch.full_like(threshold, self.scale)
+        return self.relative * threshold
+
+    def probability(self, x: Tensor) -> Tensor:
+        """p = F(x), where x = drive / scale is the standardised drive."""
+        raise NotImplementedError
+
+    def slope(self, x: Tensor) -> Tensor:
+        """p' = ∂p/∂x = f(x)."""
+        raise NotImplementedError
+
+    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
+        """δ = ∂ log P(spikes) / ∂x = (s - p) p' / (p (1 - p))."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Logistic(Firing):
+    """Logistic threshold noise: p = sigmoid(x), δ = s - p."""
+
+    def probability(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        p = torch.sigmoid(x)
+        return p * (1 - p)
+
+    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
+        return spikes - torch.sigmoid(x)
+
+
+@dataclass(frozen=True)
+class Gaussian(Firing):
+    """Gaussian threshold noise with standard deviation `scale`: p = Phi(x)."""
+
+    def probability(self, x: Tensor) -> Tensor:
+        return torch.special.ndtr(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
+        # (s - p) p' / (p (1 - p)) is 0/0 where p saturates: the log-CDF keeps the ratio finite.
+        sign = 2 * spikes - 1
+        log_ratio = -0.5 * x**2 - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(sign * x)
+        return sign * torch.exp(log_ratio)
+
+
+# -- counter-based uniforms --------------------------------------------------------------------------------
+
+_GOLDEN = 0x9E3779B9
+_CHUNK = 1 << 18  # elements hashed at once: a chunk's temporaries stay in cache
+
+
+def _int32(value: int) -> int:
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+_M1, _M2 = _int32(0x7FEB352D), _int32(0x846CA68B)
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A bijective 32-bit mixer (xorshift-multiply, constants of C. Wellons' lowbias32)."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * _M1
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * _M2
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def _splitmix(*words: int) -> int:
+    """64-bit key of a few integers (splitmix64, chained)."""
+    state = 0
+    for word in words:
+        state = (state + (word & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Uniforms keyed by seed, step, sample, copy, site, neuron and time: the same numbers in whatever order,
+    chunk or process they are made.
+
+    sample: [B] int32, index of each row's sample in the global batch; stream: [B] int32, its independent draw
+    (the two copies of an antithetic pair share one); mirrored: [B] bool, rows that see 1 - uniform.
+    """
+
+    seed: int
+    step: int
+    sample: Tensor
+    stream: Tensor
+    mirrored: Tensor | None = None
+
+    def uniform(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1."""
+        device = self.sample.device
+        key = _splitmix(self.seed, self.step, site)
+        time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=device)[:, None]
+        row1, row2 = (
+            _mix(_mix(_mix(self.sample + word) + self.stream)[None] + time)
+            for word in (_int32(key), _int32(key >> 32))
+        )
+        neurons = math.prod(shape)
+        counter = torch.arange(neurons, dtype=torch.int32, device=device) * _int32(_GOLDEN)
+        out = torch.empty(steps, len(self.sample), neurons, dtype=dtype, device=device)
+        stride = max(1, _CHUNK // max(1, len(self.sample) * neurons)) if device.type == "cpu" else steps
+        for t in range(0, steps, stride):
+            now = slice(t, t + stride)
+            out[now] = _hash(counter, row1[now, :, None], row2[now, :, None])
+            out[now].add_(0.5).mul_(2.0**-23)
+        if self.mirrored is not None:
+            rows = self.mirrored.view(1, -1, 1)
+            out = torch.where(rows, 1 - out, out)
+        return out.view(steps, len(self.sample), *shape)
+
+
+def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:
+    """23 random bits per (row, neuron): the mixer over the neuron's counter, with the row's second word put in
+    half-way, so that two rows whose first words collide still differ."""
+    h = counter + row1
+    h ^= (h >> 16) & 0xFFFF
+    h *= _M1
+    h += row2
+    h ^= (h >> 15) & 0x1FFFF
+    h *= _M2
+    h ^= (h >> 16) & 0xFFFF
+    return (h >> 9) & 0x7FFFFF

@@ -1,0 +1,120 @@
+"""Stochastic forward passes: draw the spikes of some copies of a batch, keep what the estimator needs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ulr_snn.errors import UsageError
+from ulr_snn.neurons import step_mask
+from ulr_snn.noise import Firing, Noise
+from ulr_snn.sites import Record, bind
+
+
+@dataclass
+class Pass:
+    """One forward pass of `copies` of a batch of B samples, stacked along the batch: row = copy * B + sample."""
+
+    copies: list[int]
+    outputs: Tensor  # [T, copies * B, ...] or [copies * B, ...], graph cut at every spike
+    records: list[Record]
+    loss: Tensor  # [copies, B]
+    error: Tensor | None  # ∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient
+
+
+def coupled_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that couple the rows of a batch or draw noise of their own: training batch norm and dropout.
+
+    Copies must not share a batch with each other there, or they would distort its statistics.
+    """
+    return [m for m in model.modules() if m.training and isinstance(m, _BatchNorm | _DropoutNd)]
+
+
+class Forward:
+    """Makes the passes of one step. The first pass leaves the traces of an ordinary forward pass (running
+    statistics, generator state); every further one sees the same dropout masks and leaves none."""
+
+    def __init__(self, model: nn.Module, firing: Firing, seed: int, step: int, antithetic: bool) -> None:
+        self.model, self.firing, self.seed, self.step, self.antithetic = model, firing, seed, step, antithetic
+        self._generator_state: tuple[Tensor, Tensor | None] | None = None
+
+    def chunks(self, copies: list[int]) -> list[list[int]]:
+        """Copies in one pass where that changes nothing, else one pass a copy."""
+        return [[copy] for copy in copies] if coupled_modules(self.model) else [copies] * bool(copies)
+
+    def run(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        lengths: Tensor | None,
+        loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        copies: list[int],
+    ) -> Pass:
+        """One pass over x [T, B, ...] for these copies."""
+        batch, k = x.shape[1], len(copies)
+        rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
+        row_lengths = lengths.repeat(k) if lengths is not None else None
+        noise = self._noise(batch, copies, x.device)
+        with self._traceless(), bind(self.model, self.firing, noise, row_lengths) as sites:
+            outputs = model_outputs(self.model, rows)
+        check_outputs(outputs, x.shape[0], batch * k)
+        mask = step_mask(row_lengths, outputs) if row_lengths is not None and outputs.ndim >= 3 else None
+        cut = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(cut, targets.repeat(k, *[1] * (targets.ndim - 1)), mask)
+        error = torch.autograd.grad(value.sum(), cut)[0] if value.requires_grad else None
+        records = [record for site in sites for record in site.records]
+        return Pass(copies, outputs, records, value.detach().view(k, batch), error)
+
+    def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
+        copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
+        sample = torch.arange(batch, dtype=torch.int32, device=device).repeat(len(copies))
+        if not self.antithetic:
+            return Noise(self.seed, self.step, sample, copy)
+        return Noise(self.seed, self.step, sample, copy // 2, mirrored=copy % 2 == 1)
+
+    @contextmanager
+    def _traceless(self) -> Iterator[None]:
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        if self._generator_state is None:
+            self._generator_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+            yield
+            return
+        norms = [m for m in coupled_modules(self.model) if isinstance(m, _BatchNorm)]
+        kept = [dict(norm._buffers) for norm in norms]
+        devices = [torch.cuda.current_device()] if cuda else []
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self._generator_state[0])
+            if cuda:
+                torch.cuda.set_rng_state(self._generator_state[1])
+            try:
+                for norm, buffers in zip(norms, kept, strict=True):
+                    # clones: the first pass's graph may still hold the originals
+                    norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+                yield
+            finally:
+                for norm, buffers in zip(norms, kept, strict=True):
+                    norm._buffers.update(buffers)
+
+
+def model_outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output; of a tuple or list (as in `(spikes, membranes)`), its first item."""
+    outputs = model(x)
+    if isinstance(outputs, tuple | list) and outputs:
+        outputs = outputs[0]
+    if not isinstance(outputs, Tensor):
+        raise UsageError(f"{type(model).__name__} returned {type(outputs).__name__}; return a tensor [T, B, C] or [B, C]")
+    return outputs
+
+
+def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
+    """Raises UsageError unless outputs are [T, B, ...] or [B, C]."""
+    shape = tuple(outputs.shape)
+    if (outputs.ndim >= 3 and shape[:2] != (steps, rows)) or (outputs.ndim < 3 and shape[:1] != (rows,)):
+        raise UsageError(
+            f"the model returned shape {shape} for {steps} steps of a batch of {rows}; return [T, B, C] or [B, C]"
+        )

@@ -1,0 +1,55 @@
+"""Pictures of a run. matplotlib is imported only here, and without pyplot, which keeps a global state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ulr_snn.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Two of the Okabe-Ito colours, for readers with any colour vision; markers tell them apart in print.
+_CURVES = (("train", "#0072B2", "o"), ("val", "#D55E00", "s"))
+
+_SCALE = {"loss": 1.0, "accuracy": 100.0}
+
+
+def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws loss and accuracy by epoch into a PNG file, from `train_*` and `val_*` of each epoch.
+
+    A run without accuracies (a regression) gets the loss alone. Raises UsageError where there is no epoch.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not history:
+        raise UsageError("there is no epoch to draw: train for at least one.")
+    drawn = [name for name in _SCALE if any(entry.get(f"train_{name}") is not None for entry in history)]
+    figure = Figure(figsize=(4.5 * len(drawn), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        _draw(axes, history, name)
+    figure.savefig(path, format="png")
+
+
+def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for name, colour, marker in _CURVES:
+        points = [(entry["epoch"], entry.get(f"{name}_{quantity}")) for entry in history]
+        points = [(epoch, _SCALE[quantity] * value) for epoch, value in points if value is not None]
+        if points:
+            label = "training" if name == "train" else "validation"
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy (%)" if quantity == "accuracy" else quantity)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    epochs = [entry["epoch"] for entry in history]
+    axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)  # matplotlib would zoom in on a single epoch
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)

@@ -1,0 +1,125 @@
+"""Firing sites: find them in a model, bind them, let them go again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, step_mask
+from ulr_snn.noise import Firing, Noise
+
+
+@dataclass
+class Record:
+    """What one forward pass leaves at one site. All [T, B, ...]; B counts the rows of the pass (copies included)."""
+
+    site: str
+    neuron: SpikingNeuron
+    current: Tensor
+    scale: Tensor
+    x: Tensor  # standardised drive, differentiable in current and parameters with the spikes held fixed
+    spikes: Tensor  # a leaf: the path from spikes to the loss starts here
+    firing: Firing
+    mask: Tensor | None
+
+    def _own_steps(self, value: Tensor) -> Tensor:
+        return value if self.mask is None else value * self.mask
+
+    def innovation(self) -> Tensor:
+        """ε = s - p."""
+        return self._own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
+
+    def membrane(self) -> Tensor:
+        """u."""
+        return self.x.detach() * self.scale + self.neuron.threshold.detach()
+
+    def slope(self) -> Tensor:
+        """p' = ∂p/∂x."""
+        return self._own_steps(self.firing.slope(self.x.detach()))
+
+    def score(self) -> Tensor:
+        """δ = ∂ log P(s) / ∂x."""
+        return self._own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
+
+
+@dataclass
+class Site:
+    """The firing site of one neuron layer. Stochastic where `noise` is given, deterministic otherwise."""
+
+    name: str
+    index: int
+    firing: Firing
+    noise: Noise | None
+    records: list[Record] = field(default_factory=list)
+    calls: int = 0
+
+    def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
+        """Runs the neuron over time, drawing its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
+        mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+        # A module called twice in one forward pass is two sites, with noise and feedback of their own.
+        call, self.calls = self.calls, self.calls + 1
+        scale = self.firing.scale_for(neuron.threshold)
+        draw = heaviside if self.noise is None else self._drawer(current, scale, call)
+        fire = draw if mask is None else lambda t, drive: draw(t, drive) * mask[t]
+        with torch.no_grad():
+            spikes, drive, fed_back = neuron.run(current, fire)
+        if self.noise is None:
+            return spikes
+        x = neuron.drive_at(current, spikes, drive, fed_back) / scale
+        name = self.name if call == 0 else f"{self.name}#{call + 1}"
+        record = Record(
+            name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), self.firing, mask
+        )
+        self.records.append(record)
+        return record.spikes
+
+    def _drawer(self, current: Tensor, scale: Tensor, call: int):
+        block = max(1, (1 << 20) // max(1, current[0].numel()))  # steps of noise held at a time
+        uniforms: dict[int, Tensor] = {}
+
+        def draw(t: int, drive: Tensor) -> Tensor:
+            start = t - t % block
+            if start not in uniforms:
+                uniforms.clear()
+                steps = min(block, len(current) - start)
+                uniforms[start] = self.noise.uniform(
+                    self.index + (call << 20), start, steps, current.shape[2:], current.dtype
+                )
+            return (uniforms[start][t - start] < self.firing.probability(drive / scale)).to(drive.dtype)
+
+        return draw
+
+
+def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron]]:
+    """The model's spiking layers by name, in module order. Raises UsageError where there is none."""
+    found = [(name or "model", module) for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no spiking layer that ulr_snn knows; use ulr_snn.LIF or ulr_snn.RecurrentLIF"
+        )
+    return found
+
+
+@contextmanager
+def bind(
+    model: nn.Module, firing: Firing, noise: Noise | None = None, lengths: Tensor | None = None
+) -> Iterator[list[Site]]:
+    """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time."""
+    layers = spiking_layers(model)
+    timed = [module for module in model.modules() if isinstance(module, Timed)]
+    sites = [Site(name, index, firing, noise) for index, (name, _) in enumerate(layers)]
+    if any(neuron.site is not None for _, neuron in layers):
+        raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
+    try:
+        for site, (_, neuron) in zip(sites, layers, strict=True):
+            neuron.site = site
+        for module in timed:
+            module.lengths = lengths
+        yield sites
+    finally:
+        for module in timed:
+            module.__dict__.pop("site", None)
+            module.__dict__.pop("lengths", None)

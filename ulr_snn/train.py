@@ -1,0 +1,376 @@
+"""train and evaluate: the one loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import ULR, Estimate, as_sequence
+from ulr_snn.losses import Loss, resolve, total
+from ulr_snn.neurons import step_mask
+from ulr_snn.noise import Noise
+from ulr_snn.passes import check_outputs, model_outputs
+from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
+from ulr_snn.sites import bind
+
+DEFAULT_LR = 1e-2
+
+
+@dataclass
+class Result:
+    """What `train` gives back. history: one dict an epoch; metrics: the figures of the whole run."""
+
+    model: nn.Module
+    estimator: ULR
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draws loss and accuracy by epoch into a PNG file."""
+        from ulr_snn.plots import save_curves
+
+        save_curves(self.history, path)
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable,
+    epochs: int = 10,
+    *,
+    val_loader: Iterable | None = None,
+    estimator: ULR | None = None,
+    loss: str | Loss = "ce_count",
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    lr: float | None = None,
+    scheduler: str | Callable[[Optimizer], LRScheduler] | None = "cosine",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    time_first: bool = True,
+    max_steps: int | None = None,
+    accumulate: int = 1,
+    clip: float | None = None,
+    callbacks: Iterable[Callable[[dict[str, Any], nn.Module], None]] = (),
+    run_dir: str | PathLike[str] | RunDirectory | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Trains the model in place.
+
+    loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), y [B].
+    val_loader: evaluated with deterministic firing after every epoch.
+    optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2).
+    scheduler: "cosine" (from lr to 0 over the run), None (constant), or a factory optimizer -> scheduler; stepped
+    once per optimizer step. accumulate: batches per optimizer step. clip: bound of the gradient's norm.
+    callbacks: called after every epoch with its history entry and the model.
+    run_dir: receives a checkpoint an epoch, and metrics.json and curves.png at the end; resume goes on from there.
+    Raises UsageError for a wrong use, before the first step where it can be seen there.
+    """
+    check_arguments(loader, epochs, accumulate, max_steps)
+    device = pick_device(device)
+    model.to(device)
+    estimator = estimator or ULR()
+    optimizer = make_optimizer(model, optimizer, lr)
+    schedule = make_scheduler(optimizer, scheduler, loader, epochs, accumulate, max_steps)
+    run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
+    total = total_steps(loader, epochs, accumulate=1, max_steps=None if max_steps is None else max_steps * accumulate)
+    with estimator.attach(model, loss, seed, time_first, total) as attached:
+        session = Session(model, loader, attached, optimizer, schedule, device, accumulate, clip, max_steps)
+        if run is not None and resume:
+            session.load_state_dict(run.load_checkpoint(model))
+        for epoch in range(session.epoch + 1, epochs + 1):
+            if session.finished:
+                break
+            entry = session.run_epoch(epoch, epochs, progress)
+            if val_loader is not None:
+                measured = evaluate(model, val_loader, loss=loss, device=device, time_first=time_first)
+                entry["val_loss"], entry["val_accuracy"] = measured["loss"], measured["accuracy"]
+            for callback in callbacks:
+                callback(entry, model)
+            if run is not None:
+                run.save_checkpoint(model, session.state_dict())
+        metrics = session.metrics(seed, val_loader is not None)
+    if run is not None:
+        run.finish(metrics, session.history)
+    return Result(model, estimator, metrics, session.history)
+
+
+@dataclass
+class Session:
+    """The state of a training run between epochs."""
+
+    model: nn.Module
+    loader: Iterable
+    attached: Any
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    device: torch.device
+    accumulate: int
+    clip: float | None
+    max_steps: int | None
+
+    def __post_init__(self) -> None:
+        self.epoch, self.steps, self.seconds = 0, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.max_steps is not None and self.steps >= self.max_steps
+
+    def run_epoch(self, epoch: int, epochs: int, progress: bool) -> dict[str, Any]:
+        """One pass over the loader; returns the history entry."""
+        started, passes = time.perf_counter(), self.attached.forward_passes
+        self.model.train()
+        tally = Tally()
+        self.optimizer.zero_grad()
+        waiting = 0
+        with progress_bar(self.loader, f"epoch {epoch}/{epochs}", progress) as batches:
+            for batch in batches:
+                x, targets, lengths = unpack(batch, self.device)
+                estimate = self.attached.backward(x, targets, lengths=lengths)
+                if not estimate.stats.get("skipped"):
+                    waiting += 1
+                tally.add(estimate.loss, mean_total(estimate, lengths), targets)
+                batches.set_postfix(tally.means(), refresh=False)
+                if waiting == self.accumulate:
+                    self.update(waiting)
+                    waiting = 0
+                    if self.finished:
+                        break
+            if waiting:
+                self.update(waiting)
+        if not tally.samples:
+            raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
+        self.epoch = epoch
+        self.seconds += time.perf_counter() - started
+        means = tally.means()
+        entry = {
+            "epoch": epoch,
+            "train_loss": means["loss"],
+            "train_accuracy": means["accuracy"],
+            "seconds": time.perf_counter() - started,
+            "forward_passes": self.attached.forward_passes - passes,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self.history.append(entry)
+        return entry
+
+    def update(self, batches: int) -> None:
+        """One optimizer step on the mean gradient of some batches."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if batches > 1:
+            for p in parameters:
+                p.grad /= batches
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    def metrics(self, seed: int, validated: bool) -> dict[str, Any]:
+        return {
+            "test_accuracy": self.history[-1].get("val_accuracy") if validated and self.history else None,
+            "epochs": self.epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "forward_passes": self.attached.forward_passes,
+            "seed": seed,
+            "device": str(self.device),
+            "versions": versions(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        generator = getattr(self.loader, "generator", None)
+        return {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "history": self.history,
+            "attached": self.attached.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "torch_generator": torch.get_rng_state(),
+            "loader_generator": None if generator is None else generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        self.epoch, self.steps, self.seconds = state["epoch"], state["steps"], state["seconds"]
+        self.history = state["history"]
+        self.attached.load_state_dict(state["attached"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["torch_generator"])
+        if state["loader_generator"] is not None and getattr(self.loader, "generator", None) is not None:
+            self.loader.generator.set_state(state["loader_generator"])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    mode: str = "deterministic",
+    copies: int = 1,
+    estimator: ULR | None = None,
+    loss: str | Loss = "ce_count",
+    device: str | torch.device = "auto",
+    time_first: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Loss and accuracy over a loader: {"loss", "accuracy" (None for regression), "samples"}.
+
+    mode: "deterministic", or "stochastic" with the estimator's firing noise and the outputs of `copies` runs
+    averaged. Raises UsageError as `train` does.
+    """
+    if mode not in ("deterministic", "stochastic"):
+        raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
+    if copies < 1 or (copies > 1 and mode == "deterministic"):
+        raise UsageError(f"evaluate got copies={copies} with {mode} firing; copies above 1 need mode='stochastic'")
+    device = pick_device(device)
+    per_sample = resolve(loss)
+    was_training = model.training
+    model.to(device).eval()
+    tally = Tally()
+    try:
+        for step, batch in enumerate(loader):
+            x, targets, lengths = unpack(batch, device)
+            x = as_sequence(x, targets, lengths, time_first, model)
+            outputs = averaged_outputs(model, x, lengths, mode, copies, estimator or ULR(), seed, step)
+            mask = step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None
+            tally.add(per_sample(outputs, targets, mask), total(outputs, mask), targets)
+    finally:
+        model.train(was_training)
+    if not tally.samples:
+        raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
+    return {**tally.means(), "samples": tally.samples}
+
+
+def averaged_outputs(
+    model: nn.Module,
+    x: Tensor,
+    lengths: Tensor | None,
+    mode: str,
+    copies: int,
+    estimator: ULR,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """The model's outputs, mean over copies."""
+    outputs = None
+    for copy in range(copies):
+        noise = None
+        if mode == "stochastic":
+            sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+            noise = Noise(seed, step, sample, torch.full_like(sample, copy))
+        with bind(model, estimator.firing, noise, lengths):
+            once = model_outputs(model, x)
+        check_outputs(once, x.shape[0], x.shape[1])
+        outputs = once if outputs is None else outputs + once
+    return outputs / copies
+
+
+@dataclass
+class Tally:
+    """Running means over samples."""
+
+    samples: int = 0
+    loss: float = 0.0
+    correct: int | None = None
+
+    def add(self, loss: Tensor, totals: Tensor, targets: Tensor) -> None:
+        """loss [B]; totals: outputs summed over time [B, C]."""
+        self.samples += len(targets)
+        self.loss += loss.sum().item()
+        if not targets.is_floating_point() and targets.ndim == 1 and totals.ndim == 2:
+            self.correct = (self.correct or 0) + int((totals.argmax(1) == targets).sum())
+
+    def means(self) -> dict[str, float | None]:
+        count = max(1, self.samples)
+        return {"loss": self.loss / count, "accuracy": None if self.correct is None else self.correct / count}
+
+
+def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
+    """Outputs of a training step, mean over copies and summed over a sample's own time steps, [B, C]."""
+    outputs = estimate.outputs.mean(0)
+    return total(outputs, step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None)
+
+
+def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x, y) or (x, y, lengths) on the device."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise UsageError("the loader must give (x, y) or (x, y, lengths) batches of tensors")
+    moved = [torch.as_tensor(item).to(device, non_blocking=True) for item in batch]
+    return moved[0], moved[1], moved[2] if len(moved) == 3 else None
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """"auto" is a CUDA device where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device={device!r} is not known; use 'auto', 'cpu' or 'cuda'") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device={device!r} was asked for, but there is no CUDA device here; use 'cpu'")
+    return picked
+
+
+def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> None:
+    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("max_steps", max_steps)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"train got {name}={value!r}; it must be a whole number, at least 1")
+    if hasattr(loader, "__len__") and len(loader) == 0:
+        raise UsageError("the loader is empty; give it at least one batch")
+
+
+def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
+    if lr is not None and (optimizer is not None or not lr > 0):
+        raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
+    if optimizer is None:
+        return torch.optim.Adam(trainable, DEFAULT_LR if lr is None else lr)
+    return optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable)
+
+
+def make_scheduler(
+    optimizer: Optimizer, scheduler: Any, loader: Iterable, epochs: int, accumulate: int, max_steps: int | None
+) -> LRScheduler | None:
+    if scheduler is None:
+        return None
+    if scheduler != "cosine":
+        if not callable(scheduler):
+            raise UsageError(f"train got scheduler={scheduler!r}; it is 'cosine', None or a factory optimizer -> scheduler")
+        return scheduler(optimizer)
+    steps = total_steps(loader, epochs, accumulate, max_steps)
+    if steps is None:
+        raise UsageError("the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None")
+    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def total_steps(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> int | None:
+    """Optimizer steps of the run; None where the loader has no length and no bound is given."""
+    if not hasattr(loader, "__len__"):
+        return max_steps
+    steps = epochs * -(-len(loader) // accumulate)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def progress_bar(items: Iterable, label: str, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, label, leave=False, disable=None if shown else True)
