@@ -1,0 +1,145 @@
+"""The accuracy benchmark: its search, its nets, its table, and one quick run of all of it."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.search import Block, key, search
+from benchmarks.table import summarise
+from benchmarks.tasks import TASKS, Rows
+from ulr_snn.data import EventDataset
+from ulr_snn.data.binning import Recordings, bin_recordings
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = json.loads((ROOT / "benchmarks" / "grid.json").read_text())
+
+
+def bowl(optimum):
+    """A stand-in for training whose best settings are known; keeps what it was asked for."""
+    asked = []
+
+    def evaluate(points, fraction):
+        asked.extend((key(point), fraction) for point in points)
+        away = [sum(math.log(point[axis] / best) ** 2 for axis, best in optimum.items()) for point in points]
+        penalty = [0.1 * (point.get("clip") is None) for point in points]
+        return [(-a - b, 0.0) for a, b in zip(away, penalty, strict=True)]
+
+    return evaluate, asked
+
+
+def block(**limits):
+    written = {"ordered": {"lr": [1e-3, 2e-3, 4e-3], "slope": [2, 4, 8]}, "choices": {"clip": [None, 1.0]}}
+    return Block.of({**written, "limits": limits})
+
+
+@pytest.mark.parametrize("optimum", [{"lr": 2e-3, "slope": 4}, {"lr": 2.5e-4, "slope": 32}])
+def test_the_search_finds_an_interior_optimum_inside_and_outside_the_grid(optimum):
+    evaluate, asked = bowl(optimum)
+    grid = block()
+    best, interior = search([grid], evaluate, short=0.4, keep=1 / 3, rounds=10)
+    assert interior and best["clip"] == 1.0
+    for axis, value in optimum.items():
+        assert best[axis] == pytest.approx(value)
+        assert min(grid.ordered[axis]) < best[axis] < max(grid.ordered[axis])
+        below, above = (grid.ordered[axis][grid.ordered[axis].index(best[axis]) + step] for step in (-1, 1))
+        for neighbour in (below, above):
+            assert (key({**best, axis: neighbour}), 1.0) in asked
+    assert len(asked) == len(set(asked)), "a run was made twice"
+    assert sum(fraction == 0.4 for _, fraction in asked) == 18
+
+
+def test_the_search_says_when_rounds_run_out_and_keeps_to_limits():
+    evaluate, _ = bowl({"lr": 2.5e-4, "slope": 4})
+    assert search([block()], evaluate, 0.4, 0.3, rounds=0)[1] is False
+    best, interior = search([block(lr=[1e-3, 1.0])], evaluate, 0.4, 0.3, rounds=10)
+    assert interior and best["lr"] == 1e-3
+
+
+def test_the_search_stays_in_the_block_of_its_best_point():
+    def evaluate(points, fraction):
+        return [(float(point["kind"] == "b") - abs(math.log(point["x"] / 16)), 0.0) for point in points]
+
+    blocks = [Block.of({"ordered": {"x": [1, 2]}, "choices": {"kind": [kind]}}) for kind in "ab"]
+    assert search(blocks, evaluate, 0.4, 0.5, rounds=10) == ({"x": 16.0, "kind": "b"}, True)
+
+
+def test_both_methods_are_tuned_over_as_many_points():
+    points = {
+        method: [point for written in blocks for point in Block.of(written).points()]
+        for method, blocks in CONFIG["tuned"].items()
+    }
+    assert len(points["bptt-tuned"]) == len(points["ulr-tuned"]) > 20
+    assert all(len(set(map(key, p))) == len(p) for p in points.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "weights"),
+    [
+        ("saccade-mnist-dense", (2, 34, 34), 2312 * 256 + 256 * 256 + 256 * 10),
+        ("saccade-mnist-conv", (2, 34, 34), 12 * 2 * 25 + 24 * 12 * 9 + 1944 * 128 + 128 * 10),
+        ("spoken-digits-ff", (128,), 128 * 256 + 256 * 10),
+        ("spoken-digits-recurrent", (128,), 128 * 256 + 256 * 256 + 256 * 10),
+        ("memory", (68,), 68 * 128 + 128 * 128 + 128 * 10),
+        ("digits", (2, 16, 16), 512 * 256 + 256 * 256 + 256 * 10),
+    ],
+)
+def test_the_nets_are_those_of_the_tasks(task, shape, weights):
+    net = TASKS[task].net()
+    assert net(torch.rand(6, 3, *shape)).shape == (3, 10)
+    assert sum(p.numel() for p in net.parameters() if p.ndim > 1) == weights
+
+
+def test_the_memory_task_shows_row_after_row_of_the_summed_events():
+    on, y, x = 1, 5, 7
+    feature = np.array([(on * 34 + y) * 34 + x] * 3)
+    recordings = Recordings(np.array([0, 10, 250_000]), feature, np.array([0, 3]), np.array([4]))
+    part = EventDataset(bin_recordings([recordings], 2 * 34 * 34, 1, 300_000), (2, 34, 34), 10, binary=False)
+    rows, label = Rows(part)[0]
+    assert rows.shape == (34, 68) and label == 4
+    assert rows[y, on * 34 + x] == 3 and rows.sum() == 3
+
+
+def test_the_table_pairs_seeds(tmp_path):
+    def runs(method, accuracies):
+        return [
+            {"stage": "final", "task": "t", "method": method, "seed": str(seed), "accuracy": str(accuracy)}
+            | {"accuracy_stochastic": "", "forward_passes": "100", "seconds": "2.0", "settings": "{}"}
+            for seed, accuracy in enumerate(accuracies)
+        ]
+
+    table = summarise(
+        runs("bptt-tuned", [0.90, 0.92, 0.94]) + runs("ulr", [0.91, 0.92, 0.96]), tmp_path / "a.csv"
+    )
+    with (tmp_path / "a.csv").open(newline="") as file:
+        peer, ours = csv.DictReader(file)
+    assert (peer["accuracy"], peer["minus_bptt"]) == ("92.0", "")
+    # differences 1, 0, 2: mean 1, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027
+    assert [ours[f"minus_bptt{name}"] for name in ("", "_low", "_high")] == ["1.0", "-1.48", "3.48"]
+    assert "| +1.00 | -1.48 to +3.48 |" in table
+
+
+def test_a_quick_run_makes_every_row_once(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--quick", "--tasks", "digits", "--workers", "1"]
+    command += ["--methods", "bptt-tuned", "ulr", "logistic", "--results", str(tmp_path)]
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        outputs.append((tmp_path / "accuracy_runs.csv").read_text())
+    assert outputs[0] == outputs[1], "the second call made runs again"
+    rows = list(csv.DictReader(outputs[0].splitlines()))
+    assert [(r["stage"], r["method"]) for r in rows].count(("tune", "bptt-tuned")) == 2
+    assert {(r["method"], r["seed"]) for r in rows if r["stage"] == "final"} == {
+        *((method, seed) for method in ("bptt-tuned", "ulr") for seed in "01"),
+        ("logistic", "0"),
+    }
+    assert all(0 < float(row["accuracy"]) < 1 for row in rows)
+    for method in ("bptt-tuned", "ulr", "logistic"):
+        assert f"| digits | {method} (" in done.stdout

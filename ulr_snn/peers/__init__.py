@@ -1,0 +1,1 @@
+"""What the library is compared with; used by benchmarks and comparisons only, and imported lazily."""

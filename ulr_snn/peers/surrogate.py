@@ -1,0 +1,223 @@
+"""Backpropagation through time with a surrogate derivative of the spike: the peer that most people use.
+
+`SurrogateBPTT` stands in for `ULR` in `train`: the same loop, optimizer and batches, another gradient.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import Estimate, as_sequence
+from ulr_snn.losses import Loss, resolve
+from ulr_snn.neurons import LIF, Timed, heaviside, step_mask
+from ulr_snn.passes import check_outputs, model_outputs
+from ulr_snn.scan.reference import shift
+from ulr_snn.sites import spiking_layers
+
+
+def atan_slope(drive: Tensor, a: float) -> Tensor:
+    """h'(d) = (a / 2) / (1 + (pi a d / 2)^2): snnTorch's ATan, there with a = 2."""
+    return drive.mul(math.pi / 2 * a).square_().add_(1).reciprocal_().mul_(a / 2)
+
+
+def fast_sigmoid_slope(drive: Tensor, k: float) -> Tensor:
+    """h'(d) = 1 / (1 + k |d|)^2: the fast sigmoid, in snnTorch with k = 25."""
+    return drive.abs().mul_(k).add_(1).square_().reciprocal_()
+
+
+FUNCTIONS = {"atan": atan_slope, "fast_sigmoid": fast_sigmoid_slope}
+
+
+@dataclass(frozen=True)
+class SurrogateBPTT:
+    """Surrogate-gradient BPTT, through time, layers and recurrent weights, with deterministic spikes.
+
+    function: derivative h' that stands in for that of the spike; d is the membrane minus the threshold.
+        "atan":         h'(d) = (slope / 2) / (1 + (pi slope d / 2)^2)
+        "fast_sigmoid": h'(d) = 1 / (1 + slope |d|)^2
+    slope: the larger, the narrower h'. The default belongs to "atan" (snnTorch's).
+    detach_reset: the reset passes no gradient, as in snnTorch and as is usual (Zenke & Vogels 2021 found that
+        learning suffers otherwise). The leak always does; with reset "zero" its factor 1 - s is a constant.
+    """
+
+    function: str = "atan"
+    slope: float = 2.0
+    detach_reset: bool = True
+
+    def __post_init__(self) -> None:
+        if self.function not in FUNCTIONS:
+            raise UsageError(
+                f"SurrogateBPTT got function={self.function!r}; it is one of {', '.join(FUNCTIONS)}"
+            )
+        if not self.slope > 0:
+            raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
+
+    def attach(
+        self, model: nn.Module, loss: str | Loss, seed: int, time_first: bool, total_steps: int | None = None
+    ) -> "SurrogateAttachment":
+        """What `train` steps with. seed, total_steps: not used, since nothing is drawn or annealed."""
+        return SurrogateAttachment(model, self, loss, time_first)
+
+    def derivative(self, drive: Tensor) -> Tensor:
+        """h'(d) for each d."""
+        return FUNCTIONS[self.function](drive, self.slope)
+
+    def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
+        """current [T, B, ...] -> spikes [T, B, ...], differentiable by the surrogate. This is every site."""
+        mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+        recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
+        return _SurrogateScan.apply(
+            current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, self, mask
+        )
+
+
+class _SurrogateScan(torch.autograd.Function):
+    """A whole layer over time. With gradients G of the spikes, g of the membranes u and J = current + V s:
+
+        g_t = h'(d_t) (G_t + V^T g_{t+1} [- r_t g_{t+1}]) + beta k_t g_{t+1}
+
+    where k = 1 - s for reset "zero", else 1, and r, left out if the reset is detached, is the threshold for
+    reset "subtract" and beta u for "zero". Then dL/dJ = g. One node of the graph instead of T times ten.
+    """
+
+    @staticmethod
+    def forward(ctx, current, beta, threshold, recurrent, neuron, peer, mask):
+        fire = heaviside if mask is None else lambda t, drive: heaviside(t, drive) * mask[t]
+        spikes, drive, _ = neuron.run(current, fire)
+        ctx.save_for_backward(beta, threshold, recurrent, spikes, drive, mask)
+        ctx.reset, ctx.peer = neuron.reset, peer
+        return spikes
+
+    @staticmethod
+    def backward(ctx, gradient):
+        beta, threshold, recurrent, spikes, drive, mask = ctx.saved_tensors
+        slope = ctx.peer.derivative(drive)
+        if mask is not None:
+            slope *= mask
+        through_spikes = gradient * slope
+        zero = ctx.reset == "zero"
+        g = reverse_scan(
+            through_spikes,
+            slope,
+            beta * (1 - spikes) if zero else beta.expand(len(spikes), *beta.shape),
+            recurrent,
+            None if ctx.peer.detach_reset else reset_effect(ctx.reset, beta, threshold, drive),
+        )
+        d_beta = d_threshold = d_recurrent = None
+        if ctx.needs_input_grad[1]:
+            before = (drive + threshold) * (1 - spikes) if zero else drive + threshold
+            d_beta = (g * shift(before)).sum((0, 1)).sum_to_size(beta.shape)
+        if ctx.needs_input_grad[2]:
+            direct = -through_spikes - g * shift(spikes) if ctx.reset == "subtract" else -through_spikes
+            d_threshold = direct.sum((0, 1)).sum_to_size(threshold.shape)
+        if ctx.needs_input_grad[3]:
+            d_recurrent = g[1:].flatten(0, 1).T @ spikes[:-1].flatten(0, 1)
+        return g, d_beta, d_threshold, d_recurrent, None, None, None
+
+
+def reset_effect(reset: str, beta: Tensor, threshold: Tensor, drive: Tensor) -> Tensor | None:
+    """[T, 1 or B, ...]: by how much a spike at t lowers the membrane at t + 1."""
+    if reset == "none":
+        return None
+    if reset == "subtract":
+        return threshold.expand(len(drive), *threshold.shape)
+    return beta * (drive + threshold)
+
+
+def reverse_scan(
+    through_spikes: Tensor, slope: Tensor, carry: Tensor, recurrent: Tensor | None, lowered: Tensor | None
+) -> Tensor:
+    """g [T, B, ...] of the equation above, from the last step to the first.
+
+    through_spikes [T, B, ...]: G h', changed in place to all that comes through the spikes; slope: h';
+    carry [T, ...]: beta k; recurrent: V [N, N]; lowered [T, ...]: r, None where the reset passes no gradient.
+    """
+    g = torch.empty_like(through_spikes)
+    g[-1] = through_spikes[-1]
+    for t in range(len(g) - 2, -1, -1):
+        later, now = g[t + 1], through_spikes[t]
+        if recurrent is not None:
+            now.addcmul_(slope[t], later @ recurrent)
+        if lowered is not None:
+            now.addcmul_(slope[t] * lowered[t], later, value=-1)
+        torch.addcmul(now, later, carry[t], out=g[t])
+    return g
+
+
+class SurrogateAttachment:
+    """Adds surrogate gradients to `.grad`, as `ulr_snn.estimator.Attachment` adds those of likelihood ratios.
+
+    The model is bound only inside `backward`. `forward_passes` counts one a sample and step.
+    """
+
+    def __init__(
+        self, model: nn.Module, peer: SurrogateBPTT, loss: str | Loss, time_first: bool = True
+    ) -> None:
+        for name, neuron in spiking_layers(model):
+            if not isinstance(neuron, LIF):
+                raise UsageError(
+                    f"{name} is a {type(neuron).__name__}; SurrogateBPTT knows LIF, RecurrentLIF"
+                )
+        self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
+        self.step = 0
+        self.forward_passes = 0
+
+    def __enter__(self) -> "SurrogateAttachment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def backward(
+        self, x: Tensor, targets: Tensor, loss: str | Loss | None = None, lengths: Tensor | None = None
+    ) -> Estimate:
+        """One forward pass, then adds the gradient of the batch's mean loss to every trainable `.grad`.
+
+        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype; lengths: [B], later steps are padding.
+        Raises UsageError on wrong shapes, labels or losses, FloatingPointError on a loss that is not finite.
+        """
+        x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        per_sample = resolve(loss if loss is not None else self.loss)
+        with torch.enable_grad(), bound(self.model, self.peer, lengths):
+            outputs = model_outputs(self.model, x)
+        check_outputs(outputs, x.shape[0], x.shape[1])
+        mask = step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None
+        with torch.enable_grad():
+            value = per_sample(outputs, targets, mask)
+        self.step += 1
+        self.forward_passes += x.shape[1]
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        value.mean().backward()
+        return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "forward_passes": self.forward_passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.forward_passes = state["step"], state["forward_passes"]
+
+
+@contextmanager
+def bound(model: nn.Module, site: SurrogateBPTT, lengths: Tensor | None) -> Iterator[None]:
+    """For a while, binds `site` to every spiking layer and the lengths [B] to all that runs over time."""
+    layers = [neuron for _, neuron in spiking_layers(model)]
+    timed = [module for module in model.modules() if isinstance(module, Timed)]
+    if any(neuron.site is not None for neuron in layers):
+        raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
+    try:
+        for neuron in layers:
+            neuron.site = site
+        for module in timed:
+            module.lengths = lengths
+        yield
+    finally:
+        for module in timed:
+            module.__dict__.pop("site", None)
+            module.__dict__.pop("lengths", None)
