@@ -60,13 +60,11 @@ COLUMNS = (*Run.__dataclass_fields__, *MEASURED, *ABOUT)
 
 def estimator_of(method: str, settings: Settings) -> ULR | SurrogateBPTT:
     """What `train` gets; lr and clip are its own arguments."""
-    options = {name: value for name, value in settings.items() if name not in ("lr", "clip", "scale")}
+    options = {name: value for name, value in settings.items() if name not in ("lr", "clip")}
     if method == "bptt-tuned":
         return SurrogateBPTT(**options)
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    if "scale" in settings:
-        options["firing"] = Logistic(settings["scale"])
-    return ULR(**options)
+    noise = {name: options.pop(name) for name in ("start", "end") if name in options}
+    return ULR(firing=Logistic(**noise), **options)
 
 
 def parts(run: Run, config: dict[str, Any], root: str) -> tuple[EventDataset, EventDataset]:

@@ -5,6 +5,28 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Attachment, Estimate, attach
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 from ulr_snn.noise import Gaussian, Logistic
+from ulr_snn.plan import Plan, plan
 from ulr_snn.train import Result, evaluate, train
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LIF",
+    "ULR",
+    "Attachment",
+    "Estimate",
+    "Fold",
+    "Gaussian",
+    "LeakyReadout",
+    "Logistic",
+    "Plan",
+    "RecurrentLIF",
+    "Result",
+    "TimeAverage",
+    "UsageError",
+    "attach",
+    "data",
+    "evaluate",
+    "plan",
+    "train",
+]

@@ -11,6 +11,7 @@ feedback    0   direct credit + learned feedback of the copy itself  slightly bi
 residual    1   the same, from independent copies                    unbiased, a as control variate
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from ulr_snn.credit.reset import ResetPath
 from ulr_snn.errors import UsageError
 from ulr_snn.graph import leaves
 from ulr_snn.losses import Loss, resolve
-from ulr_snn.noise import Firing, Logistic
+from ulr_snn.noise import Firing, Logistic, NoiseLevel
 from ulr_snn.passes import Forward, Pass
 from ulr_snn.sites import Record, spiking_layers
 
@@ -39,7 +40,7 @@ class ULR:
     credit: "auto" is feedback where the loss is differentiable in the outputs, otherwise global.
     copies: runs of every sample a step; None: 1 for feedback, 8 for global, 4 for residual.
     antithetic: copies come in pairs from mirrored uniforms.
-    firing: distribution of the threshold noise.
+    firing: distribution of the threshold noise, and its scale.
     refresh: every how many steps an antithetic pair replaces the single pass, to update the learned feedback.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
@@ -50,7 +51,6 @@ class ULR:
     copies: int | None = None
     antithetic: bool = True
     firing: Firing = field(default_factory=Logistic)
-    anneal: tuple[float, float] = (2.0, 0.5)
     refresh: int = 4
     time_functions: int = 8
     feedback_rate: float = 0.1
@@ -105,6 +105,7 @@ class Attachment:
         self.step = 0
         self.forward_passes = 0
         self.mean_loss: Tensor | None = None  # moving baseline
+        self.level = NoiseLevel(estimator.firing)
         self.total_steps = total_steps
         self.structure: Structure | None = None
 
@@ -125,7 +126,8 @@ class Attachment:
         Raises UsageError on wrong shapes, labels, losses, or events that are not finite.
         """
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
-        forward = Forward(self.model, self.firing(), self.seed, self.step, self.estimator.antithetic)
+        self.level.progress = self._progress()
+        forward = Forward(self.model, self.level, self.seed, self.step, self.estimator.antithetic)
         per_sample = resolve(loss if loss is not None else self.loss)
         passes: list[Pass] = []
 
@@ -136,17 +138,18 @@ class Attachment:
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
             self.structure = Structure.of(self.model, passes[0], self.estimator)
+            if self.structure.untrained:
+                names = ", ".join(self.structure.untrained)
+                warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=2)
         copies = self._copies(self.structure.credit)
         run(range(len(passes), copies))
         self.step += 1
         self.forward_passes += copies * x.shape[1]
         return self._finish(passes, copies)
 
-    def firing(self) -> Firing:
-        """The firing noise of the next step."""
-        progress = 0.0 if not self.total_steps else min(1.0, self.step / self.total_steps)
-        start, end = self.estimator.anneal if self.total_steps else (1.0, 1.0)
-        return self.estimator.firing.scaled(start ** (1 - progress) * end**progress)
+    def _progress(self) -> float:
+        """How much of the training is over; half of it where its length is not known."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
 
     def _copies(self, credit: str) -> int:
         copies = self.estimator.copies or DEFAULT_COPIES[credit]
@@ -191,7 +194,7 @@ class Attachment:
                 if unbiased:
                     credit = record.score() * signal.view(1, -1, *[1] * (record.x.ndim - 2))
                 if a is not None:
-                    credit = a * record.slope() if credit is None else credit + a * record.slope()
+                    credit = a * record.slope if credit is None else credit + a * record.slope
                 if credit is not None and record.x.requires_grad:
                     tensors.append(record.x)
                     gradients.append(credit * weight)
@@ -285,12 +288,14 @@ class Attachment:
             "step": self.step,
             "forward_passes": self.forward_passes,
             "mean_loss": self.mean_loss,
+            "noise_starts": dict(self.level.starts),
             "feedback": self.feedback.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
         self.mean_loss = state["mean_loss"]
+        self.level.starts = dict(state["noise_starts"])
         self.feedback.load_state_dict(state["feedback"])
 
 
@@ -309,11 +314,17 @@ class Structure:
     from_outputs: list[str]
     output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
     parameters: dict[str, list[str]]  # parameter -> "outputs" and sites that its gradient comes from
+    differentiable: bool  # whether the loss has a gradient in the outputs
 
     @property
     def learns(self) -> bool:
         """Whether there is feedback to learn."""
         return self.credit != "global" and bool(self.from_outputs or any(self.feeds.values()))
+
+    @property
+    def untrained(self) -> list[str]:
+        """Trainable parameters that no gradient reaches."""
+        return [name for name, sources in self.parameters.items() if not sources]
 
     @classmethod
     def of(cls, model: nn.Module, p: Pass, estimator: ULR) -> "Structure":
@@ -346,7 +357,7 @@ class Structure:
             functions = 1
             if p.error is not None and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max():
                 functions = estimator.time_functions
-        return cls(credit, direct, feeds, from_outputs, functions, parameters)
+        return cls(credit, direct, feeds, from_outputs, functions, parameters, p.error is not None)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
@@ -361,7 +372,7 @@ class Structure:
 
 
 def reset_path(record: Record) -> ResetPath:
-    return ResetPath(record.neuron, record.slope() / record.scale, record.spikes.detach(), record.membrane())
+    return ResetPath(record.neuron, record.slope / record.scale, record.spikes.detach(), record.membrane)
 
 
 def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | None) -> Tensor:
@@ -438,7 +449,8 @@ def attach(
 ) -> Attachment:
     """For one's own loop: `with attach(model) as ulr: ... estimate = ulr.backward(x, y); optimizer.step()`.
 
-    loss: a name (see `ulr_snn.losses`) or a callable (outputs, targets) -> [B].
+    total_steps: length of the training, over which the firing noise is annealed; without it the noise stays at
+    the geometric mean of its first and last level. loss: a name (see `ulr_snn.losses`) or a callable (outputs, targets) -> [B].
     Raises UsageError if the model has no spiking layer that the library knows.
     """
     return (estimator or ULR()).attach(model, loss, seed, time_first, total_steps)

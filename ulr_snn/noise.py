@@ -1,7 +1,8 @@
 """Firing noise: the distribution of the threshold noise, and the counter-based uniforms that draw from it."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,32 +10,26 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 
 
+LEVELS = (0.16, 0.5)  # bounds of a calibrated starting scale, in units of the threshold
+
+
 @dataclass(frozen=True)
 class Firing:
     """Distribution of the threshold noise: a neuron with drive d = u - threshold fires with p = F(d / scale).
 
-    relative: scale in units of each neuron's threshold (its reset level is 0), > 0.
-    scale: where given, the scale itself, in units of the membrane, > 0; `relative` is not used then.
+    scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
+    start: the starting scale, in units of the spread of the layer's membranes, > 0.
+    end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
     """
 
     scale: float | None = None
-    relative: float = 0.12
+    start: float = 0.4
+    end: float = 0.09
 
     def __post_init__(self) -> None:
-        for name, value in (("scale", self.scale), ("relative", self.relative)):
+        for name, value in (("scale", self.scale), ("start", self.start), ("end", self.end)):
             if value is not None and not value > 0:
                 raise UsageError(f"{type(self).__name__} got {name}={value}; it must be positive")
-
-    def scaled(self, factor: float) -> "Firing":
-        """The same distribution, `factor` times as wide."""
-        scale = None if self.scale is None else self.scale * factor
-        return replace(self, scale=scale, relative=self.relative * factor)
-
-    def scale_for(self, threshold: Tensor) -> Tensor:
-        """The scale of neurons with this threshold, differentiable in a learned threshold."""
-        if self.scale is not None:
-            return torch.full_like(threshold, self.scale)
-        return self.relative * threshold
 
     def probability(self, x: Tensor) -> Tensor:
         """p = F(x), where x = drive / scale is the standardised drive."""
@@ -79,6 +74,33 @@ class Gaussian(Firing):
         sign = 2 * spikes - 1
         log_ratio = -0.5 * x**2 - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(sign * x)
         return sign * torch.exp(log_ratio)
+
+
+@dataclass
+class NoiseLevel:
+    """The firing scale of every layer as training goes on.
+
+    Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
+    one. So the scale falls geometrically from `start` times the standard deviation of the layer's membranes in the
+    first batch (no spikes, within 0.16 to 0.5 of the threshold), to `end` times the threshold.
+    progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
+    """
+
+    firing: Firing
+    progress: float = 1.0
+    starts: dict[str, float] = field(default_factory=dict)
+
+    def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
+        """Scale of neurons with this threshold, differentiable in a learned one. spread() is called once a site."""
+        firing = self.firing
+        if firing.scale is not None:
+            return torch.full_like(threshold, firing.scale)
+        if self.progress >= 1:
+            return firing.end * threshold
+        if site not in self.starts:
+            wanted = firing.start * spread() / threshold.detach().mean().item()
+            self.starts[site] = min(max(wanted, LEVELS[0]), LEVELS[1])
+        return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * threshold
 
 
 # -- counter-based uniforms --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import step_mask
-from ulr_snn.noise import Firing, Noise
+from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.sites import Record, bind
 
 
@@ -38,8 +38,8 @@ class Forward:
     """Makes the passes of one step. The first pass leaves the traces of an ordinary forward pass (running
     statistics, generator state); every further one sees the same dropout masks and leaves none."""
 
-    def __init__(self, model: nn.Module, firing: Firing, seed: int, step: int, antithetic: bool) -> None:
-        self.model, self.firing, self.seed, self.step, self.antithetic = model, firing, seed, step, antithetic
+    def __init__(self, model: nn.Module, level: NoiseLevel, seed: int, step: int, antithetic: bool) -> None:
+        self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
@@ -59,7 +59,7 @@ class Forward:
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
         row_lengths = lengths.repeat(k) if lengths is not None else None
         noise = self._noise(batch, copies, x.device)
-        with self._traceless(), bind(self.model, self.firing, noise, row_lengths) as sites:
+        with self._traceless(), bind(self.model, self.level, noise, row_lengths) as sites:
             outputs = model_outputs(self.model, rows)
         check_outputs(outputs, x.shape[0], batch * k)
         mask = step_mask(row_lengths, outputs) if row_lengths is not None and outputs.ndim >= 3 else None
@@ -79,26 +79,43 @@ class Forward:
 
     @contextmanager
     def _traceless(self) -> Iterator[None]:
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        """The first pass as it is; every further one with the first one's generator state, and without a trace."""
         if self._generator_state is None:
-            self._generator_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+            self._generator_state = generator_state()
             yield
             return
-        norms = [m for m in coupled_modules(self.model) if isinstance(m, _BatchNorm)]
-        kept = [dict(norm._buffers) for norm in norms]
-        devices = [torch.cuda.current_device()] if cuda else []
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(self._generator_state[0])
-            if cuda:
-                torch.cuda.set_rng_state(self._generator_state[1])
-            try:
-                for norm, buffers in zip(norms, kept, strict=True):
-                    # clones: the first pass's graph may still hold the originals
-                    norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-                yield
-            finally:
-                for norm, buffers in zip(norms, kept, strict=True):
-                    norm._buffers.update(buffers)
+        with keep_traces(self.model):
+            set_generator_state(self._generator_state)
+            yield
+
+
+def generator_state() -> tuple[Tensor, Tensor | None]:
+    """State of torch's global generators, on the CPU and on the current CUDA device."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+
+
+def set_generator_state(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
+@contextmanager
+def keep_traces(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside leave neither running statistics nor the generators changed."""
+    norms = [m for m in coupled_modules(model) if isinstance(m, _BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    state = generator_state()
+    try:
+        for norm, buffers in zip(norms, kept, strict=True):
+            # clones: an earlier pass's graph may still hold the originals
+            norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
+        yield
+    finally:
+        set_generator_state(state)
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def model_outputs(model: nn.Module, x: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, step_mask
-from ulr_snn.noise import Firing, Noise
+from ulr_snn.noise import Firing, Noise, NoiseLevel
 
 
 @dataclass
@@ -36,8 +37,9 @@ class Record:
         """u."""
         return self.x.detach() * self.scale + self.neuron.threshold.detach()
 
+    @cached_property
     def slope(self) -> Tensor:
-        """p' = ∂p/∂x."""
+        """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
         return self._own_steps(self.firing.slope(self.x.detach()))
 
     def score(self) -> Tensor:
@@ -51,7 +53,7 @@ class Site:
 
     name: str
     index: int
-    firing: Firing
+    level: NoiseLevel
     noise: Noise | None
     records: list[Record] = field(default_factory=list)
     calls: int = 0
@@ -61,17 +63,19 @@ class Site:
         mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
         # A module called twice in one forward pass is two sites, with noise and feedback of their own.
         call, self.calls = self.calls, self.calls + 1
-        scale = self.firing.scale_for(neuron.threshold)
-        draw = heaviside if self.noise is None else self._drawer(current, scale, call)
+        name = self.name if call == 0 else f"{self.name}#{call + 1}"
+        draw = heaviside
+        if self.noise is not None:
+            scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current))
+            draw = self._drawer(current, scale.detach(), call)
         fire = draw if mask is None else lambda t, drive: draw(t, drive) * mask[t]
         with torch.no_grad():
             spikes, drive, fed_back = neuron.run(current, fire)
         if self.noise is None:
             return spikes
         x = neuron.drive_at(current, spikes, drive, fed_back) / scale
-        name = self.name if call == 0 else f"{self.name}#{call + 1}"
         record = Record(
-            name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), self.firing, mask
+            name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), self.level.firing, mask
         )
         self.records.append(record)
         return record.spikes
@@ -88,9 +92,15 @@ class Site:
                 uniforms[start] = self.noise.uniform(
                     self.index + (call << 20), start, steps, current.shape[2:], current.dtype
                 )
-            return (uniforms[start][t - start] < self.firing.probability(drive / scale)).to(drive.dtype)
+            return (uniforms[start][t - start] < self.level.firing.probability(drive / scale)).to(drive.dtype)
 
         return draw
+
+
+def _spread(neuron: SpikingNeuron, current: Tensor) -> float:
+    """Standard deviation of the membranes that the current would charge if no neuron fired."""
+    with torch.no_grad():
+        return neuron.run(current, lambda t, drive: torch.zeros_like(drive))[1].std().item()
 
 
 def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron]]:
@@ -105,12 +115,12 @@ def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron]]:
 
 @contextmanager
 def bind(
-    model: nn.Module, firing: Firing, noise: Noise | None = None, lengths: Tensor | None = None
+    model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None
 ) -> Iterator[list[Site]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time."""
     layers = spiking_layers(model)
     timed = [module for module in model.modules() if isinstance(module, Timed)]
-    sites = [Site(name, index, firing, noise) for index, (name, _) in enumerate(layers)]
+    sites = [Site(name, index, level, noise) for index, (name, _) in enumerate(layers)]
     if any(neuron.site is not None for _, neuron in layers):
         raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
     try:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -16,7 +17,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Estimate, as_sequence
 from ulr_snn.losses import Loss, resolve, total
 from ulr_snn.neurons import step_mask
-from ulr_snn.noise import Noise
+from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.passes import check_outputs, model_outputs
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.sites import bind
@@ -81,7 +82,7 @@ def train(
     schedule = make_scheduler(optimizer, scheduler, loader, epochs, accumulate, max_steps)
     run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     total = total_steps(loader, epochs, accumulate=1, max_steps=None if max_steps is None else max_steps * accumulate)
-    with estimator.attach(model, loss, seed, time_first, total) as attached:
+    with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first, total) as attached:
         session = Session(model, loader, attached, optimizer, schedule, device, accumulate, clip, max_steps)
         if run is not None and resume:
             session.load_state_dict(run.load_checkpoint(model))
@@ -127,7 +128,6 @@ class Session:
     def run_epoch(self, epoch: int, epochs: int, progress: bool) -> dict[str, Any]:
         """One pass over the loader; returns the history entry."""
         started, passes = time.perf_counter(), self.attached.forward_passes
-        self.model.train()
         tally = Tally()
         self.optimizer.zero_grad()
         waiting = 0
@@ -240,21 +240,30 @@ def evaluate(
         raise UsageError(f"evaluate got copies={copies} with {mode} firing; copies above 1 need mode='stochastic'")
     device = pick_device(device)
     per_sample = resolve(loss)
-    was_training = model.training
-    model.to(device).eval()
+    model.to(device)
     tally = Tally()
-    try:
+    with mode_of(model, training=False):
         for step, batch in enumerate(loader):
             x, targets, lengths = unpack(batch, device)
             x = as_sequence(x, targets, lengths, time_first, model)
             outputs = averaged_outputs(model, x, lengths, mode, copies, estimator or ULR(), seed, step)
             mask = step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None
             tally.add(per_sample(outputs, targets, mask), total(outputs, mask), targets)
-    finally:
-        model.train(was_training)
     if not tally.samples:
         raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
     return {**tally.means(), "samples": tally.samples}
+
+
+@contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def averaged_outputs(
@@ -274,7 +283,7 @@ def averaged_outputs(
         if mode == "stochastic":
             sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
             noise = Noise(seed, step, sample, torch.full_like(sample, copy))
-        with bind(model, estimator.firing, noise, lengths):
+        with bind(model, NoiseLevel(estimator.firing), noise, lengths):
             once = model_outputs(model, x)
         check_outputs(once, x.shape[0], x.shape[1])
         outputs = once if outputs is None else outputs + once

@@ -13,6 +13,7 @@ probabilities, so with λ = 1 it must come from an independent copy, as all cred
     e_t = ε_t + p'_t δu_t,    δu_{t+1} = beta k_t δu_t + h_t e_t,    so that  sum_t a_t e_t = sum_t (a + h g)_t ε_t.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +24,22 @@ from ulr_snn.neurons import SpikingNeuron
 
 @dataclass
 class ResetPath:
-    """One pass of one layer, linearised along its reset. slope: p' per unit of membrane; all [T, B, ...]."""
+    """One pass of one layer, linearised along its reset.
+
+    slope: p' per unit of membrane; membrane: gives u where the reset needs it; all [T, B, ...].
+    """
 
     neuron: SpikingNeuron
     slope: Tensor
     spikes: Tensor
-    membrane: Tensor
+    membrane: Callable[[], Tensor]
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """beta k_t and h_t, broadcast over time where they are constant."""
         beta = self.neuron.beta.detach().clamp(0, 1)
         steps = len(self.spikes)
         if self.neuron.reset == "zero":
-            return beta * (1 - self.spikes), -beta * self.membrane
+            return beta * (1 - self.spikes), -beta * self.membrane()
         h = -self.neuron.threshold.detach() if self.neuron.reset == "subtract" else torch.zeros_like(beta)
         return beta.expand(steps, *beta.shape), h.expand(steps, *h.shape)
 

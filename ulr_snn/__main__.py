@@ -1,0 +1,5 @@
+"""`python -m ulr_snn`: the command line without its installed script."""
+
+from ulr_snn.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""plan: which parameter gets its gradient how, and what is wrong with a model, before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.estimator import DEFAULT_COPIES, ULR, Structure, as_sequence
+from ulr_snn.losses import Loss, resolve
+from ulr_snn.noise import NoiseLevel
+from ulr_snn.passes import Forward, coupled_modules, keep_traces
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; print it. rows: (parameter, shape, gradient); untrained: parameters that get none."""
+
+    credit: str
+    copies: int
+    rows: list[tuple[str, str, str]]
+    sites: list[tuple[str, str, str]]
+    untrained: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"credit {self.credit}, {self.copies} {'copy' if self.copies == 1 else 'copies'} of every sample a step"]
+        lines += ["", *_table(("site", "noise", "credit of its spikes"), self.sites)]
+        lines += ["", *_table(("parameter", "shape", "gradient"), self.rows)]
+        lines += [f"\nnot trained: {name}" for name in self.untrained]
+        return "\n".join(lines + [f"\nnote: {note}" for note in self.notes])
+
+
+def plan(
+    model: nn.Module,
+    example_batch: Sequence[Tensor],
+    estimator: ULR | None = None,
+    loss: str | Loss = "ce_count",
+    time_first: bool = True,
+) -> Plan:
+    """Says how `train` would estimate each parameter's gradient, from one forward pass that leaves no trace.
+
+    example_batch: (x, y) or (x, y, lengths), as the loader gives them. Raises UsageError for what `train` would
+    refuse: no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
+    """
+    estimator = estimator or ULR()
+    device = next(model.parameters(), torch.empty(0)).device
+    x, targets, lengths = (*(torch.as_tensor(item).to(device) for item in example_batch), None)[:3]
+    x = as_sequence(x, targets, lengths, time_first, model)
+    level = NoiseLevel(estimator.firing, progress=0.0)
+    with keep_traces(model):
+        p = Forward(model, level, seed=0, step=0, antithetic=False).run(x, targets, lengths, resolve(loss), [0])
+    structure = Structure.of(model, p, estimator)
+    rows = [
+        (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
+        for name, q in model.named_parameters()
+    ]
+    sites = [(r.site, _noise(estimator, r, level), _credit(structure, r.site)) for r in p.records]
+    return Plan(
+        structure.credit,
+        estimator.copies or DEFAULT_COPIES[structure.credit],
+        rows,
+        sites,
+        [f"{name}: {_why(structure)}" for name in structure.untrained],
+        _notes(model, structure, estimator),
+    )
+
+
+def _source(structure: Structure, sources: list[str] | None) -> str:
+    if sources is None:
+        return "frozen (requires_grad is False)"
+    if not sources:
+        return "none"
+    return " + ".join("exact, through the outputs" if s == "outputs" else f"credit at site {s}" for s in sources)
+
+
+def _noise(estimator: ULR, record, level: NoiseLevel) -> str:
+    law = type(estimator.firing).__name__.lower()
+    if estimator.firing.scale is not None:
+        return f"{law}, scale {estimator.firing.scale:g}"
+    return f"{law}, {level.starts[record.site]:.2f} -> {estimator.firing.end:.2f} of the threshold"
+
+
+def _credit(structure: Structure, site: str) -> str:
+    if structure.credit == "global":
+        return "loss minus baseline, times the score"
+    parts = ["direct"] * (site in structure.direct)
+    parts += [f"learned from layer {target}" for target in structure.feeds[site]]
+    parts += ["learned from the outputs, resolved in time"] * (site in structure.from_outputs)
+    text = " + ".join(parts) or "none: its spikes reach nothing"
+    return text if structure.credit == "feedback" else f"loss times score, less {text} of other copies"
+
+
+def _why(structure: Structure) -> str:
+    if not structure.differentiable:
+        return "the loss has no gradient, and no spiking layer comes after it; end the model in a spiking layer"
+    return "neither the outputs nor a spiking layer depend on it differentiably; freeze it or use it"
+
+
+def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
+    notes = []
+    if coupled_modules(model):
+        notes.append("training batch norm or dropout: copies run one after another, and each loss counts for its own sample")
+    if structure.learns and structure.credit == "feedback" and estimator.copies is None:
+        notes.append(f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned")
+    return notes
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
