@@ -182,9 +182,7 @@ def compare(ledger: Ledger, task: str, method: str, stages: list[str], seeds: li
     if "final" in stages:
         epochs = ledger.config.get("epochs", TASKS[task].epochs)
         seeds = seeds[:1] if method == "logistic" else seeds
-        for wait in [
-            ledger.submit(Run("final", task, method, key(settings), seed, epochs)) for seed in seeds
-        ]:
+        for wait in [ledger.submit(Run("final", task, method, key(settings), seed, epochs)) for seed in seeds]:
             wait()
 
 
@@ -211,12 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument(
-        "--methods", nargs="+", choices=methods, default=methods, help="logistic: digits only"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, help="of the final stage (default: those of grid.json)"
-    )
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="logistic: digits only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the final stage (default: those of grid.json)")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--data", default=os.environ.get("ULR_SNN_DATA", HERE.parents[1] / "shared" / "data"))
     parser.add_argument("--results", type=Path, help="default: results beside this file")
@@ -237,8 +231,7 @@ def run_all(options: argparse.Namespace, config: dict[str, Any], path: Path) -> 
         (task, method)
         for task in options.tasks
         for method in options.methods
-        if (method != "logistic" or task == "digits")
-        and ("final" in options.stages or method in config["tuned"])
+        if (method != "logistic" or task == "digits") and ("final" in options.stages or method in config["tuned"])
     ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, spawn, one_thread) as pool:

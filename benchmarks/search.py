@@ -64,9 +64,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def search(
-    blocks: list[Block], evaluate: Evaluate, short: float, keep: float, rounds: int
-) -> tuple[Settings, bool]:
+def search(blocks: list[Block], evaluate: Evaluate, short: float, keep: float, rounds: int) -> tuple[Settings, bool]:
     """The best settings, and whether they beat their neighbours on every ordered axis (else rounds ran out).
 
     All points run for the fraction `short` of the epochs, the best `keep` of them for all epochs; then the

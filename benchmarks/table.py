@@ -72,11 +72,7 @@ def line(runs: Rows, task: str, method: str) -> dict[str, object]:
 
 def by_seed(runs: Rows, task: str, method: str) -> dict[str, dict[str, str]]:
     """The final runs of one method; of several with the same seed (after another tuning) the latest."""
-    return {
-        run["seed"]: run
-        for run in runs
-        if (run["stage"], run["task"], run["method"]) == ("final", task, method)
-    }
+    return {run["seed"]: run for run in runs if (run["stage"], run["task"], run["method"]) == ("final", task, method)}
 
 
 def average(runs: dict[str, dict[str, str]], column: str, factor: float = 1.0) -> float | str:
@@ -109,9 +105,7 @@ def markdown(summary: list[dict[str, object]]) -> str:
             f"{row['accuracy']:.2f}{spread}",
             row["accuracy_stochastic"],
             f"{row['minus_bptt']:+.2f}" if row["minus_bptt"] != "" else "",
-            f"{row['minus_bptt_low']:+.2f} to {row['minus_bptt_high']:+.2f}"
-            if row["minus_bptt_low"] != ""
-            else "",
+            f"{row['minus_bptt_low']:+.2f} to {row['minus_bptt_high']:+.2f}" if row["minus_bptt_low"] != "" else "",
             f"{row['forward_passes']:,.0f}" if row["forward_passes"] != "" else "",
             f"{row['seconds']:.0f}" if row["seconds"] != "" else "",
         )

@@ -120,12 +120,8 @@ TASKS = {
     "saccade-mnist-dense": Task(5, saccade_mnist, dense),
     "saccade-mnist-conv": Task(5, saccade_mnist, convolutional),
     "spoken-digits-ff": Task(10, spoken_digits, lambda: one_hidden(128, LIF(), 256, TimeAverage())),
-    "spoken-digits-recurrent": Task(
-        10, spoken_digits, lambda: one_hidden(128, RecurrentLIF(256), 256, TimeAverage())
-    ),
-    "memory": Task(
-        8, saccade_mnist_totals, lambda: one_hidden(68, RecurrentLIF(128), 128, LastSteps(5)), Rows
-    ),
+    "spoken-digits-recurrent": Task(10, spoken_digits, lambda: one_hidden(128, RecurrentLIF(256), 256, TimeAverage())),
+    "memory": Task(8, saccade_mnist_totals, lambda: one_hidden(68, RecurrentLIF(128), 128, LastSteps(5)), Rows),
     "digits": Task(10, digits, lambda: default_model((2, 16, 16), CLASSES)),
 }
 

@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_task(train)
     train.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: %(default)s")
     train.add_argument("--max-steps", type=_positive, metavar="N", help="stop after so many steps")
-    train.add_argument("--lr", type=float, default=5e-3, metavar="X", help="default: %(default)s")
+    train.add_argument("--lr", type=float, metavar="X", help="learning rate (default: that of ulr_snn.train)")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     train.add_argument("--no-progress", dest="progress", action="store_false", help="without progress bars")
@@ -240,9 +240,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="digits (needs no download), nmnist or shd")
     _add_data_root(parser)
-    parser.add_argument(
-        "--model", metavar="MODULE:FACTORY", help="factory(sample_shape, classes) -> nn.Module"
-    )
+    parser.add_argument("--model", metavar="MODULE:FACTORY", help="factory(sample_shape, classes) -> nn.Module")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and noise")
     parser.add_argument("--credit", choices=("auto", "global", "feedback", "residual"), help="default: auto")

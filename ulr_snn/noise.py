@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 
-
-LEVELS = (0.16, 0.5)  # bounds of a calibrated starting scale, in units of the threshold
+LEVELS = (0.16, 1.0)  # bounds of a calibrated starting scale, in units of the threshold
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Firing:
 
     scale: float | None = None
     start: float = 0.4
-    end: float = 0.09
+    end: float = 0.12
 
     def __post_init__(self) -> None:
         for name, value in (("scale", self.scale), ("start", self.start), ("end", self.end)):
@@ -82,7 +81,7 @@ class NoiseLevel:
 
     Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
     one. So the scale falls geometrically from `start` times the standard deviation of the layer's membranes in the
-    first batch (no spikes, within 0.16 to 0.5 of the threshold), to `end` times the threshold.
+    first batch (no spikes, within 0.16 to 1 times the threshold), to `end` times the threshold.
     progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
     """
 
@@ -156,8 +155,7 @@ class Noise:
         key = _splitmix(self.seed, self.step, site)
         time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=device)[:, None]
         row1, row2 = (
-            _mix(_mix(_mix(self.sample + word) + self.stream)[None] + time)
-            for word in (_int32(key), _int32(key >> 32))
+            _mix(_mix(_mix(self.sample + word) + self.stream)[None] + time) for word in (_int32(key), _int32(key >> 32))
         )
         neurons = math.prod(shape)
         counter = torch.arange(neurons, dtype=torch.int32, device=device) * _int32(_GOLDEN)

@@ -124,7 +124,9 @@ def model_outputs(model: nn.Module, x: Tensor) -> Tensor:
     if isinstance(outputs, tuple | list) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, Tensor):
-        raise UsageError(f"{type(model).__name__} returned {type(outputs).__name__}; return a tensor [T, B, C] or [B, C]")
+        raise UsageError(
+            f"{type(model).__name__} returned {type(outputs).__name__}; return a tensor [T, B, C] or [B, C]"
+        )
     return outputs
 
 
@@ -135,3 +137,28 @@ def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
         raise UsageError(
             f"the model returned shape {shape} for {steps} steps of a batch of {rows}; return [T, B, C] or [B, C]"
         )
+
+
+def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: bool, model: nn.Module) -> Tensor:
+    """x as a floating-point sequence [T, B, ...] in the model's dtype. Raises UsageError for what cannot be one."""
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise UsageError(
+            f"events have shape {shape}; they must be a tensor [T, B, ...] (or [B, T, ...], time_first=False)"
+        )
+    x = x if time_first else x.transpose(0, 1)
+    if x.shape[1] != len(targets):
+        swapped = x.shape[0] == len(targets)
+        hint = (
+            f"the time axis looks swapped, pass time_first={not time_first}" if swapped else "give one target a sample"
+        )
+        raise UsageError(
+            f"events hold {x.shape[1]} samples of {x.shape[0]} steps, but there are {len(targets)} targets; {hint}"
+        )
+    if lengths is not None and (lengths.shape != targets.shape[:1] or lengths.min() < 1 or lengths.max() > len(x)):
+        raise UsageError(f"lengths must be [B], each from 1 to the {len(x)} steps of the batch")
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype = reference.dtype if reference is not None else torch.get_default_dtype()
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise UsageError("events contain NaN or infinite values; clean the recordings first")
+    return x.to(dtype)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.estimator import DEFAULT_COPIES, ULR, Structure, as_sequence
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import DEFAULT_COPIES, ULR
 from ulr_snn.losses import Loss, resolve
 from ulr_snn.noise import NoiseLevel
-from ulr_snn.passes import Forward, coupled_modules, keep_traces
+from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces
+from ulr_snn.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Plan:
     notes: list[str]
 
     def __str__(self) -> str:
-        lines = [f"credit {self.credit}, {self.copies} {'copy' if self.copies == 1 else 'copies'} of every sample a step"]
+        lines = [
+            f"credit {self.credit}, {self.copies} {'copy' if self.copies == 1 else 'copies'} of every sample a step"
+        ]
         lines += ["", *_table(("site", "noise", "credit of its spikes"), self.sites)]
         lines += ["", *_table(("parameter", "shape", "gradient"), self.rows)]
         lines += [f"\nnot trained: {name}" for name in self.untrained]
@@ -45,12 +49,14 @@ def plan(
     """
     estimator = estimator or ULR()
     device = next(model.parameters(), torch.empty(0)).device
+    if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
+        raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")
     x, targets, lengths = (*(torch.as_tensor(item).to(device) for item in example_batch), None)[:3]
     x = as_sequence(x, targets, lengths, time_first, model)
     level = NoiseLevel(estimator.firing, progress=0.0)
     with keep_traces(model):
         p = Forward(model, level, seed=0, step=0, antithetic=False).run(x, targets, lengths, resolve(loss), [0])
-    structure = Structure.of(model, p, estimator)
+    structure = Structure.of(model, p, estimator.credit, estimator.time_functions)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()
@@ -100,12 +106,18 @@ def _why(structure: Structure) -> str:
 def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
     notes = []
     if coupled_modules(model):
-        notes.append("training batch norm or dropout: copies run one after another, and each loss counts for its own sample")
+        notes.append(
+            "training batch norm or dropout: copies run one after another, and each loss counts for its own sample"
+        )
     if structure.learns and structure.credit == "feedback" and estimator.copies is None:
-        notes.append(f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned")
+        notes.append(
+            f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned"
+        )
     return notes
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]

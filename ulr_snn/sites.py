@@ -66,7 +66,7 @@ class Site:
         name = self.name if call == 0 else f"{self.name}#{call + 1}"
         draw = heaviside
         if self.noise is not None:
-            scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current))
+            scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
             draw = self._drawer(current, scale.detach(), call)
         fire = draw if mask is None else lambda t, drive: draw(t, drive) * mask[t]
         with torch.no_grad():
@@ -75,7 +75,14 @@ class Site:
             return spikes
         x = neuron.drive_at(current, spikes, drive, fed_back) / scale
         record = Record(
-            name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), self.level.firing, mask
+            name,
+            neuron,
+            current.detach(),
+            scale.detach(),
+            x,
+            spikes.requires_grad_(),
+            self.level.firing,
+            mask,
         )
         self.records.append(record)
         return record.spikes
@@ -97,10 +104,13 @@ class Site:
         return draw
 
 
-def _spread(neuron: SpikingNeuron, current: Tensor) -> float:
-    """Standard deviation of the membranes that the current would charge if no neuron fired."""
+def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
+    """Standard deviation of the membranes that the current would charge if no neuron fired, padding left out."""
     with torch.no_grad():
-        return neuron.run(current, lambda t, drive: torch.zeros_like(drive))[1].std().item()
+        membrane = neuron.run(current, lambda t, drive: torch.zeros_like(drive))[1] + neuron.threshold
+        if mask is not None:
+            membrane = membrane[mask.bool().expand_as(membrane)]
+        return membrane.std(correction=0).item()
 
 
 def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron]]:

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR, Estimate, as_sequence
+from ulr_snn.estimator import ULR, Estimate
 from ulr_snn.losses import Loss, resolve, total
 from ulr_snn.neurons import step_mask
 from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.passes import check_outputs, model_outputs
+from ulr_snn.passes import as_sequence, check_outputs, model_outputs
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.sites import bind
 
@@ -325,7 +325,7 @@ def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | N
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """"auto" is a CUDA device where there is one."""
+    """ "auto" is a CUDA device where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -357,17 +357,26 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
 
 
 def make_scheduler(
-    optimizer: Optimizer, scheduler: Any, loader: Iterable, epochs: int, accumulate: int, max_steps: int | None
+    optimizer: Optimizer,
+    scheduler: Any,
+    loader: Iterable,
+    epochs: int,
+    accumulate: int,
+    max_steps: int | None,
 ) -> LRScheduler | None:
     if scheduler is None:
         return None
     if scheduler != "cosine":
         if not callable(scheduler):
-            raise UsageError(f"train got scheduler={scheduler!r}; it is 'cosine', None or a factory optimizer -> scheduler")
+            raise UsageError(
+                f"train got scheduler={scheduler!r}; it is 'cosine', None or a factory optimizer -> scheduler"
+            )
         return scheduler(optimizer)
     steps = total_steps(loader, epochs, accumulate, max_steps)
     if steps is None:
-        raise UsageError("the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None")
+        raise UsageError(
+            "the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None"
+        )
     return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def direct_credit(outputs: Tensor, error: Tensor, spikes: Sequence[Tensor]) -> list[Tensor | None]:
-    """a = (∂outputs/∂spikes)^T error for each leaf of spikes [T, B, ...]; None where the outputs do not depend on it."""
+    """a = (∂outputs/∂spikes)^T error for each leaf of spikes [T, B, ...]; None where the outputs do not reach it."""
     if not outputs.requires_grad:
         return [None] * len(spikes)
     return list(torch.autograd.grad(outputs, spikes, error, retain_graph=True, allow_unused=True))

@@ -1,14 +1,15 @@
-"""Learned feedback: linear maps from errors downstream to spikes, estimated by a likelihood ratio (METHOD 3, 2).
+"""Learned feedback: linear maps from what happens downstream to spikes, learned from forward passes (METHOD 3, 2).
 
-Two targets, one estimator. With z = innovations of the spikes of a site and y = a quantity downstream,
-M ≈ E[∂y/∂spike] is the regression of y's half-differences over two copies on z's:
-    M += α mean over rows of z (Δy - sum of all predictions M^T z)^T / v,     v = mean of z²
+outputs   a_it = sum_r q_r(t) (B_r e)_i,     e = ∂L/∂o, o the outputs, q_r smooth functions of time.
+          B ≈ E[∂o/∂spike] is a likelihood ratio: o's half-differences over two copies, less all that the credit in
+          use explains, are regressed on the innovations' z_r = sum_t q_r(t) ε_t.
+layers    a_it = (C g_t)_i,     g_t = ∂L/∂J_t, J the input current of a layer that the spikes feed.
+          C ≈ E[∂J/∂spike] is regressed, one row a time step, on the spikes' half-differences z = s_t, which
+          leave less unexplained than innovations do: nothing but these spikes differs between the copies there.
+          Between wide layers g is replaced by its projection on the q_r: R products where every step by itself
+          would cost T. g depends on the sample by the slopes of that layer's firing probabilities.
 
-outputs  y = outputs o, z_r = sum_t q_r(t) ε_t:    a_it = sum_r q_r(t) (B_r e)_i,     e = ∂L/∂o
-layers   y = input current J of a layer that the spikes feed, z = ε_t, one row a time step:
-                                                   a_it = (C g_t)_i,     g_t = ∂L/∂J_t of that layer,
-    which depends on the sample through that layer's firing slopes. Between wide layers g_t is replaced by its
-    projection on the functions of time q_r, which costs R products where every step by itself would cost T.
+Both by  M += α mean over rows of z (what is unexplained)^T / v,     v = mean of z².
 """
 
 import math
@@ -35,7 +36,7 @@ class Feedback:
 
     outputs[site]: B [R, N, O]. layers[site -> target]: C [N, N_target]. functions: R, smooth functions of time.
     rate: bounds the step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below what it
-    explains. Every step also stays below half of what is stable for the rows at hand.
+    explains. Every step also stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
     """
 
     def __init__(self, functions: int, rate: float) -> None:
@@ -57,29 +58,42 @@ class Feedback:
         if matrix is None:
             return None
         currents = currents.flatten(2)
-        if matrix.numel() * spikes.shape[0] * spikes.shape[1] <= EXACT_IN_TIME:
+        if exact_in_time(matrix, spikes):
             return (currents @ matrix.T).view(spikes.shape)
         basis = time_basis(self.functions, len(spikes), spikes)
         mean = torch.einsum("rt,tbn->rbn", basis / len(spikes), currents)
         return torch.einsum("rt,rbn->tbn", basis, mean @ matrix.T).view(spikes.shape)
 
-    def project(self, innovations: Tensor) -> Tensor:
-        """z [R, B, N] of innovations [T, B, ...]."""
-        basis = time_basis(self.functions, len(innovations), innovations)
-        return torch.einsum("rt,tbn->rbn", basis, innovations.flatten(2))
+    def to_outputs(self, site: str, spikes: Tensor) -> Tensor:
+        """B^T z [B, O]: what changes of spikes [T, B, ...] do to the outputs; `from_outputs` the other way."""
+        z = self.project(spikes.flatten(2))
+        return torch.einsum("rbn,rno->bo", z, self.outputs[site][: len(z)])
 
-    def refresh_outputs(self, z: dict[str, Tensor], change: Tensor) -> None:
-        """One step of every B from half-differences z[site] [R, B, N] and output changes [B, O]."""
-        for site, zs in z.items():
-            if site not in self.outputs:
-                self.outputs[site] = change.new_zeros(self.functions, zs.shape[2], change.shape[1])
-        predicted = [torch.einsum("rbn,rno->bo", zs, self.outputs[site][: len(zs)]) for site, zs in z.items()]
-        unexplained = change - torch.stack(predicted).sum(0)
+    def to_layer(self, site: str, target: str, spikes: Tensor) -> Tensor | None:
+        """C^T z [T, B, N_target]: what changes of spikes do to a layer's input current; `from_layer` the other way."""
+        matrix = self.layers.get(edge(site, target))
+        if matrix is None:
+            return None
+        spikes = spikes.flatten(2)
+        if exact_in_time(matrix, spikes):
+            return spikes @ matrix
+        basis = time_basis(self.functions, len(spikes), spikes)
+        return torch.einsum("rt,rbn->tbn", basis / len(spikes), self.project(spikes) @ matrix)
+
+    def project(self, innovations: Tensor) -> Tensor:
+        """z [R, B, N] of innovations [T, B, N]."""
+        basis = time_basis(self.functions, len(innovations), innovations)
+        return torch.einsum("rt,tbn->rbn", basis, innovations)
+
+    def refresh_outputs(self, z: dict[str, Tensor], unexplained: Tensor) -> None:
+        """One step of every B from half-differences of z[site] [R, B, N] and of what is unexplained [B, O]."""
         powers = {site: mean_square(zs, (1, 2)) for site, zs in z.items()}
         white = [(zs / powers[site].sqrt()[:, None, None]).transpose(0, 1).flatten(1) for site, zs in z.items()]
         stable = 0.5 / largest_eigenvalue(white)
         for site, zs in z.items():
             functions, samples, neurons = zs.shape
+            if site not in self.outputs:
+                self.outputs[site] = zs.new_zeros(self.functions, neurons, unexplained.shape[1])
             step = min(stable, self.rate * samples / (neurons * functions))
             moved = torch.einsum("rbn,bo->rno", zs, unexplained) / samples
             self.outputs[site][:functions] += step * moved / powers[site][:, None, None]
@@ -105,6 +119,11 @@ class Feedback:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.outputs = {name: matrix.clone() for name, matrix in state["outputs"].items()}
         self.layers = {name: matrix.clone() for name, matrix in state["layers"].items()}
+
+
+def exact_in_time(matrix: Tensor, sequence: Tensor) -> bool:
+    """Whether every time step of a sequence [T, B, ...] may go through the matrix by itself."""
+    return matrix.numel() * sequence.shape[0] * sequence.shape[1] <= EXACT_IN_TIME
 
 
 def edge(site: str, target: str) -> str:

@@ -9,8 +9,9 @@ learned feedback), p' per unit of membrane, and k_t the factor of the membrane t
 METHOD section 3: direct credit misses a neuron's own reset; this carries it. It looks at the pass's own later
 probabilities, so with λ = 1 it must come from an independent copy, as all credit does there.
 
-`reset_response` is the same linear map the other way: what innovations ε do to the spikes of their own neurons,
-    e_t = ε_t + p'_t δu_t,    δu_{t+1} = beta k_t δu_t + h_t e_t,    so that  sum_t a_t e_t = sum_t (a + h g)_t ε_t.
+The same linear map the other way: what innovations ε and changes δJ of the input currents do to the spikes,
+    δu_t = beta k_{t-1} δu_{t-1} + h_{t-1} e_{t-1} + δJ_t,    e_t = ε_t + p'_t δu_t,
+so that sum_t a_t e_t = sum_t (a + h g)_t ε_t + g_t δJ_t.
 """
 
 from collections.abc import Callable
@@ -53,12 +54,14 @@ class ResetPath:
             g = torch.addcmul(kept[t] * g, total[t], self.slope[t], out=currents[t])
         return total, currents
 
-    def response(self, innovations: Tensor) -> Tensor:
-        """e [T, B, ...]: the innovations with what they do, by way of the reset, to their neurons' later spikes."""
+    def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
+        """e [T, B, ...]: innovations and changes of the input currents, with what they do to their neurons' spikes."""
         kept, h = self._steps()
         response = torch.empty_like(innovations)
         moved = torch.zeros_like(innovations[0])
         for t in range(len(innovations)):
+            if currents is not None:
+                moved = moved + currents[t]
             torch.addcmul(innovations[t], moved, self.slope[t], out=response[t])
             moved = kept[t] * moved + h[t] * response[t]
         return response

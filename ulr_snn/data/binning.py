@@ -48,9 +48,7 @@ class Binned:
     lengths: np.ndarray
 
 
-def window(
-    span_us: int, default_us: int, time_bins: TimeBins | None, bin_us: int | None
-) -> tuple[TimeBins, int]:
+def window(span_us: int, default_us: int, time_bins: TimeBins | None, bin_us: int | None) -> tuple[TimeBins, int]:
     """The number of bins and their width in microseconds, from the one, the other, both or neither.
 
     What is not given follows from `span_us`, the part of a recording that is covered by default:
@@ -62,9 +60,7 @@ def window(
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
         if not (value is None or whole or (option == "time_bins" and value == "full")):
             allowed = (
-                'a positive integer or "full"'
-                if option == "time_bins"
-                else "a positive whole number of microseconds"
+                'a positive integer or "full"' if option == "time_bins" else "a positive whole number of microseconds"
             )
             raise UsageError(f"{option}={value!r} is not a way to bin events; give {allowed}.")
     if bin_us is None:

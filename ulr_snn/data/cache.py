@@ -35,9 +35,7 @@ def cached(
     that a changed source replaces its old file instead of leaving it behind.
     A file that is missing, stale or damaged is built again. Where it cannot be written, a warning says so.
     """
-    folder = Path(
-        cache_dir or os.environ.get("ULR_SNN_CACHE") or Path.home() / ".cache" / "ulr_snn"
-    ).expanduser()
+    folder = Path(cache_dir or os.environ.get("ULR_SNN_CACHE") or Path.home() / ".cache" / "ulr_snn").expanduser()
     digest = hashlib.blake2b(f"{FORMAT}\n{name}\n{key}".encode(), digest_size=8).hexdigest()
     path = folder / f"{name}-{digest}.npz"
     splits = _read(path, fingerprint)
@@ -60,8 +58,7 @@ def _read(path: Path, fingerprint: str) -> Splits | None:
             if str(file["fingerprint"]) != fingerprint:
                 return None
             train, test = (
-                Binned(**{f.name: file[f"{split}_{f.name}"] for f in fields(Binned)})
-                for split in ("train", "test")
+                Binned(**{f.name: file[f"{split}_{f.name}"] for f in fields(Binned)}) for split in ("train", "test")
             )
             return Splits(train, test, tuple(file["sample_shape"].tolist()), int(file["classes"]))
     except Exception:

@@ -57,9 +57,7 @@ def _choose(all_recordings: Recordings, indices: np.ndarray) -> Recordings:
     sizes = np.diff(all_recordings.offsets)
     kept = np.repeat(np.isin(np.arange(len(sizes)), indices), sizes)
     offsets = np.concatenate([[0], np.cumsum(sizes[indices])])
-    return Recordings(
-        all_recordings.time[kept], all_recordings.feature[kept], offsets, all_recordings.labels[indices]
-    )
+    return Recordings(all_recordings.time[kept], all_recordings.feature[kept], offsets, all_recordings.labels[indices])
 
 
 def _events(pictures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -68,9 +66,7 @@ def _events(pictures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.n
     bits = np.random.PCG64(0)
     logarithm = log_table()
     flat = pictures.reshape(count, 64).astype(np.float64)
-    threshold = (
-        THRESHOLD - MISMATCH + (bits.random_raw(pixels) % np.uint64(2 * MISMATCH + 1)).astype(np.int32)
-    )
+    threshold = THRESHOLD - MISMATCH + (bits.random_raw(pixels) % np.uint64(2 * MISMATCH + 1)).astype(np.int32)
     path = _path()
     phase = (bits.random_raw(count * pixels) % np.uint64(THRESHOLD)).astype(np.int32) - THRESHOLD // 2
     reference = logarithm[_luminance(flat, path[0])] + phase.reshape(count, pixels)

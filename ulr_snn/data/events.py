@@ -116,9 +116,7 @@ def collate(items: Sequence[tuple[Any, int]]) -> Collated:
 def _pad(recordings: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     shapes = sorted({tuple(recording.shape[1:]) for recording in recordings})
     if len(shapes) > 1:
-        raise UsageError(
-            f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only."
-        )
+        raise UsageError(f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only.")
     lengths = torch.tensor([len(recording) for recording in recordings])
     x = torch.zeros(int(lengths.max()), len(recordings), *shapes[0], dtype=recordings[0].dtype)
     for sample, recording in enumerate(recordings):

@@ -71,8 +71,7 @@ def load(
         lambda: source.build(bins, width),
     )
     return tuple(
-        EventDataset(part, splits.sample_shape, splits.classes, binary)
-        for part in (splits.train, splits.test)
+        EventDataset(part, splits.sample_shape, splits.classes, binary) for part in (splits.train, splits.test)
     )
 
 
@@ -95,8 +94,7 @@ def _nmnist(root: str | os.PathLike | None) -> Source:
 
     def build(bins: TimeBins, width: int) -> Splits:
         train, test = (
-            bin_recordings(tonic.read_nmnist(files[split]), 2 * 34 * 34, bins, width)
-            for split in ("train", "test")
+            bin_recordings(tonic.read_nmnist(files[split]), 2 * 34 * 34, bins, width) for split in ("train", "test")
         )
         return Splits(train, test, tonic.NMNIST_SHAPE, tonic.NMNIST_CLASSES)
 
@@ -109,9 +107,7 @@ def _shd(root: str | os.PathLike | None) -> Source:
 
     def build(bins: TimeBins, width: int) -> Splits:
         units, classes = tonic.shd_shape(files)
-        train, test = (
-            bin_recordings(tonic.read_shd(files[split]), units, bins, width) for split in ("train", "test")
-        )
+        train, test = (bin_recordings(tonic.read_shd(files[split]), units, bins, width) for split in ("train", "test"))
         return Splits(train, test, (units,), classes)
 
     return Source(str(folder), tonic.fingerprint(list(files.values())), build)

@@ -46,9 +46,7 @@ def nmnist_files(folder: Path, split: str) -> list[Path]:
     base = folder / NMNIST_FOLDERS[split]
     files = sorted(base.glob("*/*.bin"))
     if not files:
-        raise UsageError(
-            f"no recordings {base}/<digit>/*.bin; unpack {base.name}.zip there, or give another root=."
-        )
+        raise UsageError(f"no recordings {base}/<digit>/*.bin; unpack {base.name}.zip there, or give another root=.")
     for name in sorted({file.parent.name for file in files}):
         if not (len(name) == 1 and name in "0123456789"):
             raise UsageError(
@@ -92,9 +90,7 @@ def shd_files(folder: Path) -> dict[str, Path]:
     files = {split: folder / name for split, name in SHD_FILES.items()}
     for file in files.values():
         if not file.is_file():
-            raise UsageError(
-                f"no recordings {file}; put SHD's unpacked {file.name} there, or give another root=."
-            )
+            raise UsageError(f"no recordings {file}; put SHD's unpacked {file.name} there, or give another root=.")
     return files
 
 

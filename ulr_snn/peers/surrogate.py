@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import Estimate, as_sequence
+from ulr_snn.estimator import Estimate
 from ulr_snn.losses import Loss, resolve
 from ulr_snn.neurons import LIF, Timed, heaviside, step_mask
-from ulr_snn.passes import check_outputs, model_outputs
+from ulr_snn.passes import as_sequence, check_outputs, model_outputs
 from ulr_snn.scan.reference import shift
 from ulr_snn.sites import spiking_layers
 
@@ -52,9 +52,7 @@ class SurrogateBPTT:
 
     def __post_init__(self) -> None:
         if self.function not in FUNCTIONS:
-            raise UsageError(
-                f"SurrogateBPTT got function={self.function!r}; it is one of {', '.join(FUNCTIONS)}"
-            )
+            raise UsageError(f"SurrogateBPTT got function={self.function!r}; it is one of {', '.join(FUNCTIONS)}")
         if not self.slope > 0:
             raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
 
@@ -72,9 +70,7 @@ class SurrogateBPTT:
         """current [T, B, ...] -> spikes [T, B, ...], differentiable by the surrogate. This is every site."""
         mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
         recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
-        return _SurrogateScan.apply(
-            current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, self, mask
-        )
+        return _SurrogateScan.apply(current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, self, mask)
 
 
 class _SurrogateScan(torch.autograd.Function):
@@ -156,14 +152,10 @@ class SurrogateAttachment:
     The model is bound only inside `backward`. `forward_passes` counts one a sample and step.
     """
 
-    def __init__(
-        self, model: nn.Module, peer: SurrogateBPTT, loss: str | Loss, time_first: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: str | Loss, time_first: bool = True) -> None:
         for name, neuron in spiking_layers(model):
             if not isinstance(neuron, LIF):
-                raise UsageError(
-                    f"{name} is a {type(neuron).__name__}; SurrogateBPTT knows LIF, RecurrentLIF"
-                )
+                raise UsageError(f"{name} is a {type(neuron).__name__}; SurrogateBPTT knows LIF, RecurrentLIF")
         self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
         self.step = 0
         self.forward_passes = 0

@@ -1,0 +1,82 @@
+"""What one forward pass shows about a model: which layers feed which, and where each gradient comes from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.feedback import ENTRIES, time_basis
+from ulr_snn.errors import UsageError
+from ulr_snn.graph import leaves
+from ulr_snn.passes import Pass
+
+
+@dataclass
+class Structure:
+    """What the first pass shows: the credit in use, and where each site's credit comes from.
+
+    direct: sites whose spikes reach the outputs without passing another spike. feeds: per site, the layers whose
+    input current its spikes reach so. from_outputs: sites with learned feedback from the outputs: recurrent ones
+    (what their own recurrent weights do later), and those that feed a layer too wide for a matrix between the two.
+    """
+
+    credit: str
+    direct: set[str]
+    feeds: dict[str, list[str]]
+    from_outputs: list[str]
+    output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
+    parameters: dict[str, list[str]]  # parameter -> "outputs" and sites that its gradient comes from
+    differentiable: bool  # whether the loss has a gradient in the outputs
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is feedback to learn."""
+        return self.credit != "global" and bool(self.from_outputs or any(self.feeds.values()))
+
+    @property
+    def untrained(self) -> list[str]:
+        """Trainable parameters that no gradient reaches."""
+        return [name for name, sources in self.parameters.items() if not sources]
+
+    @classmethod
+    def of(cls, model: nn.Module, p: Pass, credit: str, time_functions: int) -> "Structure":
+        if p.error is None and credit in ("feedback", "residual"):
+            raise UsageError(
+                f"the loss has no gradient with respect to the outputs, which credit={credit!r} needs; "
+                "use credit='global'"
+            )
+        if credit == "auto":
+            credit = "feedback" if p.error is not None else "global"
+        reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
+        reached |= {record.site: leaves([record.x]) for record in p.records}
+        direct = {r.site for r in p.records if id(r.spikes) in reached["outputs"]}
+        width = {r.site: r.current[0, 0].numel() for r in p.records}
+        feeds: dict[str, list[str]] = {r.site: [] for r in p.records}
+        from_outputs = [r.site for r in p.records if r.neuron.recurrent is not None]
+        for r in p.records:
+            targets = [m.site for m in p.records if id(r.spikes) in reached[m.site]]
+            feeds[r.site] = [target for target in targets if width[r.site] * width[target] <= ENTRIES]
+            if len(feeds[r.site]) < len(targets) and r.site not in from_outputs:
+                from_outputs.append(r.site)
+        parameters = {
+            name: [source for source, ids in reached.items() if id(q) in ids]
+            for name, q in model.named_parameters()
+            if q.requires_grad
+        }
+        functions = None
+        if p.outputs.ndim >= 3:
+            functions = 1
+            if p.error is not None and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max():
+                functions = time_functions
+        return cls(credit, direct, feeds, from_outputs, functions, parameters, p.error is not None)
+
+    def summarise(self, outputs: Tensor) -> Tensor:
+        """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
+        if self.output_functions is None:
+            return outputs.flatten(1)
+        basis = time_basis(self.output_functions, len(outputs), outputs)
+        return torch.einsum("rt,tbo->bro", basis, outputs.flatten(2)).flatten(1)
+
+    def summarise_error(self, error: Tensor) -> Tensor:
+        """e [rows, O] that belongs to `summarise`."""
+        return self.summarise(error if self.output_functions is None else error / len(error))
