@@ -23,7 +23,7 @@ class Firing:
 
     scale: float | None = None
     start: float = 0.4
-    end: float = 0.12
+    end: float = 0.09
 
     def __post_init__(self) -> None:
         for name, value in (("scale", self.scale), ("start", self.start), ("end", self.end)):
