@@ -1,6 +1,6 @@
 """The shortest way: a network, a loader, `train`. About ten seconds on two cores; no download.
 
-    python examples/train_digits.py [epochs]
+python examples/train_digits.py [epochs]
 """
 
 import sys

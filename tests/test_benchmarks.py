@@ -114,9 +114,7 @@ def test_the_table_pairs_seeds(tmp_path):
             for seed, accuracy in enumerate(accuracies)
         ]
 
-    table = summarise(
-        runs("bptt-tuned", [0.90, 0.92, 0.94]) + runs("ulr", [0.91, 0.92, 0.96]), tmp_path / "a.csv"
-    )
+    table = summarise(runs("bptt-tuned", [0.90, 0.92, 0.94]) + runs("ulr", [0.91, 0.92, 0.96]), tmp_path / "a.csv")
     with (tmp_path / "a.csv").open(newline="") as file:
         peer, ours = csv.DictReader(file)
     assert (peer["accuracy"], peer["minus_bptt"]) == ("92.0", "")

@@ -41,29 +41,27 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digit_sets(cache_dir):
     pytest.importorskip("sklearn")
-    return data.load("digits", cache_dir=cache_dir)
+    return data.load("digits", cache_dir=cache_dir, binary=True)
 
 
 @pytest.fixture(scope="session")
 def saccade_mnist(cache_dir):
     pytest.importorskip("tonic")
     root = needs("saccade-mnist")
-    return root, data.load("nmnist", root, cache_dir=cache_dir)
+    return root, data.load("nmnist", root, cache_dir=cache_dir, binary=True)
 
 
 @pytest.fixture(scope="session")
 def spoken_digits(cache_dir):
     pytest.importorskip("h5py")
     root = needs("spoken-digits")
-    return root, data.load("shd", root, cache_dir=cache_dir, binary=False)
+    return root, data.load("shd", root, cache_dir=cache_dir)
 
 
 def dense(dataset: data.EventDataset) -> tuple[np.ndarray, np.ndarray]:
     """x [n, T, ...] and y [n] of a whole data set."""
     batches = list(data.loader(dataset, 500))
-    return np.concatenate([x.numpy().swapaxes(0, 1) for x, _ in batches]), torch.cat(
-        [y for _, y in batches]
-    ).numpy()
+    return np.concatenate([x.numpy().swapaxes(0, 1) for x, _ in batches]), torch.cat([y for _, y in batches]).numpy()
 
 
 # ---- made-up recordings in the two file formats
@@ -72,9 +70,7 @@ def dense(dataset: data.EventDataset) -> tuple[np.ndarray, np.ndarray]:
 def write_nmnist(path: Path, events: list[tuple[int, int, int, int]]) -> None:
     """events: (x, y, time in microseconds, polarity)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(
-        b"".join(bytes([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255]) for x, y, t, p in events)
-    )
+    path.write_bytes(b"".join(bytes([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255]) for x, y, t, p in events))
 
 
 @pytest.fixture
@@ -89,9 +85,7 @@ def nmnist(tmp_path):
     return tmp_path
 
 
-def write_shd(
-    path: Path, samples: list[tuple[list[float], list[int]]], labels: list[int], names: int = 10
-) -> None:
+def write_shd(path: Path, samples: list[tuple[list[float], list[int]]], labels: list[int], names: int = 10) -> None:
     h5py = pytest.importorskip("h5py")
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
@@ -290,6 +284,13 @@ def test_digits_are_the_same_everywhere(digit_sets):
     assert state.hexdigest() == "d16b9a85d8cecf07b5c3bbc5f329b1d2dc5bcea2d2083ff4a05d4f80730c5669"
 
 
+def test_digits_are_counts_unless_asked_otherwise(digit_sets, cache_dir):
+    for part, counted in zip(digit_sets, data.load("digits", cache_dir=cache_dir), strict=True):
+        (binary, labels), (counts, same) = dense(part), dense(counted)
+        assert np.array_equal(np.minimum(counts, 1), binary) and np.array_equal(labels, same)
+        assert binary.max() == 1 < counts.max()
+
+
 def test_no_logarithm_of_digits_hangs_on_its_last_bit():
     logs = digits.exact_logs()
     assert np.abs(logs - np.floor(logs) - 0.5).min() > 1e-6  # libraries differ by about 1e-11
@@ -481,7 +482,7 @@ def test_cache_is_read_until_something_changes(nmnist, builds):
         train, _ = data.load("nmnist", nmnist, cache_dir=nmnist / "cache", **options)
         return train, len(builds) > before
 
-    assert [load()[1], load()[1], load(binary=False)[1]] == [True, False, False]
+    assert [load()[1], load()[1], load(binary=False)[1], load(binary=True)[1]] == [True, False, False, False]
     assert [load(time_bins=10)[1], load(bin_us=5_000)[1], load(time_bins="full")[1]] == [True, True, True]
     assert [load(time_bins=10)[1], load()[1]] == [False, False]
 

@@ -110,20 +110,14 @@ class Attachment:
         total_steps: int | None,
     ) -> None:
         spiking_layers(model)
-        self.model, self.estimator, self.loss, self.seed, self.time_first = (
-            model,
-            estimator,
-            loss,
-            seed,
-            time_first,
-        )
+        self.model, self.estimator, self.loss = model, estimator, loss
+        self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
         self.prediction = Prediction(self.feedback, seed)
         self.step = 0
         self.forward_passes = 0
         self.mean_loss: Tensor | None = None  # moving baseline
         self.level = NoiseLevel(estimator.firing)
-        self.total_steps = total_steps
         self.structure: Structure | None = None
 
     def __enter__(self) -> "Attachment":

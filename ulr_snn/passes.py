@@ -157,7 +157,7 @@ def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: 
         )
     if lengths is not None and (lengths.shape != targets.shape[:1] or lengths.min() < 1 or lengths.max() > len(x)):
         raise UsageError(f"lengths must be [B], each from 1 to the {len(x)} steps of the batch")
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
     dtype = reference.dtype if reference is not None else torch.get_default_dtype()
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise UsageError("events contain NaN or infinite values; clean the recordings first")

@@ -109,6 +109,10 @@ def reset_path(record: Record) -> ResetPath:
 
 
 def _half_differences(copies: Tensor, dim: int) -> Tensor:
-    """(even - odd) / 2 of paired copies along `dim` [.., K, B, ..], pairs and samples flattened together."""
-    even, odd = copies.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    """(even - odd) / 2 of paired copies along `dim` [.., K, B, ..], pairs and samples flattened together.
+
+    Of an odd number of independent copies the last has no partner and is left out.
+    """
+    pairs = copies.shape[dim] // 2
+    even, odd = copies.narrow(dim, 0, 2 * pairs).unflatten(dim, (-1, 2)).unbind(dim + 1)
     return ((even - odd) / 2).flatten(dim, dim + 1)

@@ -1,0 +1,180 @@
+"""The command line: its verbs on real data, and wrong uses told in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ulr_snn
+from ulr_snn.cli import main
+from ulr_snn.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("--epochs", "1", "--no-progress", "--device", "cpu")
+
+
+@pytest.fixture
+def needs_data_and_runs():
+    for library in ("sklearn", "safetensors", "matplotlib", "tqdm"):
+        pytest.importorskip(library)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current directory, importable as the command line makes it and as before afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def fails(capsys, *arguments: str, code: int = 2) -> str:
+    """Runs a command that must end with one line on stderr and this exit code; returns the line."""
+    try:
+        returned = main(arguments)
+    except SystemExit as error:  # argparse's way out
+        returned = error.code
+    captured = capsys.readouterr()
+    assert returned == code
+    assert captured.err.count("\n") == 1 and captured.err.startswith("ulr-snn: "), captured.err
+    assert captured.out == ""
+    return captured.err
+
+
+def metrics(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_train_then_evaluate(here, capsys, needs_data_and_runs):
+    assert main(["train", "digits", *QUICK, "--seed", "3"]) == 0
+    run = here / "runs" / "digits-001"
+    assert {path.name for path in run.iterdir()} == {"checkpoint-0001", "curves.png", "metrics.json"}
+    written = metrics(run)
+    assert written["epochs"] == 1 and written["seed"] == 3 and len(written["history"]) == 1
+    assert written["seconds"] > 0 and written["peak_memory_bytes"] > 0 and written["forward_passes"] > 1000
+    assert set(written["versions"]) >= {"ulr_snn", "torch", "numpy", "python"}
+    accuracy = f"test accuracy {100 * written['test_accuracy']:.2f} %"
+    assert accuracy in capsys.readouterr().out
+
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert accuracy in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--mode", "stochastic", "--copies", "2", "--device", "cpu"]) == 0
+    assert "stochastic firing" in capsys.readouterr().out
+
+
+def test_runs_are_numbered_and_go_on(here, capsys, needs_data_and_runs):
+    quick = ("train", "digits", *QUICK, "--max-steps", "3")
+    assert main(quick) == main(quick) == 0
+    assert {path.name for path in (here / "runs").iterdir()} == {"digits-001", "digits-002"}
+    run = ("--run-dir", "runs/digits-001")
+    capsys.readouterr()
+    assert "holds a run already" in fails(capsys, *quick, *run)
+    assert "--seed 0, not 1" in fails(capsys, *quick, *run, "--resume", "--seed", "1")
+    assert main(["train", "digits", *QUICK, "--epochs", "2", *run, "--resume"]) == 0
+    written = metrics(here / "runs" / "digits-001")
+    assert written["epochs"] == 2 and [entry["epoch"] for entry in written["history"]] == [1, 2]
+
+
+def test_own_model_from_the_current_directory(here, capsys, needs_data_and_runs):
+    (here / "own_nets.py").write_text(
+        "from torch import nn\n"
+        "import ulr_snn\n"
+        "def small(sample_shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(2), nn.Linear(512, 20), ulr_snn.LIF(), nn.Linear(20, classes))\n"
+        "def none(sample_shape, classes):\n"
+        "    return None\n"
+    )
+    options = (*QUICK, "--max-steps", "2")
+    assert main(["train", "digits", "--model", "own_nets:small", "--run-dir", "run", *options]) == 0
+    assert main(["evaluate", "run", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    train = ("train", "digits", *options, "--model")
+    assert "not a torch.nn.Module" in fails(capsys, *train, "own_nets:none")
+    assert "no function 'large'" in fails(capsys, *train, "own_nets:large")
+
+
+def test_error_inside_own_model_keeps_its_traceback(here, needs_data_and_runs):
+    (here / "broken_nets.py").write_text("import no_such_library\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        main(["train", "digits", "--model", "broken_nets:net", *QUICK])
+
+
+def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
+    assert main(["plan", "digits"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{layer}.weight" in shown for layer in (1, 3, 6))
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ((), "train|evaluate|plan"),
+        (("teach",), "teach"),
+        (("train",), "DATA"),
+        (("train", "digits", "--epochs", "0"), "at least 1"),
+        (("train", "digits", "--epochs", "few"), "few"),
+        (("train", "digits", "--credit", "luck"), "luck"),
+        (("train", "digits", "--fast"), "--fast"),
+        (("train", "digits", "--resume"), "--run-dir"),
+        (("train", "no-such-set"), "no-such-set"),
+        (("plan", "no-such-set"), "no-such-set"),
+        (("evaluate", "no/such/run"), "no/such/run"),
+        (("evaluate", ".", "--mode", "loud"), "loud"),
+    ],
+)
+def test_wrong_use_is_one_line(here, capsys, arguments, told):
+    assert told in fails(capsys, *arguments)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (("--model", "net"), "module:factory"),
+        (("--model", "no_such_module:net"), "no_such_module"),
+        (("--run-dir", "file"), "is a file"),
+        (("--device", "abacus"), "abacus"),
+        (("--lr", "-1"), "lr"),
+    ],
+)
+def test_wrong_training_is_one_line_and_leaves_nothing(here, capsys, needs_data_and_runs, arguments, told):
+    (here / "file").write_text("")
+    assert told in fails(capsys, "train", "digits", *QUICK, *arguments)
+    assert not [path for path in here.rglob("*") if path.name not in ("file", "runs")]
+
+
+@pytest.mark.parametrize(
+    "failure, code",
+    [
+        (UsageError("one thing\nis wrong"), 2),
+        (FileNotFoundError("no such file"), 2),
+        (FloatingPointError("the loss is not finite"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_failed_run_leaves_no_run_directory(here, capsys, monkeypatch, needs_data_and_runs, failure, code):
+    def fail(*_args, **_kwargs):
+        assert list((here / "runs").iterdir())  # it was there
+        raise failure
+
+    monkeypatch.setattr(ulr_snn, "train", fail)
+    fails(capsys, "train", "digits", *QUICK, code=code)
+    assert list((here / "runs").iterdir()) == []
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "ulr_snn", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"ulr-snn {ulr_snn.__version__}\n"
+
+
+@pytest.mark.slow
+def test_digits_reach_ninety_percent(here, needs_data_and_runs):
+    """What the README promises: the defaults, within a minute of training (here on one thread)."""
+    assert main(["train", "digits", "--no-progress", "--device", "cpu", "--threads", "1"]) == 0
+    written = metrics(here / "runs" / "digits-001")
+    assert written["test_accuracy"] >= 0.9
+    assert written["seconds"] < 60

@@ -1,0 +1,102 @@
+"""Per-sample losses: against PyTorch, padding left out, one value a sample."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ulr_snn import UsageError
+from ulr_snn.losses import LOSSES, resolve, total
+
+STEPS, BATCH, CLASSES = 5, 4, 3
+torch.manual_seed(0)
+OUTPUTS = torch.randn(STEPS, BATCH, CLASSES, dtype=torch.float64)
+LABELS = torch.tensor([0, 2, 1, 2])
+VALUES = torch.randn(BATCH, CLASSES, dtype=torch.float64)
+
+
+def target(name: str) -> torch.Tensor:
+    return VALUES if name == "mse" else LABELS
+
+
+def test_cross_entropy_of_counts():
+    ours = resolve("ce_count")(OUTPUTS, LABELS, None)
+    torch.testing.assert_close(ours, F.cross_entropy(OUTPUTS.sum(0), LABELS, reduction="none"))
+    reduced = resolve("ce_count")(OUTPUTS.sum(0), LABELS, None)
+    torch.testing.assert_close(reduced, ours)
+
+
+def test_cross_entropy_of_rates():
+    steps = [F.cross_entropy(now, LABELS, reduction="none") for now in OUTPUTS]
+    torch.testing.assert_close(resolve("ce_rate")(OUTPUTS, LABELS, None), torch.stack(steps).mean(0))
+    single = resolve("ce_rate")(OUTPUTS[0], LABELS, None)
+    torch.testing.assert_close(single, steps[0])
+
+
+def test_squared_error():
+    expected = ((OUTPUTS - VALUES) ** 2).sum(2).mean(0)
+    torch.testing.assert_close(resolve("mse")(OUTPUTS, VALUES, None), expected)
+    torch.testing.assert_close(resolve("mse")(OUTPUTS, VALUES.expand_as(OUTPUTS), None), expected)
+    torch.testing.assert_close(resolve("mse")(OUTPUTS[0], VALUES, None), ((OUTPUTS[0] - VALUES) ** 2).sum(1))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_padding_counts_for_nothing(name):
+    lengths = torch.tensor([5, 3, 1, 4])
+    mask = (torch.arange(STEPS)[:, None] < lengths).double()[..., None]
+    filled = torch.where(mask.bool(), OUTPUTS, torch.full_like(OUTPUTS, 7.0))
+    together = resolve(name)(filled, target(name), mask)
+    for sample, length in enumerate(lengths):
+        one = slice(sample, sample + 1)
+        alone = resolve(name)(OUTPUTS[:length, one], target(name)[one], None)
+        torch.testing.assert_close(together[one], alone)
+    torch.testing.assert_close(total(filled, mask)[1], OUTPUTS[:3, 1].sum(0))
+
+
+def test_a_callable_sees_padding_as_zeros():
+    mask = torch.ones(STEPS, BATCH, 1, dtype=torch.float64)
+    mask[2:, 1] = 0
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append(outputs)
+        return outputs.abs().sum((0, 2))
+
+    value = resolve(loss)(OUTPUTS, LABELS, mask)
+    assert torch.equal(seen[0], OUTPUTS * mask)
+    torch.testing.assert_close(value[1], OUTPUTS[:2, 1].abs().sum())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_sample_has_the_loss_it_has_alone(name):
+    together = resolve(name)(OUTPUTS, target(name), None)
+    assert together.shape == (BATCH,)
+    for sample in range(BATCH):
+        one = slice(sample, sample + 1)
+        torch.testing.assert_close(resolve(name)(OUTPUTS[:, one], target(name)[one], None), together[one])
+
+
+def test_named_losses_agree_with_snntorch():
+    functional = pytest.importorskip("snntorch.functional")
+    ours = resolve("ce_count")(OUTPUTS, LABELS, None).mean()
+    torch.testing.assert_close(ours, functional.ce_count_loss()(OUTPUTS, LABELS))
+    ours = resolve("ce_rate")(OUTPUTS, LABELS, None).mean()
+    torch.testing.assert_close(ours, functional.ce_rate_loss()(OUTPUTS, LABELS), check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "says"),
+    [
+        ("hinge", LABELS, "hinge"),
+        (lambda outputs, targets: outputs.sum(), LABELS, "shape ()"),
+        (lambda outputs, targets: outputs.sum(0), LABELS, "shape (4, 3)"),
+        (lambda outputs, targets: 0.5, LABELS, "one value"),
+        ("ce_count", LABELS + 1, "1 to 3"),
+        ("ce_rate", LABELS - 1, "-1 to 1"),
+        ("ce_count", LABELS.double(), "float64"),
+        ("ce_count", LABELS[:, None], "(4, 1)"),
+    ],
+)
+def test_wrong_uses_are_named(loss, targets, says):
+    with pytest.raises(UsageError) as error:
+        resolve(loss)(OUTPUTS, targets, None)
+    assert says in str(error.value)

@@ -1,0 +1,442 @@
+"""train and evaluate on a task that takes a second."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ulr_snn
+from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError
+from ulr_snn.noise import Noise, NoiseLevel
+from ulr_snn.sites import bind
+
+STEPS, PIXELS, CLASSES = 8, 8, 2
+
+
+def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Events of class c are twice as frequent in the c-th half of the pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % CLASSES
+    rate = torch.full((count, PIXELS), 0.2)
+    for c in range(CLASSES):
+        rate[y == c, c * PIXELS // 2 : (c + 1) * PIXELS // 2] = 0.6
+    return (torch.rand(STEPS, count, PIXELS, generator=generator) < rate).float(), y
+
+
+def batches(count: int = 96, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    x, y = samples(count, seed)
+    return [(x[:, i : i + size], y[i : i + size]) for i in range(0, count, size)]
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    hidden = nn.Linear(PIXELS, 16), LIF(), nn.Linear(16, 16), LIF()
+    return nn.Sequential(*hidden, TimeAverage(), nn.Linear(16, CLASSES))
+
+
+def shallow() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(PIXELS, 8), LIF(reset="none"), TimeAverage(), nn.Linear(8, CLASSES))
+
+
+def train(model=None, loader=None, epochs=2, **settings) -> ulr_snn.Result:
+    model, loader = net() if model is None else model, batches() if loader is None else loader
+    return ulr_snn.train(model, loader, epochs, **{"progress": False, "device": "cpu", **settings})
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+
+
+# -- it learns ---------------------------------------------------------------------------------------------
+
+ESTIMATORS = {
+    "default": None,
+    "global": ULR(credit="global", copies=8),
+    "residual": ULR(credit="residual", copies=4),
+    "feedback": ULR(credit="feedback"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_training_learns_the_task(name, device):
+    validation = batches(64, seed=1)
+    settings = {"estimator": ESTIMATORS[name], "val_loader": validation, "device": device}
+    result = train(epochs=8, lr=0.02, **settings)
+    first, last = result.history[0], result.history[-1]
+    assert last["train_loss"] < 0.5 * first["train_loss"]
+    assert last["val_accuracy"] > 0.95 and result.metrics["test_accuracy"] == last["val_accuracy"]
+    measured = ulr_snn.evaluate(result.model, validation, device=device)
+    assert measured["accuracy"] == last["val_accuracy"] and measured["samples"] == 64
+
+
+@pytest.mark.slow
+def test_a_loss_without_gradient_trains_too():
+    def errors(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.detach().argmax(1) != targets).float()
+
+    estimator = ULR(firing=Logistic(0.3), copies=8)
+    with pytest.warns(UserWarning, match=r"no gradient reaches 3\.weight, 3\.bias"):  # the linear readout
+        result = train(shallow(), epochs=10, estimator=estimator, loss=errors, lr=0.05, scheduler=None)
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
+
+
+@pytest.mark.slow
+def test_regression_and_recurrence():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(PIXELS, 16), RecurrentLIF(16), TimeAverage(), nn.Linear(16, 1))
+    loader = [(x, y[:, None].float()) for x, y in batches()]
+    result = train(model, loader, epochs=8, loss="mse", lr=0.02)
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
+    assert result.history[-1]["train_accuracy"] is None
+    assert ulr_snn.evaluate(model, loader, loss="mse", device="cpu")["accuracy"] is None
+
+
+# -- what it gives back ------------------------------------------------------------------------------------
+
+
+def test_history_and_metrics_tell_what_happened(tmp_path):
+    model, before = net(), weights(net())
+    result = train(model, epochs=3, val_loader=batches(32, seed=1), seed=7, lr=0.01)
+    assert result.model is model and isinstance(result.estimator, ULR)
+    assert not torch.equal(weights(model), before)
+    assert [entry["epoch"] for entry in result.history] == [1, 2, 3]
+    for entry in result.history:
+        assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "lr"} <= entry.keys()
+        assert math.isfinite(entry["train_loss"]) and 0 <= entry["train_accuracy"] <= 1
+    metrics = result.metrics
+    assert (metrics["epochs"], metrics["steps"], metrics["seed"]) == (3, 18, 7)
+    assert metrics["forward_passes"] == sum(entry["forward_passes"] for entry in result.history)
+    assert metrics["forward_passes"] >= 3 * 96 and metrics["peak_memory_bytes"] > 0 and metrics["seconds"] > 0
+    assert {"torch", "ulr_snn", "python"} <= metrics["versions"].keys()
+    json.dumps(metrics)
+    result.plot(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert train().metrics["test_accuracy"] is None
+
+
+def test_the_same_seed_gives_the_same_weights():
+    one, again, other = (weights(train(seed=seed).model) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_forward_passes_are_counted_honestly():
+    calls = []
+    model = net()
+    model[0].register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
+    result = train(model, estimator=ULR(credit="residual", copies=4))
+    assert result.metrics["forward_passes"] == sum(calls) == 2 * 96 * 4
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("max_steps", [None, 4])
+def test_noise_is_annealed_over_the_whole_run(max_steps, accumulate, monkeypatch):
+    progress = []
+    right = NoiseLevel.scale
+
+    def scale(self, *arguments):
+        progress.append(self.progress)
+        return right(self, *arguments)
+
+    monkeypatch.setattr(NoiseLevel, "scale", scale)
+    settings = {"estimator": ULR(credit="residual", copies=2, antithetic=False), "accumulate": accumulate}
+    train(epochs=2, max_steps=max_steps, **settings)
+    steps = 12 if max_steps is None else min(12, max_steps * accumulate)
+    expected = [step / steps for step in range(steps)]
+    assert sorted(set(progress)) == pytest.approx(expected) and progress == sorted(progress)
+
+
+def test_the_default_learning_rate():
+    named = train(lr=0.01)
+    assert torch.equal(weights(train().model), weights(named.model))
+    assert not torch.equal(weights(train(lr=0.001).model), weights(named.model))
+
+
+def test_optimizers_as_instance_and_factory():
+    model = net()
+    instance = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, optimizer=instance, scheduler=None)
+    other = net()
+    train(other, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1), scheduler=None)
+    assert torch.equal(weights(model), weights(other)) and not torch.equal(weights(model), weights(net()))
+    third = net()
+    train(third, lr=0.1, scheduler=None)
+    assert not torch.equal(weights(third), weights(other))
+
+
+def test_an_optimizer_of_some_parameters_trains_only_those():
+    model = net()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model)
+    train(model)
+    assert torch.equal(model[0].weight, before[0].weight) and model[0].weight.grad is None
+    assert not torch.equal(model[2].weight, before[2].weight)
+
+
+def test_schedules():
+    rates = []
+    train(epochs=4, lr=0.1, callbacks=[lambda entry, model: rates.append(entry["lr"])])
+    expected = [0.1 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (1, 2, 3, 4)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+    assert [e["lr"] for e in train(lr=0.1, scheduler=None).history] == [0.1, 0.1]
+    halves = train(lr=0.1, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5))
+    assert [e["lr"] for e in halves.history] == pytest.approx([0.05, 0.025])
+
+
+def test_clipping_bounds_the_step():
+    def moved(clip: float | None) -> float:
+        model = net()
+        train(
+            model,
+            max_steps=1,
+            clip=clip,
+            scheduler=None,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, 1.0),
+        )
+        return float((weights(model) - weights(net())).norm())
+
+    assert moved(None) > 0.02
+    assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_accumulated_batches_are_one_big_batch():
+    """With firing noise too small to matter, so that the noise of another step changes nothing."""
+    settings = {
+        "estimator": ULR(credit="feedback", copies=1, firing=Logistic(1e-9)),
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, 0.5),
+        "epochs": 1,
+    }
+    big, small, wrong = shallow(), shallow(), shallow()
+    one = train(big, batches(96, 32), **settings)
+    two = train(small, batches(96, 16), accumulate=2, **settings)
+    train(wrong, batches(96, 16), **settings)
+    assert one.metrics["steps"] == two.metrics["steps"] == 3
+    torch.testing.assert_close(weights(small), weights(big), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(weights(wrong), weights(big), rtol=1e-3)
+    assert train(net(), batches(96, 16), epochs=1, accumulate=4).metrics["steps"] == 2
+
+
+def test_max_steps_ends_the_run():
+    result = train(epochs=5, max_steps=8)
+    assert result.metrics["steps"] == 8 and [e["epoch"] for e in result.history] == [1, 2]
+    assert result.history[-1]["lr"] == pytest.approx(0)
+
+
+def test_callbacks_see_every_epoch():
+    seen = []
+    model = net()
+    callbacks = [lambda *arguments: seen.append(arguments), lambda entry, _: entry.update(own=1)]
+    result = train(model, epochs=3, callbacks=callbacks)
+    assert [entry for entry, _ in seen] == result.history and all(m is model for _, m in seen)
+    assert all(entry["own"] == 1 for entry in result.history)
+
+
+def test_batches_with_lengths_and_batch_first():
+    x, y = samples(32)
+    lengths = torch.randint(3, STEPS + 1, (32,), generator=torch.Generator().manual_seed(0))
+    noisy = x.clone()
+    for sample, length in enumerate(lengths):
+        noisy[length:, sample] = 5.0
+    runs = [train(net(), [(events, y, lengths)]) for events in (x, noisy)]
+    assert torch.equal(*(weights(run.model) for run in runs))
+    assert not torch.equal(weights(train(net(), [(noisy, y)]).model), weights(runs[0].model))
+    metrics = [
+        ulr_snn.evaluate(runs[0].model, [(events, y, lengths)], device="cpu", mode=mode)
+        for events in (x, noisy)
+        for mode in ("deterministic", "stochastic")
+    ]
+    assert metrics[:2] == metrics[2:]
+    first = train(net(), [(x.transpose(0, 1), y, lengths)], time_first=False)
+    assert torch.equal(weights(first.model), weights(runs[0].model))
+
+
+def test_any_iterable_will_do():
+    generator = (batch for batch in batches())
+    settings = {"epochs": 1, "scheduler": None}
+    result = train(net(), generator, max_steps=6, **settings)  # a length, over which the noise is annealed
+    assert torch.equal(weights(result.model), weights(train(net(), batches(), **settings).model))
+    constant = {"estimator": ULR(firing=Logistic(0.3)), **settings}
+    result = train(net(), (batch for batch in batches()), **constant)
+    assert torch.equal(weights(result.model), weights(train(net(), batches(), **constant).model))
+    assert train(net(), (batch for batch in batches()), epochs=1, max_steps=3).metrics["steps"] == 3
+    x, y = samples(96)
+    set_ = torch.utils.data.TensorDataset(x.transpose(0, 1), y)
+    loaded = train(net(), torch.utils.data.DataLoader(set_, 16), time_first=False)
+    torch.testing.assert_close(weights(loaded.model), weights(train().model), rtol=1e-4, atol=1e-5)
+
+
+# -- run directories ---------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*")} if folder.exists() else set()
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+def interrupt(entry, model):
+    if entry["epoch"] == 3:
+        raise Interrupted
+
+
+def shuffled() -> torch.utils.data.DataLoader:
+    x, y = samples(96)
+    set_ = torch.utils.data.TensorDataset(x.transpose(0, 1), y)
+    generator = torch.Generator().manual_seed(4)
+    return torch.utils.data.DataLoader(set_, 16, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("credit", ["auto", "residual"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, credit):
+    settings = {"epochs": 5, "time_first": False, "estimator": ULR(credit=credit), "lr": 0.01}
+    whole = train(net(), shuffled(), **settings)
+    with pytest.raises(Interrupted):
+        train(net(), shuffled(), run_dir=tmp_path, callbacks=[interrupt], **settings)
+    assert "metrics.json" not in files(tmp_path) and "state.pt" in files(tmp_path)
+    resumed = train(net(seed=9), shuffled(), run_dir=tmp_path, resume=True, **settings)
+    assert [e["epoch"] for e in resumed.history] == [1, 2, 3, 4, 5]
+    kept = ("epoch", "lr", "forward_passes")
+    assert [[e[k] for k in kept] for e in resumed.history] == [[e[k] for k in kept] for e in whole.history]
+    assert resumed.metrics["steps"] == whole.metrics["steps"]
+    assert resumed.metrics["forward_passes"] == whole.metrics["forward_passes"]
+    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=1e-4, atol=1e-5)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["steps"] == 30 and len(written["history"]) == 5
+    again = train(net(), shuffled(), run_dir=tmp_path, resume=True, **settings)
+    assert torch.equal(weights(again.model), weights(resumed.model)) and again.metrics["steps"] == 30
+
+
+def test_a_run_directory_holds_checkpoint_metrics_and_curves(tmp_path):
+    result = train(run_dir=tmp_path / "run", val_loader=batches(32, seed=1))
+    assert {"metrics.json", "curves.png", "model.safetensors", "state.pt"} <= files(tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written["test_accuracy"] == result.metrics["test_accuracy"]
+    with pytest.raises(UsageError, match="resume"):
+        train(run_dir=tmp_path / "run")
+
+
+def nan_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.sum(1) * float("nan")
+
+
+def failing_loader():
+    yield from batches()[:2]
+    raise Interrupted
+
+
+FAILURES = {
+    "nan loss": (FloatingPointError, {"loss": nan_loss}),
+    "callback": (Interrupted, {"callbacks": [lambda entry, model: (_ for _ in ()).throw(Interrupted())]}),
+    "loader": (Interrupted, {"loader": failing_loader, "scheduler": None}),
+    "labels": (UsageError, {"loader": lambda: [(x, y + 1) for x, y in batches()]}),
+    "validation": (UsageError, {"val_loader": [(x, y + 1) for x, y in batches()]}),
+    "interrupt": (KeyboardInterrupt, {"callbacks": [lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())]}),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failing_run_leaves_nothing_half_written(failure, tmp_path):
+    error, settings = FAILURES[failure]
+    settings = dict(settings)
+    loader = settings.pop("loader", batches)()
+    model = net()
+    attributes = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(error):
+        train(model, loader, run_dir=tmp_path, **settings)
+    assert files(tmp_path) == set()
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    train(model, batches(), run_dir=tmp_path)  # and the same directory serves the next run
+
+
+def test_steps_that_are_not_finite_can_be_skipped():
+    loader = batches()
+    spoilt = torch.full((16,), 7)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        value = nn.functional.cross_entropy(outputs, targets % 2, reduction="none")
+        return value * float("nan") if (targets == 7).all() else value
+
+    loader[2] = (loader[2][0], spoilt)
+    result = train(net(), loader, loss=loss, estimator=ULR(on_nonfinite="skip"), scheduler=None)
+    assert torch.isfinite(weights(result.model)).all()
+    assert result.metrics["steps"] == 2 * 5
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train(net(), loader, loss=loss, estimator=ULR(on_nonfinite="stop"))
+
+
+# -- evaluate ----------------------------------------------------------------------------------------------
+
+
+def test_deterministic_evaluation_is_the_models_own_output():
+    model, (x, y) = net(), samples(48)
+    outputs = model(x)
+    expected = {
+        "loss": nn.functional.cross_entropy(outputs, y).item(),
+        "accuracy": (outputs.argmax(1) == y).double().mean().item(),
+    }
+    measured = ulr_snn.evaluate(model, [(x, y)], device="cpu")
+    assert {key: measured[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    split = ulr_snn.evaluate(model, [(x[:, :20], y[:20]), (x[:, 20:], y[20:])], device="cpu")
+    assert split == pytest.approx(measured, rel=1e-5)
+
+
+def test_stochastic_evaluation_averages_copies(device):
+    model, (x, y) = net().to(device), samples(48)
+    estimator = ULR(firing=Logistic(0.3))
+    settings = {"mode": "stochastic", "estimator": estimator, "device": device}
+    one = ulr_snn.evaluate(model, [(x, y)], seed=1, **settings)
+    assert ulr_snn.evaluate(model, [(x, y)], seed=1, **settings) == one
+    assert ulr_snn.evaluate(model, [(x, y)], seed=2, **settings)["loss"] != one["loss"]
+    assert ulr_snn.evaluate(model, [(x, y)], device=device)["loss"] != one["loss"]
+    outputs = []
+    sample = torch.arange(48, dtype=torch.int32, device=device)
+    for copy_ in range(3):
+        noise = Noise(1, 0, sample, torch.full_like(sample, copy_))
+        with bind(model, NoiseLevel(estimator.firing), noise), torch.no_grad():
+            outputs.append(model(x.to(device)))
+    loss = nn.functional.cross_entropy(sum(outputs) / 3, y.to(device)).item()
+    averaged = ulr_snn.evaluate(model, [(x, y)], copies=3, seed=1, **settings)
+    assert averaged["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def normed() -> nn.Sequential:
+    between = Fold(nn.BatchNorm1d(8), nn.Dropout(0.5))
+    return nn.Sequential(nn.Linear(PIXELS, 8), between, LIF(), TimeAverage(), nn.Linear(8, CLASSES))
+
+
+@pytest.mark.parametrize("mode", ["deterministic", "stochastic"])
+def test_evaluation_leaves_the_model_as_it_was(mode):
+    model, batch = normed(), samples(32)
+    model[1][0].eval()  # frozen statistics in a model that trains
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    attributes = [set(vars(module)) for module in model.modules()]
+    generator = torch.get_rng_state()
+    ulr_snn.evaluate(model, [batch], mode=mode, device="cpu")
+    with pytest.raises(UsageError):
+        ulr_snn.evaluate(model, [batch, (batch[0], batch[1] + 5)], mode=mode, device="cpu")
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert not any(p.grad is not None for p in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_training_leaves_no_attributes_and_keeps_the_mode():
+    for training in (True, False):
+        model = normed().train(training)
+        attributes, keys = [set(vars(module)) for module in model.modules()], list(model.state_dict())
+        train(model)
+        assert [set(vars(module)) for module in model.modules()] == attributes
+        assert list(model.state_dict()) == keys
+        assert model.training == training

@@ -1,0 +1,518 @@
+"""The estimators against exact enumeration of all spike patterns of tiny nets.
+
+`global` and `residual` have the exact gradient of the expected loss as their mean, and a named wrong formula
+does not (the bias of `feedback` is measured in test_formula.py). A batch that repeats one sample thousands of
+times makes the draws cheap: noise is keyed by the sample's place in the batch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ulr_snn.estimator
+import ulr_snn.neurons
+import ulr_snn.noise
+from tests.enumeration import Layer, exact_gradient
+from tests.statistics import Verdict, compare_means, gradient_draws
+from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+
+TARGET = 1
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
+
+
+def count_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs.sum(0), targets)
+
+
+def zero_one(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) != targets).to(logits.dtype)
+
+
+def python_rule(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Latency of the target's first spike, T where it is silent; in plain Python."""
+    rows = outputs.detach().transpose(0, 1).tolist()
+    first = [
+        next((t for t, step in enumerate(row) if step[target] > 0), len(row))
+        for row, target in zip(rows, targets.tolist(), strict=True)
+    ]
+    return torch.tensor(first, dtype=outputs.dtype, device=outputs.device)
+
+
+def membrane_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared distance of every membrane from a wave over time, and the highest membrane."""
+    wave = torch.linspace(0.2, 1.0, len(outputs), dtype=outputs.dtype, device=outputs.device).view(-1, 1, 1)
+    return ((outputs - wave) ** 2).sum((0, 2)) + outputs.amax((0, 2))
+
+
+@dataclass
+class Case:
+    """A net of the library, and the same net written down for the enumeration; they share parameters."""
+
+    model: nn.Module
+    layers: list[Layer]
+    readout: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor  # [T, ...], one sample
+    firing: ulr_snn.noise.Firing
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def exact(self) -> Tensor:
+        def loss(outputs: Tensor) -> Tensor:
+            rows = outputs.shape[1] if outputs.ndim == 3 else len(outputs)
+            return self.loss(outputs, torch.full((rows,), TARGET))
+
+        return exact_gradient(self.layers, self.readout, loss, self.x, self.parameters())
+
+    def to(self, device: torch.device) -> "Case":
+        """The library's net and its sample on the device; the enumeration's half stays behind."""
+        self.model.to(device)
+        self.x = self.x.to(device)
+        return self
+
+    def batch(self, samples: int) -> tuple[Tensor, Tensor]:
+        x = self.x.unsqueeze(1).expand(-1, samples, *self.x.shape[1:])
+        return x, torch.full((samples,), TARGET, device=x.device)
+
+    def draws(self, estimator: ULR, samples: int, steps: int, warm_up: int = 0, seed: int = 0) -> Tensor:
+        with attach(self.model, estimator, self.loss, seed=seed) as ulr:
+            return gradient_draws(ulr, self.batch(samples), self.parameters(), steps, warm_up)
+
+
+def affine(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return lambda x: x @ linear.weight.T + linear.bias
+
+
+def linear(inputs: int, outputs: int, spread: float = 0.6, bias: float = 0.4) -> nn.Linear:
+    """Weights that put membranes near the threshold."""
+    layer = nn.Linear(inputs, outputs).double()
+    nn.init.normal_(layer.weight, 0.3, spread)
+    nn.init.normal_(layer.bias, bias, 0.1)
+    return layer
+
+
+def describe(neuron: LIF, current: Callable, shape: tuple[int, ...], firing: ulr_snn.noise.Firing) -> Layer:
+    recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
+    kind = "gaussian" if isinstance(firing, Gaussian) else "logistic"
+    return Layer(current, shape, neuron.beta, neuron.threshold, neuron.reset, recurrent, kind, firing.scale)
+
+
+def dense(
+    neuron: LIF,
+    hidden: int = 3,
+    steps: int = 3,
+    firing: ulr_snn.noise.Firing = Logistic(0.4),  # noqa: B008 (frozen)
+    loss: Callable = cross_entropy,
+) -> Case:
+    first, last = linear(2, hidden), linear(hidden, 2, 1.5)
+    neuron = neuron.double()
+    return Case(
+        nn.Sequential(first, neuron, TimeAverage(), last),
+        [describe(neuron, affine(first), (hidden,), firing)],
+        lambda spikes: affine(last)(spikes.mean(0)),
+        loss,
+        torch.rand(steps, 2, dtype=torch.float64),
+        firing,
+    )
+
+
+def recurrent(reset: str) -> Case:
+    neuron = RecurrentLIF(3, beta=0.8, reset=reset)
+    nn.init.normal_(neuron.recurrent.weight, 0.0, 0.7)
+    return dense(neuron)
+
+
+def two_recurrent_layers() -> Case:
+    """The first layer acts on the outputs through its own recurrent weights, and through the second layer."""
+    firing = Logistic(0.5)
+    a, b, last = linear(2, 2), linear(2, 2, 0.8), linear(2, 2, 1.5)
+    one, two = RecurrentLIF(2, 0.8, 0.9).double(), RecurrentLIF(2, 0.7, 0.8).double()
+    for neuron in (one, two):
+        nn.init.normal_(neuron.recurrent.weight, 0.0, 0.7)
+    return Case(
+        nn.Sequential(a, one, b, two, TimeAverage(), last),
+        [describe(one, affine(a), (2,), firing), describe(two, affine(b), (2,), firing)],
+        lambda s: affine(last)(s.mean(0)),
+        cross_entropy,
+        torch.rand(3, 2, dtype=torch.float64),
+        firing,
+    )
+
+
+def two_layers(reset: str, counts: bool = False, loss: Callable | None = None) -> Case:
+    """2-2-2, and a linear readout; or the last layer's spikes as they are."""
+    firing = Logistic(0.5)
+    a, b, last = linear(2, 2), linear(2, 2, 0.8), linear(2, 2, 1.5)
+    one, two = LIF(0.8, 0.9, reset).double(), LIF(0.7, 0.8, reset).double()
+    layers = [describe(one, affine(a), (2,), firing), describe(two, affine(b), (2,), firing)]
+    x = torch.rand(3, 2, dtype=torch.float64)
+    if counts:
+        return Case(nn.Sequential(a, one, b, two), layers, lambda s: s, loss or count_loss, x, firing)
+    model = nn.Sequential(a, one, b, two, TimeAverage(), last)
+    return Case(model, layers, lambda s: affine(last)(s.mean(0)), cross_entropy, x, firing)
+
+
+class Pooled(nn.Module):
+    def forward(self, spikes: Tensor) -> Tensor:
+        return spikes.flatten(2)
+
+
+def convolutional() -> Case:
+    """Kernels shared by all positions: one row of four pixels, three neurons, two neurons."""
+    firing = Logistic(0.5)
+    a, b = (nn.Conv2d(1, 1, (1, 2)).double() for _ in range(2))
+    for conv in (a, b):
+        nn.init.normal_(conv.weight, 0.6, 0.3)
+        nn.init.constant_(conv.bias, 0.3)
+    one, two, last = LIF(0.8).double(), LIF(0.7, reset="zero").double(), linear(2, 2, 1.5)
+
+    def slide(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+        def current(x: Tensor) -> Tensor:
+            (w0, w1), row = conv.weight.flatten(), x.flatten(1)
+            return (w0 * row[:, :-1] + w1 * row[:, 1:] + conv.bias)[:, None, None]
+
+        return current
+
+    return Case(
+        nn.Sequential(Fold(a), one, Fold(b), two, Pooled(), TimeAverage(), last),
+        [describe(one, slide(a), (1, 1, 3), firing), describe(two, slide(b), (1, 1, 2), firing)],
+        lambda spikes: affine(last)(spikes.flatten(2).mean(0)),
+        cross_entropy,
+        torch.rand(2, 1, 1, 4, dtype=torch.float64) + 0.3,
+        firing,
+    )
+
+
+class Attention(nn.Module):
+    """One head of self-attention over the neurons of a step, each a token of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value = nn.Parameter(torch.tensor([1.0, -0.5])), nn.Parameter(torch.tensor([1.2, 0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = x[..., None] * self.key[0] + self.key[1]
+        weights = (keys * keys.transpose(-1, -2)).softmax(-1)
+        return (weights @ (x[..., None] * self.value[0] + self.value[1]))[..., 0]
+
+
+class Residual(nn.Module):
+    """x + linear(layer norm(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(2, eps=0.1), linear(2, 2, 0.8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+class Pool(nn.Module):
+    """Mean over pairs of neurons, spread out again with a gain of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([1.5, 0.8]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool1d(x.flatten(0, -2)[:, None], 2)[:, 0].unflatten(0, x.shape[:-1]) * self.gain
+
+
+def between(module: nn.Module) -> Case:
+    """2-2, a stateless module, 2 neurons, a linear readout. The enumeration calls the very same module: what
+    it proves is how credit passes through."""
+    firing = Logistic(0.5)
+    a, module, last = linear(2, 2), module.double(), linear(2, 2, 1.5)
+    one, two = LIF(0.8).double(), LIF(0.7, 0.6, "zero").double()
+    return Case(
+        nn.Sequential(a, one, module, two, TimeAverage(), last),
+        [describe(one, affine(a), (2,), firing), describe(two, module, (2,), firing)],
+        lambda spikes: affine(last)(spikes.mean(0)),
+        cross_entropy,
+        torch.rand(3, 2, dtype=torch.float64),
+        firing,
+    )
+
+
+class Twice(nn.Sequential):
+    """The same weights and neurons, two times one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+def shared() -> Case:
+    firing, neuron = Logistic(0.5), LIF(0.8, learn_beta=True).double()
+    once, last = linear(2, 2), linear(2, 2, 1.5)
+    return Case(
+        nn.Sequential(Twice(once, neuron), TimeAverage(), last),
+        [describe(neuron, affine(once), (2,), firing)] * 2,
+        lambda spikes: affine(last)(spikes.mean(0)),
+        cross_entropy,
+        torch.rand(3, 2, dtype=torch.float64),
+        firing,
+    )
+
+
+def membranes() -> Case:
+    """A loss on the membranes of a leaky readout, which also reaches its parameters without any spike."""
+    firing = Logistic(0.4)
+    first, last, neuron = linear(2, 3), linear(3, 2, 0.8), LIF(0.8).double()
+    leaky = LeakyReadout(0.6, learn_beta=True).double()
+
+    def readout(spikes: Tensor) -> Tensor:
+        membrane, trace = 0.0, []
+        for now in spikes:
+            membrane = leaky.beta * membrane + affine(last)(now)
+            trace.append(membrane)
+        return torch.stack(trace)
+
+    return Case(
+        nn.Sequential(first, neuron, last, leaky),
+        [describe(neuron, affine(first), (3,), firing)],
+        readout,
+        membrane_loss,
+        torch.rand(3, 2, dtype=torch.float64),
+        firing,
+    )
+
+
+# Calibrated to the lowest level there is, halfway to an end that makes it 0.12 of the threshold all along.
+RELATIVE = Logistic(start=1e-9, end=0.12**2 / ulr_snn.noise.LEVELS[0])
+
+
+def learnable(reset: str, scale: float | None) -> Case:
+    thresholds = torch.tensor([0.8, 1.0, 1.3])
+    neuron = LIF(torch.tensor([0.6, 0.8, 0.9]), thresholds, reset, learn_beta=True, learn_threshold=True)
+    return dense(neuron, firing=RELATIVE if scale is None else Logistic(scale))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "subtract": lambda: dense(LIF(0.8)),
+    "zero": lambda: dense(LIF(0.8, reset="zero")),
+    "none": lambda: dense(LIF(0.8, reset="none")),
+    "recurrent subtract": lambda: recurrent("subtract"),
+    "recurrent zero": lambda: recurrent("zero"),
+    "two recurrent layers": two_recurrent_layers,
+    "convolution": convolutional,
+    "two layers": lambda: two_layers("subtract"),
+    "two layers zero": lambda: two_layers("zero"),
+    "learnable, relative scale": lambda: learnable("subtract", None),
+    "learnable zero, fixed scale": lambda: learnable("zero", 0.4),
+    "gaussian": lambda: dense(LIF(0.8), firing=Gaussian(0.6)),
+    "gaussian zero, learnable": lambda: dense(
+        LIF(0.8, reset="zero", learn_beta=True, learn_threshold=True), firing=Gaussian(0.6)
+    ),
+    "leaky readout, membranes": membranes,
+    "attention": lambda: between(Attention()),
+    "residual sum and layer norm": lambda: between(Residual()),
+    "pooling": lambda: between(Pool()),
+    "neurons used twice": shared,
+    "spike counts": lambda: two_layers("subtract", counts=True),
+    "0-1 loss": lambda: dense(LIF(0.8), loss=zero_one),
+    "latency rule": lambda: two_layers("zero", counts=True, loss=python_rule),
+}
+NO_GRADIENT = ("0-1 loss", "latency rule")
+UNTRAINED = {"0-1 loss": "3.weight, 3.bias"}  # a readout under a loss that is flat in the outputs: gradient zero
+
+
+def make(name: str) -> Case:
+    torch.manual_seed(sum(map(ord, name)))
+    return CASES[name]()
+
+
+# -- wrong formulas ----------------------------------------------------------------------------------------
+
+
+def _score(change: Callable) -> Callable:
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind in (Logistic, Gaussian):
+            right = kind.score
+            monkeypatch.setattr(kind, "score", lambda self, s, x, right=right: change(self, s, x, right))
+
+    return patch
+
+
+def _partner_as_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def partner(losses, copies, group, moving):
+        return losses.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)[copies]
+
+    monkeypatch.setattr(ulr_snn.estimator, "baseline", partner)
+
+
+def _own_loss_in_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulr_snn.estimator, "baseline", lambda losses, copies, group, moving: losses.mean(0))
+
+
+def _own_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulr_snn.estimator, "from_other_copies", lambda predictions, passes, group: predictions)
+
+
+def _no_last_summand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Logistic, Gaussian):
+        monkeypatch.setattr(kind, "slope", lambda self, x: torch.zeros_like(x))
+
+
+def _no_reset_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ulr_snn.neurons.leaky_drive
+
+    def wrong(current, beta, threshold, reset="none", spikes=None, drive=None):
+        return right(current, beta, threshold, "none", spikes, drive)
+
+    monkeypatch.setattr(ulr_snn.neurons, "leaky_drive", wrong)
+
+
+def _no_leak_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ulr_snn.neurons.leaky_drive
+
+    def wrong(current, beta, threshold, reset="none", spikes=None, drive=None):
+        return right(current, beta * 0, threshold, reset, spikes, drive)
+
+    monkeypatch.setattr(ulr_snn.neurons, "leaky_drive", wrong)
+
+
+def _unshifted_spikes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulr_snn.neurons, "shift", lambda sequence: sequence)
+
+
+def _constant_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ulr_snn.noise.NoiseLevel.scale
+    monkeypatch.setattr(ulr_snn.noise.NoiseLevel, "scale", lambda self, *arguments: right(self, *arguments).detach())
+
+
+WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "sign of the score": _score(lambda self, s, x, right: -right(self, s, x)),
+    "missing 1/scale": _score(lambda self, s, x, right: right(self, s, x) * self.scale),
+    "spike in place of innovation": _score(lambda self, s, x, right: s),
+    "logistic score": _score(lambda self, s, x, right: s - self.probability(x)),
+    "partner as baseline": _partner_as_baseline,
+    "own loss in the baseline": _own_loss_in_baseline,
+    "own copy's prediction": _own_prediction,
+    "no a p'": _no_last_summand,
+    "no reset in the trace": _no_reset_in_trace,
+    "no leak in the trace": _no_leak_in_trace,
+    "recurrent input not shifted": _unshifted_spikes,
+    "scale without derivative": _constant_scale,
+}
+
+
+@contextmanager
+def wrong_formula(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        WRONG[name](monkeypatch)
+        yield
+
+
+# -- the tests ---------------------------------------------------------------------------------------------
+
+GLOBAL = ULR(credit="global", copies=4)
+GLOBAL_ONE_PAIR = ULR(credit="global", copies=2)
+GLOBAL_INDEPENDENT = ULR(credit="global", copies=4, antithetic=False)
+GLOBAL_SINGLE = ULR(credit="global", copies=1)
+RESIDUAL = ULR(credit="residual", copies=4)
+RESIDUAL_INDEPENDENT = ULR(credit="residual", copies=2, antithetic=False)
+
+# every case with both credits; further copies and pairings on some; a wrong formula that each must notice
+PLAN: list[tuple[str, ULR, str]] = [
+    ("subtract", GLOBAL, "partner as baseline"),
+    ("subtract", RESIDUAL, "own copy's prediction"),
+    ("subtract", GLOBAL_ONE_PAIR, "partner as baseline"),
+    ("subtract", GLOBAL_INDEPENDENT, "own loss in the baseline"),
+    ("subtract", GLOBAL_SINGLE, "sign of the score"),
+    ("subtract", RESIDUAL_INDEPENDENT, "own copy's prediction"),
+    ("zero", GLOBAL, "no reset in the trace"),
+    ("zero", RESIDUAL, "no a p'"),
+    ("none", GLOBAL, "missing 1/scale"),
+    ("none", RESIDUAL, "sign of the score"),
+    ("recurrent subtract", GLOBAL, "recurrent input not shifted"),
+    ("recurrent subtract", RESIDUAL, "own copy's prediction"),
+    ("recurrent subtract", RESIDUAL_INDEPENDENT, "own copy's prediction"),
+    ("recurrent zero", GLOBAL, "no leak in the trace"),
+    ("recurrent zero", RESIDUAL, "no a p'"),
+    ("two recurrent layers", GLOBAL, "recurrent input not shifted"),
+    ("two recurrent layers", RESIDUAL, "own copy's prediction"),
+    ("convolution", GLOBAL, "spike in place of innovation"),
+    ("convolution", RESIDUAL, "no a p'"),
+    ("two layers", GLOBAL, "missing 1/scale"),
+    ("two layers", GLOBAL_INDEPENDENT, "own loss in the baseline"),
+    ("two layers", RESIDUAL, "own copy's prediction"),
+    ("two layers", RESIDUAL_INDEPENDENT, "own copy's prediction"),
+    ("two layers zero", GLOBAL, "no leak in the trace"),
+    ("two layers zero", RESIDUAL, "no reset in the trace"),
+    ("learnable, relative scale", GLOBAL, "scale without derivative"),
+    ("learnable, relative scale", RESIDUAL, "scale without derivative"),
+    ("learnable zero, fixed scale", GLOBAL, "missing 1/scale"),
+    ("learnable zero, fixed scale", RESIDUAL, "no reset in the trace"),
+    ("gaussian", GLOBAL, "logistic score"),
+    ("gaussian", RESIDUAL, "logistic score"),
+    ("gaussian zero, learnable", GLOBAL, "no reset in the trace"),
+    ("gaussian zero, learnable", RESIDUAL, "no a p'"),
+    ("leaky readout, membranes", GLOBAL, "sign of the score"),
+    ("leaky readout, membranes", RESIDUAL, "no a p'"),
+    ("attention", GLOBAL, "spike in place of innovation"),
+    ("attention", RESIDUAL, "no a p'"),
+    ("residual sum and layer norm", GLOBAL, "partner as baseline"),
+    ("residual sum and layer norm", RESIDUAL, "own copy's prediction"),
+    ("pooling", GLOBAL, "no leak in the trace"),
+    ("pooling", RESIDUAL, "no a p'"),
+    ("neurons used twice", GLOBAL, "no leak in the trace"),
+    ("neurons used twice", RESIDUAL, "own copy's prediction"),
+    ("spike counts", GLOBAL, "partner as baseline"),
+    ("spike counts", RESIDUAL, "own copy's prediction"),
+    ("0-1 loss", GLOBAL, "partner as baseline"),
+    ("0-1 loss", GLOBAL_INDEPENDENT, "own loss in the baseline"),
+    ("latency rule", GLOBAL, "missing 1/scale"),
+]
+SAMPLES, STEPS, WARM_UP = 8192, 24, 2
+SLOW_LOSS = {"latency rule": 1024}  # fewer samples where the loss is plain Python
+
+
+def measure(case: Case, estimator: ULR, exact: Tensor, samples: int, spending: bool = True) -> Verdict:
+    # Two steps first: the moving baseline begins, and the feedback is no longer zero in the steps that count.
+    draws = case.draws(estimator, samples, STEPS, WARM_UP)
+    return compare_means("unbiased", draws, exact, spending)
+
+
+def warned(name: str) -> AbstractContextManager:
+    """Exactly the parameters that have no gradient are named in a warning; where there are none, none is raised."""
+    if name not in UNTRAINED:
+        return nullcontext()  # warnings are errors
+    return pytest.warns(UserWarning, match=f"^no gradient reaches {UNTRAINED[name]};")
+
+
+def label(value: object) -> str | None:
+    if isinstance(value, ULR):
+        return f"{value.credit}-{value.copies}-{'pairs' if value.antithetic else 'independent'}"
+    return None
+
+
+def test_every_case_is_planned():
+    for name in CASES:
+        credits = {estimator.credit for case, estimator, _ in PLAN if case == name}
+        assert credits == ({"global"} if name in NO_GRADIENT else {"global", "residual"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "estimator", "wrong"), PLAN, ids=label)
+def test_mean_is_the_exact_gradient(name: str, estimator: ULR, wrong: str, device: torch.device):
+    case = make(name)
+    estimator = ULR(**{**estimator.__dict__, "firing": case.firing})
+    exact, samples = case.exact(), SLOW_LOSS.get(name, SAMPLES)
+    case.to(device)
+    with warned(name):
+        right = measure(case, estimator, exact, samples)
+    with warned(name), wrong_formula(wrong):
+        rejected = measure(case, estimator, exact, samples, spending=False)
+    noise = f"standard error {right.error / exact.norm():.2%}, p {right.worst:.1e}"
+    print(f"{name}: {noise}; {wrong}: p {rejected.worst:.1e}")
+    assert right.error <= 0.01 * exact.norm()
+    assert right.agrees, f"p = {right.worst:.1e}"
+    assert not rejected.agrees, f"{wrong} goes unnoticed: p = {rejected.worst:.1e}"
