@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one thread (the suite runs two processes on two cores), and the devices that are
+"""Fixtures of all tests: one thread (small tensors are slower on two), and the devices that are
 here."""
 
 import pytest

@@ -1,6 +1,6 @@
 """E[L] and its exact gradient for tiny nets, by enumerating every spike pattern.
 
-Written from the equations of METHOD section 2 and from nothing in the library: plain loops over time and
+Written from the equations of the stochastic neuron and from nothing in the library: plain loops over time and
 layers, all patterns side by side, and autograd through the *probabilities of the patterns* (never through a
 spike).
 """

@@ -1,4 +1,4 @@
-"""The estimators against METHOD section 3 written down by hand, with the same noise: no statistics needed.
+"""The estimators written down by hand, with the same noise: no statistics needed.
 
 The hand-written half uses plain loops over copies, layers and time, explicit forward traces (never autograd)
 and only `Noise` from the library. Each agreement also rejects a named wrong formula. At the end: how biased

@@ -1,6 +1,6 @@
 """The estimator: the gradient of the expected loss as a mean of credit x local derivative. The formula lives here.
 
-For every weight W that feeds neuron i at time t (METHOD section 3; ULR, arXiv 2305.08960):
+For every weight W that feeds neuron i at time t (unified likelihood ratio, arXiv 2305.08960, and a control variate a):
 
     g_W = sum_{i,t} c_it ∂x_it/∂W |spikes fixed
     c_it = λ (L - b - sum_{j,t'} a_jt' ε_jt') δ_it + a_it p'_it
@@ -119,6 +119,7 @@ class Attachment:
         self.mean_loss: Tensor | None = None  # moving baseline
         self.level = NoiseLevel(estimator.firing)
         self.structure: Structure | None = None
+        self._structure_loss: str | Loss | None = None
 
     def __enter__(self) -> "Attachment":
         return self
@@ -128,6 +129,7 @@ class Attachment:
 
     # -- one step ------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()
     def backward(
         self, x: Tensor, targets: Tensor, loss: str | Loss | None = None, lengths: Tensor | None = None
     ) -> Estimate:
@@ -137,9 +139,14 @@ class Attachment:
         Raises UsageError on wrong shapes, labels, losses, or events that are not finite.
         """
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        targets = targets.to(x.device)
+        lengths = None if lengths is None else lengths.to(x.device)
         self.level.progress = self._progress()
         forward = Forward(self.model, self.level, self.seed, self.step, self.estimator.antithetic)
-        per_sample = resolve(loss if loss is not None else self.loss)
+        loss = self.loss if loss is None else loss
+        if loss is not self._structure_loss:  # another loss may reach the outputs in another way
+            self.structure, self._structure_loss = None, loss
+        per_sample = resolve(loss)
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
@@ -231,7 +238,7 @@ class Attachment:
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a later session needs to go on with the same steps."""
+        """Everything a resumed run needs to go on with the same steps."""
         return {
             "step": self.step,
             "forward_passes": self.forward_passes,
@@ -242,9 +249,10 @@ class Attachment:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
-        self.mean_loss = state["mean_loss"]
+        device = next(self.model.parameters()).device
+        self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)
         self.level.starts = dict(state["noise_starts"])
-        self.feedback.load_state_dict(state["feedback"])
+        self.feedback.load_state_dict(state["feedback"], device)
 
 
 def _stack_outputs(passes: list[Pass]) -> Tensor:

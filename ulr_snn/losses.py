@@ -23,14 +23,14 @@ def total(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def ce_count(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy of the outputs summed over time (snntorch.functional.ce_count_loss)."""
-    return F.cross_entropy(total(outputs, mask), targets, reduction="none")
+    return F.cross_entropy(total(outputs, mask), targets.long(), reduction="none")
 
 
 def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy of every time step's outputs, averaged over time (snntorch.functional.ce_rate_loss)."""
     if outputs.ndim < 3:
         return ce_count(outputs, targets)
-    steps = F.cross_entropy(outputs.flatten(0, 1), targets.repeat(len(outputs)), reduction="none")
+    steps = F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(len(outputs)), reduction="none")
     steps = steps.view(outputs.shape[:2])
     if mask is None:
         return steps.mean(0)
@@ -39,8 +39,14 @@ def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error, summed over features and averaged over time; targets of the outputs' shape, or [B, C] for
-    every time step."""
+    """Squared error, summed over features and averaged over time; targets [B, ...] of the shape of the outputs, or
+    of one time step of them (the same target at every step). Raises UsageError for any other shape."""
+    shape = outputs.shape if outputs.ndim < 3 else outputs.shape[1:]
+    if targets.shape != shape:
+        raise UsageError(
+            f"mse got targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}; "
+            f"give targets {list(shape)}"
+        )
     error = (outputs - targets) ** 2
     if outputs.ndim < 3:
         return error.flatten(1).sum(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 
-LEVELS = (0.16, 1.0)  # bounds of a calibrated starting scale, in units of the threshold
+LEVELS = (0.14, 1.0)  # bounds of a calibrated starting scale, in units of the threshold
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Firing:
     """
 
     scale: float | None = None
-    start: float = 0.4
+    start: float = 0.3
     end: float = 0.09
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class NoiseLevel:
 
     Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
     one. So the scale falls geometrically from `start` times the standard deviation of the layer's membranes in the
-    first batch (no spikes, within 0.16 to 1 times the threshold), to `end` times the threshold.
+    first batch (no spikes, within 0.14 to 1 times the threshold), to `end` times the threshold.
     progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
     """
 

@@ -66,7 +66,7 @@ class Forward:
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(cut, targets.repeat(k, *[1] * (targets.ndim - 1)), mask)
-        error = torch.autograd.grad(value.sum(), cut)[0] if value.requires_grad else None
+        error = torch.autograd.grad(value.sum(), cut, allow_unused=True)[0] if value.requires_grad else None
         records = [record for site in sites for record in site.records]
         return Pass(copies, outputs, records, value.detach().view(k, batch), error)
 
@@ -133,7 +133,9 @@ def model_outputs(model: nn.Module, x: Tensor) -> Tensor:
 def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
     """Raises UsageError unless outputs are [T, B, ...] or [B, C]."""
     shape = tuple(outputs.shape)
-    if (outputs.ndim >= 3 and shape[:2] != (steps, rows)) or (outputs.ndim < 3 and shape[:1] != (rows,)):
+    if (outputs.ndim >= 3 and shape[:2] != (steps, rows)) or (
+        outputs.ndim < 3 and (outputs.ndim < 2 or shape[0] != rows)
+    ):
         raise UsageError(
             f"the model returned shape {shape} for {steps} steps of a batch of {rows}; return [T, B, C] or [B, C]"
         )
@@ -147,6 +149,8 @@ def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: 
             f"events have shape {shape}; they must be a tensor [T, B, ...] (or [B, T, ...], time_first=False)"
         )
     x = x if time_first else x.transpose(0, 1)
+    if 0 in x.shape[:2]:
+        raise UsageError(f"events have shape {tuple(x.shape)}, without a step or a sample; leave empty batches out")
     if x.shape[1] != len(targets):
         swapped = x.shape[0] == len(targets)
         hint = (
@@ -161,4 +165,5 @@ def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: 
     dtype = reference.dtype if reference is not None else torch.get_default_dtype()
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise UsageError("events contain NaN or infinite values; clean the recordings first")
-    return x.to(dtype)
+    device = reference.device if reference is not None else x.device
+    return x.to(device, dtype)

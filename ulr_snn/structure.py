@@ -17,7 +17,8 @@ class Structure:
 
     direct: sites whose spikes reach the outputs without passing another spike. feeds: per site, the layers whose
     input current its spikes reach so. from_outputs: sites with learned feedback from the outputs: recurrent ones
-    (what their own recurrent weights do later), and those that feed a layer too wide for a matrix between the two.
+    (what their own recurrent weights do later), those that feed a layer too wide for a matrix between the two, and
+    those that act on the outputs only through something that is not differentiable.
     """
 
     credit: str
@@ -46,7 +47,8 @@ class Structure:
                 "use credit='global'"
             )
         if credit == "auto":
-            credit = "feedback" if p.error is not None else "global"
+            # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
+            credit = "feedback" if p.error is not None and bool(p.error.any()) else "global"
         reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if id(r.spikes) in reached["outputs"]}
@@ -56,7 +58,8 @@ class Structure:
         for r in p.records:
             targets = [m.site for m in p.records if id(r.spikes) in reached[m.site]]
             feeds[r.site] = [target for target in targets if width[r.site] * width[target] <= ENTRIES]
-            if len(feeds[r.site]) < len(targets) and r.site not in from_outputs:
+            leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
+            if (len(feeds[r.site]) < len(targets) or leads_nowhere) and r.site not in from_outputs:
                 from_outputs.append(r.site)
         parameters = {
             name: [source for source, ids in reached.items() if id(q) in ids]

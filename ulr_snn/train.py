@@ -129,14 +129,15 @@ class Session:
         """One pass over the loader; returns the history entry."""
         started, passes = time.perf_counter(), self.attached.forward_passes
         tally = Tally()
-        self.optimizer.zero_grad()
+        self.zero_grad()
         waiting = 0
         with progress_bar(self.loader, f"epoch {epoch}/{epochs}", progress) as batches:
             for batch in batches:
                 x, targets, lengths = unpack(batch, self.device)
                 estimate = self.attached.backward(x, targets, lengths=lengths)
-                if not estimate.stats.get("skipped"):
-                    waiting += 1
+                if estimate.stats.get("skipped"):
+                    continue
+                waiting += 1
                 tally.add(estimate.loss, mean_total(estimate, lengths), targets)
                 batches.set_postfix(tally.means(), refresh=False)
                 if waiting == self.accumulate:
@@ -147,7 +148,10 @@ class Session:
             if waiting:
                 self.update(waiting)
         if not tally.samples:
-            raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
+            raise UsageError(
+                f"epoch {epoch} made no step: the loader gave no batch (a generator can be used only once), or no loss "
+                "was finite and on_nonfinite='skip' left every batch out"
+            )
         self.epoch = epoch
         self.seconds += time.perf_counter() - started
         means = tally.means()
@@ -162,9 +166,15 @@ class Session:
         self.history.append(entry)
         return entry
 
+    def zero_grad(self) -> None:
+        """Of all parameters: those that the optimizer leaves out must not pile gradients up."""
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+
     def update(self, batches: int) -> None:
         """One optimizer step on the mean gradient of some batches."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         if batches > 1:
             for p in parameters:
                 p.grad /= batches
@@ -173,7 +183,7 @@ class Session:
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
-        self.optimizer.zero_grad()
+        self.zero_grad()
         self.steps += 1
 
     def metrics(self, seed: int, validated: bool) -> dict[str, Any]:
@@ -341,7 +351,7 @@ def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: i
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("max_steps", max_steps)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"train got {name}={value!r}; it must be a whole number, at least 1")
-    if hasattr(loader, "__len__") and len(loader) == 0:
+    if loader_length(loader) == 0:
         raise UsageError("the loader is empty; give it at least one batch")
 
 
@@ -380,11 +390,20 @@ def make_scheduler(
     return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
+def loader_length(loader: Iterable) -> int | None:
+    """Batches an epoch; None where the loader cannot tell (a generator, an iterable data set)."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
 def total_steps(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> int | None:
     """Optimizer steps of the run; None where the loader has no length and no bound is given."""
-    if not hasattr(loader, "__len__"):
+    batches = loader_length(loader)
+    if batches is None:
         return max_steps
-    steps = epochs * -(-len(loader) // accumulate)
+    steps = epochs * -(-batches // accumulate)
     return steps if max_steps is None else min(steps, max_steps)
 
 

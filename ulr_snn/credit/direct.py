@@ -1,4 +1,4 @@
-"""Direct credit: ∂L/∂spikes where spikes reach the loss through differentiable operations only (METHOD 3, source 1).
+"""Direct credit: ∂L/∂spikes where spikes reach the loss through differentiable operations only.
 
 Ordinary autograd over the last differentiable piece of the model; every spike is a leaf, so no path can pass
 through one.
@@ -22,6 +22,8 @@ def direct_effect(outputs: Tensor, spikes: Sequence[Tensor], innovations: Sequen
 
     A Jacobian-vector product as the derivative of a vector-Jacobian product with respect to its vector.
     """
+    if not outputs.requires_grad:
+        return torch.zeros_like(outputs)
     probe = torch.zeros_like(outputs, requires_grad=True)
     products = torch.autograd.grad(outputs, spikes, probe, create_graph=True, allow_unused=True)
     reached = [(p, e) for p, e in zip(products, innovations, strict=True) if p is not None and p.requires_grad]

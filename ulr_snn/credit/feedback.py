@@ -1,4 +1,4 @@
-"""Learned feedback: linear maps from what happens downstream to spikes, learned from forward passes (METHOD 3, 2).
+"""Learned feedback: linear maps from what happens downstream to spikes, learned from forward passes.
 
 outputs   a_it = sum_r q_r(t) (B_r e)_i,     e = ∂L/∂o, o the outputs, q_r smooth functions of time.
           B ≈ E[∂o/∂spike] is a likelihood ratio: o's half-differences over two copies, less all that the credit in
@@ -23,11 +23,15 @@ ENTRIES = 1 << 23  # entries of the largest matrix between two layers; beyond it
 
 
 def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
-    """Smooth orthogonal functions of time with mean square 1, [R, T]: a constant, then cosines."""
+    """Smooth orthogonal functions of time with mean square 1, [R, T]: a constant, then cosines.
+
+    Of fewer steps than functions, the functions past the number of steps are zero.
+    """
     t = (torch.arange(steps, dtype=like.dtype, device=like.device) + 0.5) / steps
-    r = torch.arange(min(functions, steps), dtype=like.dtype, device=like.device)[:, None]
+    r = torch.arange(functions, dtype=like.dtype, device=like.device)[:, None]
     basis = math.sqrt(2) * torch.cos(math.pi * r * t)
     basis[0] = 1
+    basis[steps:] = 0
     return basis
 
 
@@ -49,7 +53,7 @@ class Feedback:
         if site not in self.outputs:
             return None
         basis = time_basis(self.functions, len(spikes), spikes)
-        spread = torch.einsum("rno,bo->rbn", self.outputs[site][: len(basis)], error)
+        spread = torch.einsum("rno,bo->rbn", self.outputs[site], error)
         return torch.einsum("rt,rbn->tbn", basis, spread).view(spikes.shape)
 
     def from_layer(self, site: str, target: str, spikes: Tensor, currents: Tensor) -> Tensor | None:
@@ -67,7 +71,7 @@ class Feedback:
     def to_outputs(self, site: str, spikes: Tensor) -> Tensor:
         """B^T z [B, O]: what changes of spikes [T, B, ...] do to the outputs; `from_outputs` the other way."""
         z = self.project(spikes.flatten(2))
-        return torch.einsum("rbn,rno->bo", z, self.outputs[site][: len(z)])
+        return torch.einsum("rbn,rno->bo", z, self.outputs[site])
 
     def to_layer(self, site: str, target: str, spikes: Tensor) -> Tensor | None:
         """C^T z [T, B, N_target]: what changes of spikes do to a layer's input current; `from_layer` the other way."""
@@ -96,7 +100,7 @@ class Feedback:
                 self.outputs[site] = zs.new_zeros(self.functions, neurons, unexplained.shape[1])
             step = min(stable, self.rate * samples / (neurons * functions))
             moved = torch.einsum("rbn,bo->rno", zs, unexplained) / samples
-            self.outputs[site][:functions] += step * moved / powers[site][:, None, None]
+            self.outputs[site] += step * moved / powers[site][:, None, None]
 
     def refresh_layer(self, target: str, z: dict[str, Tensor], change: Tensor, times: Tensor) -> None:
         """Steps of every C into `target`, one for each of `times`, from z[site] [T, B, N] and ΔJ [T, B, N_target]."""
@@ -116,9 +120,9 @@ class Feedback:
         copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
         return dict(zip(("outputs", "layers"), copies, strict=True))
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.outputs = {name: matrix.clone() for name, matrix in state["outputs"].items()}
-        self.layers = {name: matrix.clone() for name, matrix in state["layers"].items()}
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]], device: torch.device) -> None:
+        self.outputs = {name: matrix.clone().to(device) for name, matrix in state["outputs"].items()}
+        self.layers = {name: matrix.clone().to(device) for name, matrix in state["layers"].items()}
 
 
 def exact_in_time(matrix: Tensor, sequence: Tensor) -> bool:

@@ -6,7 +6,7 @@ and with it, to first order, its later firing probabilities. With a from outside
 learned feedback), p' per unit of membrane, and k_t the factor of the membrane that the reset leaves:
     c_t = (a_t + h_t g_{t+1}) p'_t          credit times slope
     g_t = c_t + beta k_t g_{t+1}            = ∂L/∂J_t, credit of the input current
-METHOD section 3: direct credit misses a neuron's own reset; this carries it. It looks at the pass's own later
+Direct credit misses a neuron's own reset; this carries it. It looks at the pass's own later
 probabilities, so with λ = 1 it must come from an independent copy, as all credit does there.
 
 The same linear map the other way: what innovations ε and changes δJ of the input currents do to the spikes,

@@ -121,7 +121,7 @@ def _pad(recordings: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor, T
     x = torch.zeros(int(lengths.max()), len(recordings), *shapes[0], dtype=recordings[0].dtype)
     for sample, recording in enumerate(recordings):
         x[: len(recording), sample] = recording
-    return x, torch.tensor([int(label) for label in labels]), lengths
+    return x, torch.stack([torch.as_tensor(label) for label in labels]), lengths
 
 
 def loader(

@@ -65,7 +65,7 @@ class _LeakyDrive(torch.autograd.Function):
     """drive as a differentiable function of current, beta and threshold **with the spikes held fixed**.
 
     Its backward pass is the reverse filter inside the neuron,
-    g_t = c_t + beta * k_t * g_{t+1}: dL/dJ_t = g_t (METHOD: ∂u/∂W at fixed spikes). No derivative of a spike.
+    g_t = c_t + beta * k_t * g_{t+1}: dL/dJ_t = g_t No derivative of a spike.
     """
 
     @staticmethod
