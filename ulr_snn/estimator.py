@@ -249,7 +249,7 @@ class Attachment:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
-        device = next(self.model.parameters()).device
+        device = next((q.device for q in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
         self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)
         self.level.starts = dict(state["noise_starts"])
         self.feedback.load_state_dict(state["feedback"], device)

@@ -39,10 +39,10 @@ def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error, summed over features and averaged over time; targets [B, ...] of the shape of the outputs, or
-    of one time step of them (the same target at every step). Raises UsageError for any other shape."""
+    """Squared error, summed over features and averaged over time; targets of the shape of the outputs, or of one time
+    step of them (the same target at every step). Raises UsageError for any other shape."""
     shape = outputs.shape if outputs.ndim < 3 else outputs.shape[1:]
-    if targets.shape != shape:
+    if targets.shape not in (outputs.shape, shape):
         raise UsageError(
             f"mse got targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}; "
             f"give targets {list(shape)}"

@@ -93,7 +93,7 @@ def _credit(structure: Structure, site: str) -> str:
     parts = ["direct"] * (site in structure.direct)
     parts += [f"learned from layer {target}" for target in structure.feeds[site]]
     parts += ["learned from the outputs, resolved in time"] * (site in structure.from_outputs)
-    text = " + ".join(parts) or "none: its spikes reach nothing"
+    text = " + ".join(parts)
     return text if structure.credit == "feedback" else f"loss times score, less {text} of other copies"
 
 
