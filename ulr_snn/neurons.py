@@ -183,3 +183,8 @@ def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
     steps = torch.arange(len(sequence), device=sequence.device)[:, None]
     mask = (steps < lengths[None].to(sequence.device)).to(sequence.dtype)
     return mask.view(*mask.shape, *[1] * (sequence.ndim - 2))
+
+
+def output_mask(lengths: Tensor | None, outputs: Tensor) -> Tensor | None:
+    """The step mask of a model's outputs; None where nothing is padding or the outputs have no time axis."""
+    return step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import step_mask
+from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.sites import Record, bind
 
@@ -62,7 +62,7 @@ class Forward:
         with self._traceless(), bind(self.model, self.level, noise, row_lengths) as sites:
             outputs = model_outputs(self.model, rows)
         check_outputs(outputs, x.shape[0], batch * k)
-        mask = step_mask(row_lengths, outputs) if row_lengths is not None and outputs.ndim >= 3 else None
+        mask = output_mask(row_lengths, outputs)
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(cut, targets.repeat(k, *[1] * (targets.ndim - 1)), mask)

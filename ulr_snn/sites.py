@@ -1,9 +1,10 @@
 """Firing sites: find them in a model, bind them, let them go again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,17 +129,24 @@ def bind(
     model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None
 ) -> Iterator[list[Site]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time."""
-    layers = spiking_layers(model)
+    sites = [Site(name, index, level, noise) for index, (name, _) in enumerate(spiking_layers(model))]
+    with bind_sites(model, sites, lengths):
+        yield sites
+
+
+@contextmanager
+def bind_sites(model: nn.Module, sites: Sequence[Any], lengths: Tensor | None) -> Iterator[None]:
+    """For a while, gives each spiking layer its site, one with `fire_sequence(neuron, current)`, and lets go again."""
+    layers = [neuron for _, neuron in spiking_layers(model)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
-    sites = [Site(name, index, level, noise) for index, (name, _) in enumerate(layers)]
-    if any(neuron.site is not None for _, neuron in layers):
+    if any(neuron.site is not None for neuron in layers):
         raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
     try:
-        for site, (_, neuron) in zip(sites, layers, strict=True):
+        for site, neuron in zip(sites, layers, strict=True):
             neuron.site = site
         for module in timed:
             module.lengths = lengths
-        yield sites
+        yield
     finally:
         for module in timed:
             module.__dict__.pop("site", None)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Estimate
 from ulr_snn.losses import Loss, resolve, total
-from ulr_snn.neurons import step_mask
+from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.passes import as_sequence, check_outputs, model_outputs
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
@@ -257,7 +257,7 @@ def evaluate(
             x, targets, lengths = unpack(batch, device)
             x = as_sequence(x, targets, lengths, time_first, model)
             outputs = averaged_outputs(model, x, lengths, mode, copies, estimator or ULR(), seed, step)
-            mask = step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None
+            mask = output_mask(lengths, outputs)
             tally.add(per_sample(outputs, targets, mask), total(outputs, mask), targets)
     if not tally.samples:
         raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
@@ -323,7 +323,7 @@ class Tally:
 def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
     """Outputs of a training step, mean over copies and summed over a sample's own time steps, [B, C]."""
     outputs = estimate.outputs.mean(0)
-    return total(outputs, step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None)
+    return total(outputs, output_mask(lengths, outputs))
 
 
 def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -44,7 +44,6 @@ class Prediction:
     def refresh(self, passes: list[Pass], step: int) -> None:
         """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
         structure, batch = self.structure, passes[0].loss.shape[1]
-        drawn = [[record.innovation() for record in p.records] for p in passes]
 
         def differences(tensors: list[Tensor], dim: int) -> Tensor:
             """Half-differences of paired copies, rows of all passes together."""
@@ -52,6 +51,7 @@ class Prediction:
 
         names = [record.site for record in passes[0].records]
         if structure.from_outputs:
+            drawn = [[record.innovation() for record in p.records] for p in passes]
             unexplained = [self._unexplained(p, d) for p, d in zip(passes, drawn, strict=True)]
             z = {
                 name: self.feedback.project(differences([d[i].flatten(2) for d in drawn], 1))

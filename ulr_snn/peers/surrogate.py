@@ -4,8 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import Estimate
 from ulr_snn.losses import Loss, resolve
-from ulr_snn.neurons import LIF, Timed, heaviside, step_mask
+from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.passes import as_sequence, check_outputs, model_outputs
 from ulr_snn.scan.reference import shift
-from ulr_snn.sites import spiking_layers
+from ulr_snn.sites import bind_sites, spiking_layers
 
 
 def atan_slope(drive: Tensor, a: float) -> Tensor:
@@ -179,7 +178,7 @@ class SurrogateAttachment:
         with torch.enable_grad(), bound(self.model, self.peer, lengths):
             outputs = model_outputs(self.model, x)
         check_outputs(outputs, x.shape[0], x.shape[1])
-        mask = step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None
+        mask = output_mask(lengths, outputs)
         with torch.enable_grad():
             value = per_sample(outputs, targets, mask)
         self.step += 1
@@ -196,20 +195,6 @@ class SurrogateAttachment:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
 
 
-@contextmanager
-def bound(model: nn.Module, site: SurrogateBPTT, lengths: Tensor | None) -> Iterator[None]:
+def bound(model: nn.Module, site: SurrogateBPTT, lengths: Tensor | None) -> AbstractContextManager[None]:
     """For a while, binds `site` to every spiking layer and the lengths [B] to all that runs over time."""
-    layers = [neuron for _, neuron in spiking_layers(model)]
-    timed = [module for module in model.modules() if isinstance(module, Timed)]
-    if any(neuron.site is not None for neuron in layers):
-        raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
-    try:
-        for neuron in layers:
-            neuron.site = site
-        for module in timed:
-            module.lengths = lengths
-        yield
-    finally:
-        for module in timed:
-            module.__dict__.pop("site", None)
-            module.__dict__.pop("lengths", None)
+    return bind_sites(model, [site] * len(spiking_layers(model)), lengths)
