@@ -13,6 +13,7 @@ import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError
 from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.sites import bind
+from ulr_snn.train import learning_rate_factor
 
 STEPS, PIXELS, CLASSES = 8, 8, 2
 
@@ -187,6 +188,9 @@ def test_schedules():
     expected = [0.1 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (1, 2, 3, 4)]
     assert rates == pytest.approx(expected, abs=1e-9)
     assert [e["lr"] for e in train(lr=0.1, scheduler=None).history] == [0.1, 0.1]
+    assert learning_rate_factor(0, 100) == pytest.approx(0.1)  # of the warm-up, a tenth of the steps
+    warm = [learning_rate_factor(step, 100) / (0.5 * (1 + math.cos(math.pi * step / 100))) for step in range(12)]
+    assert warm == pytest.approx([min(1, (step + 1) / 10) for step in range(12)])
     halves = train(lr=0.1, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5))
     assert [e["lr"] for e in halves.history] == pytest.approx([0.05, 0.025])
 

@@ -23,6 +23,7 @@ from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.sites import bind
 
 DEFAULT_LR = 1e-2
+LR_WARM_UP = 0.1  # of the steps, in the cosine schedule
 
 
 @dataclass
@@ -68,8 +69,9 @@ def train(
     loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), y [B].
     val_loader: evaluated with deterministic firing after every epoch.
     optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2).
-    scheduler: "cosine" (from lr to 0 over the run), None (constant), or a factory optimizer -> scheduler; stepped
-    once per optimizer step. accumulate: batches per optimizer step. clip: bound of the gradient's norm.
+    scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory
+    optimizer -> scheduler; stepped once per optimizer step. accumulate: batches per optimizer step. clip: bound of
+    the gradient's norm.
     callbacks: called after every epoch with its history entry and the model.
     run_dir: receives a checkpoint an epoch, and metrics.json and curves.png at the end; resume goes on from there.
     Raises UsageError for a wrong use, before the first step where it can be seen there.
@@ -387,7 +389,17 @@ def make_scheduler(
         raise UsageError(
             "the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None"
         )
-    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Of the cosine schedule: a half cosine from 1 to 0, under a linear warm-up.
+
+    A freshly made net fires little, so that its first gradients are mostly noise; an adaptive optimizer would make
+    full-size steps of them, which silence whole layers of a deep net for good.
+    """
+    warm = min(1.0, (step + 1) / (LR_WARM_UP * steps))
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
 def loader_length(loader: Iterable) -> int | None:
