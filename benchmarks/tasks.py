@@ -103,8 +103,9 @@ def convolutional() -> nn.Module:
     return nn.Sequential(
         Fold(nn.Conv2d(2, 12, 5, stride=2, padding=2)),
         LIF(),
-        Fold(nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.Flatten()),
+        Fold(nn.Conv2d(12, 24, 3, stride=2, padding=1)),
         LIF(),
+        nn.Flatten(2),
         nn.Linear(24 * 9 * 9, 128),
         LIF(),
         TimeAverage(),

@@ -306,6 +306,8 @@ def agreement(
             estimate = ulr.backward(x.to(device), y.to(device))
             if step not in (0, 5, 9):
                 continue
+            if estimator.credit == "feedback":  # there, what spikes do to the next layer is learned before its use
+                state["feedback"]["layers"] = ulr.state_dict()["feedback"]["layers"]
             gradient = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
             for name, p in reference.named_parameters():
                 gradient.setdefault(name, torch.zeros_like(p))
@@ -413,7 +415,7 @@ def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, device):
         plus, minus = (records[index]["s"] - records[index]["p"] for records in pair)
         z[site] = torch.einsum("rt,tbn->rbn", q, plus - minus) / 2
     assert set(before["feedback"]["layers"]) == {"1 -> 3"} and set(before["feedback"]["outputs"]) == {"1", "3"}
-    matrices = [before["feedback"]["layers"]["1 -> 3"].cpu()]
+    matrices = [after["feedback"]["layers"]["1 -> 3"].cpu()]  # what spikes do to the next layer is learned first
 
     def worst(wrong: str = "") -> tuple[float, list[float]]:
         left = []
@@ -452,38 +454,48 @@ def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, device):
 
 
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_a_refresh_of_the_feedback_between_layers_by_hand(reset, monkeypatch, device):
-    """C += α mean z (ΔJ - C^T z)^T / v with z the half-differences of the spikes at one time step, the only one
-    that the refresh can afford here."""
-    monkeypatch.setattr(ulr_snn.credit.prediction, "PRODUCTS", 1)
-    for module in (ulr_snn.estimator, ulr_snn.credit.prediction):
-        monkeypatch.setattr(module, "WARM_UP", 1)
-    batch = 32
+def test_learning_the_feedback_between_layers_by_hand(reset, device):
+    """C += η (Z^T Z + ridge)^-1 Z^T (ΔJ - Z C), Z and ΔJ the deviations of spikes and currents from their means over
+    the samples, a row for each sample and time step; from three quarters of the rows, η by the last quarter."""
+    batch = 16
     model = net(reset, False, 2)
     expected = model[2].weight.detach().clone().T
-    estimator = ULR(credit="feedback", refresh=1, firing=Logistic(0.4))
     x = torch.rand(STEPS, batch, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1.5
-    before, after, (plus, minus) = refreshed(model, estimator, x, torch.arange(batch) % 3, device, earlier=4)
-    ((name, learned),) = before["feedback"]["layers"].items()
+    estimator, reference, y = (
+        ULR(credit="feedback", firing=Logistic(0.4)),
+        copy.deepcopy(model),
+        torch.arange(batch) % 3,
+    )
+    with attach(model.to(device), estimator, "ce_count", seed=SEED, total_steps=TOTAL) as ulr:
+        ulr.backward(x.to(device), y.to(device))
+        before = copy.deepcopy(ulr.state_dict())
+        assert ulr.backward(x.to(device), y.to(device)).stats["copies"] == 1
+        ((name, after),) = ulr.state_dict()["feedback"]["layers"].items()
     assert name == "1 -> 3"
-    learned, moved = learned.cpu(), (after["feedback"]["layers"][name] - learned).cpu()
+    learned = before["feedback"]["layers"][name].cpu()
+    moved = after.cpu() - learned
+    (records,) = copies_by_hand(reference, estimator, before, 1, x)
 
-    def refresh(t: int, key: str = "spikes", predicted: bool = True) -> tuple[float, float, float]:
-        drawn = [r[0]["s"][t] - (r[0]["p"][t] if key == "innovations" else 0) for r in (plus, minus)]
-        change, z = (plus[1]["current"][t] - minus[1]["current"][t]) / 2, (drawn[0] - drawn[1]) / 2
-        v = z.square().mean()
-        direction = z.T @ (change - z @ learned * predicted) / batch / v
-        stable = 2 / float(torch.linalg.eigvalsh(z.T @ z / batch / v).max())
-        return *reversed(step_along(moved, direction)), stable
+    def by_hand(wrong: str = "") -> Tensor:
+        drawn = records[0]["s"] - (records[0]["p"] if wrong == "innovations" else 0)
+        z, change = (
+            a if wrong == "means left in" else a - a.mean(1, keepdim=True) for a in (drawn, records[1]["current"])
+        )
+        left = change - (0 if wrong == "prediction left out" else z @ learned)
+        z, left = (a.transpose(0, 1).flatten(0, 1) for a in (z, left))
+        known = batch * STEPS if wrong == "all rows" else 3 * batch * STEPS // 4
+        ridge = (0 if wrong == "no ridge" else feedback.RIDGE) * z[:known].square().sum(0).mean()
+        padded = torch.cat([z[:known], ridge.sqrt() * torch.eye(z.shape[1], dtype=z.dtype)])
+        zeros = torch.zeros(z.shape[1], left.shape[1], dtype=z.dtype)
+        move = torch.linalg.lstsq(padded, torch.cat([left[:known], zeros])).solution
+        if wrong == "all rows":
+            return move
+        effect = z[known:] @ move
+        return move * min(max(float((effect * left[known:]).sum() / effect.square().sum()), 0.0), 1.0)
 
-    learned_from = min(range(STEPS), key=lambda t: refresh(t)[0])
-    assert learned_from > 0, "the first step's innovations are its spikes; take another step"
-    aside, size, stable = refresh(learned_from)
-    assert aside < 1e-9 and 0 < size < 0.75 * stable  # half of it, but for the estimate of the eigenvalue
-    assert all(refresh(t)[0] > 1e-3 for t in range(STEPS) if t != learned_from)
-    if reset != "none":  # without resets, what was drawn before leaves p as it is
-        assert all(refresh(t, "innovations")[0] > 1e-3 for t in range(STEPS) if t > 0)
-    assert all(refresh(t, predicted=False)[0] > 1e-3 for t in range(STEPS))
+    torch.testing.assert_close(by_hand(), moved, rtol=0, atol=1e-9)
+    for wrong in ("means left in", "prediction left out", "all rows", "no ridge", "innovations"):
+        assert (by_hand(wrong) - moved).norm() > 1e-4 * moved.norm(), wrong
     assert (learned + moved - expected).norm() < (learned - expected).norm()
 
 

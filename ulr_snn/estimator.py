@@ -41,7 +41,8 @@ class ULR:
     copies: runs of every sample a step; None: 1 for feedback, 8 for global, 4 for residual.
     antithetic: copies come in pairs from mirrored uniforms.
     firing: distribution of the threshold noise, and its scale.
-    refresh: every how many steps an antithetic pair replaces the single pass, to update the learned feedback.
+    refresh: every how many steps an antithetic pair replaces the single pass, where there is feedback that only
+        pairs can teach: of recurrent layers, and of those that see the input otherwise than by spikes.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
     on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out.
@@ -151,7 +152,7 @@ class Attachment:
 
         def run(copies: range) -> None:
             for chunk in forward.chunks(list(copies)):
-                passes.append(forward.run(x, targets, lengths, per_sample, chunk))
+                passes.append(forward.run(x, targets, lengths, per_sample, chunk, traced=self.structure is None))
 
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
@@ -174,7 +175,7 @@ class Attachment:
         copies = self.estimator.copies or DEFAULT_COPIES[credit]
         refreshes = (
             credit == "feedback"
-            and self.structure.learns
+            and self.structure.needs_pairs
             and (self.step < WARM_UP or self.step % self.estimator.refresh == 0)
         )
         return max(copies, 2) if refreshes else copies
@@ -198,6 +199,8 @@ class Attachment:
     def _add_gradients(self, passes: list[Pass], losses: Tensor) -> None:
         structure, group = self.structure, self.estimator.group
         unbiased = structure.credit != "feedback"
+        if not unbiased:
+            self.prediction.learn_layers(passes, self.step - 1)
         predictions = self._predictions(passes)  # per pass and record: a [T, rows, ...] or None
         if structure.credit == "residual":
             predictions = from_other_copies(predictions, passes, group)
@@ -222,9 +225,12 @@ class Attachment:
             if p.error is not None and p.outputs.requires_grad:  # the exact path that meets no spike
                 tensors.append(p.outputs)
                 gradients.append(p.error * weight)
-        # after use: what is learned from this step's copies must not enter this step's credit
-        if structure.learns and len(losses) > 1:
-            self.prediction.refresh(passes, self.step - 1)
+        # After use: what is learned from this step's draws must not enter the unbiased estimators, nor feedback from
+        # the outputs its own regression. What spikes do to the next layer is no matter of chance.
+        if structure.from_outputs and len(losses) > 1:
+            self.prediction.refresh(passes)
+        if structure.credit == "residual":
+            self.prediction.learn_layers(passes, self.step - 1)
         parameters = [q for q in self.model.parameters() if q.requires_grad]
         if tensors and parameters:
             torch.autograd.backward(tensors, gradients, inputs=parameters)

@@ -24,6 +24,7 @@ class Pass:
     records: list[Record]
     loss: Tensor  # [copies, B]
     error: Tensor | None  # ∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient
+    events: Tensor  # what the model saw; a leaf of its graph in a pass that is traced
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:
@@ -53,14 +54,16 @@ class Forward:
         lengths: Tensor | None,
         loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         copies: list[int],
+        traced: bool = False,
     ) -> Pass:
-        """One pass over x [T, B, ...] for these copies."""
+        """One pass over x [T, B, ...] for these copies. traced: the graph shows what depends on the events."""
         batch, k = x.shape[1], len(copies)
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
+        events = rows.detach().requires_grad_(traced)
         row_lengths = lengths.repeat(k) if lengths is not None else None
         noise = self._noise(batch, copies, x.device)
         with self._traceless(), bind(self.model, self.level, noise, row_lengths) as sites:
-            outputs = model_outputs(self.model, rows)
+            outputs = model_outputs(self.model, events.clone() if traced else events)  # clone: may change in place
         check_outputs(outputs, x.shape[0], batch * k)
         mask = output_mask(row_lengths, outputs)
         cut = outputs.detach().requires_grad_()
@@ -68,7 +71,7 @@ class Forward:
             value = loss(cut, targets.repeat(k, *[1] * (targets.ndim - 1)), mask)
         error = torch.autograd.grad(value.sum(), cut, allow_unused=True)[0] if value.requires_grad else None
         records = [record for site in sites for record in site.records]
-        return Pass(copies, outputs, records, value.detach().view(k, batch), error)
+        return Pass(copies, outputs, records, value.detach().view(k, batch), error, events)
 
     def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.credit.maps import Shared
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import DEFAULT_COPIES, ULR
 from ulr_snn.losses import Loss, resolve
@@ -55,7 +56,9 @@ def plan(
     x = as_sequence(x, targets, lengths, time_first, model)
     level = NoiseLevel(estimator.firing, progress=0.0)
     with keep_traces(model):
-        p = Forward(model, level, seed=0, step=0, antithetic=False).run(x, targets, lengths, resolve(loss), [0])
+        p = Forward(model, level, seed=0, step=0, antithetic=False).run(
+            x, targets, lengths, resolve(loss), [0], traced=True
+        )
     structure = Structure.of(model, p, estimator.credit, estimator.time_functions)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
@@ -91,7 +94,8 @@ def _credit(structure: Structure, site: str) -> str:
     if structure.credit == "global":
         return "loss minus baseline, times the score"
     parts = ["direct"] * (site in structure.direct)
-    parts += [f"learned from layer {target}" for target in structure.feeds[site]]
+    for target, path in structure.feeds[site].items():
+        parts.append(f"learned from layer {target}" + ", one kernel for all positions" * isinstance(path, Shared))
     parts += ["learned from the outputs, resolved in time"] * (site in structure.from_outputs)
     text = " + ".join(parts)
     return text if structure.credit == "feedback" else f"loss times score, less {text} of other copies"
@@ -109,7 +113,7 @@ def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
         notes.append(
             "training batch norm or dropout: copies run one after another, and each loss counts for its own sample"
         )
-    if structure.learns and structure.credit == "feedback" and estimator.copies is None:
+    if structure.needs_pairs and structure.credit == "feedback" and estimator.copies is None:
         notes.append(
             f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned"
         )

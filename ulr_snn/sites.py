@@ -27,12 +27,18 @@ class Record:
     firing: Firing
     mask: Tensor | None
 
-    def _own_steps(self, value: Tensor) -> Tensor:
+    def _on_own_steps(self, value: Tensor) -> Tensor:
         return value if self.mask is None else value * self.mask
+
+    def own_steps(self) -> Tensor:
+        """[T, B] bool: which steps are no padding."""
+        if self.mask is None:
+            return torch.ones(self.spikes.shape[:2], dtype=torch.bool, device=self.spikes.device)
+        return self.mask.flatten(1).bool()
 
     def innovation(self) -> Tensor:
         """ε = s - p."""
-        return self._own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
+        return self._on_own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
 
     def membrane(self) -> Tensor:
         """u."""
@@ -41,11 +47,11 @@ class Record:
     @cached_property
     def slope(self) -> Tensor:
         """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
-        return self._own_steps(self.firing.slope(self.x.detach()))
+        return self._on_own_steps(self.firing.slope(self.x.detach()))
 
     def score(self) -> Tensor:
         """δ = ∂ log P(s) / ∂x."""
-        return self._own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
+        return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
 
 
 @dataclass

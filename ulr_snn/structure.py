@@ -1,14 +1,17 @@
 """What one forward pass shows about a model: which layers feed which, and where each gradient comes from."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.feedback import ENTRIES, time_basis
+from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
 from ulr_snn.graph import leaves
 from ulr_snn.passes import Pass
+from ulr_snn.sites import Record
 
 
 @dataclass
@@ -16,23 +19,26 @@ class Structure:
     """What the first pass shows: the credit in use, and where each site's credit comes from.
 
     direct: sites whose spikes reach the outputs without passing another spike. feeds: per site, the layers whose
-    input current its spikes reach so. from_outputs: sites with learned feedback from the outputs: recurrent ones
-    (what their own recurrent weights do later), those that feed a layer too wide for a matrix between the two, and
-    those that act on the outputs only through something that is not differentiable.
+    input current its spikes reach so, and by which path. paired: layers whose input current also depends on the
+    events otherwise than by spikes, so that only differences between copies tell what spikes do. from_outputs:
+    sites with learned feedback from the outputs: recurrent ones (what their own recurrent weights do later), those
+    that feed a layer too wide for a matrix between the two, and those that act on the outputs only through
+    something that is not differentiable.
     """
 
     credit: str
     direct: set[str]
-    feeds: dict[str, list[str]]
+    feeds: dict[str, dict[str, Path]]
+    paired: set[str]
     from_outputs: list[str]
     output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
     parameters: dict[str, list[str]]  # parameter -> "outputs" and sites that its gradient comes from
     differentiable: bool  # whether the loss has a gradient in the outputs
 
     @property
-    def learns(self) -> bool:
-        """Whether there is feedback to learn."""
-        return self.credit != "global" and bool(self.from_outputs or any(self.feeds.values()))
+    def needs_pairs(self) -> bool:
+        """Whether there is feedback that only pairs of copies can teach."""
+        return bool(self.from_outputs or self.paired)
 
     @property
     def untrained(self) -> list[str]:
@@ -52,15 +58,9 @@ class Structure:
         reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if id(r.spikes) in reached["outputs"]}
-        width = {r.site: r.current[0, 0].numel() for r in p.records}
-        feeds: dict[str, list[str]] = {r.site: [] for r in p.records}
-        from_outputs = [r.site for r in p.records if r.neuron.recurrent is not None]
-        for r in p.records:
-            targets = [m.site for m in p.records if id(r.spikes) in reached[m.site]]
-            feeds[r.site] = [target for target in targets if width[r.site] * width[target] <= ENTRIES]
-            leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
-            if (len(feeds[r.site]) < len(targets) or leads_nowhere) and r.site not in from_outputs:
-                from_outputs.append(r.site)
+        feeds, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, [])
+        fed = {target for paths in feeds.values() for target in paths}
+        paired = {site for site in fed if id(p.events) in reached[site]}
         parameters = {
             name: [source for source, ids in reached.items() if id(q) in ids]
             for name, q in model.named_parameters()
@@ -71,7 +71,7 @@ class Structure:
             functions = 1
             if p.error is not None and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max():
                 functions = time_functions
-        return cls(credit, direct, feeds, from_outputs, functions, parameters, p.error is not None)
+        return cls(credit, direct, feeds, paired, from_outputs, functions, parameters, p.error is not None)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
@@ -83,3 +83,25 @@ class Structure:
     def summarise_error(self, error: Tensor) -> Tensor:
         """e [rows, O] that belongs to `summarise`."""
         return self.summarise(error if self.output_functions is None else error / len(error))
+
+
+def learned_paths(
+    p: Pass, reached: dict[str, set[int]], direct: set[str]
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """feeds and from_outputs of `Structure`. reached: ids of the leaves that a site's drive depends on."""
+    feeds: dict[str, dict[str, Path]] = {}
+    from_outputs = []
+    for r in p.records:
+        targets = [target for target in p.records if id(r.spikes) in reached[target.site]]
+        paths = {target.site: path_between(r, target) for target in targets}
+        feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
+        leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
+        if len(feeds[r.site]) < len(targets) or leads_nowhere or r.neuron.recurrent is not None:
+            from_outputs.append(r.site)
+    return feeds, from_outputs
+
+
+def path_between(source: Record, target: Record) -> Path:
+    """How the spikes of one layer act on the input current of another."""
+    everything = Full(tuple(source.spikes.shape[2:]), tuple(target.current.shape[2:]))
+    return window(target.x, source.spikes) or everything

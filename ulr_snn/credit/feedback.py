@@ -2,24 +2,33 @@
 
 outputs   a_it = sum_r q_r(t) (B_r e)_i,     e = ∂L/∂o, o the outputs, q_r smooth functions of time.
           B ≈ E[∂o/∂spike] is a likelihood ratio: o's half-differences over two copies, less all that the credit in
-          use explains, are regressed on the innovations' z_r = sum_t q_r(t) ε_t.
+          use explains, are regressed on the innovations' z_r = sum_t q_r(t) ε_t, by small steps
+          B += α mean over samples of z (what is unexplained)^T / v,     v = mean of z².
 layers    a_it = (C g_t)_i,     g_t = ∂L/∂J_t, J the input current of a layer that the spikes feed.
-          C ≈ E[∂J/∂spike] is regressed, one row a time step, on the spikes' half-differences z = s_t, which
-          leave less unexplained than innovations do: nothing but these spikes differs between the copies there.
+          C ≈ E[∂J/∂spike] is regressed on the spikes of every pass, both less their mean over the samples: where J
+          depends on nothing else that differs between samples, hardly anything is noise. Where it does, half-
+          differences over two copies take the deviations' place. So each step solves its rows,
+          C += η Z^T (Z Z^T + ridge)^-1 (what is unexplained), from three quarters of them, with the length η,
+          between 0 and 1, that explains the last quarter best.
           Between wide layers g is replaced by its projection on the q_r: R products where every step by itself
           would cost T. g depends on the sample by the slopes of that layer's firing probabilities.
-
-Both by  M += α mean over rows of z (what is unexplained)^T / v,     v = mean of z².
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-PRODUCTS = 1 << 31  # multiply-adds that one refresh may spend on the feedback into one layer
-EXACT_IN_TIME = 1 << 29  # multiply-adds up to which credit between layers takes every time step by itself
+from ulr_snn.credit.maps import Path
+
+PRODUCTS = 1 << 28  # multiply-adds that a step may spend on learning the feedback between two layers
+RIDGE = 1e-3  # of the mean eigenvalue
+EXACT_IN_TIME = 1 << 30  # multiply-adds up to which credit between layers takes every time step by itself
 ENTRIES = 1 << 23  # entries of the largest matrix between two layers; beyond it, feedback comes from the outputs
+
+
+Apply = Callable[[Tensor, Tensor], Tensor]
 
 
 def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
@@ -38,9 +47,9 @@ def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
 class Feedback:
     """The feedback matrices; each is created at zero when it is first refreshed.
 
-    outputs[site]: B [R, N, O]. layers[site -> target]: C [N, N_target]. functions: R, smooth functions of time.
-    rate: bounds the step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below what it
-    explains. Every step also stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
+    outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. functions: R, smooth functions of
+    time. rate: bounds the step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below
+    what it explains. It also stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
     """
 
     def __init__(self, functions: int, rate: float) -> None:
@@ -56,33 +65,30 @@ class Feedback:
         spread = torch.einsum("rno,bo->rbn", self.outputs[site], error)
         return torch.einsum("rt,rbn->tbn", basis, spread).view(spikes.shape)
 
-    def from_layer(self, site: str, target: str, spikes: Tensor, currents: Tensor) -> Tensor | None:
-        """a [T, B, ...] in the shape of `spikes`, from ∂L/∂J [T, B, ...] of the layer they feed."""
-        matrix = self.layers.get(edge(site, target))
-        if matrix is None:
-            return None
-        currents = currents.flatten(2)
-        if exact_in_time(matrix, spikes):
-            return (currents @ matrix.T).view(spikes.shape)
-        basis = time_basis(self.functions, len(spikes), spikes)
-        mean = torch.einsum("rt,tbn->rbn", basis / len(spikes), currents)
-        return torch.einsum("rt,rbn->tbn", basis, mean @ matrix.T).view(spikes.shape)
+    def from_layer(self, name: str, path: Path, currents: Tensor) -> Tensor | None:
+        """a [T, B, *source] from ∂L/∂J [T, B, *target] of the layer they feed; None before the first refresh."""
+        return self._along(name, path, currents, path.backward)
 
     def to_outputs(self, site: str, spikes: Tensor) -> Tensor:
         """B^T z [B, O]: what changes of spikes [T, B, ...] do to the outputs; `from_outputs` the other way."""
         z = self.project(spikes.flatten(2))
         return torch.einsum("rbn,rno->bo", z, self.outputs[site])
 
-    def to_layer(self, site: str, target: str, spikes: Tensor) -> Tensor | None:
-        """C^T z [T, B, N_target]: what changes of spikes do to a layer's input current; `from_layer` the other way."""
-        matrix = self.layers.get(edge(site, target))
-        if matrix is None:
+    def to_layer(self, name: str, path: Path, spikes: Tensor) -> Tensor | None:
+        """What changes of spikes [T, B, *source] do to a layer's input current; `from_layer` the other way."""
+        return self._along(name, path, spikes, path.forward)
+
+    def _along(self, name: str, path: Path, sequence: Tensor, apply: Apply) -> Tensor | None:
+        weight = self.layers.get(name)
+        if weight is None:
             return None
-        spikes = spikes.flatten(2)
-        if exact_in_time(matrix, spikes):
-            return spikes @ matrix
-        basis = time_basis(self.functions, len(spikes), spikes)
-        return torch.einsum("rt,rbn->tbn", basis / len(spikes), self.project(spikes) @ matrix)
+        steps = len(sequence)
+        if path.products * sequence.shape[0] * sequence.shape[1] > EXACT_IN_TIME:
+            basis = time_basis(self.functions, steps, sequence)
+            projected = torch.einsum("rt,tb...->rb...", basis / steps, sequence)
+            there = apply(weight, projected.flatten(0, 1)).unflatten(0, projected.shape[:2])
+            return torch.einsum("rt,rb...->tb...", basis, there)
+        return apply(weight, sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
 
     def project(self, innovations: Tensor) -> Tensor:
         """z [R, B, N] of innovations [T, B, N]."""
@@ -102,19 +108,20 @@ class Feedback:
             moved = torch.einsum("rbn,bo->rno", zs, unexplained) / samples
             self.outputs[site] += step * moved / powers[site][:, None, None]
 
-    def refresh_layer(self, target: str, z: dict[str, Tensor], change: Tensor, times: Tensor) -> None:
-        """Steps of every C into `target`, one for each of `times`, from z[site] [T, B, N] and ΔJ [T, B, N_target]."""
-        for site, zs in z.items():
-            if edge(site, target) not in self.layers:
-                self.layers[edge(site, target)] = change.new_zeros(zs.shape[2], change.shape[2])
-        matrices = {site: self.layers[edge(site, target)] for site in z}
-        for t in times.tolist():
-            rows = {site: zs[t] for site, zs in z.items()}
-            unexplained = change[t] - torch.stack([row @ matrices[site] for site, row in rows.items()]).sum(0)
-            powers = {site: mean_square(row, (0, 1)) for site, row in rows.items()}
-            step = 1.0 / largest_eigenvalue([row / powers[site].sqrt() for site, row in rows.items()])
-            for site, row in rows.items():
-                matrices[site].addmm_(row.T, unexplained, alpha=step / (len(row) * powers[site].item()))
+    def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> None:
+        """Refreshes all C into one layer from what its input current [n, *target] and the spikes[name] [n, *source]
+        deviate by; rows of one sample side by side."""
+        for name, path in paths.items():
+            if name not in self.layers:
+                self.layers[name] = change.new_zeros(path.size)
+            change = change - path.forward(self.layers[name], spikes[name])
+        for name, path in paths.items():
+            inputs, results = path.inputs(spikes[name]), path.results(change)
+            known = len(inputs) - len(inputs) // 4
+            move = ridge_solution(inputs[:known], results[:known])
+            move *= best_length(inputs[known:] @ move, results[known:])
+            self.layers[name] += move
+            change = change - path.forward(move, spikes[name])
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
@@ -125,11 +132,6 @@ class Feedback:
         self.layers = {name: matrix.clone().to(device) for name, matrix in state["layers"].items()}
 
 
-def exact_in_time(matrix: Tensor, sequence: Tensor) -> bool:
-    """Whether every time step of a sequence [T, B, ...] may go through the matrix by itself."""
-    return matrix.numel() * sequence.shape[0] * sequence.shape[1] <= EXACT_IN_TIME
-
-
 def edge(site: str, target: str) -> str:
     return f"{site} -> {target}"
 
@@ -138,6 +140,26 @@ def mean_square(z: Tensor, dims: tuple[int, ...]) -> Tensor:
     """v; 1 where nothing was drawn differently, so that nothing is learned there."""
     power = z.square().mean(dims)
     return torch.where(power > 0, power, 1.0)
+
+
+def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
+    """The smallest weight [D, M] that gives results [m, M] from inputs [m, D], nearly; by the smaller Gram matrix."""
+    wide = len(inputs) < inputs.shape[1]
+    gram = inputs @ inputs.T if wide else inputs.T @ inputs
+    ridge = RIDGE * gram.diagonal().mean()
+    if not ridge > 0:  # nothing deviates
+        return results.new_zeros(inputs.shape[1], results.shape[1])
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    if wide:
+        return inputs.T @ torch.cholesky_solve(results, factor)
+    return torch.cholesky_solve(inputs.T @ results, factor)
+
+
+def best_length(effect: Tensor, wanted: Tensor) -> Tensor:
+    """η in [0, 1] for which η * effect comes closest to what is wanted, in the least squares; 1 where there is
+    nothing to compare."""
+    power = effect.square().sum()
+    return torch.where(power > 0, (effect * wanted).sum() / power, 1.0).clamp(0, 1)
 
 
 def largest_eigenvalue(blocks: list[Tensor], iterations: int = 6) -> float:

@@ -1,16 +1,20 @@
 """What a spike does to the loss, as far as it is known: direct credit, learned feedback, and the reset, together."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ulr_snn.credit.direct import direct_credit, direct_effect
-from ulr_snn.credit.feedback import PRODUCTS, Feedback
+from ulr_snn.credit.feedback import PRODUCTS, Feedback, edge
+from ulr_snn.credit.maps import Path
 from ulr_snn.credit.reset import ResetPath
 from ulr_snn.passes import Pass
 from ulr_snn.sites import Record
 from ulr_snn.structure import Structure
 
-WARM_UP = 8  # first steps, each of which refreshes the feedback, which starts from zero, from every time step
+WARM_UP = 8  # first steps, each of which refreshes the feedback from the outputs, which starts from zero
 
 
 class Prediction:
@@ -30,9 +34,9 @@ class Prediction:
             learned = []
             if record.site in self.structure.from_outputs:
                 learned.append(self.feedback.from_outputs(record.site, record.spikes, error))
-            for target in self.structure.feeds[record.site]:
+            for target, path in self.structure.feeds[record.site].items():
                 if target in currents:
-                    learned.append(self.feedback.from_layer(record.site, target, record.spikes, currents[target]))
+                    learned.append(self.feedback.from_layer(edge(record.site, target), path, currents[target]))
             for part in learned:
                 if part is not None:
                     a = part if a is None else a + part
@@ -41,35 +45,37 @@ class Prediction:
             predictions.append(a)
         return predictions[::-1]
 
-    def refresh(self, passes: list[Pass], step: int) -> None:
-        """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
+    def learn_layers(self, passes: list[Pass], step: int) -> None:
+        """Learns what the spikes of a layer do to the input currents of those that they feed."""
         structure, batch = self.structure, passes[0].loss.shape[1]
-
-        def differences(tensors: list[Tensor], dim: int) -> Tensor:
-            """Half-differences of paired copies, rows of all passes together."""
-            return _half_differences(torch.cat([x.unflatten(dim, (-1, batch)) for x in tensors], dim), dim)
-
         names = [record.site for record in passes[0].records]
-        if structure.from_outputs:
-            drawn = [[record.innovation() for record in p.records] for p in passes]
-            unexplained = [self._unexplained(p, d) for p, d in zip(passes, drawn, strict=True)]
-            z = {
-                name: self.feedback.project(differences([d[i].flatten(2) for d in drawn], 1))
-                for i, name in enumerate(names)
-                if name in structure.from_outputs
-            }
-            self.feedback.refresh_outputs(z, differences(unexplained, 0))
-        # A layer's input current depends on the spikes that feed it and on nothing else drawn, so that here the
-        # spikes themselves leave less unexplained than their innovations.
         for i, target in enumerate(names):
-            sources = {
-                name: differences([p.records[j].spikes.detach().flatten(2) for p in passes], 1)
-                for j, name in enumerate(names)
-                if target in structure.feeds[name]
-            }
-            if sources:
-                change = differences([p.records[i].current.flatten(2) for p in passes], 1)
-                self.feedback.refresh_layer(target, sources, change, self._times(sources, change, step))
+            sources = [j for j, name in enumerate(names) if target in structure.feeds[name]]
+            paired = target in structure.paired
+            if not sources or (paired and sum(len(p.copies) for p in passes) < 2):
+                continue
+            valid = torch.cat([p.records[i].own_steps() for p in passes], 1)  # [T, rows]
+
+            def contrast(tensors: list[Tensor], paired: bool = paired, valid: Tensor = valid) -> Tensor:
+                return half_differences(tensors, batch, 1) if paired else deviations(torch.cat(tensors, 1), valid)
+
+            change = contrast([p.records[i].current for p in passes])
+            paths = {edge(names[j], target): structure.feeds[names[j]][target] for j in sources}
+            pick = self._rows(list(paths.values()), valid[:, : change.shape[1]], step)
+            spikes = [pick(contrast([p.records[j].spikes.detach() for p in passes])) for j in sources]
+            self.feedback.refresh_layer(paths, dict(zip(paths, spikes, strict=True)), pick(change))
+
+    def refresh(self, passes: list[Pass]) -> None:
+        """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
+        batch = passes[0].loss.shape[1]
+        drawn = [[record.innovation() for record in p.records] for p in passes]
+        unexplained = [self._unexplained(p, d) for p, d in zip(passes, drawn, strict=True)]
+        z = {
+            record.site: self.feedback.project(half_differences([d[i].flatten(2) for d in drawn], batch, 1))
+            for i, record in enumerate(passes[0].records)
+            if record.site in self.structure.from_outputs
+        }
+        self.feedback.refresh_outputs(z, half_differences(unexplained, batch, 0))
 
     def _unexplained(self, p: Pass, innovations: list[Tensor]) -> Tensor:
         """Outputs [rows, O] less what the credit in use says that the pass's innovations did to them."""
@@ -88,31 +94,48 @@ class Prediction:
         responses = []
         for record, e in zip(p.records, innovations, strict=True):
             responses.append(reset_path(record).response(e, arriving.get(record.site)))
-            for target in self.structure.feeds[record.site]:
-                change = self.feedback.to_layer(record.site, target, responses[-1])
+            for target, path in self.structure.feeds[record.site].items():
+                change = self.feedback.to_layer(edge(record.site, target), path, responses[-1])
                 if change is not None:
-                    shape = next(r.current.shape for r in p.records if r.site == target)
-                    arriving[target] = arriving.get(target, 0) + change.view(shape)
+                    arriving[target] = arriving.get(target, 0) + change
         return responses
 
-    def _times(self, sources: dict[str, Tensor], change: Tensor, step: int) -> Tensor:
-        """Time steps to learn from in this refresh: as many as its budget of products allows, spread over time."""
-        steps, rows, width = change.shape
-        affordable = PRODUCTS // (2 * rows * width * sum(z.shape[2] for z in sources.values()))
-        count = steps if step < WARM_UP else max(1, min(steps, affordable))
+    def _rows(self, paths: list[Path], valid: Tensor, step: int) -> Callable[[Tensor], Tensor]:
+        """Picks what a step learns from: of samples and time steps [T, B, ...] as many rows [n, ...] as it can afford,
+        at random, no padding, those of one sample side by side."""
+        rows = valid.T.flatten().nonzero().squeeze(1)
+        count = min([len(rows), *(affordable_rows(path, PRODUCTS) for path in paths)])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return torch.randperm(steps, generator=generator)[:count]
+        picked = rows[torch.randperm(len(rows), generator=generator)[:count].sort().values.to(rows.device)]
+        return lambda sequence: sequence[picked % len(valid), picked // len(valid)]
+
+
+def affordable_rows(path: Path, budget: int) -> int:
+    """Rows n, at least one, whose regression takes no more multiply-adds: of m = n positions inputs of width D and
+    results of width M, m D (min(m, D) + 2 M)."""
+    (inputs, results), positions = path.size, path.positions
+    few = math.sqrt(results**2 + budget / inputs) - results  # m, if the regression has more unknowns than equations
+    many = budget / (inputs * (inputs + 2 * results))
+    return max(1, int((few if few < inputs else many) / positions))
 
 
 def reset_path(record: Record) -> ResetPath:
     return ResetPath(record.neuron, record.slope / record.scale, record.spikes.detach(), record.membrane)
 
 
-def _half_differences(copies: Tensor, dim: int) -> Tensor:
-    """(even - odd) / 2 of paired copies along `dim` [.., K, B, ..], pairs and samples flattened together.
+def half_differences(passes: list[Tensor], batch: int, dim: int) -> Tensor:
+    """(even - odd) / 2 of paired copies; rows along `dim`, those of all passes together, copy by copy.
 
     Of an odd number of independent copies the last has no partner and is left out.
     """
+    copies = torch.cat([x.unflatten(dim, (-1, batch)) for x in passes], dim)
     pairs = copies.shape[dim] // 2
     even, odd = copies.narrow(dim, 0, 2 * pairs).unflatten(dim, (-1, 2)).unbind(dim + 1)
     return ((even - odd) / 2).flatten(dim, dim + 1)
+
+
+def deviations(rows: Tensor, valid: Tensor) -> Tensor:
+    """Rows [T, B, ...] less the mean of all that are valid [T, B] at their time; of a single one, in time."""
+    dim = 1 if rows.shape[1] > 1 else 0
+    weight = valid.to(rows.dtype).view(*valid.shape, *[1] * (rows.ndim - 2))
+    return rows - (rows * weight).sum(dim, keepdim=True) / weight.sum(dim, keepdim=True).clamp(min=1)

@@ -1,0 +1,192 @@
+"""Paths between two layers: found in the graph by shape alone, exact as linear maps, learned by regression."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, attach, plan
+from ulr_snn.credit.feedback import Feedback, best_length, ridge_solution
+from ulr_snn.credit.maps import Full, Shared, window
+
+LOCAL = {
+    "3x3, stride 2": (nn.Conv2d(2, 3, 3, 2, 1), (2, 13, 11)),
+    "5x5, no padding": (nn.Conv2d(2, 3, 5), (2, 12, 12)),
+    "even kernel, stride 3": (nn.Conv2d(2, 3, (4, 2), 3, (1, 0)), (2, 17, 14)),
+    "dilated": (nn.Conv2d(1, 2, 3, dilation=2, padding=2), (1, 11, 11)),
+    "groups": (nn.Conv2d(4, 6, 3, groups=2), (4, 9, 9)),
+    "one axis": (nn.Conv1d(3, 2, 5, 2, 2), (3, 16)),
+    "three axes": (nn.Conv3d(1, 2, 3, padding=1), (1, 7, 6, 7)),
+    "mean of 2x2": (nn.AvgPool2d(2), (3, 10, 10)),
+    "pooled convolution": (nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.AvgPool2d(2)), (2, 12, 12)),
+    "block": (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2).eval()), (2, 8, 8)),
+}
+
+
+def between(module: nn.Module, shape: tuple[int, ...], device: torch.device, rows: int = 24) -> tuple[Tensor, Tensor]:
+    """spikes [3, rows, *shape] and x [3, rows, ...], the module's output of them, in float64."""
+    torch.manual_seed(0)
+    spikes = (torch.rand(3, rows, *shape, device=device) < 0.3).double().requires_grad_()
+    return spikes, Fold(module.double().to(device))(spikes)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_local_module_is_found_and_learned_exactly(name, device):
+    module, shape = LOCAL[name]
+    spikes, x = between(module, shape, device)
+    path = window(x, spikes)
+    assert isinstance(path, Shared)
+    assert path.products < Full(path.source, path.target).products
+    rows = spikes.detach().flatten(0, 1)
+    change = torch.func.jvp(module, (rows,), (rows,))[1]  # its linear part, of biases free
+    inputs, results = path.inputs(rows), path.results(change)
+    assert inputs.shape[0] == results.shape[0] == len(rows) * path.positions
+    assert (inputs.shape[1], results.shape[1]) == path.size
+    weight = torch.linalg.lstsq(inputs.cpu(), results.cpu(), driver="gelsd").solution.to(device)
+    torch.testing.assert_close(inputs @ weight, results, rtol=0, atol=1e-9)
+    torch.testing.assert_close(path.forward(weight, rows), change, rtol=0, atol=1e-9)
+    g = torch.randn_like(change)
+    expected = torch.func.vjp(module, rows)[1](g)[0]
+    torch.testing.assert_close(path.backward(weight, g), expected, rtol=0, atol=1e-9)
+    assert not torch.allclose(path.backward(weight.flip(0), g), expected, atol=1e-3)
+
+
+def test_the_margins_of_a_window_are_those_of_the_convolution(device):
+    spikes, x = between(nn.Conv2d(2, 3, 5, stride=2, padding=2), (2, 15, 14), device)
+    path = window(x, spikes)
+    assert (path.stride, path.offset, path.extent) == ((2, 2), (-2, -2), (5, 5))
+
+
+def test_maximum_pooling_and_batch_statistics_are_local_too(device):
+    """A maximum depends on one spike of its window at a time, batch statistics a little on everything."""
+    module = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.MaxPool2d(2))
+    path = window(*reversed(between(module, (2, 12, 12), device)))
+    assert (path.stride, path.offset, path.extent) == ((2, 2), (-1, -1), (4, 4))
+
+
+@pytest.mark.parametrize(
+    "module, shape",
+    [
+        (nn.Linear(9, 8), (2, 9)),
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()), (2, 8, 8)),
+        (nn.Upsample(scale_factor=2), (2, 6, 6)),
+        (nn.AdaptiveAvgPool2d(1), (2, 6, 6)),
+        (nn.LocalResponseNorm(3), (6,)),
+    ],
+    ids=["linear over an axis", "flattened", "finer than its source", "one position", "no axis"],
+)
+def test_what_is_not_local_gets_a_full_matrix(module, shape, device):
+    if len(shape) == 1:
+        module = nn.Linear(6, 5)
+    assert window(*reversed(between(module, shape, device))) is None
+
+
+def test_forward_and_backward_are_one_linear_map(device):
+    for path in (
+        Full((2, 3), (4,)),
+        Shared((2, 9, 7), (3, 4, 4), (2, 2), (-1, 0), (3, 2)),
+        Shared((1, 9), (2, 3), (2,), (1,), (3,)),  # a window that leaves margins of the source unseen
+    ):
+        generator = torch.Generator().manual_seed(1)
+        weight, z, g = (
+            torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
+            for shape in (path.size, (5, *path.source), (5, *path.target))
+        )
+        torch.testing.assert_close((path.forward(weight, z) * g).sum(), (z * path.backward(weight, g)).sum())
+        torch.testing.assert_close(path.inputs(z) @ weight, path.results(path.forward(weight, z)))
+
+
+# -- the regression ----------------------------------------------------------------------------------------
+
+
+def test_a_refresh_never_loses_what_was_learned_and_soon_knows_a_map_without_noise(device):
+    """With fewer rows than unknowns each refresh projects the error, so that it can only shrink."""
+    torch.manual_seed(0)
+    truth, feedback = torch.randn(60, 7, dtype=torch.float64, device=device), Feedback(1, 0.1)
+    path, left = Full((60,), (7,)), [float("inf")]
+    for _ in range(40):
+        z = torch.randn(24, 60, dtype=torch.float64, device=device)
+        feedback.refresh_layer({"a -> b": path}, {"a -> b": z}, z @ truth)
+        left.append(float((feedback.layers["a -> b"] - truth).norm() / truth.norm()))
+        assert left[-1] < left[-2] + 0.02  # the length is an estimate
+    assert left[1] > 0.5 and left[-1] < 0.05
+
+
+def test_two_sources_of_one_layer_share_what_is_to_be_explained(device):
+    torch.manual_seed(0)
+    truths = {name: torch.randn(20, 5, dtype=torch.float64, device=device) for name in ("a -> c", "b -> c")}
+    paths, feedback = {name: Full((20,), (5,)) for name in truths}, Feedback(1, 0.1)
+    for _ in range(30):
+        z = {name: torch.randn(64, 20, dtype=torch.float64, device=device) for name in truths}
+        feedback.refresh_layer(paths, z, sum(z[name] @ truth for name, truth in truths.items()))
+    for name, truth in truths.items():
+        torch.testing.assert_close(feedback.layers[name], truth, rtol=0, atol=1e-2)
+
+
+def test_what_does_not_repeat_on_other_samples_is_not_learned(device):
+    """Pure noise: the last quarter of the samples does not confirm what the others say."""
+    torch.manual_seed(0)
+    feedback, path = Feedback(1, 0.1), Full((30,), (4,))
+    noise = torch.randn(400, 4, dtype=torch.float64, device=device)
+    z = torch.randn(400, 30, dtype=torch.float64, device=device)
+    whole = ridge_solution(z[:300], noise[:300])
+    feedback.refresh_layer({"a -> b": path}, {"a -> b": z}, noise)
+    assert feedback.layers["a -> b"].norm() < 0.5 * whole.norm()
+
+
+def test_the_best_length_lies_between_nothing_and_everything():
+    effect = torch.tensor([1.0, 2.0])
+    assert [best_length(effect, k * effect).item() for k in (-1, 0, 0.25, 1, 3)] == [0, 0, 0.25, 1, 1]
+    assert best_length(torch.zeros(2), effect) == 1
+
+
+def test_copies_that_fire_alike_teach_nothing(device):
+    zero = torch.zeros(8, 6, dtype=torch.float64, device=device)
+    assert not ridge_solution(zero, torch.zeros(8, 2, dtype=torch.float64, device=device)).any()
+
+
+def test_maps_learn_kernels_from_training(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(Fold(nn.Conv2d(1, 4, 3, padding=1)), LIF(), Fold(nn.Conv2d(4, 5, 3, 2, 1)), LIF())
+    model = nn.Sequential(*model, nn.Flatten(2), TimeAverage(), nn.Linear(5 * 16, 3)).to(device)
+    x = 2 * torch.rand(6, 32, 1, 8, 8, device=device)
+    with attach(model, seed=1) as ulr:
+        for _ in range(8):
+            ulr.backward(x, torch.arange(32, device=device) % 3)
+        learned = ulr.feedback.layers["1 -> 3"]
+        assert isinstance(ulr.structure.feeds["1"]["3"], Shared)
+    kernel = model[2][0].weight.detach().flatten(1).T
+    assert torch.nn.functional.cosine_similarity(learned.flatten(), kernel.flatten(), 0) > 0.99
+
+
+class Shortcut(nn.Module):
+    """The current of the second layer: of the first layer's spikes, and of the events themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.past = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(6, 7)
+        self.lif, self.last, self.readout = LIF(), LIF(), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(1.0)  # a model may change its input in place
+        return self.readout(self.last(self.second(self.lif(self.first(x))) + self.past(x)).mean(0))
+
+
+def test_where_events_take_a_shortcut_only_pairs_tell_what_spikes_do(device):
+    """Spikes follow the events, and so does the current by the shortcut: a regression over samples would take the
+    one for the other."""
+    torch.manual_seed(0)
+    model = Shortcut().to(device)
+    x, y = 2 * torch.rand(8, 64, 6, device=device), torch.arange(64, device=device) % 3
+    assert "every 4 steps" in str(plan(model, (x, y)))
+    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+        for _ in range(9):
+            copies = ulr.backward(x, y).stats["copies"]
+        assert copies == 2 and ulr.structure.paired == {"last"}
+        ulr.backward(x, y)
+        learned = ulr.feedback.layers["lif -> last"]
+        weight = model.second.weight.detach().T
+        assert torch.nn.functional.cosine_similarity(learned.flatten(), weight.flatten(), 0) > 0.98
+        ulr.structure.paired = set()
+        for _ in range(9):
+            ulr.backward(x, y)
+        assert torch.nn.functional.cosine_similarity(learned.flatten(), weight.flatten(), 0) < 0.95

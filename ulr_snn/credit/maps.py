@@ -1,0 +1,166 @@
+"""Paths from one layer's spikes to another's input current: which linear maps they can be. The weights are learned.
+
+Full    every neuron to every neuron: weight [N, N_target].
+Shared  the same weights around every position, as in a convolution or a pooling: weight [C k_1 .. k_d, C_target].
+Both act on rows [n, ...], one for each sample and time step, and give the regression of their weight as plain
+matrices, `inputs` [m, D] and `results` [m, M] with results ≈ inputs @ weight.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Path:
+    """source, target: shapes of one sample's spikes and input current at one time step."""
+
+    source: Shape
+    target: Shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """D, M of the weight."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> int:
+        """Rows of the regression that a row of spikes gives."""
+        raise NotImplementedError
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds that a row of spikes costs."""
+        return math.prod(self.size) * self.positions
+
+    def inputs(self, spikes: Tensor) -> Tensor:
+        """Spikes [n, *source] as the regression's inputs [n * positions, D]."""
+        raise NotImplementedError
+
+    def results(self, current: Tensor) -> Tensor:
+        """Currents [n, *target] as the regression's results [n * positions, M]."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor, spikes: Tensor) -> Tensor:
+        """Spikes [n, *source] -> their effect on the current [n, *target]."""
+        raise NotImplementedError
+
+    def backward(self, weight: Tensor, current: Tensor) -> Tensor:
+        """∂L/∂current [n, *target] -> ∂L/∂spikes [n, *source]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Full(Path):
+    @property
+    def size(self) -> tuple[int, int]:
+        return math.prod(self.source), math.prod(self.target)
+
+    @property
+    def positions(self) -> int:
+        return 1
+
+    def inputs(self, spikes: Tensor) -> Tensor:
+        return spikes.flatten(1)
+
+    def results(self, current: Tensor) -> Tensor:
+        return current.flatten(1)
+
+    def forward(self, weight: Tensor, spikes: Tensor) -> Tensor:
+        return (spikes.flatten(1) @ weight).unflatten(1, self.target)
+
+    def backward(self, weight: Tensor, current: Tensor) -> Tensor:
+        return (current.flatten(1) @ weight.T).unflatten(1, self.source)
+
+
+@dataclass(frozen=True)
+class Shared(Path):
+    """source [C, S_1 .. S_d] and target [C_target, S'_1 .. S'_d]: position j of the target sees, along every axis,
+    the `extent` positions of the source from stride * j + offset on."""
+
+    stride: Shape
+    offset: Shape
+    extent: Shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.source[0] * math.prod(self.extent), self.target[0]
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.target[1:])
+
+    def inputs(self, spikes: Tensor) -> Tensor:
+        windows = pad(spikes, self._margins())
+        for axis, (extent, stride) in enumerate(zip(self.extent, self.stride, strict=True), 2):
+            windows = windows.unfold(axis, extent, stride)
+        return windows.movedim(1, len(self.target)).flatten(len(self.target)).flatten(0, -2)
+
+    def results(self, current: Tensor) -> Tensor:
+        return current.movedim(1, -1).flatten(0, -2)
+
+    def forward(self, weight: Tensor, spikes: Tensor) -> Tensor:
+        return self._convolve(pad(spikes, self._margins()), weight, transposed=False)
+
+    def backward(self, weight: Tensor, current: Tensor) -> Tensor:
+        spread = self._convolve(current, weight, transposed=True)
+        return pad(spread, [-margin for margin in self._margins()])
+
+    def _convolve(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        none, one = [0] * len(self.stride), [1] * len(self.stride)
+        kernel = weight.T.unflatten(1, (self.source[0], *self.extent))
+        return torch.convolution(x, kernel, None, self.stride, none, one, transposed, none, 1)
+
+    def _margins(self) -> list[int]:
+        """Of zeros (or to cut off, where negative) around the source, as `pad` takes them: last axis first."""
+        margins = []
+        axes = zip(self.source[1:], self.target[1:], self.stride, self.offset, self.extent, strict=True)
+        for width, places, stride, offset, extent in reversed(list(axes)):
+            margins += [-offset, stride * (places - 1) + extent + offset - width]
+        return margins
+
+
+def window(x: Tensor, spikes: Tensor) -> Shared | None:
+    """The window of the source that a position of the target sees, in x [T, B, C', ...] as a function of the spikes
+    [T, B, C, ...]; None where x is not local in them or the window does not move evenly.
+
+    Read off which spikes the graph lets x depend on at three neighbouring positions; how much, it does not look at.
+    """
+    source, target = tuple(spikes.shape[2:]), tuple(x.shape[2:])
+    if len(source) != len(target) or len(source) < 2 or min(target[1:]) < 3:
+        return None
+    middle = [width // 2 for width in target[1:]]
+    here = _seen(x, spikes, middle)
+    stride, offset, extent = [], [], []
+    for axis, (first, last) in enumerate(here):
+        moves = set()
+        for side in (-1, 1):
+            place = [p + side * (a == axis) for a, p in enumerate(middle)]
+            near = _seen(x, spikes, place)[axis]
+            moves.add(side * (near[0] - first))
+        if len(moves) > 1 or min(moves) < 1 or last - first + 1 >= source[1 + axis]:
+            return None
+        stride.append(moves.pop())
+        offset.append(first - stride[-1] * middle[axis])
+        extent.append(last - first + 1)
+    return Shared(source, target, tuple(stride), tuple(offset), tuple(extent))
+
+
+def _seen(x: Tensor, spikes: Tensor, place: list[int]) -> list[tuple[int, int]]:
+    """First and last position along each axis of the spikes that x at this position depends on."""
+    probe = torch.zeros_like(x)
+    # Batch statistics couple everything a little: signs that alternate over the samples let most of that cancel,
+    # and what counts below is what a position sees by itself.
+    signs = 1 - 2 * (torch.arange(x.shape[1], device=x.device) % 2)
+    probe[(-1, slice(None), slice(None), *place)] = signs[:, None].to(x.dtype)
+    (gradient,) = torch.autograd.grad(x, spikes, probe, retain_graph=True)
+    strength = gradient.abs().amax((0, 1, 2))
+    seen = (strength > 1e-2 * strength.max()).nonzero()
+    if not len(seen):
+        return [(0, width - 1) for width in strength.shape]
+    return list(zip(seen.amin(0).tolist(), seen.amax(0).tolist(), strict=True))
