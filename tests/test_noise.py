@@ -252,18 +252,18 @@ LOW, HIGH = LEVELS
 
 @pytest.mark.parametrize(
     ("spread", "start"),
-    [(0.0, LOW), (0.1, LOW), (10 * LOW + 0.2, LOW + 0.02), (4.0, 0.4), (60.0, HIGH), (math.inf, HIGH)],
+    [(0.0, LOW), (0.1, LOW), (10 * LOW + 0.2, LOW + 0.02), (4.0, 0.8), (60.0, HIGH), (math.inf, HIGH)],
 )
 def test_a_calibrated_start_stays_within_bounds(spread, start):
-    """0.2 of the spread over the threshold, within bounds; and measured once a site."""
-    assert 0 < LOW < 0.3 and 0.4 < HIGH <= 1
+    """0.2 d max(1, d) with d the spread over the threshold, within bounds; and measured once a site."""
+    assert 0 < LOW < 0.3 and 0.8 < HIGH < 100
     threshold = torch.full((3,), 2.0)
     level = NoiseLevel(Logistic(start=0.2), 0.0)
     scale = level.scale("a", threshold, lambda: spread)
     assert level.starts == {"a": pytest.approx(start)} and scale.tolist() == pytest.approx([2 * start] * 3)
     assert torch.equal(level.scale("a", threshold, never), scale)
     level.scale("b", threshold, lambda: 3.0)
-    assert level.starts == {"a": pytest.approx(start), "b": pytest.approx(0.3)}
+    assert level.starts == {"a": pytest.approx(start), "b": pytest.approx(0.45)}
 
 
 CALIBRATED = ULR(credit="global", copies=1, firing=Logistic(start=0.4, end=0.06))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 
-LEVELS = (0.14, 1.0)  # bounds of a calibrated starting scale, in units of the threshold
+LEVELS = (0.14, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Firing:
     """Distribution of the threshold noise: a neuron with drive d = u - threshold fires with p = F(d / scale).
 
     scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
-    start: the starting scale, in units of the spread of the layer's membranes, > 0.
+    start: sets the starting scale, from the spread of the layer's membranes, > 0.
     end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
     """
 
@@ -80,8 +80,10 @@ class NoiseLevel:
     """The firing scale of every layer as training goes on.
 
     Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
-    one. So the scale falls geometrically from `start` times the standard deviation of the layer's membranes in the
-    first batch (no spikes, within 0.14 to 1 times the threshold), to `end` times the threshold.
+    one. So the scale falls geometrically to `end` times the threshold. It begins at `start * d * max(1, d)` times the
+    threshold, but at 0.14 to 3 times, with d the standard deviation of the layer's membranes in the first batch (no
+    spikes) over the threshold: where d is large, few neurons are near the threshold, and narrow noise reaches only
+    these.
     progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
     """
 
@@ -97,8 +99,8 @@ class NoiseLevel:
         if self.progress >= 1:
             return firing.end * threshold
         if site not in self.starts:
-            wanted = firing.start * spread() / threshold.detach().mean().item()
-            self.starts[site] = min(max(wanted, LEVELS[0]), LEVELS[1])
+            d = spread() / threshold.detach().mean().item()
+            self.starts[site] = min(max(firing.start * d * max(1.0, d), LEVELS[0]), LEVELS[1])
         return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * threshold
 
 
