@@ -42,7 +42,7 @@ class ULR:
     antithetic: copies come in pairs from mirrored uniforms.
     firing: distribution of the threshold noise, and its scale.
     refresh: every how many steps an antithetic pair replaces the single pass, where there is feedback that only
-        pairs can teach: of recurrent layers, and of those that see the input otherwise than by spikes.
+        pairs can teach: from the outputs (see `plan`), and into layers that see the events otherwise than by spikes.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
     on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out.
@@ -118,6 +118,7 @@ class Attachment:
         self.step = 0
         self.forward_passes = 0
         self.mean_loss: Tensor | None = None  # moving baseline
+        self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
         self.level = NoiseLevel(estimator.firing)
         self.structure: Structure | None = None
         self._structure_loss: str | Loss | None = None
@@ -152,11 +153,23 @@ class Attachment:
 
         def run(copies: range) -> None:
             for chunk in forward.chunks(list(copies)):
-                passes.append(forward.run(x, targets, lengths, per_sample, chunk, traced=self.structure is None))
+                passes.append(forward.run(x, targets, lengths, per_sample, chunk))
+
+        def driven_by_events() -> set[str]:
+            if self.driven is None:
+                self.driven = forward.driven_by_events(x, lengths, passes[0])
+                self.forward_passes += x.shape[1]
+            return self.driven
 
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
-            self.structure = Structure.of(self.model, passes[0], self.estimator.credit, self.estimator.time_functions)
+            self.structure = Structure.of(
+                self.model,
+                passes[0],
+                self.estimator.credit,
+                self.estimator.time_functions,
+                driven_by_events,
+            )
             self.prediction.structure = self.structure
             if self.structure.untrained:
                 names = ", ".join(self.structure.untrained)
@@ -250,6 +263,7 @@ class Attachment:
             "forward_passes": self.forward_passes,
             "mean_loss": self.mean_loss,
             "noise_starts": dict(self.level.starts),
+            "driven": None if self.driven is None else sorted(self.driven),
             "feedback": self.feedback.state_dict(),
         }
 
@@ -258,6 +272,7 @@ class Attachment:
         device = next((q.device for q in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
         self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)
         self.level.starts = dict(state["noise_starts"])
+        self.driven = None if state["driven"] is None else set(state["driven"])
         self.feedback.load_state_dict(state["feedback"], device)
 
 

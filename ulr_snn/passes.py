@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.sites import Record, bind
+from ulr_snn.sites import Record, Replay, bind, bind_sites, spiking_layers
 
 
 @dataclass
@@ -24,7 +24,6 @@ class Pass:
     records: list[Record]
     loss: Tensor  # [copies, B]
     error: Tensor | None  # ∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient
-    events: Tensor  # what the model saw; a leaf of its graph in a pass that is traced
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:
@@ -54,24 +53,33 @@ class Forward:
         lengths: Tensor | None,
         loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         copies: list[int],
-        traced: bool = False,
     ) -> Pass:
-        """One pass over x [T, B, ...] for these copies. traced: the graph shows what depends on the events."""
+        """One pass over x [T, B, ...] for these copies."""
         batch, k = x.shape[1], len(copies)
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
-        events = rows.detach().requires_grad_(traced)
         row_lengths = lengths.repeat(k) if lengths is not None else None
         noise = self._noise(batch, copies, x.device)
-        with self._traceless(), bind(self.model, self.level, noise, row_lengths) as sites:
-            outputs = model_outputs(self.model, events.clone() if traced else events)  # clone: may change in place
+        with self._traceless(), bind(self.model, self.level, noise, row_lengths) as records:
+            outputs = model_outputs(self.model, rows.clone())  # a model may change its input in place
         check_outputs(outputs, x.shape[0], batch * k)
         mask = output_mask(row_lengths, outputs)
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(cut, targets.repeat(k, *[1] * (targets.ndim - 1)), mask)
         error = torch.autograd.grad(value.sum(), cut, allow_unused=True)[0] if value.requires_grad else None
-        records = [record for site in sites for record in site.records]
-        return Pass(copies, outputs, records, value.detach().view(k, batch), error, events)
+        return Pass(copies, outputs, records, value.detach().view(k, batch), error)
+
+    def driven_by_events(self, x: Tensor, lengths: Tensor | None, p: Pass) -> set[str]:
+        """Sites whose input current changes when other events x come in while all spikes stay as in the pass p of
+        one copy. The other events are the same ones at other times, in other samples."""
+        others = x.roll((1, 1), (0, 1))
+        replay = Replay(p.records, {})
+        sites = [replay] * len(spiking_layers(self.model))
+        with torch.no_grad(), self._traceless(), bind_sites(self.model, sites, lengths):
+            self.model(others)
+        if torch.equal(others, x):
+            return set(replay.currents)  # nothing to tell by
+        return {r.site for r in p.records if not torch.equal(replay.currents[r.site], r.current)}
 
     def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)

@@ -56,10 +56,15 @@ def plan(
     x = as_sequence(x, targets, lengths, time_first, model)
     level = NoiseLevel(estimator.firing, progress=0.0)
     with keep_traces(model):
-        p = Forward(model, level, seed=0, step=0, antithetic=False).run(
-            x, targets, lengths, resolve(loss), [0], traced=True
+        forward = Forward(model, level, seed=0, step=0, antithetic=False)
+        p = forward.run(x, targets, lengths, resolve(loss), [0])
+        structure = Structure.of(
+            model,
+            p,
+            estimator.credit,
+            estimator.time_functions,
+            lambda: forward.driven_by_events(x, lengths, p),
         )
-    structure = Structure.of(model, p, estimator.credit, estimator.time_functions)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()

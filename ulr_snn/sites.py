@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -62,7 +62,7 @@ class Site:
     index: int
     level: NoiseLevel
     noise: Noise | None
-    records: list[Record] = field(default_factory=list)
+    records: list[Record]  # of all sites, in the order in which they ran
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -111,6 +111,19 @@ class Site:
         return draw
 
 
+@dataclass
+class Replay:
+    """Fires what was recorded, whatever comes in, and keeps what came in."""
+
+    records: list[Record]
+    currents: dict[str, Tensor]
+
+    def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
+        record = self.records[len(self.currents)]
+        self.currents[record.site] = current.detach()
+        return record.spikes.detach()
+
+
 def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
     """Standard deviation of the membranes that the current would charge if no neuron fired, padding left out."""
     with torch.no_grad():
@@ -133,11 +146,13 @@ def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron]]:
 @contextmanager
 def bind(
     model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None
-) -> Iterator[list[Site]]:
-    """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time."""
-    sites = [Site(name, index, level, noise) for index, (name, _) in enumerate(spiking_layers(model))]
+) -> Iterator[list[Record]]:
+    """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
+    the list that their records go to."""
+    records: list[Record] = []
+    sites = [Site(name, index, level, noise, records) for index, (name, _) in enumerate(spiking_layers(model))]
     with bind_sites(model, sites, lengths):
-        yield sites
+        yield records
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What one forward pass shows about a model: which layers feed which, and where each gradient comes from."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,8 @@ class Structure:
     input current its spikes reach so, and by which path. paired: layers whose input current also depends on the
     events otherwise than by spikes, so that only differences between copies tell what spikes do. from_outputs:
     sites with learned feedback from the outputs: recurrent ones (what their own recurrent weights do later), those
-    that feed a layer too wide for a matrix between the two, and those that act on the outputs only through
-    something that is not differentiable.
+    that feed a layer at other time steps or one too wide for a matrix between the two, and those that act on the
+    outputs only through something that is not differentiable.
     """
 
     credit: str
@@ -46,7 +47,15 @@ class Structure:
         return [name for name, sources in self.parameters.items() if not sources]
 
     @classmethod
-    def of(cls, model: nn.Module, p: Pass, credit: str, time_functions: int) -> "Structure":
+    def of(
+        cls,
+        model: nn.Module,
+        p: Pass,
+        credit: str,
+        time_functions: int,
+        driven_by_events: Callable[[], set[str]],
+    ) -> "Structure":
+        """driven_by_events: see `Forward`; called where it matters."""
         if p.error is None and credit in ("feedback", "residual"):
             raise UsageError(
                 f"the loss has no gradient with respect to the outputs, which credit={credit!r} needs; "
@@ -60,7 +69,7 @@ class Structure:
         direct = {r.site for r in p.records if id(r.spikes) in reached["outputs"]}
         feeds, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, [])
         fed = {target for paths in feeds.values() for target in paths}
-        paired = {site for site in fed if id(p.events) in reached[site]}
+        paired = fed & driven_by_events() if fed else set()
         parameters = {
             name: [source for source, ids in reached.items() if id(q) in ids]
             for name, q in model.named_parameters()
@@ -93,7 +102,8 @@ def learned_paths(
     from_outputs = []
     for r in p.records:
         targets = [target for target in p.records if id(r.spikes) in reached[target.site]]
-        paths = {target.site: path_between(r, target) for target in targets}
+        in_step = [target for target in targets if target.current.shape[:2] == r.spikes.shape[:2]]
+        paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
         leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
         if len(feeds[r.site]) < len(targets) or leads_nowhere or r.neuron.recurrent is not None:

@@ -24,6 +24,7 @@ from ulr_snn.credit.maps import Path
 
 PRODUCTS = 1 << 28  # multiply-adds that a step may spend on learning the feedback between two layers
 RIDGE = 1e-3  # of the mean eigenvalue
+UNEXPLAINED = 0.5  # of a current's variance: more than this, and one kernel does not do for all positions
 EXACT_IN_TIME = 1 << 30  # multiply-adds up to which credit between layers takes every time step by itself
 ENTRIES = 1 << 23  # entries of the largest matrix between two layers; beyond it, feedback comes from the outputs
 
@@ -80,7 +81,7 @@ class Feedback:
 
     def _along(self, name: str, path: Path, sequence: Tensor, apply: Apply) -> Tensor | None:
         weight = self.layers.get(name)
-        if weight is None:
+        if weight is None or weight.shape != path.size:
             return None
         steps = len(sequence)
         if path.products * sequence.shape[0] * sequence.shape[1] > EXACT_IN_TIME:
@@ -97,7 +98,7 @@ class Feedback:
 
     def refresh_outputs(self, z: dict[str, Tensor], unexplained: Tensor) -> None:
         """One step of every B from half-differences of z[site] [R, B, N] and of what is unexplained [B, O]."""
-        powers = {site: mean_square(zs, (1, 2)) for site, zs in z.items()}
+        powers = {site: mean_square(zs) for site, zs in z.items()}
         white = [(zs / powers[site].sqrt()[:, None, None]).transpose(0, 1).flatten(1) for site, zs in z.items()]
         stable = 0.5 / largest_eigenvalue(white)
         for site, zs in z.items():
@@ -108,20 +109,24 @@ class Feedback:
             moved = torch.einsum("rbn,bo->rno", zs, unexplained) / samples
             self.outputs[site] += step * moved / powers[site][:, None, None]
 
-    def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> None:
+    def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> float:
         """Refreshes all C into one layer from what its input current [n, *target] and the spikes[name] [n, *source]
-        deviate by; rows of one sample side by side."""
+        deviate by; rows of one sample side by side. Returns the part of the current's variance in the rows that the
+        step was not solved for, the last quarter, which C then leaves unexplained."""
+        left = change
         for name, path in paths.items():
-            if name not in self.layers:
+            if name not in self.layers or self.layers[name].shape != path.size:  # another path than when it was saved
                 self.layers[name] = change.new_zeros(path.size)
-            change = change - path.forward(self.layers[name], spikes[name])
+            left = left - path.forward(self.layers[name], spikes[name])
         for name, path in paths.items():
-            inputs, results = path.inputs(spikes[name]), path.results(change)
+            inputs, results = path.inputs(spikes[name]), path.results(left)
             known = len(inputs) - len(inputs) // 4
             move = ridge_solution(inputs[:known], results[:known])
             move *= best_length(inputs[known:] @ move, results[known:])
             self.layers[name] += move
-            change = change - path.forward(move, spikes[name])
+            left = left - path.forward(move, spikes[name])
+        last, before = (path.results(rows)[known:].square().sum() for rows in (left, change))
+        return float(last / before) if before > 0 else 0.0
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
@@ -136,23 +141,26 @@ def edge(site: str, target: str) -> str:
     return f"{site} -> {target}"
 
 
-def mean_square(z: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """v; 1 where nothing was drawn differently, so that nothing is learned there."""
-    power = z.square().mean(dims)
+def mean_square(z: Tensor) -> Tensor:
+    """v [R] of z [R, B, N]; 1 where nothing was drawn differently, so that nothing is learned there."""
+    power = z.square().mean((1, 2))
     return torch.where(power > 0, power, 1.0)
 
 
 def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
-    """The smallest weight [D, M] that gives results [m, M] from inputs [m, D], nearly; by the smaller Gram matrix."""
-    wide = len(inputs) < inputs.shape[1]
-    gram = inputs @ inputs.T if wide else inputs.T @ inputs
-    ridge = RIDGE * gram.diagonal().mean()
-    if not ridge > 0:  # nothing deviates
-        return results.new_zeros(inputs.shape[1], results.shape[1])
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    if wide:
-        return inputs.T @ torch.cholesky_solve(results, factor)
-    return torch.cholesky_solve(inputs.T @ results, factor)
+    """The smallest weight [D, M] that gives results [m, M] from inputs [m, D], nearly; by the smaller Gram matrix.
+
+    Zero where nothing deviates. In at least single precision, whatever the model's is.
+    """
+    dtype = torch.promote_types(results.dtype, torch.float32)
+    with torch.autocast(results.device.type, enabled=False):
+        z, y = inputs.to(dtype), results.to(dtype)
+        wide = len(z) < z.shape[1]
+        gram = z @ z.T if wide else z.T @ z
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        move = z.T @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(z.T @ y, factor)
+        return torch.where(failed == 0, move, 0.0).to(results.dtype)
 
 
 def best_length(effect: Tensor, wanted: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ class Path:
         """Multiply-adds that a row of spikes costs."""
         return math.prod(self.size) * self.positions
 
+    def unshared(self, entries: int) -> "Path":
+        """The path with a weight for every pair of neurons, where it has no more entries than this; else itself."""
+        full = Full(self.source, self.target)
+        return full if math.prod(full.size) <= entries else self
+
     def inputs(self, spikes: Tensor) -> Tensor:
         """Spikes [n, *source] as the regression's inputs [n * positions, D]."""
         raise NotImplementedError
@@ -129,7 +134,8 @@ def window(x: Tensor, spikes: Tensor) -> Shared | None:
     """The window of the source that a position of the target sees, in x [T, B, C', ...] as a function of the spikes
     [T, B, C, ...]; None where x is not local in them or the window does not move evenly.
 
-    Read off which spikes the graph lets x depend on at three neighbouring positions; how much, it does not look at.
+    Read off which spikes the graph lets x depend on at three neighbouring positions, not how. Weights that are exactly
+    zero in this pass do not count.
     """
     source, target = tuple(spikes.shape[2:]), tuple(x.shape[2:])
     if len(source) != len(target) or len(source) < 2 or min(target[1:]) < 3:
@@ -142,7 +148,7 @@ def window(x: Tensor, spikes: Tensor) -> Shared | None:
         for side in (-1, 1):
             place = [p + side * (a == axis) for a, p in enumerate(middle)]
             near = _seen(x, spikes, place)[axis]
-            moves.add(side * (near[0] - first))
+            moves |= {side * (near[0] - first), side * (near[1] - last)}
         if len(moves) > 1 or min(moves) < 1 or last - first + 1 >= source[1 + axis]:
             return None
         stride.append(moves.pop())

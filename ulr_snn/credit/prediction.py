@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.direct import direct_credit, direct_effect
-from ulr_snn.credit.feedback import PRODUCTS, Feedback, edge
+from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, UNEXPLAINED, Feedback, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.reset import ResetPath
 from ulr_snn.passes import Pass
 from ulr_snn.sites import Record
 from ulr_snn.structure import Structure
 
-WARM_UP = 8  # first steps, each of which refreshes the feedback from the outputs, which starts from zero
+WARM_UP = 8  # first steps, each of which refreshes the feedback that needs pairs, which starts from zero
 
 
 class Prediction:
@@ -63,7 +63,10 @@ class Prediction:
             paths = {edge(names[j], target): structure.feeds[names[j]][target] for j in sources}
             pick = self._rows(list(paths.values()), valid[:, : change.shape[1]], step)
             spikes = [pick(contrast([p.records[j].spikes.detach() for p in passes])) for j in sources]
-            self.feedback.refresh_layer(paths, dict(zip(paths, spikes, strict=True)), pick(change))
+            left = self.feedback.refresh_layer(paths, dict(zip(paths, spikes, strict=True)), pick(change))
+            if left > UNEXPLAINED:  # weights that differ from place to place: what is shared cannot learn them
+                for j in sources:
+                    structure.feeds[names[j]][target] = structure.feeds[names[j]][target].unshared(ENTRIES)
 
     def refresh(self, passes: list[Pass]) -> None:
         """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
