@@ -80,21 +80,25 @@ class Feedback:
         return self._along(name, path, spikes, path.forward)
 
     def _along(self, name: str, path: Path, sequence: Tensor, apply: Apply) -> Tensor | None:
-        weight = self.layers.get(name)
-        if weight is None or weight.shape != path.size:
+        weight = self._weight(name, path)
+        if weight is None:
             return None
-        steps = len(sequence)
         if path.products * sequence.shape[0] * sequence.shape[1] > EXACT_IN_TIME:
-            basis = time_basis(self.functions, steps, sequence)
-            projected = torch.einsum("rt,tb...->rb...", basis / steps, sequence)
+            basis = time_basis(self.functions, len(sequence), sequence)
+            projected = self.project(sequence) / len(sequence)
             there = apply(weight, projected.flatten(0, 1)).unflatten(0, projected.shape[:2])
             return torch.einsum("rt,rb...->tb...", basis, there)
         return apply(weight, sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
 
-    def project(self, innovations: Tensor) -> Tensor:
-        """z [R, B, N] of innovations [T, B, N]."""
-        basis = time_basis(self.functions, len(innovations), innovations)
-        return torch.einsum("rt,tbn->rbn", basis, innovations)
+    def _weight(self, name: str, path: Path) -> Tensor | None:
+        """C; None before the first refresh, and where it belongs to another path (of a checkpoint, or given up)."""
+        weight = self.layers.get(name)
+        return weight if weight is not None and weight.shape == path.size else None
+
+    def project(self, sequence: Tensor) -> Tensor:
+        """z [R, B, ...] of a sequence [T, B, ...], on the functions of time."""
+        basis = time_basis(self.functions, len(sequence), sequence)
+        return torch.einsum("rt,tb...->rb...", basis, sequence)
 
     def refresh_outputs(self, z: dict[str, Tensor], unexplained: Tensor) -> None:
         """One step of every B from half-differences of z[site] [R, B, N] and of what is unexplained [B, O]."""
@@ -115,7 +119,7 @@ class Feedback:
         step was not solved for, the last quarter, which C then leaves unexplained."""
         left = change
         for name, path in paths.items():
-            if name not in self.layers or self.layers[name].shape != path.size:  # another path than when it was saved
+            if self._weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
             left = left - path.forward(self.layers[name], spikes[name])
         for name, path in paths.items():
