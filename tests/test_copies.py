@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import ulr_snn
+import ulr_snn.structure
 
 
 @pytest.mark.parametrize(
@@ -20,9 +21,10 @@ import ulr_snn
         ("residual", 5, False),
     ],
 )
-def test_every_number_of_copies(credit: str, copies: int, antithetic: bool, device: torch.device) -> None:
+def test_every_number_of_copies(credit: str, copies: int, antithetic: bool, monkeypatch, device) -> None:
+    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", 50)  # the first layer is too wide for its recurrent current
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), ulr_snn.LIF(), nn.Linear(8, 6), ulr_snn.RecurrentLIF(6), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(5, 8), ulr_snn.RecurrentLIF(8), nn.Linear(8, 6), ulr_snn.LIF(), nn.Linear(6, 3))
     model.to(device)
     x = (torch.rand(7, 10, 5, device=device) < 0.5).float()
     y = torch.randint(0, 3, (10,), device=device)

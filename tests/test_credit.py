@@ -9,10 +9,10 @@ from tests.test_train import batches, net, train
 from tests.test_unbiased import make
 from ulr_snn import LIF, ULR, attach, evaluate, plan
 from ulr_snn.credit import feedback
-from ulr_snn.credit.reset import ResetPath
+from ulr_snn.credit.recurrence import Recurrence
 
 
-def path(reset: str, device: torch.device, seed: int = 0, neurons: tuple[int, ...] = (4,)) -> ResetPath:
+def path(reset: str, device: torch.device, seed: int = 0, neurons: tuple[int, ...] = (4,)) -> Recurrence:
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> Tensor:
@@ -21,7 +21,7 @@ def path(reset: str, device: torch.device, seed: int = 0, neurons: tuple[int, ..
     beta = 0.3 + 0.6 * torch.rand(neurons, generator=generator)
     neuron = LIF(beta, 0.5 + torch.rand(neurons, generator=generator), reset).double().to(device)
     membrane = 2 * draw()
-    return ResetPath(neuron, draw(), (draw() < 0.4).double(), lambda: membrane)
+    return Recurrence(neuron, draw(), (draw() < 0.4).double(), lambda: membrane)
 
 
 # -- the reset ---------------------------------------------------------------------------------------------

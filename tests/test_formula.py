@@ -7,6 +7,7 @@ and only `Noise` from the library. Each agreement also rejects a named wrong for
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def simulate(
         if recurrent is not None:
             before = s if wrong != "recurrent input not shifted" else uniform[t] * 0 + 1
             trace["recurrent"] = leak[..., None] * trace["recurrent"] + before[:, None, :]
-        u = beta * k * u + x[t] @ weight.T + bias - r * s
+        u, before_reset = beta * k * u + x[t] @ weight.T + bias - r * s, s
         if recurrent is not None:
             u = u + s @ recurrent.T
         d = u - threshold
@@ -98,6 +99,8 @@ def simulate(
             score = s * slope / (p * q)
         local = {f"∂{name}": value for name, value in local.items()}
         current = x[t] @ weight.T + bias
+        if recurrent is not None:
+            local["fed_back"] = before_reset @ recurrent.T
         rows.append({"u": u, "s": s, "p": p, "current": current, "slope": slope, "score": score, **local})
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -114,7 +117,7 @@ def predict(
 ) -> list[Tensor]:
     """a [T, B, N] of each layer of one copy, the last layer first: direct credit, learned feedback from the
     output error e and from the next layer's credit (of every time step by itself, or projected on functions of
-    time), and what a spike does through its own neuron's reset."""
+    time), and what a spike does through its own neuron's reset and its layer's recurrent weights."""
     steps = len(records[0]["s"])
     q = waves(estimator.time_functions, steps)
     learned, predictions, downstream = state["feedback"], [], None
@@ -125,7 +128,7 @@ def predict(
         if site in learned["outputs"]:
             a = a + torch.einsum("rt,rno,bo->tbn", q, learned["outputs"][site][: len(q)].cpu(), error)
         for edge, matrix in learned["layers"].items():
-            if edge.split(" -> ")[0] == site:
+            if edge.split(" -> ")[0] == site and edge != f"{site} -> {site}":
                 matrix = matrix.cpu()
                 if projected != (wrong == "the other resolution in time"):
                     mean = torch.einsum("rt,tbm->rbm", q, downstream) / steps
@@ -135,10 +138,13 @@ def predict(
                     a = a + torch.stack([g @ matrix.T for g in shifted])
         beta, threshold, total = neuron.beta.detach(), neuron.threshold.detach(), []
         g, currents = torch.zeros_like(a[0]), []
+        own = learned["layers"].get(f"{site} -> {site}")
         for t in reversed(range(steps)):
             through = {"subtract": -threshold, "zero": -beta * record["u"][t], "none": 0.0}[neuron.reset]
             kept = beta * (1 - record["s"][t]) if neuron.reset == "zero" else beta
             total.insert(0, a[t] + (0.0 if wrong == "own reset left out" else through * g))
+            if own is not None and wrong != "recurrent weights left out":
+                total[0] = total[0] + g @ own.cpu().T
             g = total[0] * record["slope"][t] + kept * g
             currents.insert(0, g)
         predictions.insert(0, torch.stack(total))
@@ -238,11 +244,11 @@ def by_hand(
 # -- agreement with the same noise -------------------------------------------------------------------------
 
 
-def net(reset: str, recurrent: bool, layers: int) -> nn.Sequential:
+def net(reset: str, recurrent: bool, widths: tuple[int, ...] = (4, 4)) -> nn.Sequential:
     torch.manual_seed(5)
     modules: list[nn.Module] = []
-    for index in range(layers):
-        modules.append(linear(3 if index == 0 else 4, 4))
+    for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+        modules.append(linear(before, width))
         kind = {
             "beta": 0.8 - 0.1 * index,
             "threshold": 0.9,
@@ -250,8 +256,8 @@ def net(reset: str, recurrent: bool, layers: int) -> nn.Sequential:
             "learn_beta": True,
             "learn_threshold": True,
         }
-        modules.append(RecurrentLIF(4, **kind) if recurrent else LIF(**kind))
-    model = nn.Sequential(*modules, TimeAverage(), linear(4, 3, 1.5)).double()
+        modules.append(RecurrentLIF(width, **kind) if recurrent else LIF(**kind))
+    model = nn.Sequential(*modules, TimeAverage(), linear(widths[-1], 3, 1.5)).double()
     for module in model:
         if reset == "none" and isinstance(module, nn.Linear):
             module.weight.data *= 0.4  # membranes only grow
@@ -274,6 +280,7 @@ CONFIGURATIONS = {
     "feedback": (ULR(credit="feedback", refresh=4), "missing 1/scale"),
     "feedback, refreshed": (ULR(credit="feedback", refresh=1, time_functions=3), "missing 1/scale"),
     "feedback through resets": (ULR(credit="feedback", refresh=2), "own reset left out"),
+    "feedback through recurrent weights": (ULR(credit="feedback"), "recurrent weights left out"),
     "feedback, four copies": (ULR(credit="feedback", copies=4, time_functions=1), "no leak in the trace"),
     "feedback between layers": (ULR(credit="feedback", time_functions=2), "the other resolution in time"),
     "feedback from each step": (ULR(credit="feedback", time_functions=2), "credit of another step"),
@@ -323,11 +330,13 @@ def agreement(
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 def test_same_noise_agrees_with_the_formula_by_hand(reset, recurrent, configuration, device):
     estimator, wrong = CONFIGURATIONS[configuration]
+    if not recurrent and wrong == "recurrent weights left out":
+        wrong = "own reset left out"
     if reset == "none" and wrong == "own reset left out":
         wrong = "missing 1/scale"
     firing = [Logistic(0.4), Gaussian(0.5), RELATIVE][len(configuration) % 3]
     estimator = ULR(**{**estimator.__dict__, "firing": firing})
-    right, far = agreement(net(reset, recurrent, 2), estimator, wrong, device)
+    right, far = agreement(net(reset, recurrent), estimator, wrong, device)
     assert right < 1e-9, f"differs by {right:.1e}"
     assert far > 1e-3, f"{wrong} goes unnoticed"
 
@@ -339,7 +348,7 @@ def test_credit_between_wide_layers_is_projected_on_functions_of_time(reset, rec
     monkeypatch.setattr(feedback, "EXACT_IN_TIME", 0)
     estimator = ULR(credit=credit, time_functions=2, firing=Logistic(0.4))
     wrong = "the other resolution in time"
-    right, far = agreement(net(reset, recurrent, 2), estimator, wrong, device, projected=True)
+    right, far = agreement(net(reset, recurrent), estimator, wrong, device, projected=True)
     assert right < 1e-9, f"differs by {right:.1e}"
     assert far > 1e-3, f"{wrong} goes unnoticed"
 
@@ -348,20 +357,22 @@ def test_credit_between_wide_layers_is_projected_on_functions_of_time(reset, rec
 def test_traces_by_hand_notice_resets_leaks_and_shifts(credit, device):
     estimator = ULR(credit=credit, firing=Gaussian(0.5))
     for reset, wrong in [("zero", "no reset in the trace"), ("none", "no leak in the trace")]:
-        right, far = agreement(net(reset, False, 1), estimator, wrong, device)
+        right, far = agreement(net(reset, False, (4,)), estimator, wrong, device)
         assert right < 1e-9 and far > 1e-3, (reset, wrong, right, far)
-    right, far = agreement(net("subtract", True, 1), estimator, "recurrent input not shifted", device)
+    right, far = agreement(net("subtract", True, (4,)), estimator, "recurrent input not shifted", device)
     assert right < 1e-9 and far > 1e-3, (right, far)
 
 
 # -- one refresh of the feedback, by hand ------------------------------------------------------------------
 
 
-def responses(layers: list, records: list[dict], matrices: list[Tensor], wrong: str) -> list[Tensor]:
+def responses(layers: list, records: list[dict], matrices: dict[str, Tensor], wrong: str) -> list[Tensor]:
     """e_t = ε_t + p'_t δu_t of every layer, with δu_t = beta k_{t-1} δu_{t-1} + h_{t-1} e_{t-1} + δJ_t, where
-    δJ_t = C^T e_t comes from the layer before."""
+    δJ_t = C^T e_t comes from the layer before, C^T e_{t-1} by the layer's own recurrent weights."""
     found: list[Tensor] = []
-    for index, ((_, _, _, neuron), record) in enumerate(zip(layers, records, strict=True)):
+    before = None
+    for (_, _, site, neuron), record in zip(layers, records, strict=True):
+        own, arriving = (matrices.get(f"{source} -> {site}") for source in (site, before))
         beta, threshold = neuron.beta.detach(), neuron.threshold.detach()
         innovation = record["s"] - record["p"]
         moved, carried = [], []
@@ -372,11 +383,14 @@ def responses(layers: list, records: list[dict], matrices: list[Tensor], wrong: 
                 now = now + beta * (1 - spike if neuron.reset == "zero" else 1) * moved[t - 1]
                 through = {"subtract": -threshold, "zero": -beta * u, "none": 0.0}[neuron.reset]
                 now = now + (0.0 if wrong == "own reset counted twice" else through * carried[t - 1])
-            if index > 0 and wrong != "path by the next layer counted twice":
-                now = now + found[index - 1][t] @ matrices[index - 1]
+                if own is not None and wrong != "path by recurrent weights counted twice":
+                    now = now + carried[t - 1] @ own
+            if arriving is not None and wrong != "path by the next layer counted twice":
+                now = now + found[-1][t] @ arriving
             moved.append(now)
             carried.append(innovation[t] + record["slope"][t] * now)
         found.append(torch.stack(carried))
+        before = site
     return found
 
 
@@ -401,102 +415,102 @@ def step_along(moved: Tensor, direction: Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, device):
+def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, monkeypatch, device):
     """B += α mean z (Δo - direct effect of the responses - B^T of the responses of all layers)^T / v."""
     functions, batch = 3, 5
-    model = net(reset, True, 2)
+    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", 15)  # the first layer is too wide for its recurrent weights
+    model = net(reset, True, (4, 3))
     reference = copy.deepcopy(model)
     estimator = ULR(credit="feedback", time_functions=functions, firing=Logistic(0.4))
     x = torch.rand(STEPS, batch, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1.5
     before, after, pair = refreshed(model, estimator, x, torch.tensor([0, 2, 1, 1, 0]), device)
     q, layers, weight = waves(functions, STEPS), layers_of(reference), reference[-1].weight.detach()
-    z = {}
-    for index, (_, _, site, _) in enumerate(layers):
-        plus, minus = (records[index]["s"] - records[index]["p"] for records in pair)
-        z[site] = torch.einsum("rt,tbn->rbn", q, plus - minus) / 2
-    assert set(before["feedback"]["layers"]) == {"1 -> 3"} and set(before["feedback"]["outputs"]) == {"1", "3"}
-    matrices = [after["feedback"]["layers"]["1 -> 3"].cpu()]  # what spikes do to the next layer is learned first
+    plus, minus = (records[0]["s"] - records[0]["p"] for records in pair)
+    z = torch.einsum("rt,tbn->rbn", q, plus - minus) / 2
+    assert set(before["feedback"]["layers"]) == {"1 -> 3", "3 -> 3"} and set(before["feedback"]["outputs"]) == {"1"}
+    # what spikes do to currents is learned first
+    matrices = {name: matrix.cpu() for name, matrix in after["feedback"]["layers"].items()}
 
-    def worst(wrong: str = "") -> tuple[float, list[float]]:
+    def off(wrong: str = "") -> tuple[float, float]:
         left = []
         for records in pair:
             carried = responses(layers, records, matrices, wrong)
             rest = records[-1]["s"].mean(0) @ weight.T
             rest = rest - (0 if wrong == "direct effect left out" else carried[-1].mean(0) @ weight.T)
-            for index, (_, _, site, _) in enumerate(layers):
-                if wrong == "predictions left out":
-                    continue
-                moved = carried[index]
+            if wrong != "predictions left out":
+                moved = carried[0]
                 if wrong == "predictions from bare innovations":
-                    moved = records[index]["s"] - records[index]["p"]
-                rest = rest - torch.einsum("rt,tbn,rno->bo", q, moved, before["feedback"]["outputs"][site].cpu())
+                    moved = records[0]["s"] - records[0]["p"]
+                rest = rest - torch.einsum("rt,tbn,rno->bo", q, moved, before["feedback"]["outputs"]["1"].cpu())
             left.append(rest)
         unexplained = (left[0] - left[1]) / 2
-        aside, sizes = [], []
-        for site, zs in z.items():
-            v = zs.square().mean((1, 2), keepdim=True)
-            direction = torch.einsum("rbn,bo->rno", zs, unexplained) / batch / v
-            moved = (after["feedback"]["outputs"][site] - before["feedback"]["outputs"][site]).cpu()
-            size, rest = step_along(moved, direction)
-            sizes.append(size)
-            aside.append(rest)
-        return max(aside), sizes
+        direction = torch.einsum("rbn,bo->rno", z, unexplained) / batch / z.square().mean((1, 2), keepdim=True)
+        moved = (after["feedback"]["outputs"]["1"] - before["feedback"]["outputs"]["1"]).cpu()
+        return step_along(moved, direction)
 
-    aside, sizes = worst()
+    size, aside = off()
     assert aside < 1e-9
-    assert sizes == pytest.approx([estimator.feedback_rate * batch / (4 * functions)] * 2)
-    assert worst("predictions left out")[0] > 1e-3
-    assert worst("direct effect left out")[0] > 1e-3
-    assert worst("predictions from bare innovations")[0] > 1e-3
-    assert worst("path by the next layer counted twice")[0] > 1e-3
+    assert size == pytest.approx(estimator.feedback_rate * batch / (4 * functions))
+    assert off("predictions left out")[1] > 1e-3
+    assert off("direct effect left out")[1] > 1e-3
+    assert off("path by the next layer counted twice")[1] > 1e-3
+    assert off("path by recurrent weights counted twice")[1] > 1e-3
     if reset != "none":
-        assert worst("own reset counted twice")[0] > 1e-3
+        assert off("predictions from bare innovations")[1] > 1e-3
+        assert off("own reset counted twice")[1] > 1e-3
 
 
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_learning_the_feedback_between_layers_by_hand(reset, device):
+def test_learning_what_spikes_do_to_currents_by_hand(reset, device):
     """C += η (Z^T Z + ridge)^-1 Z^T (ΔJ - Z C), Z and ΔJ the deviations of spikes and currents from their means over
-    the samples, a row for each sample and time step; from three quarters of the rows, η by the last quarter."""
-    batch = 16
-    model = net(reset, False, 2)
-    expected = model[2].weight.detach().clone().T
+    the samples, a row for each sample and time step; from three quarters of the rows, η by the last quarter. For a
+    layer's own recurrent current, Z are the spikes of the step before."""
+    batch, y = 16, torch.arange(16) % 3
+    model = net(reset, True)
     x = torch.rand(STEPS, batch, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1.5
-    estimator, reference, y = (
-        ULR(credit="feedback", firing=Logistic(0.4)),
-        copy.deepcopy(model),
-        torch.arange(batch) % 3,
-    )
+    estimator, reference = ULR(credit="feedback", firing=Logistic(0.4)), copy.deepcopy(model)
     with attach(model.to(device), estimator, "ce_count", seed=SEED, total_steps=TOTAL) as ulr:
         ulr.backward(x.to(device), y.to(device))
         before = copy.deepcopy(ulr.state_dict())
         assert ulr.backward(x.to(device), y.to(device)).stats["copies"] == 1
-        ((name, after),) = ulr.state_dict()["feedback"]["layers"].items()
-    assert name == "1 -> 3"
-    learned = before["feedback"]["layers"][name].cpu()
-    moved = after.cpu() - learned
-    (records,) = copies_by_hand(reference, estimator, before, 1, x)
+        after = ulr.state_dict()["feedback"]["layers"]
+    ((one, two),) = copies_by_hand(reference, estimator, before, 1, x)
+    edges = {
+        "1 -> 1": (one, one["fed_back"], reference[1].recurrent),
+        "1 -> 3": (one, two["current"], reference[2]),
+        "3 -> 3": (two, two["fed_back"], reference[3].recurrent),
+    }
+    assert set(after) == set(edges)
+    for name, (source, current, layer) in edges.items():
+        learned = before["feedback"]["layers"][name].cpu()
+        moved = after[name].cpu() - learned
 
-    def by_hand(wrong: str = "") -> Tensor:
-        drawn = records[0]["s"] - (records[0]["p"] if wrong == "innovations" else 0)
-        z, change = (
-            a if wrong == "means left in" else a - a.mean(1, keepdim=True) for a in (drawn, records[1]["current"])
-        )
-        left = change - (0 if wrong == "prediction left out" else z @ learned)
-        z, left = (a.transpose(0, 1).flatten(0, 1) for a in (z, left))
-        known = batch * STEPS if wrong == "all rows" else 3 * batch * STEPS // 4
-        ridge = (0 if wrong == "no ridge" else feedback.RIDGE) * z[:known].square().sum(0).mean()
-        padded = torch.cat([z[:known], ridge.sqrt() * torch.eye(z.shape[1], dtype=z.dtype)])
-        zeros = torch.zeros(z.shape[1], left.shape[1], dtype=z.dtype)
-        move = torch.linalg.lstsq(padded, torch.cat([left[:known], zeros])).solution
-        if wrong == "all rows":
-            return move
-        effect = z[known:] @ move
-        return move * min(max(float((effect * left[known:]).sum() / effect.square().sum()), 0.0), 1.0)
+        by_hand = partial(ridge_by_hand, source, current, learned, name != "1 -> 3")
+        torch.testing.assert_close(by_hand(), moved, rtol=0, atol=1e-9)
+        wrongs = ["means left in", "prediction left out", "all rows", "no ridge", "innovations"]
+        for wrong in wrongs + ["of the same step"] * (name != "1 -> 3"):
+            assert (by_hand(wrong) - moved).norm() > 1e-4 * moved.norm(), (name, wrong)
+        expected = layer.weight.detach().T
+        assert (learned + moved - expected).norm() < (learned - expected).norm()
 
-    torch.testing.assert_close(by_hand(), moved, rtol=0, atol=1e-9)
-    for wrong in ("means left in", "prediction left out", "all rows", "no ridge", "innovations"):
-        assert (by_hand(wrong) - moved).norm() > 1e-4 * moved.norm(), wrong
-    assert (learned + moved - expected).norm() < (learned - expected).norm()
+
+def ridge_by_hand(source: dict, current: Tensor, learned: Tensor, later: bool, wrong: str = "") -> Tensor:
+    """The step of C from a layer's record and a current [T, B, N], by least squares with rows for the ridge."""
+    drawn = source["s"] - (source["p"] if wrong == "innovations" else 0)
+    if later and wrong != "of the same step":
+        drawn = torch.cat([torch.zeros_like(drawn[:1]), drawn[:-1]])
+    z, change = (a if wrong == "means left in" else a - a.mean(1, keepdim=True) for a in (drawn, current))
+    left = change - (0 if wrong == "prediction left out" else z @ learned)
+    z, left = (a.transpose(0, 1).flatten(0, 1) for a in (z, left))
+    known = len(z) if wrong == "all rows" else 3 * len(z) // 4
+    ridge = (0 if wrong == "no ridge" else feedback.RIDGE) * z[:known].square().sum(0).mean()
+    padded = torch.cat([z[:known], ridge.sqrt() * torch.eye(z.shape[1], dtype=z.dtype)])
+    zeros = torch.zeros(z.shape[1], left.shape[1], dtype=z.dtype)
+    move = torch.linalg.lstsq(padded, torch.cat([left[:known], zeros])).solution
+    if wrong == "all rows":
+        return move
+    effect = z[known:] @ move
+    return move * min(max(float((effect * left[known:]).sum() / effect.square().sum()), 0.0), 1.0)
 
 
 # -- feedback: its bias, and what it learns ----------------------------------------------------------------

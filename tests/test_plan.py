@@ -84,9 +84,8 @@ def test_dense():
 
 def test_recurrent():
     found = plan(recurrent(), data())
-    (note,) = found.notes
-    assert "every 4 steps" in note and note in str(found)
-    assert credits(found) == {"1": "direct + learned from the outputs, resolved in time"}
+    assert not found.notes
+    assert credits(found) == {"1": "direct + learned from its recurrent current"}
     assert sources(found) == {
         "0.weight": "credit at site 1",
         "0.bias": "credit at site 1",

@@ -101,6 +101,7 @@ def _credit(structure: Structure, site: str) -> str:
     parts = ["direct"] * (site in structure.direct)
     for target, path in structure.feeds[site].items():
         parts.append(f"learned from layer {target}" + ", one kernel for all positions" * isinstance(path, Shared))
+    parts += ["learned from its recurrent current"] * (site in structure.recurrent)
     parts += ["learned from the outputs, resolved in time"] * (site in structure.from_outputs)
     text = " + ".join(parts)
     return text if structure.credit == "feedback" else f"loss times score, less {text} of other copies"

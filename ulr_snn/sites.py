@@ -26,6 +26,7 @@ class Record:
     spikes: Tensor  # a leaf: the path from spikes to the loss starts here
     firing: Firing
     mask: Tensor | None
+    fed_back: Tensor | None  # recurrent current, of a layer that has one
 
     def _on_own_steps(self, value: Tensor) -> Tensor:
         return value if self.mask is None else value * self.mask
@@ -90,6 +91,7 @@ class Site:
             spikes.requires_grad_(),
             self.level.firing,
             mask,
+            fed_back,
         )
         self.records.append(record)
         return record.spikes

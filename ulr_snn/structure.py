@@ -21,16 +21,17 @@ class Structure:
 
     direct: sites whose spikes reach the outputs without passing another spike. feeds: per site, the layers whose
     input current its spikes reach so, and by which path. paired: layers whose input current also depends on the
-    events otherwise than by spikes, so that only differences between copies tell what spikes do. from_outputs:
-    sites with learned feedback from the outputs: recurrent ones (what their own recurrent weights do later), those
-    that feed a layer at other time steps or one too wide for a matrix between the two, and those that act on the
-    outputs only through something that is not differentiable.
+    events otherwise than by spikes, so that only differences between copies tell what spikes do. recurrent: per site
+    with a recurrent current, the path of its spikes to it. from_outputs: sites with learned feedback from the outputs:
+    those that feed a layer at other time steps or one too wide for a matrix between the two (or are themselves, and
+    recurrent), and those that act on the outputs only through something that is not differentiable.
     """
 
     credit: str
     direct: set[str]
     feeds: dict[str, dict[str, Path]]
     paired: set[str]
+    recurrent: dict[str, Path]
     from_outputs: list[str]
     output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
     parameters: dict[str, list[str]]  # parameter -> "outputs" and sites that its gradient comes from
@@ -67,7 +68,7 @@ class Structure:
         reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if id(r.spikes) in reached["outputs"]}
-        feeds, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, [])
+        feeds, recurrent, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, {}, [])
         fed = {target for paths in feeds.values() for target in paths}
         paired = fed & driven_by_events() if fed else set()
         parameters = {
@@ -80,7 +81,7 @@ class Structure:
             functions = 1
             if p.error is not None and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max():
                 functions = time_functions
-        return cls(credit, direct, feeds, paired, from_outputs, functions, parameters, p.error is not None)
+        return cls(credit, direct, feeds, paired, recurrent, from_outputs, functions, parameters, p.error is not None)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
@@ -96,9 +97,10 @@ class Structure:
 
 def learned_paths(
     p: Pass, reached: dict[str, set[int]], direct: set[str]
-) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """feeds and from_outputs of `Structure`. reached: ids of the leaves that a site's drive depends on."""
+) -> tuple[dict[str, dict[str, Path]], dict[str, Path], list[str]]:
+    """feeds, recurrent, from_outputs of `Structure`. reached: ids of the leaves that a site's drive depends on."""
     feeds: dict[str, dict[str, Path]] = {}
+    recurrent: dict[str, Path] = {}
     from_outputs = []
     for r in p.records:
         targets = [target for target in p.records if id(r.spikes) in reached[target.site]]
@@ -106,9 +108,14 @@ def learned_paths(
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
         leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
-        if len(feeds[r.site]) < len(targets) or leads_nowhere or r.neuron.recurrent is not None:
+        if r.fed_back is not None:
+            path = Full(tuple(r.spikes.shape[2:]), tuple(r.fed_back.shape[2:]))
+            if math.prod(path.size) <= ENTRIES:
+                recurrent[r.site] = path
+        too_wide = len(feeds[r.site]) < len(targets) or (r.fed_back is not None and r.site not in recurrent)
+        if too_wide or leads_nowhere:
             from_outputs.append(r.site)
-    return feeds, from_outputs
+    return feeds, recurrent, from_outputs
 
 
 def path_between(source: Record, target: Record) -> Path:

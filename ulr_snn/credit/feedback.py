@@ -10,6 +10,7 @@ layers    a_it = (C g_t)_i,     g_t = ∂L/∂J_t, J the input current of a laye
           differences over two copies take the deviations' place. So each step solves its rows,
           C += η Z^T (Z Z^T + ridge)^-1 (what is unexplained), from three quarters of them, with the length η,
           between 0 and 1, that explains the last quarter best.
+          A recurrent layer feeds itself, one step later (recurrence.py).
           Between wide layers g is replaced by its projection on the q_r: R products where every step by itself
           would cost T. g depends on the sample by the slopes of that layer's firing probabilities.
 """
@@ -80,7 +81,7 @@ class Feedback:
         return self._along(name, path, spikes, path.forward)
 
     def _along(self, name: str, path: Path, sequence: Tensor, apply: Apply) -> Tensor | None:
-        weight = self._weight(name, path)
+        weight = self.weight(name, path)
         if weight is None:
             return None
         if path.products * sequence.shape[0] * sequence.shape[1] > EXACT_IN_TIME:
@@ -90,7 +91,7 @@ class Feedback:
             return torch.einsum("rt,rb...->tb...", basis, there)
         return apply(weight, sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
 
-    def _weight(self, name: str, path: Path) -> Tensor | None:
+    def weight(self, name: str, path: Path) -> Tensor | None:
         """C; None before the first refresh, and where it belongs to another path (of a checkpoint, or given up)."""
         weight = self.layers.get(name)
         return weight if weight is not None and weight.shape == path.size else None
@@ -119,7 +120,7 @@ class Feedback:
         step was not solved for, the last quarter, which C then leaves unexplained."""
         left = change
         for name, path in paths.items():
-            if self._weight(name, path) is None:
+            if self.weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
             left = left - path.forward(self.layers[name], spikes[name])
         for name, path in paths.items():

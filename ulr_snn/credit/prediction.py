@@ -1,7 +1,8 @@
-"""What a spike does to the loss, as far as it is known: direct credit, learned feedback, and the reset, together."""
+"""What a spike does to the loss, as far as it is known: direct, learned, within the layer, together."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from ulr_snn.credit.direct import direct_credit, direct_effect
 from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, UNEXPLAINED, Feedback, edge
 from ulr_snn.credit.maps import Path
-from ulr_snn.credit.reset import ResetPath
+from ulr_snn.credit.recurrence import Recurrence
 from ulr_snn.passes import Pass
+from ulr_snn.scan import shift
 from ulr_snn.sites import Record
 from ulr_snn.structure import Structure
 
@@ -41,32 +43,39 @@ class Prediction:
                 if part is not None:
                     a = part if a is None else a + part
             if a is not None:
-                a, currents[record.site] = reset_path(record).credit(a)
+                a, currents[record.site] = self._recurrence(record).credit(a)
             predictions.append(a)
         return predictions[::-1]
 
     def learn_layers(self, passes: list[Pass], step: int) -> None:
-        """Learns what the spikes of a layer do to the input currents of those that they feed."""
+        """Learns what the spikes of a layer do to the input currents of those that they feed, and to its own."""
         structure, batch = self.structure, passes[0].loss.shape[1]
-        names = [record.site for record in passes[0].records]
-        for i, target in enumerate(names):
-            sources = [j for j, name in enumerate(names) if target in structure.feeds[name]]
+        pairs = sum(len(p.copies) for p in passes) >= 2
+        sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
+        spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
+        for target, records in sites.items():
+            valid = torch.cat([r.own_steps() for r in records], 1)  # [T, rows]
+            sources = [name for name in sites if target in structure.feeds[name]]
             paired = target in structure.paired
-            if not sources or (paired and sum(len(p.copies) for p in passes) < 2):
-                continue
-            valid = torch.cat([p.records[i].own_steps() for p in passes], 1)  # [T, rows]
+            if sources and (pairs or not paired):
+                paths = {edge(name, target): structure.feeds[name][target] for name in sources}
+                across = partial(contrast, batch=batch, valid=valid, paired=paired)
+                change = across([r.current for r in records])
+                left = self._learn(paths, [across(spikes[name]) for name in sources], change, valid, step)
+                if left > UNEXPLAINED:  # weights that differ from place to place: what is shared cannot learn them
+                    for name in sources:
+                        structure.feeds[name][target] = structure.feeds[name][target].unshared(ENTRIES)
+            if target in structure.recurrent:
+                paths = {edge(target, target): structure.recurrent[target]}
+                across = partial(contrast, batch=batch, valid=valid, paired=False)
+                before = across([shift(s) for s in spikes[target]])
+                self._learn(paths, [before], across([r.fed_back for r in records]), valid, step)
 
-            def contrast(tensors: list[Tensor], paired: bool = paired, valid: Tensor = valid) -> Tensor:
-                return half_differences(tensors, batch, 1) if paired else deviations(torch.cat(tensors, 1), valid)
-
-            change = contrast([p.records[i].current for p in passes])
-            paths = {edge(names[j], target): structure.feeds[names[j]][target] for j in sources}
-            pick = self._rows(list(paths.values()), valid[:, : change.shape[1]], step)
-            spikes = [pick(contrast([p.records[j].spikes.detach() for p in passes])) for j in sources]
-            left = self.feedback.refresh_layer(paths, dict(zip(paths, spikes, strict=True)), pick(change))
-            if left > UNEXPLAINED:  # weights that differ from place to place: what is shared cannot learn them
-                for j in sources:
-                    structure.feeds[names[j]][target] = structure.feeds[names[j]][target].unshared(ENTRIES)
+    def _learn(self, paths: dict[str, Path], spikes: list[Tensor], change: Tensor, valid: Tensor, step: int) -> float:
+        """A step of all C into one layer, from what a current [T, rows, *target] and the spikes [T, rows, *source] of
+        each path differ by; returns what they leave unexplained."""
+        pick = self._rows(list(paths.values()), valid[:, : change.shape[1]], step)
+        return self.feedback.refresh_layer(paths, dict(zip(paths, map(pick, spikes), strict=True)), pick(change))
 
     def refresh(self, passes: list[Pass]) -> None:
         """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
@@ -91,17 +100,23 @@ class Prediction:
         return left
 
     def _responses(self, p: Pass, innovations: list[Tensor]) -> list[Tensor]:
-        """Innovations with what they do, by way of resets and of the layers they feed, to later spikes: the same
-        linear map as `credit`, forwards."""
+        """Innovations with what they do to later spikes, by way of resets, of recurrent weights and of the layers they
+        feed: the same linear map as `credit`, forwards."""
         arriving: dict[str, Tensor] = {}  # changes of input currents
         responses = []
         for record, e in zip(p.records, innovations, strict=True):
-            responses.append(reset_path(record).response(e, arriving.get(record.site)))
+            responses.append(self._recurrence(record).response(e, arriving.get(record.site)))
             for target, path in self.structure.feeds[record.site].items():
                 change = self.feedback.to_layer(edge(record.site, target), path, responses[-1])
                 if change is not None:
                     arriving[target] = arriving.get(target, 0) + change
         return responses
+
+    def _recurrence(self, record: Record) -> Recurrence:
+        path = self.structure.recurrent.get(record.site)
+        weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
+        slope = record.slope / record.scale
+        return Recurrence(record.neuron, slope, record.spikes.detach(), record.membrane, path, weight)
 
     def _rows(self, paths: list[Path], valid: Tensor, step: int) -> Callable[[Tensor], Tensor]:
         """Picks what a step learns from: of samples and time steps [T, B, ...] as many rows [n, ...] as it can afford,
@@ -122,8 +137,9 @@ def affordable_rows(path: Path, budget: int) -> int:
     return max(1, int((few if few < inputs else many) / positions))
 
 
-def reset_path(record: Record) -> ResetPath:
-    return ResetPath(record.neuron, record.slope / record.scale, record.spikes.detach(), record.membrane)
+def contrast(passes: list[Tensor], batch: int, valid: Tensor, paired: bool) -> Tensor:
+    """What rows [T, rows, ...] of all passes differ by: the copies of a pair, or else samples from their mean."""
+    return half_differences(passes, batch, 1) if paired else deviations(torch.cat(passes, 1), valid)
 
 
 def half_differences(passes: list[Tensor], batch: int, dim: int) -> Tensor:

@@ -1,3 +1,3 @@
-from ulr_snn.scan.reference import leaky_drive, scan
+from ulr_snn.scan.reference import leaky_drive, scan, shift
 
-__all__ = ["leaky_drive", "scan"]
+__all__ = ["leaky_drive", "scan", "shift"]

@@ -1,17 +1,18 @@
-"""Credit inside a neuron: how a spike acts on its own neuron's later firing, through the reset.
+"""Credit inside a layer: how a spike acts on its own layer's later firing, through the reset and recurrent weights.
 
-A spike at t changes the neuron's membrane at t+1 by the reset, h_t = ∂u_{t+1}/∂s_t:
+A spike at t changes its neuron's membrane at t+1 by the reset, h_t = ∂u_{t+1}/∂s_t:
     reset "subtract": h_t = -threshold,     "zero": h_t = -beta u_t,     "none": h_t = 0
-and with it, to first order, its later firing probabilities. With a from outside the neuron (direct credit,
-learned feedback), p' per unit of membrane, and k_t the factor of the membrane that the reset leaves:
-    c_t = (a_t + h_t g_{t+1}) p'_t          credit times slope
-    g_t = c_t + beta k_t g_{t+1}            = ∂L/∂J_t, credit of the input current
-Direct credit misses a neuron's own reset; this carries it. It looks at the pass's own later
-probabilities, so with λ = 1 it must come from an independent copy, as all credit does there.
+and all of the layer's membranes by the recurrent current, which is learned as a matrix C like that between two layers
+(feedback.py). With it, to first order, it changes later firing probabilities. With a from outside the layer (direct
+credit, learned feedback), p' per unit of membrane, and k_t the factor of the membrane that the reset leaves:
+    c_t = (a_t + h_t g_{t+1} + C g_{t+1}) p'_t          credit times slope
+    g_t = c_t + beta k_t g_{t+1}                        = ∂L/∂J_t, credit of the input current
+Direct credit misses both; this carries them. It looks at the pass's own later probabilities, so with λ = 1 it must
+come from an independent copy, as all credit does there.
 
 The same linear map the other way: what innovations ε and changes δJ of the input currents do to the spikes,
-    δu_t = beta k_{t-1} δu_{t-1} + h_{t-1} e_{t-1} + δJ_t,    e_t = ε_t + p'_t δu_t,
-so that sum_t a_t e_t = sum_t (a + h g)_t ε_t + g_t δJ_t.
+    δu_t = beta k_{t-1} δu_{t-1} + h_{t-1} e_{t-1} + C^T e_{t-1} + δJ_t,    e_t = ε_t + p'_t δu_t,
+so that sum_t a_t e_t = sum_t (a + h g + C g)_t ε_t + g_t δJ_t.
 """
 
 from collections.abc import Callable
@@ -20,20 +21,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulr_snn.credit.maps import Path
 from ulr_snn.neurons import SpikingNeuron
 
 
 @dataclass
-class ResetPath:
-    """One pass of one layer, linearised along its reset.
+class Recurrence:
+    """One pass of one layer, linearised along its reset and its recurrent weights.
 
     slope: p' per unit of membrane; membrane: gives u where the reset needs it; all [T, B, ...].
+    path, weight: of the recurrent current, as learned; None where there is none, or nothing is learned yet.
     """
 
     neuron: SpikingNeuron
     slope: Tensor
     spikes: Tensor
     membrane: Callable[[], Tensor]
+    path: Path | None = None
+    weight: Tensor | None = None
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """beta k_t and h_t, broadcast over time where they are constant."""
@@ -45,17 +50,19 @@ class ResetPath:
         return beta.expand(steps, *beta.shape), h.expand(steps, *h.shape)
 
     def credit(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """(a + h g, g) [T, B, ...]: total credit of every spike, and credit ∂L/∂J of every input current."""
+        """(a + h g + C g, g) [T, B, ...]: total credit of every spike, and credit ∂L/∂J of every input current."""
         kept, h = self._steps()
         total, currents = torch.empty_like(a), torch.empty_like(a)
         g = torch.zeros_like(a[0])
         for t in range(len(a) - 1, -1, -1):
             torch.addcmul(a[t], g, h[t], out=total[t])
+            if self.weight is not None:
+                total[t] += self.path.backward(self.weight, g)
             g = torch.addcmul(kept[t] * g, total[t], self.slope[t], out=currents[t])
         return total, currents
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
-        """e [T, B, ...]: innovations and changes of the input currents, with what they do to their neurons' spikes."""
+        """e [T, B, ...]: innovations and changes of the input currents, with what they do to the layer's spikes."""
         kept, h = self._steps()
         response = torch.empty_like(innovations)
         moved = torch.zeros_like(innovations[0])
@@ -64,4 +71,6 @@ class ResetPath:
                 moved = moved + currents[t]
             torch.addcmul(innovations[t], moved, self.slope[t], out=response[t])
             moved = kept[t] * moved + h[t] * response[t]
+            if self.weight is not None:
+                moved = moved + self.path.forward(self.weight, response[t])
         return response
