@@ -29,6 +29,10 @@ def between(module: nn.Module, shape: tuple[int, ...], device: torch.device, row
     return spikes, Fold(module.double().to(device))(spikes)
 
 
+def window_of(spikes: Tensor, x: Tensor) -> Shared | None:
+    return window(x, spikes, tuple(spikes.shape[2:]), tuple(x.shape[2:]))
+
+
 def likeness(learned: Tensor, weight: Tensor) -> float:
     """Cosine between the two over the inputs that deviated, nearly all; of those that never fire nothing is learned."""
     fired = learned.abs().sum(1) > 0.05 * weight.abs().sum(1)
@@ -40,7 +44,7 @@ def likeness(learned: Tensor, weight: Tensor) -> float:
 def test_a_local_module_is_found_and_learned_exactly(name, device):
     module, shape = LOCAL[name]
     spikes, x = between(module, shape, device)
-    path = window(x, spikes)
+    path = window_of(spikes, x)
     assert isinstance(path, Shared)
     assert path.products < Full(path.source, path.target).products
     rows = spikes.detach().flatten(0, 1)
@@ -59,14 +63,14 @@ def test_a_local_module_is_found_and_learned_exactly(name, device):
 
 def test_the_margins_of_a_window_are_those_of_the_convolution(device):
     spikes, x = between(nn.Conv2d(2, 3, 5, stride=2, padding=2), (2, 15, 14), device)
-    path = window(x, spikes)
+    path = window_of(spikes, x)
     assert (path.stride, path.offset, path.extent) == ((2, 2), (-2, -2), (5, 5))
 
 
 def test_maximum_pooling_and_batch_statistics_are_local_too(device):
     """A maximum depends on one spike of its window at a time, batch statistics a little on everything."""
     module = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.MaxPool2d(2))
-    path = window(*reversed(between(module, (2, 12, 12), device)))
+    path = window_of(*between(module, (2, 12, 12), device))
     assert (path.stride, path.offset, path.extent) == ((2, 2), (-1, -1), (4, 4))
 
 
@@ -84,7 +88,7 @@ def test_maximum_pooling_and_batch_statistics_are_local_too(device):
 def test_what_is_not_local_gets_a_full_matrix(module, shape, device):
     if len(shape) == 1:
         module = nn.Linear(6, 5)
-    assert window(*reversed(between(module, shape, device))) is None
+    assert window_of(*between(module, shape, device)) is None
 
 
 def test_forward_and_backward_are_one_linear_map(device):

@@ -11,12 +11,23 @@ from pathlib import Path
 import pytest
 
 import ulr_snn
+from ulr_snn.adapters import LIBRARIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ulr_snn"
-LAYERS = ("scan", "noise", "neurons", "sites", "passes", "credit/structure", "estimator", "plan/train", "cli")
+LAYERS = (
+    "scan",
+    "noise",
+    "neurons/adapters",
+    "records/steps/sites",
+    "passes",
+    "credit/structure",
+    "estimator",
+    "plan/train",
+    "cli",
+)
 # Imported where they are needed, so that the library loads quickly and works with what is installed.
-LAZY = ("h5py", "matplotlib", "requests", "safetensors", "sklearn", "tonic", "tqdm")
+LAZY = ("h5py", "matplotlib", "requests", "safetensors", "sklearn", "tonic", "tqdm", *LIBRARIES)
 
 
 def module_name(file: Path) -> str:
@@ -65,7 +76,8 @@ def in_layer(layer: str) -> list[str]:
 
 
 def test_every_module_imports_without_the_optional_libraries():
-    names = [name for name in SOURCES if not name.endswith("__main__")]
+    adapters = {f"ulr_snn.adapters.{library}" for library in LIBRARIES}
+    names = [name for name in SOURCES if not name.endswith("__main__") and name not in adapters]
     code = f"""
 import importlib, sys
 class Missing:

@@ -25,7 +25,7 @@ from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.errors import UsageError
 from ulr_snn.losses import Loss, resolve
 from ulr_snn.noise import Firing, Logistic, NoiseLevel
-from ulr_snn.passes import Forward, Pass, as_sequence
+from ulr_snn.passes import Forward, Pass, as_sequence, runs_by_step
 from ulr_snn.sites import spiking_layers
 from ulr_snn.structure import Structure
 
@@ -119,6 +119,7 @@ class Attachment:
         self.forward_passes = 0
         self.mean_loss: Tensor | None = None  # moving baseline
         self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
+        self.by_step: bool | None = None  # whether the model takes one time step a call, once it is known
         self.level = NoiseLevel(estimator.firing)
         self.structure: Structure | None = None
         self._structure_loss: str | Loss | None = None
@@ -144,7 +145,9 @@ class Attachment:
         targets = targets.to(x.device)
         lengths = None if lengths is None else lengths.to(x.device)
         self.level.progress = self._progress()
-        forward = Forward(self.model, self.level, self.seed, self.step, self.estimator.antithetic)
+        if self.by_step is None:
+            self.by_step = runs_by_step(self.model, x)
+        forward = Forward(self.model, self.level, self.seed, self.step, self.estimator.antithetic, self.by_step)
         loss = self.loss if loss is None else loss
         if loss is not self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
@@ -177,7 +180,7 @@ class Attachment:
         copies = self._copies(self.structure.credit)
         run(range(len(passes), copies))
         self.step += 1
-        self.forward_passes += copies * x.shape[1]
+        self.forward_passes += (copies + forward.silent_passes) * x.shape[1]
         return self._finish(passes, copies)
 
     def _progress(self) -> float:

@@ -91,9 +91,15 @@ class NoiseLevel:
     progress: float = 1.0
     starts: dict[str, float] = field(default_factory=dict)
 
+    def knows(self, site: str) -> bool:
+        """Whether the scale of this site does not depend on the spread of its membranes any more."""
+        return self.firing.scale is not None or self.progress >= 1 or site in self.starts
+
     def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
-        """Scale of neurons with this threshold, differentiable in a learned one. spread() is called once a site."""
+        """Scale of neurons with this threshold, differentiable in a learned one. spread() is called where the site is
+        not known yet."""
         firing = self.firing
+        threshold = threshold if threshold.is_floating_point() else threshold.to(torch.get_default_dtype())
         if firing.scale is not None:
             return torch.full_like(threshold, firing.scale)
         if self.progress >= 1:
@@ -184,3 +190,21 @@ def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:
     h *= _M2
     h ^= (h >> 16) & 0xFFFF
     return (h >> 9) & 0x7FFFFF
+
+
+class Drawer:
+    """Draws the spikes of one layer in one pass, the steps of time in their order."""
+
+    def __init__(self, noise: Noise, firing: Firing, site: int, steps: int) -> None:
+        self.noise, self.firing, self.site, self.steps = noise, firing, site, steps
+        self._start, self._uniforms = 0, None
+
+    def __call__(self, t: int, x: Tensor) -> Tensor:
+        """Spikes of standardised drives x [B, ...]."""
+        block = max(1, (1 << 20) // max(1, x.numel()))  # steps of noise held at a time
+        start = t - t % block
+        if self._uniforms is None or start != self._start:
+            steps = min(block, self.steps - start)
+            self._uniforms = self.noise.uniform(self.site, start, steps, x.shape[1:], x.dtype)
+            self._start = start
+        return (self._uniforms[t - start] < self.firing.probability(x)).to(x.dtype)

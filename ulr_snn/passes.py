@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import output_mask
-from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.sites import Record, Replay, bind, bind_sites, spiking_layers
+from ulr_snn.neurons import SpikingNeuron, output_mask
+from ulr_snn.noise import Logistic, Noise, NoiseLevel
+from ulr_snn.records import Record
+from ulr_snn.sites import Replay, bind, bind_sites, spiking_layers
 
 
 @dataclass
@@ -38,8 +40,12 @@ class Forward:
     """Makes the passes of one step. The first pass leaves the traces of an ordinary forward pass (running
     statistics, generator state); every further one sees the same dropout masks and leaves none."""
 
-    def __init__(self, model: nn.Module, level: NoiseLevel, seed: int, step: int, antithetic: bool) -> None:
+    def __init__(
+        self, model: nn.Module, level: NoiseLevel, seed: int, step: int, antithetic: bool, by_step: bool = False
+    ) -> None:
         self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
+        self.by_step = by_step
+        self.silent_passes = 0  # so far, of a batch each: what it took to set levels of noise
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
@@ -59,8 +65,21 @@ class Forward:
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
         row_lengths = lengths.repeat(k) if lengths is not None else None
         noise = self._noise(batch, copies, x.device)
-        with self._traceless(), bind(self.model, self.level, noise, row_lengths) as records:
-            outputs = model_outputs(self.model, rows.clone())  # a model may change its input in place
+
+        def outputs_of() -> tuple[Tensor, list[Record]]:
+            with bind(self.model, self.level, noise, row_lengths, len(x)) as records:
+                outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
+            return outputs, records
+
+        while any(not isinstance(n, SpikingNeuron) and not self.level.knows(s) for s, n in spiking_layers(self.model)):
+            known = len(self.level.starts)
+            with keep_traces(self.model), torch.no_grad():
+                outputs_of()
+            self.silent_passes += 1
+            if len(self.level.starts) == known:
+                break  # the layers that are left do not run
+        with self._traceless():
+            outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
         mask = output_mask(row_lengths, outputs)
         cut = outputs.detach().requires_grad_()
@@ -73,13 +92,13 @@ class Forward:
         """Sites whose input current changes when other events x come in while all spikes stay as in the pass p of
         one copy. The other events are the same ones at other times, in other samples."""
         others = x.roll((1, 1), (0, 1))
-        replay = Replay(p.records, {})
-        sites = [replay] * len(spiking_layers(self.model))
-        with torch.no_grad(), self._traceless(), bind_sites(self.model, sites, lengths):
-            self.model(others)
         if torch.equal(others, x):
-            return set(replay.currents)  # nothing to tell by
-        return {r.site for r in p.records if not torch.equal(replay.currents[r.site], r.current)}
+            return {r.site for r in p.records}  # nothing to tell by
+        records, currents = {r.site: r for r in p.records}, {}
+        sites = [Replay(name, records, currents) for name, _ in spiking_layers(self.model)]
+        with torch.no_grad(), self._traceless(), bind_sites(self.model, sites, lengths):
+            model_outputs(self.model, others, self.by_step)
+        return {r.site for r in p.records if not torch.equal(currents[r.site], r.current)}
 
     def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
@@ -129,9 +148,45 @@ def keep_traces(model: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
-def model_outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output; of a tuple or list (as in `(spikes, membranes)`), its first item."""
-    outputs = model(x)
+def runs_by_step(model: nn.Module, x: Tensor) -> bool:
+    """Whether the model takes one time step [B, ...] a call: its layers, which run so, do not fire len(x) times when it
+    is called with a sequence x [T, B, ...], or it cannot be."""
+    if all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
+        return False
+    x = x[:, :2]
+    try:
+        with keep_traces(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
+            check_outputs(model_outputs(model, x.clone()), len(x), x.shape[1])
+        return False
+    except Exception as whole:
+        try:
+            with keep_traces(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
+                model_outputs(model, x.clone(), by_step=True)
+        except Exception:
+            raise whole from None
+        return True
+
+
+def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
+    """The model's output; of a tuple or list (as in `(spikes, membranes)`), its first item. Stacked over time where the
+    model takes one time step a call (by_step)."""
+    if by_step:
+        return torch.stack(list(each_step(model, x)))
+    return first_output(model, model(x))
+
+
+def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Outputs of a model that takes one time step a call. Models of Norse return their state, and take it again."""
+    carries, state = type(model).__module__.startswith("norse"), ()
+    for step in x:
+        outputs = model(step, *state)
+        if carries and isinstance(outputs, tuple) and len(outputs) == 2:
+            state = outputs[1:]
+        yield first_output(model, outputs)
+
+
+def first_output(model: nn.Module, outputs: Any) -> Tensor:
+    """The tensor, or the first one of a tuple or list."""
     if isinstance(outputs, tuple | list) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, Tensor):

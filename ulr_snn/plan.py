@@ -11,7 +11,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimator import DEFAULT_COPIES, ULR
 from ulr_snn.losses import Loss, resolve
 from ulr_snn.noise import NoiseLevel
-from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces
+from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces, runs_by_step
 from ulr_snn.structure import Structure
 
 
@@ -56,7 +56,7 @@ def plan(
     x = as_sequence(x, targets, lengths, time_first, model)
     level = NoiseLevel(estimator.firing, progress=0.0)
     with keep_traces(model):
-        forward = Forward(model, level, seed=0, step=0, antithetic=False)
+        forward = Forward(model, level, seed=0, step=0, antithetic=False, by_step=runs_by_step(model, x))
         p = forward.run(x, targets, lengths, resolve(loss), [0])
         structure = Structure.of(
             model,

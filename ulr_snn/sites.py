@@ -1,58 +1,19 @@
 """Firing sites: find them in a model, bind them, let them go again."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.adapters import LIBRARIES, StepNeuron, adapt
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, step_mask
-from ulr_snn.noise import Firing, Noise, NoiseLevel
-
-
-@dataclass
-class Record:
-    """What one forward pass leaves at one site. All [T, B, ...]; B counts the rows of the pass (copies included)."""
-
-    site: str
-    neuron: SpikingNeuron
-    current: Tensor
-    scale: Tensor
-    x: Tensor  # standardised drive, differentiable in current and parameters with the spikes held fixed
-    spikes: Tensor  # a leaf: the path from spikes to the loss starts here
-    firing: Firing
-    mask: Tensor | None
-    fed_back: Tensor | None  # recurrent current, of a layer that has one
-
-    def _on_own_steps(self, value: Tensor) -> Tensor:
-        return value if self.mask is None else value * self.mask
-
-    def own_steps(self) -> Tensor:
-        """[T, B] bool: which steps are no padding."""
-        if self.mask is None:
-            return torch.ones(self.spikes.shape[:2], dtype=torch.bool, device=self.spikes.device)
-        return self.mask.flatten(1).bool()
-
-    def innovation(self) -> Tensor:
-        """ε = s - p."""
-        return self._on_own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
-
-    def membrane(self) -> Tensor:
-        """u."""
-        return self.x.detach() * self.scale + self.neuron.threshold.detach()
-
-    @cached_property
-    def slope(self) -> Tensor:
-        """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
-        return self._on_own_steps(self.firing.slope(self.x.detach()))
-
-    def score(self) -> Tensor:
-        """δ = ∂ log P(s) / ∂x."""
-        return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
+from ulr_snn.noise import Drawer, Noise, NoiseLevel
+from ulr_snn.records import Record
+from ulr_snn.steps import StepSite
 
 
 @dataclass
@@ -69,61 +30,63 @@ class Site:
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         """Runs the neuron over time, drawing its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
         mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-        # A module called twice in one forward pass is two sites, with noise and feedback of their own.
         call, self.calls = self.calls, self.calls + 1
-        name = self.name if call == 0 else f"{self.name}#{call + 1}"
+        name = call_name(self.name, self.calls)
         draw = heaviside
         if self.noise is not None:
             scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
-            draw = self._drawer(current, scale.detach(), call)
+            unit, index = scale.detach(), self.index + (call << 20)
+            drawer = Drawer(self.noise, self.level.firing, index, len(current))
+            draw = lambda t, drive: drawer(t, drive / unit)  # noqa: E731
         fire = draw if mask is None else lambda t, drive: draw(t, drive) * mask[t]
         with torch.no_grad():
             spikes, drive, fed_back = neuron.run(current, fire)
         if self.noise is None:
             return spikes
         x = neuron.drive_at(current, spikes, drive, fed_back) / scale
-        record = Record(
-            name,
-            neuron,
-            current.detach(),
-            scale.detach(),
-            x,
-            spikes.requires_grad_(),
-            self.level.firing,
-            mask,
-            fed_back,
+        spikes.requires_grad_()
+        self.records.append(
+            Record(
+                name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], self.level.firing, mask, fed_back
+            )
         )
-        self.records.append(record)
-        return record.spikes
-
-    def _drawer(self, current: Tensor, scale: Tensor, call: int):
-        block = max(1, (1 << 20) // max(1, current[0].numel()))  # steps of noise held at a time
-        uniforms: dict[int, Tensor] = {}
-
-        def draw(t: int, drive: Tensor) -> Tensor:
-            start = t - t % block
-            if start not in uniforms:
-                uniforms.clear()
-                steps = min(block, len(current) - start)
-                uniforms[start] = self.noise.uniform(
-                    self.index + (call << 20), start, steps, current.shape[2:], current.dtype
-                )
-            return (uniforms[start][t - start] < self.level.firing.probability(drive / scale)).to(drive.dtype)
-
-        return draw
+        return spikes
 
 
 @dataclass
 class Replay:
-    """Fires what was recorded, whatever comes in, and keeps what came in."""
+    """Fires what a layer's records hold, whatever comes in, and keeps what came in."""
 
-    records: list[Record]
-    currents: dict[str, Tensor]
+    name: str
+    records: dict[str, Record]
+    currents: dict[str, Tensor]  # of all layers, by site
+    calls: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
+    last: Tensor | None = None
+    silent: bool = False
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
-        record = self.records[len(self.currents)]
-        self.currents[record.site] = current.detach()
-        return record.spikes.detach()
+        self.calls += 1
+        site = call_name(self.name, self.calls)
+        self.currents[site] = current.detach()
+        return self.records[site].spikes.detach()
+
+    def begin(self, current: Tensor) -> None:
+        self.inputs.append(current.detach())
+        self.currents[self.name] = torch.stack(self.inputs)
+
+    def fire(self, drive: Tensor) -> Tensor:
+        self.last = self.records[self.name].spikes[len(self.inputs) - 1]
+        return self.last
+
+    def end(self, states: list[Any]) -> None:
+        pass
+
+
+def call_name(name: str, call: int) -> str:
+    """A module that is called several times in one forward pass is as many sites, with noise and feedback of their
+    own."""
+    return name if call == 1 else f"{name}#{call}"
 
 
 def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
@@ -135,42 +98,70 @@ def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> floa
         return membrane.std(correction=0).item()
 
 
-def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron]]:
-    """The model's spiking layers by name, in module order. Raises UsageError where there is none."""
-    found = [(name or "model", module) for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
+def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron | StepNeuron]]:
+    """The model's spiking layers by name, in module order. Raises UsageError where there is none, and for one of
+    another library that cannot be trained."""
+    found: list[tuple[str, SpikingNeuron | StepNeuron]] = []
+    for name, module in model.named_modules():
+        neuron = module if isinstance(module, SpikingNeuron) else adapt(module, name or "model")
+        if neuron is not None:
+            found.append((name or "model", neuron))
     if not found:
         raise UsageError(
-            f"{type(model).__name__} has no spiking layer that ulr_snn knows; use ulr_snn.LIF or ulr_snn.RecurrentLIF"
+            f"{type(model).__name__} has no spiking layer that ulr_snn knows; use ulr_snn.LIF, ulr_snn.RecurrentLIF, "
+            f"or a layer of {', '.join(LIBRARIES)}"
         )
     return found
 
 
 @contextmanager
 def bind(
-    model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None
+    model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None, steps: int = 0
 ) -> Iterator[list[Record]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
-    the list that their records go to."""
-    records: list[Record] = []
-    sites = [Site(name, index, level, noise, records) for index, (name, _) in enumerate(spiking_layers(model))]
+    the list that their records go to; it stays empty as long as a layer is silent (see `StepSite`).
+
+    steps: of the events, for layers that run step by step.
+    """
+    records: list[Any] = []
+    sites = [
+        Site(name, index, level, noise, records)
+        if isinstance(neuron, SpikingNeuron)
+        else StepSite(name, index, level, noise, records, neuron, steps, lengths)
+        for index, (name, neuron) in enumerate(spiking_layers(model))
+    ]
     with bind_sites(model, sites, lengths):
         yield records
+    stepwise = [site for site in sites if isinstance(site, StepSite)]
+    silent = [i for i, site in enumerate(records) if isinstance(site, StepSite) and site.silent]
+    if not silent:
+        for site in stepwise:
+            site.finish()
+        records[:] = [r.record() if isinstance(r, StepSite) else r for r in records]
+        return
+    first, *later = records[silent[0] :]
+    first.finish()
+    for site in later:  # what comes after a silent layer does not see what it will see
+        level.starts.pop(site.site if isinstance(site, Record) else site.name, None)
+    records.clear()
 
 
 @contextmanager
 def bind_sites(model: nn.Module, sites: Sequence[Any], lengths: Tensor | None) -> Iterator[None]:
-    """For a while, gives each spiking layer its site, one with `fire_sequence(neuron, current)`, and lets go again."""
+    """For a while, gives each spiking layer its site, one with `fire_sequence(neuron, current)` or an
+    `adapters.Step`, and lets go again."""
     layers = [neuron for _, neuron in spiking_layers(model)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
-    if any(neuron.site is not None for neuron in layers):
+    modules = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for neuron in layers]
+    if any(module.__dict__.get("site") is not None for module in modules):
         raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
-    try:
-        for site, neuron in zip(sites, layers, strict=True):
-            neuron.site = site
+    with ExitStack() as stack:
+        for neuron, module, site in zip(layers, modules, sites, strict=True):
+            if isinstance(neuron, StepNeuron):
+                stack.enter_context(neuron.bound(site))
+            module.__dict__["site"] = site
+            stack.callback(module.__dict__.pop, "site", None)
         for module in timed:
             module.lengths = lengths
+            stack.callback(module.__dict__.pop, "lengths", None)
         yield
-    finally:
-        for module in timed:
-            module.__dict__.pop("site", None)
-            module.__dict__.pop("lengths", None)

@@ -12,7 +12,7 @@ from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
 from ulr_snn.graph import leaves
 from ulr_snn.passes import Pass
-from ulr_snn.sites import Record
+from ulr_snn.records import Record
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Structure:
             credit = "feedback" if p.error is not None and bool(p.error.any()) else "global"
         reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
         reached |= {record.site: leaves([record.x]) for record in p.records}
-        direct = {r.site for r in p.records if id(r.spikes) in reached["outputs"]}
+        direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
         feeds, recurrent, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, {}, [])
         fed = {target for paths in feeds.values() for target in paths}
         paired = fed & driven_by_events() if fed else set()
@@ -103,8 +103,8 @@ def learned_paths(
     recurrent: dict[str, Path] = {}
     from_outputs = []
     for r in p.records:
-        targets = [target for target in p.records if id(r.spikes) in reached[target.site]]
-        in_step = [target for target in targets if target.current.shape[:2] == r.spikes.shape[:2]]
+        targets = [t for t in p.records if t is not r and reaches(r, reached[t.site])]
+        in_step = [target for target in targets if feeds_in_step(r, target)]
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
         leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
@@ -118,7 +118,25 @@ def learned_paths(
     return feeds, recurrent, from_outputs
 
 
+def reaches(source: Record, ids: set[int]) -> bool:
+    """Whether any spikes of the layer are among the leaves of these ids."""
+    return any(id(leaf) in ids for leaf in source.leaves)
+
+
+def feeds_in_step(source: Record, target: Record) -> bool:
+    """Whether spikes of the source act on the target's input current of their own time step."""
+    if target.current.shape[:2] != source.spikes.shape[:2]:
+        return False
+    if target.trace is None or target.whole:
+        return True
+    middle = len(target.current) // 2
+    own_step = source.leaves if source.whole else [source.leaves[middle]]
+    seen = leaves([target.trace.inputs[middle]])
+    return any(id(leaf) in seen for leaf in own_step)
+
+
 def path_between(source: Record, target: Record) -> Path:
     """How the spikes of one layer act on the input current of another."""
-    everything = Full(tuple(source.spikes.shape[2:]), tuple(target.current.shape[2:]))
-    return window(target.x, source.spikes) or everything
+    shapes = tuple(source.spikes.shape[2:]), tuple(target.current.shape[2:])
+    result = target.x if target.trace is None else target.trace.inputs[-1]
+    return window(result, source.leaves[-1], *shapes) or Full(*shapes)

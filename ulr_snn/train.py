@@ -18,7 +18,7 @@ from ulr_snn.estimator import ULR, Estimate
 from ulr_snn.losses import Loss, resolve, total
 from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.passes import as_sequence, check_outputs, model_outputs
+from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.sites import bind
 
@@ -254,11 +254,13 @@ def evaluate(
     per_sample = resolve(loss)
     model.to(device)
     tally = Tally()
+    by_step: bool | None = None
     with mode_of(model, training=False):
         for step, batch in enumerate(loader):
             x, targets, lengths = unpack(batch, device)
             x = as_sequence(x, targets, lengths, time_first, model)
-            outputs = averaged_outputs(model, x, lengths, mode, copies, estimator or ULR(), seed, step)
+            by_step = runs_by_step(model, x) if by_step is None else by_step
+            outputs = averaged_outputs(model, x, lengths, mode, copies, estimator or ULR(), seed, step, by_step)
             mask = output_mask(lengths, outputs)
             tally.add(per_sample(outputs, targets, mask), total(outputs, mask), targets)
     if not tally.samples:
@@ -287,6 +289,7 @@ def averaged_outputs(
     estimator: ULR,
     seed: int,
     step: int,
+    by_step: bool,
 ) -> Tensor:
     """The model's outputs, mean over copies."""
     outputs = None
@@ -295,8 +298,8 @@ def averaged_outputs(
         if mode == "stochastic":
             sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
             noise = Noise(seed, step, sample, torch.full_like(sample, copy))
-        with bind(model, NoiseLevel(estimator.firing), noise, lengths):
-            once = model_outputs(model, x)
+        with bind(model, NoiseLevel(estimator.firing), noise, lengths, len(x)):
+            once = model_outputs(model, x, by_step)
         check_outputs(once, x.shape[0], x.shape[1])
         outputs = once if outputs is None else outputs + once
     return outputs / copies

@@ -5,19 +5,34 @@ through one.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from ulr_snn.records import Record
 
-def direct_credit(outputs: Tensor, error: Tensor, spikes: Sequence[Tensor]) -> list[Tensor | None]:
-    """a = (∂outputs/∂spikes)^T error for each leaf of spikes [T, B, ...]; None where the outputs do not reach it."""
+
+def direct_credit(outputs: Tensor, error: Tensor, records: Sequence[Record]) -> list[Tensor | None]:
+    """a = (∂outputs/∂spikes)^T error of each record's spikes, [T, B, ...]; None where the outputs do not reach them."""
     if not outputs.requires_grad:
-        return [None] * len(spikes)
-    return list(torch.autograd.grad(outputs, spikes, error, retain_graph=True, allow_unused=True))
+        return [None] * len(records)
+    leaves = [leaf for record in records for leaf in record.leaves]
+    found = iter(torch.autograd.grad(outputs, leaves, error, retain_graph=True, allow_unused=True))
+    return [whole(list(islice(found, len(record.leaves))), record) for record in records]
 
 
-def direct_effect(outputs: Tensor, spikes: Sequence[Tensor], innovations: Sequence[Tensor]) -> Tensor:
+def whole(parts: list[Tensor | None], record: Record) -> Tensor | None:
+    """[T, B, ...] of what belongs to each leaf of a record's spikes, zero where it is None; None where all are."""
+    if all(part is None for part in parts):
+        return None
+    if record.whole:
+        return parts[0]
+    zero = torch.zeros_like(record.spikes[0])
+    return torch.stack([zero if part is None else part for part in parts])
+
+
+def direct_effect(outputs: Tensor, records: Sequence[Record], innovations: Sequence[Tensor]) -> Tensor:
     """(∂outputs/∂spikes) innovations, in the shape of the outputs: what the innovations did to the outputs directly.
 
     A Jacobian-vector product as the derivative of a vector-Jacobian product with respect to its vector.
@@ -25,8 +40,10 @@ def direct_effect(outputs: Tensor, spikes: Sequence[Tensor], innovations: Sequen
     if not outputs.requires_grad:
         return torch.zeros_like(outputs)
     probe = torch.zeros_like(outputs, requires_grad=True)
-    products = torch.autograd.grad(outputs, spikes, probe, create_graph=True, allow_unused=True)
-    reached = [(p, e) for p, e in zip(products, innovations, strict=True) if p is not None and p.requires_grad]
+    leaves = [leaf for record in records for leaf in record.leaves]
+    each = [e for r, es in zip(records, innovations, strict=True) for e in ([es] if r.whole else es)]
+    products = torch.autograd.grad(outputs, leaves, probe, create_graph=True, allow_unused=True)
+    reached = [(p, e) for p, e in zip(products, each, strict=True) if p is not None and p.requires_grad]
     if not reached:
         return torch.zeros_like(outputs)
     effect = torch.autograd.grad([p for p, _ in reached], probe, [e for _, e in reached], retain_graph=True)

@@ -130,14 +130,14 @@ class Shared(Path):
         return margins
 
 
-def window(x: Tensor, spikes: Tensor) -> Shared | None:
-    """The window of the source that a position of the target sees, in x [T, B, C', ...] as a function of the spikes
-    [T, B, C, ...]; None where x is not local in them or the window does not move evenly.
+def window(x: Tensor, spikes: Tensor, source: Shape, target: Shape) -> Shared | None:
+    """The window of the source [C, ...] that a position of the target [C', ...] sees, in x [T, B, *target] as a
+    function of the spikes [T, B, *source], or of one time step [B, ...] each; None where x is not local in them or the
+    window does not move evenly.
 
     Read off which spikes the graph lets x depend on at three neighbouring positions, not how. Weights that are exactly
     zero in this pass do not count.
     """
-    source, target = tuple(spikes.shape[2:]), tuple(x.shape[2:])
     if len(source) != len(target) or len(source) < 2 or min(target[1:]) < 3:
         return None
     middle = [width // 2 for width in target[1:]]
@@ -162,10 +162,14 @@ def _seen(x: Tensor, spikes: Tensor, place: list[int]) -> list[tuple[int, int]]:
     probe = torch.zeros_like(x)
     # Batch statistics couple everything a little: signs that alternate over the samples let most of that cancel,
     # and what counts below is what a position sees by itself.
-    signs = 1 - 2 * (torch.arange(x.shape[1], device=x.device) % 2)
-    probe[(-1, slice(None), slice(None), *place)] = signs[:, None].to(x.dtype)
-    (gradient,) = torch.autograd.grad(x, spikes, probe, retain_graph=True)
-    strength = gradient.abs().amax((0, 1, 2))
+    rows = x.shape[-len(place) - 2]
+    signs = 1 - 2 * (torch.arange(rows, device=x.device) % 2)
+    last = probe if probe.ndim == len(place) + 2 else probe[-1]
+    last[(slice(None), slice(None), *place)] = signs[:, None].to(x.dtype)
+    (gradient,) = torch.autograd.grad(x, spikes, probe, retain_graph=True, allow_unused=True)
+    if gradient is None:  # another time step's
+        gradient = torch.zeros_like(spikes)
+    strength = gradient.abs().flatten(0, -len(place) - 1).amax(0)
     seen = (strength > 1e-2 * strength.max()).nonzero()
     if not len(seen):
         return [(0, width - 1) for width in strength.shape]

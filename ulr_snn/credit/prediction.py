@@ -10,10 +10,10 @@ from torch import Tensor
 from ulr_snn.credit.direct import direct_credit, direct_effect
 from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, UNEXPLAINED, Feedback, edge
 from ulr_snn.credit.maps import Path
-from ulr_snn.credit.recurrence import Recurrence
+from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
 from ulr_snn.passes import Pass
+from ulr_snn.records import Record
 from ulr_snn.scan import shift
-from ulr_snn.sites import Record
 from ulr_snn.structure import Structure
 
 WARM_UP = 8  # first steps, each of which refreshes the feedback that needs pairs, which starts from zero
@@ -28,7 +28,7 @@ class Prediction:
 
     def credit(self, p: Pass) -> list[Tensor | None]:
         """From the last layer to the first: what a layer's spikes do is known once that of the next layers is."""
-        direct = direct_credit(p.outputs, p.error, [record.spikes for record in p.records])
+        direct = direct_credit(p.outputs, p.error, p.records)
         error = self.structure.summarise_error(p.error)
         currents: dict[str, Tensor] = {}  # ∂L/∂J of the layers done so far
         predictions: list[Tensor | None] = []
@@ -92,7 +92,7 @@ class Prediction:
     def _unexplained(self, p: Pass, innovations: list[Tensor]) -> Tensor:
         """Outputs [rows, O] less what the credit in use says that the pass's innovations did to them."""
         responses = self._responses(p, innovations)
-        direct = direct_effect(p.outputs, [record.spikes for record in p.records], responses)
+        direct = direct_effect(p.outputs, p.records, responses)
         left = self.structure.summarise(p.outputs.detach() - direct)
         for record, response in zip(p.records, responses, strict=True):
             if record.site in self.feedback.outputs:
@@ -112,7 +112,9 @@ class Prediction:
                     arriving[target] = arriving.get(target, 0) + change
         return responses
 
-    def _recurrence(self, record: Record) -> Recurrence:
+    def _recurrence(self, record: Record) -> Recurrence | StepRecurrence:
+        if record.trace is not None:
+            return StepRecurrence(record)
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
         slope = record.slope / record.scale

@@ -13,6 +13,10 @@ come from an independent copy, as all credit does there.
 The same linear map the other way: what innovations ε and changes δJ of the input currents do to the spikes,
     δu_t = beta k_{t-1} δu_{t-1} + h_{t-1} e_{t-1} + C^T e_{t-1} + δJ_t,    e_t = ε_t + p'_t δu_t,
 so that sum_t a_t e_t = sum_t (a + h g + C g)_t ε_t + g_t δJ_t.
+
+A layer of another library brings equations of its own. There the graph of its own steps, at fixed spikes, takes the
+place of beta, k, h and C: what it carries from one step to the next is known, and one step's vector-Jacobian product
+leads from the credit of x_t and of the states after t to that of J_t, of the spikes at t-1 and of the states before.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from ulr_snn.credit.maps import Path
 from ulr_snn.neurons import SpikingNeuron
+from ulr_snn.records import Record
 
 
 @dataclass
@@ -74,3 +79,50 @@ class Recurrence:
             if self.weight is not None:
                 moved = moved + self.path.forward(self.weight, response[t])
         return response
+
+
+@dataclass
+class StepRecurrence:
+    """One pass of one layer of another library, linearised along its own steps."""
+
+    record: Record
+
+    def credit(self, a: Tensor, twice: bool = False) -> tuple[Tensor, Tensor]:
+        """As `Recurrence.credit`; twice: differentiable in a."""
+        trace, slope = self.record.trace, self.record.slope
+        if self.record.whole:
+            (current,) = gradients([(trace.x[0], a * slope)], trace.inputs, twice)
+            return a, torch.zeros_like(trace.inputs[0]) if current is None else current
+        total, currents = [], []
+        arriving, carried = torch.zeros_like(a[0]), []  # what later steps say about this step's spikes and states
+        for t in range(len(a) - 1, -1, -1):
+            total.append(a[t] + arriving)
+            known = [(x, g) for x, g in zip(trace.states[t], carried, strict=False) if g is not None]
+            known.append((trace.x[t], total[-1] * slope[t]))
+            before = [trace.spikes[t - 1], *trace.states[t - 1]] if t else []
+            found = gradients(known, [trace.inputs[t], *before], twice)
+            currents.append(torch.zeros_like(trace.inputs[t]) if found[0] is None else found[0])
+            arriving = torch.zeros_like(a[0]) if not t or found[1] is None else found[1]
+            carried = found[2:]
+        return torch.stack(total[::-1]), torch.stack(currents[::-1])
+
+    def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
+        """As `Recurrence.response`: the derivative of sum_t total_t ε_t + g_t δJ_t with respect to a."""
+        a = torch.zeros_like(innovations, requires_grad=True)
+        with torch.enable_grad():
+            total, arrived = self.credit(a, twice=True)
+        sums = [(total, innovations)] + ([(arrived, currents)] if currents is not None else [])
+        return gradients(sums, [a], twice=False)[0]
+
+
+def gradients(known: list[tuple[Tensor, Tensor]], wanted: list[Tensor], twice: bool) -> list[Tensor | None]:
+    """Σ gradient · ∂output/∂wanted over pairs of outputs and their gradients; None where nothing depends on it."""
+    known = [(output, gradient) for output, gradient in known if output.requires_grad]
+    asked = [tensor for tensor in wanted if tensor.requires_grad]
+    found = iter([None] * len(asked))
+    if known and asked:
+        outputs, weights = zip(*known, strict=True)
+        found = iter(
+            torch.autograd.grad(outputs, asked, weights, retain_graph=True, create_graph=twice, allow_unused=True)
+        )
+    return [next(found) if tensor.requires_grad else None for tensor in wanted]

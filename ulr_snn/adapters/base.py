@@ -1,0 +1,72 @@
+"""What a firing site needs of a spiking module of another library."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Step(Protocol):
+    """A site as a module of another library sees it. Once a time step (or once, of a module that runs a whole sequence
+    [T, B, ...] at once), in this order:"""
+
+    def begin(self, current: Tensor) -> None:
+        """The input current [B, ...] of the step."""
+
+    def fire(self, drive: Tensor) -> Tensor:
+        """Spikes (0 or 1) of the drive [B, ...], membrane less threshold."""
+
+    def end(self, states: list[Any]) -> None:
+        """What the module carries to the next step; all but tensors are left out."""
+
+    last: Tensor | None  # the spikes fired last; None before the first, and where firing is deterministic
+    silent: bool  # whether nothing fires, and nothing is reset
+
+
+class StepNeuron:
+    """A spiking module that its library's own code runs; only what decides on a spike is replaced while it is bound.
+
+    strict: fires where the drive is above 0; else already where it is 0. whole: runs all time steps at once, for its
+    spikes do not act on its own membranes.
+    """
+
+    strict = True
+    whole = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def threshold(self) -> Tensor:
+        """Distance from reset to threshold, the unit of the firing noise; broadcasts against [B, ...]."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Makes the module start from its initial state."""
+        raise NotImplementedError
+
+    def patches(self, site: Step) -> dict[str, Any]:
+        """Attributes of the module, by name, that make it run the site."""
+        raise NotImplementedError
+
+    def unsupported(self) -> str | None:
+        """Why this module, as it is configured, cannot be trained; None where it can."""
+        return None
+
+    @contextmanager
+    def bound(self, site: Step) -> Iterator[None]:
+        """Runs the site for a while, from the initial state; afterwards all attributes are as they were."""
+        attributes = self.module.__dict__
+        kept = {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}
+        try:
+            self.clear()
+            attributes.update(self.patches(site))
+            yield
+        finally:
+            attributes.clear()
+            for name, (value, content) in kept.items():
+                if content is not None:
+                    value.clear()
+                    value.update(content)
+                attributes[name] = value

@@ -1,0 +1,94 @@
+"""Norse's cells and layers, as they are: their own step functions run, only `threshold` means something else in them.
+
+The step function that a module calls as `activation` is replaced by the same code with other globals, so that nothing
+changes for any other module. Refractory counters pass through `threshold` too; there it stays a step.
+"""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from norse.torch import CobaLIFCell, LIFCorrelation
+from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
+from torch import Tensor, nn
+
+from ulr_snn.adapters.base import Step, StepNeuron
+
+FAMILIES = (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell)
+OTHERS = (CobaLIFCell, LIFCorrelation)
+NOT_SUPPORTED = "this class does not call its step as the other cells do; use LIFRecurrentCell or another of them"
+COUNTERS = "compute_refractory_update"  # the functions that threshold refractory counters, not membranes
+
+
+class Layer(StepNeuron):
+    @property
+    def threshold(self) -> Tensor:
+        p = self.module.p
+        p = getattr(p, "lif", None) or getattr(p, "lif_adex", None) or p
+        rest = getattr(p, "v_reset", getattr(p, "c", 0.0))
+        return torch.as_tensor(p.v_th) - torch.as_tensor(rest)
+
+    def clear(self) -> None:
+        """States are arguments; there are none in the module."""
+
+    def patches(self, site: Step) -> dict[str, Any]:
+        run = rebound(self.module.activation, lambda x, method, alpha: site.fire(x))
+
+        def activation(input_tensor: Tensor, *arguments: Any) -> Any:
+            site.begin(input_tensor)
+            spikes, state = run(input_tensor, *arguments)
+            site.end(tensors(state))
+            return spikes, state
+
+        return {"activation": activation, "activation_sparse": None}
+
+
+def thresholds(function: Callable) -> bool:
+    """Whether a step function decides on its spikes by `threshold`, itself or in a function that it calls."""
+    return isinstance(function, FunctionType) and (
+        "threshold" in function.__code__.co_names or any(thresholds(called) for called in calls(function).values())
+    )
+
+
+def calls(function: FunctionType) -> dict[str, FunctionType]:
+    """Functions of Norse that a function's code names."""
+    found = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {
+        name: f
+        for name, f in found.items()
+        if isinstance(f, FunctionType) and f.__module__.startswith("norse") and name != "threshold"
+    }
+
+
+def rebound(function: FunctionType, threshold: Callable) -> FunctionType:
+    """The same code, in which `threshold` means another function, in the functions that it calls too."""
+    here = step_of if function.__name__ == COUNTERS else threshold
+    names = {name: rebound(f, threshold) for name, f in calls(function).items() if thresholds(f)}
+    scope = {**function.__globals__, **names, "threshold": here}
+    same = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    same.__kwdefaults__ = function.__kwdefaults__
+    return same
+
+
+def step_of(x: Tensor, method: str, alpha: float) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """The tensors of a state, which may be nested."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [tensor for part in state for tensor in tensors(part)] if isinstance(state, tuple | list) else []
+
+
+def adapt(module: nn.Module) -> StepNeuron | str | None:
+    """The module as a neuron, the reason why it cannot be one, or None where it does not spike."""
+    runs = next((kind.forward for kind in FAMILIES if isinstance(module, kind)), None)
+    if runs is None:
+        return NOT_SUPPORTED if isinstance(module, OTHERS) else None
+    if type(module).forward is not runs:
+        return NOT_SUPPORTED
+    if "adjoint" in getattr(module.activation, "__name__", ""):
+        return "its step has a backward pass of its own; use another method than 'adjoint'"
+    return Layer(module) if thresholds(module.activation) else None  # a leaky integrator does not fire

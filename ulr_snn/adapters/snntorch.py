@@ -1,0 +1,97 @@
+"""snnTorch's neurons, as they are: their own code runs, only `spike_grad` and what triggers the reset are replaced.
+
+Layers that run a whole sequence at once have no reset. Of the others, snnTorch calls `spike_grad` twice a step, for the
+reset by the membrane of the step before and for the spike. A drawn spike must be one and the same in both, so the
+reset takes the spike of the step before. With `reset_delay=False` the membrane has been reset by then: the second call
+asks whether it is above the threshold still, which draws nothing. With `inhibition`, which neuron of a layer wins gets
+no credit, only whether it fires.
+"""
+
+from typing import Any
+
+import snntorch
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.adapters.base import Step, StepNeuron
+
+STATES = {
+    snntorch.Leaky: ("mem",),
+    snntorch.Lapicque: ("mem",),
+    snntorch.Synaptic: ("syn", "mem"),
+    snntorch.Alpha: ("syn_exc", "syn_inh", "mem"),
+    snntorch.RLeaky: ("spk", "mem"),
+    snntorch.RSynaptic: ("spk", "syn", "mem"),
+    snntorch.SLSTM: ("syn", "mem"),
+    snntorch.SConv2dLSTM: ("syn", "mem"),
+    snntorch.DeltaLeaky: ("mem", "mem_prev"),
+}
+WHOLE = (snntorch.LeakyParallel, snntorch.StateLeaky, snntorch.LinearLeaky, snntorch.AssociativeLeaky)
+
+
+class Neuron(StepNeuron):
+    @property
+    def threshold(self) -> Tensor:
+        if type(self.module) is snntorch.DeltaLeaky:
+            return torch.as_tensor(self.module.delta_threshold)
+        return self.module.threshold
+
+    def clear(self) -> None:
+        first = None if type(self.module) is snntorch.DeltaLeaky else self.module.threshold.new_zeros(0)
+        for name in STATES[type(self.module)]:
+            setattr(self.module, name, first)
+
+    def unsupported(self) -> str | None:
+        if type(self.module) is snntorch.RSynaptic and not self.module.reset_delay:
+            return "reset_delay=False fails in snnTorch itself; use reset_delay=True"
+        return None
+
+    def patches(self, site: Step) -> dict[str, Any]:
+        module, states = self.module, STATES[type(self.module)]
+        delayed = getattr(module, "reset_delay", True)
+
+        def forward(input_: Tensor, *state: Tensor, **named: Tensor) -> Any:
+            site.begin(input_)
+            result = type(module).forward(module, input_, *state, **named)
+            site.end([getattr(module, name) for name in states])
+            return result
+
+        def mem_reset(mem: Tensor) -> Tensor:
+            if site.silent:
+                return torch.zeros_like(mem)
+            if delayed and site.last is not None and site.last.shape == mem.shape:
+                return site.last
+            return (mem - module.threshold > 0).to(mem.dtype)
+
+        return {"forward": forward, "spike_grad": site.fire, "mem_reset": mem_reset}
+
+
+class Sequence(StepNeuron):
+    whole = True
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.module.threshold
+
+    def clear(self) -> None:
+        """Every call starts anew."""
+
+    def patches(self, site: Step) -> dict[str, Any]:
+        def forward(input_: Tensor) -> Any:
+            site.begin(input_)
+            result = type(self.module).forward(self.module, input_)
+            site.end([])
+            return result
+
+        return {"forward": forward, "spike_grad": site.fire}
+
+
+def adapt(module: nn.Module) -> StepNeuron | str | None:
+    """The module as a neuron, the reason why it cannot be one, or None where it does not spike."""
+    if type(module) in STATES:
+        return Neuron(module)
+    if type(module) in WHOLE:
+        return Sequence(module) if getattr(module, "output", True) else None  # without output it does not fire
+    if isinstance(module, snntorch.SpikingNeuron):
+        return f"this class is not supported; use {', '.join(kind.__name__ for kind in STATES)}"
+    return None

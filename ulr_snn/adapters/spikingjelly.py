@@ -1,0 +1,63 @@
+"""SpikingJelly's nodes, as they are: their own code runs one step at a time, only `surrogate_function` is replaced.
+
+A reset that is detached (`detach_reset`) is the same reset; while a site is bound it is not detached, so that what a
+spike does to its own neuron is known. In multi-step mode the steps run one by one, whatever the node has for all of
+them at once.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+from ulr_snn.adapters.base import Step, StepNeuron
+
+KINDS = (
+    neuron.IFNode,
+    neuron.LIFNode,
+    neuron.ParametricLIFNode,
+    neuron.QIFNode,
+    neuron.EIFNode,
+    neuron.IzhikevichNode,
+    neuron.KLIFNode,
+    neuron.HalfThresholdIFNode,
+)
+
+
+class Node(StepNeuron):
+    strict = False
+
+    @property
+    def threshold(self) -> Tensor:
+        rest = self.module.v_reset or 0.0
+        return torch.tensor(self.module.v_threshold - rest, dtype=torch.float64)
+
+    def clear(self) -> None:
+        for name, value in self.module._memories_rv.items():
+            self.module._memories[name] = copy.deepcopy(value)
+
+    def patches(self, site: Step) -> dict[str, Any]:
+        module = self.module
+
+        def step(x: Tensor) -> Tensor:
+            site.begin(x)
+            spikes = type(module).single_step_forward(module, x)
+            site.end(list(module._memories.values()))
+            return spikes
+
+        def forward(x: Tensor) -> Tensor:
+            return step(x) if module.step_mode == "s" else torch.stack([step(now) for now in x])
+
+        return {"forward": forward, "surrogate_function": site.fire, "detach_reset": False}
+
+
+def adapt(module: nn.Module) -> StepNeuron | str | None:
+    """The module as a neuron, the reason why it cannot be one, or None where it does not spike."""
+    if type(module) in KINDS:
+        return Node(module)
+    families = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(neuron.__name__)]
+    if families and not any("NonSpiking" in name for name in families):
+        return f"this class is not supported; use {', '.join(kind.__name__ for kind in KINDS)}"
+    return None

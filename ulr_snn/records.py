@@ -1,0 +1,71 @@
+"""What one forward pass leaves at one firing site."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_snn.noise import Firing
+
+
+@dataclass
+class Trace:
+    """Of a layer that its library's code ran: its tensors of every call, as they stand in the autograd graph.
+
+    inputs, x, spikes: [B, ...] each, or one [T, B, ...]; states: what the layer carries to the next call.
+    """
+
+    inputs: list[Tensor]
+    x: list[Tensor]
+    spikes: list[Tensor]
+    states: list[list[Tensor]]
+
+
+@dataclass
+class Record:
+    """What one forward pass leaves at one site. All [T, B, ...]; B counts the rows of the pass (copies included)."""
+
+    site: str
+    neuron: Any  # a SpikingNeuron or an adapters.StepNeuron
+    current: Tensor
+    scale: Tensor
+    x: Tensor  # standardised drive, differentiable in current and parameters with the spikes held fixed
+    spikes: Tensor
+    leaves: list[Tensor]  # the spikes where the path from them to the loss starts: all in one, or one a time step
+    firing: Firing
+    mask: Tensor | None
+    fed_back: Tensor | None = None  # recurrent current, of a layer that has one
+    trace: Trace | None = None  # of a layer of another library
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer ran all time steps at once."""
+        return self.leaves[0].ndim == self.spikes.ndim
+
+    def _on_own_steps(self, value: Tensor) -> Tensor:
+        return value if self.mask is None else value * self.mask
+
+    def own_steps(self) -> Tensor:
+        """[T, B] bool: which steps are no padding."""
+        if self.mask is None:
+            return torch.ones(self.spikes.shape[:2], dtype=torch.bool, device=self.spikes.device)
+        return self.mask.flatten(1).bool()
+
+    def innovation(self) -> Tensor:
+        """ε = s - p."""
+        return self._on_own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
+
+    def membrane(self) -> Tensor:
+        """u."""
+        return self.x.detach() * self.scale + self.neuron.threshold.detach()
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
+        return self._on_own_steps(self.firing.slope(self.x.detach()))
+
+    def score(self) -> Tensor:
+        """δ = ∂ log P(s) / ∂x."""
+        return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))

@@ -1,0 +1,108 @@
+"""The firing site of a layer that another library's code runs, in most cases one time step a call."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_snn.adapters import StepNeuron
+from ulr_snn.errors import UsageError
+from ulr_snn.neurons import step_mask
+from ulr_snn.noise import Drawer, Noise, NoiseLevel
+from ulr_snn.records import Record, Trace
+
+
+@dataclass
+class StepSite:
+    """The firing site of a layer that its own library's code runs (see `adapters.Step`).
+
+    steps: of the sequence. silent: the layer is on its first pass, and does not fire, so that its membranes tell at
+    which level the noise begins.
+    """
+
+    name: str
+    index: int
+    level: NoiseLevel
+    noise: Noise | None
+    records: list[Record]
+    neuron: StepNeuron
+    steps: int
+    lengths: Tensor | None
+    last: Tensor | None = None
+    silent: bool = False
+    calls: int = 0
+    trace: Trace = field(default_factory=lambda: Trace([], [], [], []))
+    _draw: Drawer | None = None
+    _scale: Tensor | None = None
+
+    def begin(self, current: Tensor) -> None:
+        if self.calls == 0 and self.noise is not None:
+            self.silent = not self.level.knows(self.name)
+            if not self.silent:
+                self._scale = self.level.scale(self.name, self.neuron.threshold, None)
+                self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps)
+            self.records.append(self)  # its place in the order of execution; `bind` puts the record there
+        if self.calls >= self.steps:
+            raise UsageError(
+                f"{self.name} ran more than once in a time step, or over more steps than the {self.steps} of the "
+                "events; give each layer a neuron of its own, and a step of events to every step"
+            )
+        self.trace.inputs.append(current)
+
+    def fire(self, drive: Tensor) -> Tensor:
+        t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
+        if self.noise is None:
+            return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
+        if self.silent:
+            self.trace.x.append(drive.detach())
+            return torch.zeros_like(drive)
+        x = drive / self._scale
+        with torch.no_grad():
+            drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
+            self.last = self._own_steps(t, drawn, drive)
+        self.last.requires_grad_()
+        self.trace.x.append(x)
+        self.trace.spikes.append(self.last)
+        return self.last
+
+    def end(self, states: list[Any]) -> None:
+        carried = [state for state in states if isinstance(state, Tensor) and state.grad_fn is not None]
+        self.trace.states.append(carried if self.noise is not None else [])
+
+    def _own_steps(self, t: int, spikes: Tensor, drive: Tensor) -> Tensor:
+        spikes = spikes.to(drive.dtype)
+        if self.lengths is None:
+            return spikes
+        if self.neuron.whole:
+            return spikes * self._mask(spikes)
+        return spikes * (t < self.lengths).to(drive.dtype).view(-1, *[1] * (drive.ndim - 1))
+
+    def finish(self) -> None:
+        """Checks that the layer ran once a step. Of a silent layer, sets the level at which its noise begins."""
+        if self.calls not in (0, self.steps):
+            raise UsageError(
+                f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step"
+            )
+        if self.silent:
+            membranes = self._joined(self.trace.x) + self.neuron.threshold.detach()
+            mask = self._mask(membranes)
+            own = membranes if mask is None else membranes[mask.bool().expand_as(membranes)]
+            self.level.scale(self.name, self.neuron.threshold, lambda: own.std(correction=0).item())
+
+    def record(self) -> Record:
+        """The record of the pass."""
+        trace = self.trace
+        x, spikes = self._joined(trace.x), self._joined(trace.spikes).detach()
+        current = self._joined(trace.inputs).detach()
+        firing, scale = self.level.firing, self._scale.detach()
+        return Record(
+            self.name, self.neuron, current, scale, x, spikes, trace.spikes, firing, self._mask(x), trace=trace
+        )
+
+    def _joined(self, calls: list[Tensor]) -> Tensor:
+        """[T, B, ...] of what belongs to each call."""
+        return calls[0] if self.neuron.whole else torch.stack(calls)
+
+    def _mask(self, sequence: Tensor) -> Tensor | None:
+        return None if self.lengths is None else step_mask(self.lengths, sequence)
