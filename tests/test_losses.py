@@ -75,6 +75,33 @@ def test_a_sample_has_the_loss_it_has_alone(name):
         torch.testing.assert_close(resolve(name)(OUTPUTS[:, one], target(name)[one], None), together[one])
 
 
+def test_losses_of_snntorch_and_torch_are_taken_apart_into_samples():
+    """Their mean over the batch is what they give themselves."""
+    functional = pytest.importorskip("snntorch.functional")
+    names = ("ce_count_loss", "ce_rate_loss", "ce_max_membrane_loss", "mse_count_loss", "mse_membrane_loss")
+    for loss in (getattr(functional, name)() for name in names):
+        values = resolve(loss)(OUTPUTS.float(), LABELS, None)
+        assert values.shape == LABELS.shape
+        torch.testing.assert_close(values.mean(), loss(OUTPUTS.float(), LABELS).squeeze())
+        assert loss.reduction == "mean"
+    goal = torch.rand_like(OUTPUTS)
+    for loss, scale in ((torch.nn.MSELoss(), 1), (torch.nn.MSELoss(reduction="sum"), len(LABELS))):
+        values = resolve(loss)(OUTPUTS, goal, None)
+        assert values.shape == LABELS.shape
+        torch.testing.assert_close(values.mean() * scale, loss(OUTPUTS, goal))
+
+
+def test_a_loss_object_that_gives_one_number_all_the_same_is_refused():
+    class Stubborn:
+        reduction = "mean"
+
+        def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return outputs.mean()
+
+    with pytest.raises(UsageError, match="one value a sample"):
+        resolve(Stubborn())(OUTPUTS, LABELS, None)
+
+
 def test_named_losses_agree_with_snntorch():
     functional = pytest.importorskip("snntorch.functional")
     ours = resolve("ce_count")(OUTPUTS, LABELS, None).mean()

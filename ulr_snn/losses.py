@@ -4,6 +4,7 @@ outputs: [T, B, C] over time (spikes, currents or membranes), or [B, C] (already
 targets: class indices [B] (int64) for the cross-entropies, [B, C] for mse. mask: [T, B, 1], 0 on padding, or None.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -63,10 +64,16 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"ce_count": ce_count, "ce_rate": ce_
 def resolve(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The loss as (outputs, targets, mask) -> [B]; a callable of one's own sees padded outputs as zeros.
 
-    Raises UsageError for an unknown name, labels out of range, or a result that is not one value a sample.
+    A loss object with a `reduction` (torch's, snnTorch's) is asked for its single values, and reduced so over all but
+    the batch. Raises UsageError for an unknown name, labels out of range, or a result that is not one value a sample.
     """
     if isinstance(loss, str) and loss not in LOSSES:
         raise UsageError(f"loss={loss!r} is not known; use {', '.join(LOSSES)} or a callable (outputs, targets) -> [B]")
+
+    own, reduction = loss, getattr(loss, "reduction", "none")
+    if reduction in ("mean", "sum"):
+        own = copy.copy(loss)
+        own.reduction = "none"
 
     def per_sample(outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(loss, str):
@@ -74,8 +81,12 @@ def resolve(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tenso
                 check_labels(targets, outputs.shape[-1])
             value = LOSSES[loss](outputs, targets, mask)
         else:
-            value = loss(outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)
+            value = own(outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)
         batch = outputs.shape[1] if outputs.ndim >= 3 else outputs.shape[0]
+        if own is not loss and isinstance(value, Tensor) and value.ndim > 1:
+            value = each_sample(
+                value, 1 if outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2] else 0, reduction
+            )
         if tuple(getattr(value, "shape", ())) != (batch,):
             raise UsageError(
                 f"the loss returned shape {tuple(getattr(value, 'shape', ()))}; a likelihood ratio needs one value a "
@@ -84,6 +95,12 @@ def resolve(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tenso
         return value
 
     return per_sample
+
+
+def each_sample(values: Tensor, batch: int, reduction: str) -> Tensor:
+    """Mean or sum over all dimensions but the batch, [B]."""
+    values = values.movedim(batch, 0).flatten(1)
+    return values.mean(1) if reduction == "mean" else values.sum(1)
 
 
 def check_labels(targets: Tensor, classes: int) -> None:
