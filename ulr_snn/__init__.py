@@ -1,6 +1,7 @@
 """Training spiking neural networks without surrogate gradients, by likelihood ratios."""
 
 from ulr_snn import data
+from ulr_snn.compare import Comparison, compare
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Attachment, Estimate, attach
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
@@ -14,6 +15,7 @@ __all__ = [
     "LIF",
     "ULR",
     "Attachment",
+    "Comparison",
     "Estimate",
     "Fold",
     "Gaussian",
@@ -25,6 +27,7 @@ __all__ = [
     "TimeAverage",
     "UsageError",
     "attach",
+    "compare",
     "data",
     "evaluate",
     "plan",

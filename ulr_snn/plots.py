@@ -53,3 +53,39 @@ def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> No
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
+
+
+def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws the rows of a comparison into a PNG file: validation accuracy by epoch (of a regression, the loss), time a
+    step, and peak memory where it is known."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    labels = [f"{row['method']}, lr {row['lr']:g}" for row in rows]
+    colours = [colormaps["viridis"](0.9 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
+    quantity = "loss" if any(row["accuracy"] is None for row in rows) else "accuracy"
+    bars = [("time a step (ms)", [1e3 * row["seconds_a_step"] for row in rows])]
+    if all(row["peak_memory_bytes"] is not None for row in rows):
+        bars.append(("peak memory (MiB)", [row["peak_memory_bytes"] / 2**20 for row in rows]))
+    figure = Figure(figsize=(5.5 + 3.2 * len(bars), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, *others = figure.subplots(1, 1 + len(bars), width_ratios=[1.7] + [1] * len(bars))
+    for row, label, colour, marker in zip(rows, labels, colours, "osD^v<>Xph" * len(rows), strict=False):
+        values = [_SCALE[quantity] * entry[f"val_{quantity}"] for entry in row["history"]]
+        curves.plot([entry["epoch"] for entry in row["history"]], values, color=colour, marker=marker, label=label)
+    curves.set_xlabel("epoch")
+    curves.set_ylabel("validation accuracy (%)" if quantity == "accuracy" else "validation loss")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    curves.legend(frameon=False)
+    for axes, (name, values) in zip(others, bars, strict=True):
+        axes.barh(range(len(rows)), values, color=colours)
+        axes.set_yticks(range(len(rows)), labels)
+        axes.invert_yaxis()
+        axes.set_xlabel(name)
+    for axes in (curves, *others):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")

@@ -159,8 +159,9 @@ def bind_sites(model: nn.Module, sites: Sequence[Any], lengths: Tensor | None) -
         for neuron, module, site in zip(layers, modules, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))
-            module.__dict__["site"] = site
-            stack.callback(module.__dict__.pop, "site", None)
+            if site is not None:
+                module.__dict__["site"] = site
+                stack.callback(module.__dict__.pop, "site", None)
         for module in timed:
             module.lengths = lengths
             stack.callback(module.__dict__.pop, "lengths", None)

@@ -55,13 +55,15 @@ class StepNeuron:
         return None
 
     @contextmanager
-    def bound(self, site: Step) -> Iterator[None]:
-        """Runs the site for a while, from the initial state; afterwards all attributes are as they were."""
+    def bound(self, site: Step | None) -> Iterator[None]:
+        """Runs the site for a while, or the module's own firing, from the initial state; afterwards all attributes are
+        as they were."""
         attributes = self.module.__dict__
         kept = {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}
         try:
             self.clear()
-            attributes.update(self.patches(site))
+            if site is not None:
+                attributes.update(self.patches(site))
             yield
         finally:
             attributes.clear()

@@ -1,1 +1,5 @@
-"""What the library is compared with; used by benchmarks and comparisons only, and imported lazily."""
+"""What likelihood ratios are compared with: `METHODS`, by the name that `compare` takes."""
+
+from ulr_snn.peers.surrogate import SurrogateBPTT
+
+METHODS = {"surrogate": SurrogateBPTT}

@@ -1,5 +1,6 @@
 """Backpropagation through time with a surrogate derivative of the spike: the peer that most people use.
 
+A model of another library runs as it is, with the surrogate that it has; for our own neurons it is written here.
 `SurrogateBPTT` stands in for `ULR` in `train`: the same loop, optimizer and batches, another gradient.
 """
 
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import Estimate
 from ulr_snn.losses import Loss, resolve
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.passes import as_sequence, check_outputs, model_outputs
+from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
 from ulr_snn.scan.reference import shift
 from ulr_snn.sites import bind_sites, spiking_layers
 
@@ -35,7 +37,8 @@ FUNCTIONS = {"atan": atan_slope, "fast_sigmoid": fast_sigmoid_slope}
 
 @dataclass(frozen=True)
 class SurrogateBPTT:
-    """Surrogate-gradient BPTT, through time, layers and recurrent weights, with deterministic spikes.
+    """Surrogate-gradient BPTT, through time, layers and recurrent weights, with deterministic spikes. The options are
+    for our own neurons; those of other libraries have options of their own.
 
     function: derivative h' that stands in for that of the spike; d is the membrane minus the threshold.
         "atan":         h'(d) = (slope / 2) / (1 + (pi slope d / 2)^2)
@@ -152,9 +155,19 @@ class SurrogateAttachment:
     """
 
     def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: str | Loss, time_first: bool = True) -> None:
-        for name, neuron in spiking_layers(model):
-            if not isinstance(neuron, LIF):
-                raise UsageError(f"{name} is a {type(neuron).__name__}; SurrogateBPTT knows LIF, RecurrentLIF")
+        layers = spiking_layers(model)
+        self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
+        for name, neuron in layers:
+            if not (self.theirs or isinstance(neuron, LIF)):
+                kind = type(neuron.module if isinstance(neuron, StepNeuron) else neuron).__name__
+                raise UsageError(
+                    f"{name} is a {kind}; SurrogateBPTT knows LIF, RecurrentLIF, and models of another library alone"
+                )
+        if self.theirs and peer != SurrogateBPTT():
+            raise UsageError(
+                "SurrogateBPTT got options for a model of another library; give its neurons a surrogate there"
+            )
+        self.by_step: bool | None = None
         self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
         self.step = 0
         self.forward_passes = 0
@@ -175,8 +188,10 @@ class SurrogateAttachment:
         """
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
         per_sample = resolve(loss if loss is not None else self.loss)
-        with torch.enable_grad(), bound(self.model, self.peer, lengths):
-            outputs = model_outputs(self.model, x)
+        if self.by_step is None:
+            self.by_step = runs_by_step(self.model, x)
+        with torch.enable_grad(), bound(self.model, None if self.theirs else self.peer, lengths):
+            outputs = model_outputs(self.model, x, self.by_step)
         check_outputs(outputs, x.shape[0], x.shape[1])
         mask = output_mask(lengths, outputs)
         with torch.enable_grad():
@@ -195,6 +210,7 @@ class SurrogateAttachment:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
 
 
-def bound(model: nn.Module, site: SurrogateBPTT, lengths: Tensor | None) -> AbstractContextManager[None]:
-    """For a while, binds `site` to every spiking layer and the lengths [B] to all that runs over time."""
+def bound(model: nn.Module, site: SurrogateBPTT | None, lengths: Tensor | None) -> AbstractContextManager[None]:
+    """For a while, binds `site` (None: the layers' own firing) to every spiking layer, and the lengths [B] to all that
+    runs over time."""
     return bind_sites(model, [site] * len(spiking_layers(model)), lengths)

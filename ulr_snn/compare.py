@@ -1,0 +1,193 @@
+"""compare: one model, trained by likelihood ratios and by what they are compared with, side by side."""
+
+import copy
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import ULR
+from ulr_snn.losses import Loss
+from ulr_snn.runs import peak_memory_bytes, versions
+from ulr_snn.train import DEFAULT_LR, pick_device, train
+
+COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward passes")
+
+
+@dataclass
+class Comparison:
+    """What `compare` found; print it. rows: a dict a training, its history in it; versions: of what it ran on."""
+
+    rows: list[dict[str, Any]]
+    versions: dict[str, str]
+
+    def best(self, method: str) -> dict[str, Any]:
+        """The row of this method with the highest accuracy on the validation data; of a regression, the lowest loss."""
+        rows = [row for row in self.rows if row["method"] == method]
+        return max(rows, key=lambda row: (row["accuracy"] or 0.0, -row["loss"]))
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                row["method"],
+                f"{row['lr']:g}",
+                "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %",
+                f"{row['loss']:.4f}",
+                f"{1e3 * row['seconds_a_step']:.1f}",
+                "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.1f}",
+                f"{row['forward_passes']:,}",
+            )
+            for row in self.rows
+        ]
+        lines = [COLUMNS, tuple("---" for _ in COLUMNS), *cells]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes all rows as JSON."""
+        Path(path).write_text(json.dumps({"versions": self.versions, "rows": self.rows}, indent=2) + "\n")
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draws accuracy by epoch (of a regression, the loss), seconds a step and memory into a PNG file."""
+        from ulr_snn.plots import save_comparison
+
+        save_comparison(self.rows, path)
+
+
+def compare(
+    model: nn.Module,
+    loader: Iterable,
+    val_loader: Iterable,
+    methods: Sequence[str] | Mapping[str, Any] = ("ulr", "surrogate"),
+    epochs: int = 10,
+    *,
+    lr: float | Mapping[str, float | Sequence[float]] | None = None,
+    loss: str | Loss = "ce_count",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    time_first: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Trains the same model by each method, from the same weights, on the same batches in the same order.
+
+    methods: "ulr" (likelihood ratios, `ULR()`), "surrogate" (surrogate-gradient BPTT, of a model of another library
+    with the surrogate that it has), or names with estimators, as in {"ulr": ULR(copies=2)}. lr: one for all, or of
+    each method one or several, each a training of its own. options: see `train`.
+    Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
+    epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
+    process; elsewhere unknown). Raises UsageError for a method that is not known, and as `train` does.
+    """
+    estimators = chosen(methods)
+    device = pick_device(device)
+    weights = copy.deepcopy(model.to(device).state_dict())
+    rows = []
+    try:
+        for method, estimator in estimators.items():
+            for rate in rates(method, lr):
+                model.load_state_dict(weights)
+                with same_draws(loader, seed), PeakMemory(device) as memory:
+                    result = train(
+                        model,
+                        loader,
+                        epochs,
+                        val_loader=val_loader,
+                        estimator=estimator,
+                        lr=rate,
+                        loss=loss,
+                        device=device,
+                        seed=seed,
+                        time_first=time_first,
+                        progress=progress,
+                        **options,
+                    )
+                last = result.history[-1]
+                rows.append(
+                    {
+                        "method": method,
+                        "lr": rate,
+                        "accuracy": last["val_accuracy"],
+                        "loss": last["val_loss"],
+                        "seconds_a_step": result.metrics["seconds"] / result.metrics["steps"],
+                        "peak_memory_bytes": memory.bytes,
+                        "forward_passes": result.metrics["forward_passes"],
+                        "seed": seed,
+                        "history": result.history,
+                    }
+                )
+    finally:
+        model.load_state_dict(weights)
+    return Comparison(rows, versions())
+
+
+def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Estimators by name."""
+    from ulr_snn.peers import METHODS
+
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    known = {"ulr": ULR, **METHODS}
+    if isinstance(methods, str) or not methods or any(name not in known for name in methods):
+        raise UsageError(f"compare got methods={methods!r}; give some of {', '.join(known)}, or names with estimators")
+    return {name: known[name]() for name in methods}
+
+
+def rates(method: str, lr: float | Mapping[str, float | Sequence[float]] | None) -> list[float]:
+    found = lr.get(method) if isinstance(lr, Mapping) else lr
+    if found is None:
+        return [DEFAULT_LR]
+    return list(found) if isinstance(found, Sequence) else [found]
+
+
+@contextmanager
+def same_draws(loader: Iterable, seed: int) -> Iterator[None]:
+    """torch's generator seeded, and the loader's own ones left as they were, so that the next training draws alike."""
+    torch.manual_seed(seed)
+    holders = [loader, getattr(loader, "sampler", None)]
+    generators = [g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+class PeakMemory:
+    """bytes: the most memory inside, on top of what there was at the start; None where the system does not tell."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif sys.platform == "linux":
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # sets the peak of this process to what it has now
+            except OSError:
+                self._before = None
+            else:
+                self._before = resident("VmRSS")
+        else:
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            now = peak_memory_bytes(self.device) if self.device.type == "cuda" else resident("VmHWM")
+            self.bytes = max(0, now - self._before)
+
+
+def resident(key: str) -> int:
+    """VmRSS, resident memory of this process, or VmHWM, its peak, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
