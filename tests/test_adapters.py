@@ -193,7 +193,6 @@ class Forced:
     spikes: Tensor
     drives: list[Tensor] = field(default_factory=list)
     last: Tensor | None = None
-    silent: bool = False
 
     def begin(self, current: Tensor) -> None:
         pass

@@ -273,11 +273,12 @@ THRESHOLD = 0.7
 
 
 class Membranes:
-    """A net of one layer, whose membranes without spikes are known."""
+    """A net of one layer, whose membranes under deterministic firing are known."""
 
     beta = 0.5
 
     def __init__(self, threshold: Tensor | float = 1.0, reset: str = "subtract") -> None:
+        self.threshold, self.reset = torch.as_tensor(threshold, dtype=torch.float64), reset
         self.model = torch.nn.Sequential(LIF(self.beta, threshold, reset)).double()
         generator = torch.Generator().manual_seed(0)
         self.x = 1.6 * torch.rand(6, 40, 3, dtype=torch.float64, generator=generator)
@@ -286,7 +287,9 @@ class Membranes:
     def spread(self, lengths: Tensor | None = None) -> float:
         u, membranes = torch.zeros(40, 3, dtype=torch.float64), []
         for t, current in enumerate(self.x):
-            u = self.beta * u + current
+            fired = u > self.threshold
+            u = self.beta * u * ~fired + current if self.reset == "zero" else self.beta * u + current
+            u = u - self.threshold * fired if self.reset == "subtract" else u
             membranes.append(u if lengths is None else u[lengths > t])
         return float(torch.cat(membranes).std(correction=0))
 
@@ -296,18 +299,22 @@ class Membranes:
             return ulr.state_dict()["noise_starts"]
 
 
+def start_of(d: float) -> float:
+    return 0.4 * d * max(1.0, d)
+
+
 @pytest.mark.parametrize("threshold", [0.6, 1.0, torch.tensor([0.3, 0.7, 1.1])], ids=["one", "high", "many"])
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
-def test_the_start_is_calibrated_on_the_membranes_without_spikes(reset, threshold):
+def test_the_start_is_calibrated_on_membranes_that_fire_deterministically(reset, threshold):
     net = Membranes(threshold, reset)
-    expected = 0.4 * net.spread() / float(torch.as_tensor(threshold).mean())
+    expected = start_of(net.spread() / float(torch.as_tensor(threshold).mean()))
     assert LOW + 0.01 < expected < HIGH - 0.01
     assert net.starts() == {"0": pytest.approx(expected, rel=1e-6)}
 
 
 def test_padding_has_no_part_in_the_calibration():
     net, lengths = Membranes(THRESHOLD), torch.arange(40) % 5 + 1
-    expected = 0.4 * net.spread(lengths) / THRESHOLD
+    expected = start_of(net.spread(lengths) / THRESHOLD)
     padded = net.x.clone()
     for sample, length in enumerate(lengths):
         padded[length:, sample] = 50.0
@@ -339,7 +346,7 @@ def test_attach_anneals_over_its_steps(total, monkeypatch):
     with attach(net.model, CALIBRATED, lambda o, y: o.sum((0, 2)), total_steps=total) as ulr:
         for _ in range(7):
             ulr.backward(net.x, net.y)
-    start, end = 0.4 * net.spread() / THRESHOLD, 0.06
+    start, end = start_of(net.spread() / THRESHOLD), 0.06
     progress = [0.5] * 7 if total is None else [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     expected = [THRESHOLD * start ** (1 - p) * end**p for p in progress]
     assert [float(s) for s in scales] == pytest.approx(expected, rel=1e-6)

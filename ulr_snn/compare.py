@@ -1,10 +1,12 @@
 """compare: one model, trained by likelihood ratios and by what they are compared with, side by side."""
 
 import copy
+import ctypes
+import gc
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -171,6 +173,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         elif sys.platform == "linux":
+            give_back_freed_memory()
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # sets the peak of this process to what it has now
             except OSError:
@@ -185,6 +188,13 @@ class PeakMemory:
         if self._before is not None:
             now = peak_memory_bytes(self.device) if self.device.type == "cuda" else resident("VmHWM")
             self.bytes = max(0, now - self._before)
+
+
+def give_back_freed_memory() -> None:
+    """What earlier trainings freed goes back to the system, or this one would take it without a trace."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident(key: str) -> int:

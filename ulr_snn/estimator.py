@@ -180,7 +180,7 @@ class Attachment:
         copies = self._copies(self.structure.credit)
         run(range(len(passes), copies))
         self.step += 1
-        self.forward_passes += (copies + forward.silent_passes) * x.shape[1]
+        self.forward_passes += (copies + forward.measuring_passes) * x.shape[1]
         return self._finish(passes, copies)
 
     def _progress(self) -> float:

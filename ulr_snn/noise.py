@@ -22,7 +22,7 @@ class Firing:
     """
 
     scale: float | None = None
-    start: float = 0.3
+    start: float = 0.1
     end: float = 0.09
 
     def __post_init__(self) -> None:
@@ -81,9 +81,9 @@ class NoiseLevel:
 
     Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
     one. So the scale falls geometrically to `end` times the threshold. It begins at `start * d * max(1, d)` times the
-    threshold, but at 0.14 to 3 times, with d the standard deviation of the layer's membranes in the first batch (no
-    spikes) over the threshold: where d is large, few neurons are near the threshold, and narrow noise reaches only
-    these.
+    threshold, but at 0.14 to 3 times, with d the standard deviation of the layer's membranes in the first batch, under
+    deterministic firing, over the threshold: where d is large, few neurons are near the threshold, and narrow noise
+    reaches only these.
     progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
     """
 

@@ -45,7 +45,7 @@ class Forward:
     ) -> None:
         self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
         self.by_step = by_step
-        self.silent_passes = 0  # so far, of a batch each: what it took to set levels of noise
+        self.measuring_passes = 0  # so far, of a batch each: what it took to set levels of noise
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
@@ -75,7 +75,7 @@ class Forward:
             known = len(self.level.starts)
             with keep_traces(self.model), torch.no_grad():
                 outputs_of()
-            self.silent_passes += 1
+            self.measuring_passes += 1
             if len(self.level.starts) == known:
                 break  # the layers that are left do not run
         with self._traceless():

@@ -63,7 +63,6 @@ class Replay:
     calls: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     last: Tensor | None = None
-    silent: bool = False
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         self.calls += 1
@@ -90,9 +89,9 @@ def call_name(name: str, call: int) -> str:
 
 
 def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
-    """Standard deviation of the membranes that the current would charge if no neuron fired, padding left out."""
+    """Standard deviation of the membranes that the current charges under deterministic firing, padding left out."""
     with torch.no_grad():
-        membrane = neuron.run(current, lambda t, drive: torch.zeros_like(drive))[1] + neuron.threshold
+        membrane = neuron.run(current, heaviside)[1] + neuron.threshold
         if mask is not None:
             membrane = membrane[mask.bool().expand_as(membrane)]
         return membrane.std(correction=0).item()
@@ -119,7 +118,7 @@ def bind(
     model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None, steps: int = 0
 ) -> Iterator[list[Record]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
-    the list that their records go to; it stays empty as long as a layer is silent (see `StepSite`).
+    the list that their records go to; it stays empty as long as a layer is measured (see `StepSite`).
 
     steps: of the events, for layers that run step by step.
     """
@@ -133,15 +132,15 @@ def bind(
     with bind_sites(model, sites, lengths):
         yield records
     stepwise = [site for site in sites if isinstance(site, StepSite)]
-    silent = [i for i, site in enumerate(records) if isinstance(site, StepSite) and site.silent]
-    if not silent:
+    measured = [i for i, site in enumerate(records) if isinstance(site, StepSite) and site.measured]
+    if not measured:
         for site in stepwise:
             site.finish()
         records[:] = [r.record() if isinstance(r, StepSite) else r for r in records]
         return
-    first, *later = records[silent[0] :]
+    first, *later = records[measured[0] :]
     first.finish()
-    for site in later:  # what comes after a silent layer does not see what it will see
+    for site in later:  # what comes after a layer that is measured does not see what it will see
         level.starts.pop(site.site if isinstance(site, Record) else site.name, None)
     records.clear()
 

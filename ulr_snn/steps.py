@@ -17,8 +17,8 @@ from ulr_snn.records import Record, Trace
 class StepSite:
     """The firing site of a layer that its own library's code runs (see `adapters.Step`).
 
-    steps: of the sequence. silent: the layer is on its first pass, and does not fire, so that its membranes tell at
-    which level the noise begins.
+    steps: of the sequence. measured: the layer is on its first pass, and fires deterministically, so that its membranes
+    tell at which level the noise begins.
     """
 
     name: str
@@ -30,7 +30,7 @@ class StepSite:
     steps: int
     lengths: Tensor | None
     last: Tensor | None = None
-    silent: bool = False
+    measured: bool = False
     calls: int = 0
     trace: Trace = field(default_factory=lambda: Trace([], [], [], []))
     _draw: Drawer | None = None
@@ -38,8 +38,8 @@ class StepSite:
 
     def begin(self, current: Tensor) -> None:
         if self.calls == 0 and self.noise is not None:
-            self.silent = not self.level.knows(self.name)
-            if not self.silent:
+            self.measured = not self.level.knows(self.name)
+            if not self.measured:
                 self._scale = self.level.scale(self.name, self.neuron.threshold, None)
                 self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps)
             self.records.append(self)  # its place in the order of execution; `bind` puts the record there
@@ -52,11 +52,10 @@ class StepSite:
 
     def fire(self, drive: Tensor) -> Tensor:
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
-        if self.noise is None:
-            return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
-        if self.silent:
+        if self.measured:
             self.trace.x.append(drive.detach())
-            return torch.zeros_like(drive)
+        if self.noise is None or self.measured:
+            return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
@@ -79,12 +78,12 @@ class StepSite:
         return spikes * (t < self.lengths).to(drive.dtype).view(-1, *[1] * (drive.ndim - 1))
 
     def finish(self) -> None:
-        """Checks that the layer ran once a step. Of a silent layer, sets the level at which its noise begins."""
+        """Checks that the layer ran once a step. If it was measured, sets the level at which its noise begins."""
         if self.calls not in (0, self.steps):
             raise UsageError(
                 f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step"
             )
-        if self.silent:
+        if self.measured:
             membranes = self._joined(self.trace.x) + self.neuron.threshold.detach()
             mask = self._mask(membranes)
             own = membranes if mask is None else membranes[mask.bool().expand_as(membranes)]

@@ -21,7 +21,6 @@ class Step(Protocol):
         """What the module carries to the next step; all but tensors are left out."""
 
     last: Tensor | None  # the spikes fired last; None before the first, and where firing is deterministic
-    silent: bool  # whether nothing fires, and nothing is reset
 
 
 class StepNeuron:

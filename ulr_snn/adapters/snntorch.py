@@ -57,8 +57,6 @@ class Neuron(StepNeuron):
             return result
 
         def mem_reset(mem: Tensor) -> Tensor:
-            if site.silent:
-                return torch.zeros_like(mem)
             if delayed and site.last is not None and site.last.shape == mem.shape:
                 return site.last
             return (mem - module.threshold > 0).to(mem.dtype)
