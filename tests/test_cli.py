@@ -100,6 +100,20 @@ def test_error_inside_own_model_keeps_its_traceback(here, needs_data_and_runs):
         main(["train", "digits", "--model", "broken_nets:net", *QUICK])
 
 
+def test_compare_writes_a_table_and_a_picture(here, capsys, needs_data_and_runs):
+    assert main(["compare", "digits", *QUICK, "--max-steps", "2", "--lr", "0.01", "0.02"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| ulr |") == shown.count("| surrogate |") == 2
+    found = json.loads((here / "runs" / "compare-digits-001" / "compare.json").read_text())
+    assert [row["lr"] for row in found["rows"]] == [0.01, 0.02] * 2
+    assert (here / "runs" / "compare-digits-001" / "compare.png").stat().st_size > 10_000
+
+
+def test_a_failed_comparison_leaves_nothing(here, capsys, needs_data_and_runs):
+    assert "methods=" in fails(capsys, "compare", "digits", *QUICK, "--methods", "genetic")
+    assert not list((here / "runs").iterdir())
+
+
 def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
     assert main(["plan", "digits"]) == 0
     shown = capsys.readouterr().out
@@ -110,7 +124,7 @@ def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        ((), "train|evaluate|plan"),
+        ((), "train|evaluate|compare|plan"),
         (("teach",), "teach"),
         (("train",), "DATA"),
         (("train", "digits", "--epochs", "0"), "at least 1"),

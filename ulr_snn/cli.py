@@ -1,4 +1,4 @@
-"""The command line: `ulr-snn train|evaluate|plan`, also as `python -m ulr_snn`.
+"""The command line: `ulr-snn train|evaluate|compare|plan`, also as `python -m ulr_snn`.
 
 A wrong use ends with one line on stderr and exit code 2, an interruption with 130, a
 run that diverged with 1.
@@ -105,6 +105,28 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
 
 
+def _compare(args: argparse.Namespace) -> None:
+    train_set, test_set = data.load(args.data, root=args.data_root)
+    folder = args.run_dir or _next_free(Path("runs"), f"compare-{args.data}")
+    with _emptied(folder):
+        found = ulr_snn.compare(
+            _build_model(vars(args), train_set),
+            data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed),
+            data.loader(test_set, batch_size=args.batch_size),
+            args.methods,
+            epochs=args.epochs,
+            lr=args.lr,
+            device=args.device,
+            seed=args.seed,
+            max_steps=args.max_steps,
+            progress=args.progress,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        found.save(folder / "compare.json")
+        found.plot(folder / "compare.png")
+    print(f"{found}\n\nsee {folder}")
+
+
 def _plan(args: argparse.Namespace) -> None:
     train_set, _ = data.load(args.data, root=args.data_root)
     model = _build_model(vars(args), train_set)
@@ -168,11 +190,18 @@ def _run_directory(args: argparse.Namespace, config: Mapping[str, Any]) -> Itera
     """The run directory asked for, or the next free one; one in which nothing was saved goes again."""
     path = args.run_dir or _next_free(Path("runs"), args.data)
     run = runs.RunDirectory(path, resume=args.resume, config=config)
-    try:
+    with _emptied(run.path):
         yield run
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """Takes the folder away in the end if nothing was written into it."""
+    try:
+        yield
     finally:
-        with contextlib.suppress(OSError):  # not empty: there is a checkpoint to keep
-            run.path.rmdir()
+        with contextlib.suppress(OSError):  # not empty: there is something to keep
+            folder.rmdir()
 
 
 def _next_free(parent: Path, name: str) -> Path:
@@ -207,17 +236,15 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
     parser.add_argument("--version", action="version", version=f"ulr-snn {ulr_snn.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|plan")
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
     train.set_defaults(command=_train)
     _add_task(train)
-    train.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: %(default)s")
-    train.add_argument("--max-steps", type=_positive, metavar="N", help="stop after so many steps")
     train.add_argument("--lr", type=float, metavar="X", help="learning rate (default: that of ulr_snn.train)")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
-    train.add_argument("--no-progress", dest="progress", action="store_false", help="without progress bars")
+    _add_length(train)
     _add_machine(train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a trained network on the test set")
@@ -230,6 +257,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_root(evaluate)
     _add_machine(evaluate)
 
+    compare = commands.add_parser("compare", help="train a network by several methods, side by side")
+    compare.set_defaults(command=_compare)
+    _add_task(compare, estimator=False)
+    compare.add_argument("--methods", nargs="+", default=["ulr", "surrogate"], metavar="METHOD", help="ulr, surrogate")
+    compare.add_argument("--lr", type=float, nargs="+", metavar="X", help="learning rates, each a training of its own")
+    compare.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/compare-DATA-NNN")
+    _add_length(compare)
+    _add_machine(compare)
+
     plan = commands.add_parser("plan", help="show which parameter gets its gradient how, without training")
     plan.set_defaults(command=_plan)
     _add_task(plan)
@@ -237,12 +273,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_task(parser: argparse.ArgumentParser) -> None:
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after so many steps")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="without progress bars")
+
+
+def _add_task(parser: argparse.ArgumentParser, estimator: bool = True) -> None:
     parser.add_argument("data", metavar="DATA", help="digits (needs no download), nmnist or shd")
     _add_data_root(parser)
     parser.add_argument("--model", metavar="MODULE:FACTORY", help="factory(sample_shape, classes) -> nn.Module")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and noise")
+    if not estimator:
+        return
     parser.add_argument("--credit", choices=("auto", "global", "feedback", "residual"), help="default: auto")
     parser.add_argument("--copies", type=_positive, metavar="K", help="runs of each sample in a step")
 

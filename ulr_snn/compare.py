@@ -21,6 +21,7 @@ from ulr_snn.losses import Loss
 from ulr_snn.runs import peak_memory_bytes, versions
 from ulr_snn.train import DEFAULT_LR, pick_device, train
 
+Rates = float | Sequence[float]
 COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward passes")
 
 
@@ -70,7 +71,7 @@ def compare(
     methods: Sequence[str] | Mapping[str, Any] = ("ulr", "surrogate"),
     epochs: int = 10,
     *,
-    lr: float | Mapping[str, float | Sequence[float]] | None = None,
+    lr: Rates | Mapping[str, Rates] | None = None,
     loss: str | Loss = "ce_count",
     device: str | torch.device = "auto",
     seed: int = 0,
@@ -81,8 +82,8 @@ def compare(
     """Trains the same model by each method, from the same weights, on the same batches in the same order.
 
     methods: "ulr" (likelihood ratios, `ULR()`), "surrogate" (surrogate-gradient BPTT, of a model of another library
-    with the surrogate that it has), or names with estimators, as in {"ulr": ULR(copies=2)}. lr: one for all, or of
-    each method one or several, each a training of its own. options: see `train`.
+    with the surrogate that it has), or names with estimators, as in {"ulr": ULR(copies=2)}. lr: one or
+    several, each a training of its own, for all methods or by method (default 1e-2). options: see `train`.
     Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
     epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
     process; elsewhere unknown). Raises UsageError for a method that is not known, and as `train` does.
@@ -141,7 +142,8 @@ def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name]() for name in methods}
 
 
-def rates(method: str, lr: float | Mapping[str, float | Sequence[float]] | None) -> list[float]:
+def rates(method: str, lr: Rates | Mapping[str, Rates] | None) -> list[float]:
+    """The learning rates of a method."""
     found = lr.get(method) if isinstance(lr, Mapping) else lr
     if found is None:
         return [DEFAULT_LR]
