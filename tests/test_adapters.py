@@ -566,3 +566,42 @@ def test_time_average_of_spikes_of_another_library():
     model = nn.Sequential(nn.Linear(5, 16), Lifted(), nn.Linear(16, 16), LIF(), TimeAverage(), nn.Linear(16, 3))
     result = ulr_snn.train(model, separable(), 12, val_loader=separable(), seed=0, progress=False)
     assert result.history[-1]["val_accuracy"] > 0.8
+
+
+def test_memories_of_modules_that_do_not_fire_start_anew_and_come_back():
+    """SpikingJelly's dropout keeps its mask, a synapse its current, until they are reset."""
+    neuron = library_of("spikingjelly.activation_based.neuron")
+    layer = library_of("spikingjelly.activation_based.layer")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 16), layer.Dropout(0.3, step_mode="m"), neuron.LIFNode(step_mode="m"), nn.Linear(16, 3),
+        layer.SynapseFilter(tau=3.0, step_mode="m"),
+    )  # fmt: skip
+    before = [dict(module._memories) for module in model if hasattr(module, "_memories")]
+    with attach(model, ULR(credit="residual", copies=4)) as ulr:
+        for x, y in separable():
+            ulr.backward(x[:, :10], y[:10])
+    assert [dict(module._memories) for module in model if hasattr(module, "_memories")] == before
+
+
+def test_events_are_told_from_spikes_in_layers_that_run_a_whole_sequence():
+    snn = library_of("snntorch")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(snn.LeakyParallel(5, 5, threshold=0.1) for _ in range(3)), nn.Linear(5, 3))
+    with attach(model) as ulr:
+        for _ in range(3):
+            assert ulr.backward(*separable()[0]).stats["copies"] == 1
+        assert ulr.driven == {"0"} and not ulr.structure.needs_pairs
+
+
+def test_a_layer_that_never_runs_is_measured_once():
+    snn = library_of("snntorch")
+    torch.manual_seed(0)
+    model = Loop(snn, False)
+    model.spare = snn.Leaky(0.9)
+    with attach(model) as ulr:
+        passes = []
+        for _ in range(3):
+            ulr.backward(*separable()[0])
+            passes.append(ulr.forward_passes)
+    assert passes[2] - passes[1] == 16

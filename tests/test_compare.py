@@ -120,3 +120,11 @@ def test_surrogate_options_are_not_for_other_libraries():
     net = nets()["norse"]()
     with pytest.raises(UsageError, match="give its neurons a surrogate there"):
         quiet(net, separable(), separable(), {"steep": SurrogateBPTT(slope=8)}, epochs=1)
+
+
+def test_an_optimizer_of_ones_own_makes_the_learning_rate():
+    batches = separable()
+    found = quiet(model(), batches, batches, epochs=1, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    assert [row["lr"] for row in found.rows] == [None, None] and "| ulr |  |" in str(found)
+    with pytest.raises(UsageError, match="every training starts anew"):
+        quiet(model(), batches, batches, epochs=1, run_dir="somewhere")

@@ -41,7 +41,7 @@ class Comparison:
         cells = [
             (
                 row["method"],
-                f"{row['lr']:g}",
+                "" if row["lr"] is None else f"{row['lr']:g}",
                 "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %",
                 f"{row['loss']:.4f}",
                 f"{1e3 * row['seconds_a_step']:.1f}",
@@ -89,12 +89,14 @@ def compare(
     process; elsewhere unknown). Raises UsageError for a method that is not known, and as `train` does.
     """
     estimators = chosen(methods)
+    if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
+        raise UsageError("compare got run_dir, resume or an optimizer of its own; every training starts anew")
     device = pick_device(device)
     weights = copy.deepcopy(model.to(device).state_dict())
     rows = []
     try:
         for method, estimator in estimators.items():
-            for rate in rates(method, lr):
+            for rate in rates(method, lr, None if "optimizer" in options else DEFAULT_LR):
                 model.load_state_dict(weights)
                 with same_draws(loader, seed), PeakMemory(device) as memory:
                     result = train(
@@ -142,11 +144,11 @@ def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name]() for name in methods}
 
 
-def rates(method: str, lr: Rates | Mapping[str, Rates] | None) -> list[float]:
+def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | None) -> list[float | None]:
     """The learning rates of a method."""
     found = lr.get(method) if isinstance(lr, Mapping) else lr
     if found is None:
-        return [DEFAULT_LR]
+        return [default]
     return list(found) if isinstance(found, Sequence) else [found]
 
 

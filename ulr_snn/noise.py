@@ -85,15 +85,17 @@ class NoiseLevel:
     deterministic firing, over the threshold: where d is large, few neurons are near the threshold, and narrow noise
     reaches only these.
     progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
+    idle: sites that did not run when the others were measured.
     """
 
     firing: Firing
     progress: float = 1.0
     starts: dict[str, float] = field(default_factory=dict)
+    idle: set[str] = field(default_factory=set)
 
     def knows(self, site: str) -> bool:
         """Whether the scale of this site does not depend on the spread of its membranes any more."""
-        return self.firing.scale is not None or self.progress >= 1 or site in self.starts
+        return self.firing.scale is not None or self.progress >= 1 or site in self.starts or site in self.idle
 
     def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
         """Scale of neurons with this threshold, differentiable in a learned one. spread() is called where the site is

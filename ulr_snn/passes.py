@@ -33,7 +33,13 @@ def coupled_modules(model: nn.Module) -> list[nn.Module]:
 
     Copies must not share a batch with each other there, or they would distort its statistics.
     """
-    return [m for m in model.modules() if m.training and isinstance(m, _BatchNorm | _DropoutNd)]
+    return [m for m in model.modules() if m.training and (isinstance(m, _BatchNorm | _DropoutNd) or theirs(m))]
+
+
+def theirs(module: nn.Module) -> bool:
+    """Whether it is dropout of SpikingJelly, which is no subclass of torch's."""
+    kind = type(module)
+    return kind.__module__.startswith("spikingjelly") and "Dropout" in kind.__name__
 
 
 class Forward:
@@ -71,13 +77,14 @@ class Forward:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
             return outputs, records
 
-        while any(not isinstance(n, SpikingNeuron) and not self.level.knows(s) for s, n in spiking_layers(self.model)):
+        layers = [site for site, neuron in spiking_layers(self.model) if not isinstance(neuron, SpikingNeuron)]
+        while unknown := [site for site in layers if not self.level.knows(site)]:
             known = len(self.level.starts)
             with keep_traces(self.model), torch.no_grad():
                 outputs_of()
             self.measuring_passes += 1
             if len(self.level.starts) == known:
-                break  # the layers that are left do not run
+                self.level.idle.update(unknown)  # they do not run
         with self._traceless():
             outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
@@ -153,7 +160,7 @@ def runs_by_step(model: nn.Module, x: Tensor) -> bool:
     is called with a sequence x [T, B, ...], or it cannot be."""
     if all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
         return False
-    x = x[:, :2]
+    x = x[:, :2] if len(x) > 1 else x[:, :2].repeat(2, *[1] * (x.ndim - 1))  # a single step would tell nothing
     try:
         with keep_traces(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
             check_outputs(model_outputs(model, x.clone()), len(x), x.shape[1])

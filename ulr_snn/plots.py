@@ -63,7 +63,7 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    labels = [f"{row['method']}, lr {row['lr']:g}" for row in rows]
+    labels = [row["method"] + ("" if row["lr"] is None else f", lr {row['lr']:g}") for row in rows]
     colours = [colormaps["viridis"](0.9 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
     quantity = "loss" if any(row["accuracy"] is None for row in rows) else "accuracy"
     bars = [("time a step (ms)", [1e3 * row["seconds_a_step"] for row in rows])]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import LIBRARIES, StepNeuron, adapt
+from ulr_snn.adapters import LIBRARIES, StepNeuron, adapt, fresh_memories
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
@@ -72,10 +72,11 @@ class Replay:
 
     def begin(self, current: Tensor) -> None:
         self.inputs.append(current.detach())
-        self.currents[self.name] = torch.stack(self.inputs)
+        self.currents[self.name] = self.inputs[0] if self.records[self.name].whole else torch.stack(self.inputs)
 
     def fire(self, drive: Tensor) -> Tensor:
-        self.last = self.records[self.name].spikes[len(self.inputs) - 1]
+        record = self.records[self.name]
+        self.last = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
         return self.last
 
     def end(self, states: list[Any]) -> None:
@@ -155,6 +156,7 @@ def bind_sites(model: nn.Module, sites: Sequence[Any], lengths: Tensor | None) -
     if any(module.__dict__.get("site") is not None for module in modules):
         raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
     with ExitStack() as stack:
+        stack.enter_context(fresh_memories(model))
         for neuron, module, site in zip(layers, modules, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))

@@ -38,6 +38,8 @@ class StepSite:
 
     def begin(self, current: Tensor) -> None:
         if self.calls == 0 and self.noise is not None:
+            if self.name in self.level.idle:
+                raise UsageError(f"{self.name} did not run in the first step; a layer runs in every step or in none")
             self.measured = not self.level.knows(self.name)
             if not self.measured:
                 self._scale = self.level.scale(self.name, self.neuron.threshold, None)
@@ -48,7 +50,8 @@ class StepSite:
                 f"{self.name} ran more than once in a time step, or over more steps than the {self.steps} of the "
                 "events; give each layer a neuron of its own, and a step of events to every step"
             )
-        self.trace.inputs.append(current)
+        if self.noise is not None and not self.measured:
+            self.trace.inputs.append(current)
 
     def fire(self, drive: Tensor) -> Tensor:
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)

@@ -1,5 +1,8 @@
 """Spiking modules of other libraries. A library is imported only if a model has a module of it."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from torch import nn
@@ -26,4 +29,19 @@ def adapt(module: nn.Module, name: str) -> StepNeuron | None:
     return None
 
 
-__all__ = ["LIBRARIES", "Step", "StepNeuron", "adapt"]
+@contextmanager
+def fresh_memories(model: nn.Module) -> Iterator[None]:
+    """SpikingJelly's modules with memories, those that do not fire (dropout, synapses) too: for a while they start
+    anew, and then they are as they were."""
+    modules = [module for module in model.modules() if "_memories_rv" in module.__dict__]
+    kept = [dict(module._memories) for module in modules]
+    try:
+        for module in modules:
+            module._memories.update(copy.deepcopy(module._memories_rv))
+        yield
+    finally:
+        for module, memories in zip(modules, kept, strict=True):
+            module._memories.update(memories)
+
+
+__all__ = ["LIBRARIES", "Step", "StepNeuron", "adapt", "fresh_memories"]

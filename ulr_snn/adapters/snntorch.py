@@ -3,8 +3,8 @@
 Layers that run a whole sequence at once have no reset. Of the others, snnTorch calls `spike_grad` twice a step, for the
 reset by the membrane of the step before and for the spike. A drawn spike must be one and the same in both, so the
 reset takes the spike of the step before. With `reset_delay=False` the membrane has been reset by then: the second call
-asks whether it is above the threshold still, which draws nothing. With `inhibition`, which neuron of a layer wins gets
-no credit, only whether it fires.
+asks whether it is above the threshold still, after a spike. That, and with `inhibition` which neuron of a layer wins,
+depends on weights and is no matter of chance: it gets no credit, and no estimator is unbiased there.
 """
 
 from typing import Any
@@ -59,7 +59,8 @@ class Neuron(StepNeuron):
         def mem_reset(mem: Tensor) -> Tensor:
             if delayed and site.last is not None and site.last.shape == mem.shape:
                 return site.last
-            return (mem - module.threshold > 0).to(mem.dtype)
+            above = (mem - module.threshold > 0).to(mem.dtype)
+            return above if delayed or site.last is None else above * site.last.detach()
 
         return {"forward": forward, "spike_grad": site.fire, "mem_reset": mem_reset}
 

@@ -5,7 +5,6 @@ spike does to its own neuron is known. In multi-step mode the steps run one by o
 them at once.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -35,8 +34,7 @@ class Node(StepNeuron):
         return torch.tensor(self.module.v_threshold - rest, dtype=torch.float64)
 
     def clear(self) -> None:
-        for name, value in self.module._memories_rv.items():
-            self.module._memories[name] = copy.deepcopy(value)
+        """Done for all modules with memories, see `fresh_memories`."""
 
     def patches(self, site: Step) -> dict[str, Any]:
         module = self.module
