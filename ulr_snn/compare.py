@@ -86,7 +86,8 @@ def compare(
     several, each a training of its own, for all methods or by method (default 1e-2). options: see `train`.
     Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
     epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
-    process, and of the first training with what a process loads once; elsewhere unknown). Raises UsageError for a method that is not known, and as `train` does.
+    process, and of the first training with what a process loads once; elsewhere unknown). Raises UsageError for a
+    method that is not known, and as `train` does.
     """
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
