@@ -128,3 +128,18 @@ def test_an_optimizer_of_ones_own_makes_the_learning_rate():
     assert [row["lr"] for row in found.rows] == [None, None] and "| ulr |  |" in str(found)
     with pytest.raises(UsageError, match="every training starts anew"):
         quiet(model(), batches, batches, epochs=1, run_dir="somewhere")
+
+
+def test_a_training_that_diverges_leaves_the_others_their_rows(tmp_path):
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs**2).sum(1) * 1e30
+
+    def stepping(parameters) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, 1.0)
+
+    found = quiet(model(), separable(), separable(), epochs=1, loss=loss, optimizer=stepping)
+    assert [row["loss"] for row in found.rows] == [None, None] and str(found).count("diverged") == 2
+    found.rows.append(quiet(model(), separable(), separable(), ("ulr",), epochs=1).rows[0])
+    assert found.best("ulr") is found.rows[-1]
+    found.plot(tmp_path / "found.png")
+    json.loads(json.dumps(found.rows, allow_nan=False))

@@ -21,6 +21,7 @@ from ulr_snn.losses import Loss
 from ulr_snn.runs import peak_memory_bytes, versions
 from ulr_snn.train import DEFAULT_LR, pick_device, train
 
+DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0, "history": []}
 Rates = float | Sequence[float]
 COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward passes")
 
@@ -35,7 +36,7 @@ class Comparison:
     def best(self, method: str) -> dict[str, Any]:
         """The row of this method with the highest accuracy on the validation data; of a regression, the lowest loss."""
         rows = [row for row in self.rows if row["method"] == method]
-        return max(rows, key=lambda row: (row["accuracy"] or 0.0, -row["loss"]))
+        return max(rows, key=lambda row: (row["loss"] is not None, row["accuracy"] or 0.0, -(row["loss"] or 0.0)))
 
     def __str__(self) -> str:
         cells = [
@@ -43,8 +44,8 @@ class Comparison:
                 row["method"],
                 "" if row["lr"] is None else f"{row['lr']:g}",
                 "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %",
-                f"{row['loss']:.4f}",
-                f"{1e3 * row['seconds_a_step']:.1f}",
+                "diverged" if row["loss"] is None else f"{row['loss']:.4f}",
+                "" if row["loss"] is None else f"{1e3 * row['seconds_a_step']:.1f}",
                 "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.1f}",
                 f"{row['forward_passes']:,}",
             )
@@ -87,7 +88,7 @@ def compare(
     Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
     epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
     process, and of the first training with what a process loads once; elsewhere unknown). Raises UsageError for a
-    method that is not known, and as `train` does.
+    method that is not known, and as `train` does; a training whose loss becomes infinite has a row without a loss.
     """
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
@@ -99,7 +100,9 @@ def compare(
         for method, estimator in estimators.items():
             for rate in rates(method, lr, None if "optimizer" in options else DEFAULT_LR):
                 model.load_state_dict(weights)
-                with same_draws(loader, seed), PeakMemory(device) as memory:
+                row = {"method": method, "lr": rate, "seed": seed, **DIVERGED}
+                rows.append(row)
+                with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
                     result = train(
                         model,
                         loader,
@@ -114,20 +117,15 @@ def compare(
                         progress=progress,
                         **options,
                     )
-                last = result.history[-1]
-                rows.append(
-                    {
-                        "method": method,
-                        "lr": rate,
+                    last = result.history[-1]
+                    row |= {
                         "accuracy": last["val_accuracy"],
                         "loss": last["val_loss"],
                         "seconds_a_step": result.metrics["seconds"] / result.metrics["steps"],
-                        "peak_memory_bytes": memory.bytes,
                         "forward_passes": result.metrics["forward_passes"],
-                        "seed": seed,
                         "history": result.history,
                     }
-                )
+                row["peak_memory_bytes"] = memory.bytes
     finally:
         model.load_state_dict(weights)
     return Comparison(rows, versions())

@@ -63,6 +63,9 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    rows = [row for row in rows if row["history"]]
+    if not rows:
+        raise UsageError("there is nothing to draw: every training diverged.")
     labels = [row["method"] + ("" if row["lr"] is None else f", lr {row['lr']:g}") for row in rows]
     colours = [colormaps["viridis"](0.9 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
     quantity = "loss" if any(row["accuracy"] is None for row in rows) else "accuracy"
