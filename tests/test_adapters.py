@@ -21,6 +21,7 @@ from ulr_snn.adapters import adapt
 from ulr_snn.credit.recurrence import StepRecurrence
 from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.passes import model_outputs, runs_by_step
+from ulr_snn.records import Record
 from ulr_snn.sites import bind, bind_sites
 
 LONG, STEPS, BATCH = 100, 6, 4
@@ -213,6 +214,15 @@ def forced(module: nn.Module, spikes: Tensor) -> Iterator[Forced]:
         yield site
 
 
+def one_pass(kind: Kind) -> tuple[nn.Module, Tensor, Record]:
+    """A module in float64, events and what a stochastic pass over them left."""
+    module, x = made(kind, torch.float64), events(kind, STEPS, torch.float64).requires_grad_()
+    with bind(module, NoiseLevel(Logistic(0.5)), noise(), steps=STEPS) as records:
+        model_outputs(module, x, kind.by_step)
+    (record,) = records
+    return module, x, record
+
+
 def trainable(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
@@ -221,10 +231,7 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 def test_the_local_derivative_is_a_finite_difference_at_fixed_spikes(name, double):
     """∂u/∂(input and parameters) with the spikes held fixed, in float64, along a random direction."""
     kind = KINDS[name]
-    module, x = made(kind, torch.float64), events(kind, STEPS, torch.float64).requires_grad_()
-    with bind(module, NoiseLevel(Logistic(0.5)), noise(), steps=STEPS) as records:
-        model_outputs(module, x, kind.by_step)
-    (record,) = records
+    module, x, record = one_pass(kind)
     generator = torch.Generator().manual_seed(2)
     weights = torch.randn(record.x.shape, generator=generator, dtype=torch.float64)
     asked = {"input": x, **trainable(module)}
@@ -250,11 +257,7 @@ def test_the_local_derivative_is_a_finite_difference_at_fixed_spikes(name, doubl
 
 @pytest.mark.parametrize("name", KINDS)
 def test_response_is_the_transpose_of_credit(name, double):
-    kind = KINDS[name]
-    module, x = made(kind, torch.float64), events(kind, STEPS, torch.float64).requires_grad_()
-    with bind(module, NoiseLevel(Logistic(0.5)), noise(), steps=STEPS) as records:
-        model_outputs(module, x, kind.by_step)
-    (record,) = records
+    _, _, record = one_pass(KINDS[name])
     generator = torch.Generator().manual_seed(2)
     a, innovations = (torch.randn(record.x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     change = torch.randn(record.current.shape, generator=generator, dtype=torch.float64)

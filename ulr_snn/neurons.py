@@ -185,6 +185,12 @@ def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
     return mask.view(*mask.shape, *[1] * (sequence.ndim - 2))
 
 
+def own_spread(sequence: Tensor, mask: Tensor | None) -> float:
+    """Standard deviation of all of a sequence [T, B, ...], padding left out."""
+    own = sequence if mask is None else sequence[mask.bool().expand_as(sequence)]
+    return own.std(correction=0).item()
+
+
 def output_mask(lengths: Tensor | None, outputs: Tensor) -> Tensor | None:
     """The step mask of a model's outputs; None where nothing is padding or the outputs have no time axis."""
     return step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import LIBRARIES, StepNeuron, adapt, fresh_memories
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, step_mask
+from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Record
 from ulr_snn.steps import StepSite
@@ -72,7 +72,6 @@ class Replay:
 
     def begin(self, current: Tensor) -> None:
         self.inputs.append(current.detach())
-        self.currents[self.name] = self.inputs[0] if self.records[self.name].whole else torch.stack(self.inputs)
 
     def fire(self, drive: Tensor) -> Tensor:
         record = self.records[self.name]
@@ -80,7 +79,11 @@ class Replay:
         return self.last
 
     def end(self, states: list[Any]) -> None:
-        pass
+        record = self.records[self.name]
+        if record.whole:
+            self.currents[self.name] = self.inputs[0]
+        elif len(self.inputs) == len(record.spikes):
+            self.currents[self.name] = torch.stack(self.inputs)
 
 
 def call_name(name: str, call: int) -> str:
@@ -92,10 +95,7 @@ def call_name(name: str, call: int) -> str:
 def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
     """Standard deviation of the membranes that the current charges under deterministic firing, padding left out."""
     with torch.no_grad():
-        membrane = neuron.run(current, heaviside)[1] + neuron.threshold
-        if mask is not None:
-            membrane = membrane[mask.bool().expand_as(membrane)]
-        return membrane.std(correction=0).item()
+        return own_spread(neuron.run(current, heaviside)[1] + neuron.threshold, mask)
 
 
 def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron | StepNeuron]]:

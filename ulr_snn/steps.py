@@ -1,6 +1,7 @@
 """The firing site of a layer that another library's code runs, in most cases one time step a call."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import step_mask
+from ulr_snn.neurons import own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Record, Trace
 
@@ -88,9 +89,8 @@ class StepSite:
             )
         if self.measured:
             membranes = self._joined(self.trace.x) + self.neuron.threshold.detach()
-            mask = self._mask(membranes)
-            own = membranes if mask is None else membranes[mask.bool().expand_as(membranes)]
-            self.level.scale(self.name, self.neuron.threshold, lambda: own.std(correction=0).item())
+            spread = partial(own_spread, membranes, self._mask(membranes))
+            self.level.scale(self.name, self.neuron.threshold, spread)
 
     def record(self) -> Record:
         """The record of the pass."""

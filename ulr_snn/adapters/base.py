@@ -42,8 +42,8 @@ class StepNeuron:
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Makes the module start from its initial state."""
-        raise NotImplementedError
+        """Makes the module start from its initial state; nothing to do where every call starts there, or where
+        `fresh_memories` does it."""
 
     def patches(self, site: Step) -> dict[str, Any]:
         """Attributes of the module, by name, that make it run the site."""

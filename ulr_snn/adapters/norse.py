@@ -29,9 +29,6 @@ class Layer(StepNeuron):
         rest = getattr(p, "v_reset", getattr(p, "c", 0.0))
         return torch.as_tensor(p.v_th) - torch.as_tensor(rest)
 
-    def clear(self) -> None:
-        """States are arguments; there are none in the module."""
-
     def patches(self, site: Step) -> dict[str, Any]:
         run = rebound(self.module.activation, lambda x, method, alpha: site.fire(x))
 

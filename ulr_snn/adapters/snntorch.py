@@ -72,9 +72,6 @@ class Sequence(StepNeuron):
     def threshold(self) -> Tensor:
         return self.module.threshold
 
-    def clear(self) -> None:
-        """Every call starts anew."""
-
     def patches(self, site: Step) -> dict[str, Any]:
         def forward(input_: Tensor) -> Any:
             site.begin(input_)

@@ -33,9 +33,6 @@ class Node(StepNeuron):
         rest = self.module.v_reset or 0.0
         return torch.tensor(self.module.v_threshold - rest, dtype=torch.float64)
 
-    def clear(self) -> None:
-        """Done for all modules with memories, see `fresh_memories`."""
-
     def patches(self, site: Step) -> dict[str, Any]:
         module = self.module
 
