@@ -347,13 +347,17 @@ class Unused(nn.Sequential):
 @each_credit
 def test_a_parameter_without_gradient_is_named_once(estimator, device):
     model, x, y = moved(device, Unused(*averaged()).double(), *data())
-    with attach(model, estimator) as ulr:
+    quiet = dataclasses.replace(estimator or ULR(), noise={"idle": None, "cut": None})
+    with attach(model, quiet) as ulr:
         with pytest.warns(UserWarning, match="no gradient reaches idle, cut;") as warned:
             ulr.backward(x, y)
         assert len(warned) == 1
         ulr.backward(x, y)  # said once: warnings are errors here
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert without == {"idle", "cut"}
+    with attach(model, estimator) as ulr, pytest.warns(UserWarning, match="no gradient reaches idle;"):
+        ulr.backward(x, y)  # the one that something comes of learns from noise on itself
+    assert {name for name, p in model.named_parameters() if p.grad is None} == {"idle"}
     model.idle.requires_grad_(False)
     model.cut.requires_grad_(False)
     gradients(model, (x, y), estimator)
@@ -365,9 +369,13 @@ def test_a_loss_without_gradient_names_the_readout(device):
     def errors(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
 
-    with attach(model, None, errors) as ulr, pytest.warns(UserWarning, match=r"reaches 6\.weight, 6\.bias;"):
+    quiet = ULR(noise={"6": None})
+    with attach(model, quiet, errors) as ulr, pytest.warns(UserWarning, match=r"reaches 6\.weight, 6\.bias;"):
         ulr.backward(x, y)
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"6.weight", "6.bias"}
+    with attach(model, None, errors) as ulr:  # of its own accord it learns from noise on its weights
+        ulr.backward(x, y)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 # -- events: padding, axes, dtypes -------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_low_precision_learns_too(dtype, device):
 
 def test_a_path_of_another_shape_than_a_checkpoints_is_learned_anew(device):
     feedback, name = Feedback(1, 0.1), "a -> b"
-    feedback.load_state_dict({"outputs": {}, "layers": {name: torch.ones(3, 2)}}, device)
+    feedback.load_state_dict({"outputs": {}, "layers": {name: torch.ones(3, 2)}, "responses": {}}, device)
     path = Full((4,), (2,))
     assert feedback.to_layer(name, path, torch.ones(5, 6, 4, device=device)) is None
     z, truth = torch.randn(40, 4, device=device), torch.randn(4, 2, device=device)

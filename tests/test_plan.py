@@ -13,6 +13,7 @@ from ulr_snn.sites import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 FROZEN = "frozen (requires_grad is False)"
+WEIGHT_NOISE = "weight noise: loss minus baseline, times the score"
 
 
 def dense() -> nn.Sequential:
@@ -125,8 +126,8 @@ def test_a_frozen_parameter():
 @pytest.mark.parametrize("make", [dense, recurrent], ids=["dense", "recurrent"])
 def test_a_loss_without_gradient(make):
     model = make()
-    found = plan(model, data(), loss=errors)
     last = len(model) - 1
+    found = plan(model, data(), ULR(noise={f"{last}": None}), loss=errors)
     assert (found.credit, found.copies) == ("global", 8)
     assert [line.split(":")[0] for line in found.untrained] == [f"{last}.weight", f"{last}.bias"]
     assert all("end the model in a spiking layer" in line for line in found.untrained)
@@ -136,6 +137,8 @@ def test_a_loss_without_gradient(make):
     assert set(credits(found).values()) == {"loss minus baseline, times the score"}
     assert f"not trained: {last}.weight" in str(found)
     assert plan(spiking(), data(), loss=errors).untrained == []
+    noised = plan(model, data(), loss=errors)
+    assert noised.untrained == [] and sources(noised)[f"{last}.bias"] == WEIGHT_NOISE
 
 
 def test_a_parameter_that_nothing_depends_on():
@@ -143,7 +146,7 @@ def test_a_parameter_that_nothing_depends_on():
     model.idle = nn.Linear(2, 2, bias=False)
     model.forward = lambda x: nn.Sequential.forward(model[:6], x)
     (line,) = plan(model, data()).untrained
-    assert line.startswith("idle.weight: neither the outputs nor a spiking layer")
+    assert line.startswith("idle.weight: nothing depends on it")
 
 
 def test_spikes_that_reach_nothing():

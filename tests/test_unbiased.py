@@ -5,9 +5,10 @@ does not (the bias of `feedback` is measured in test_formula.py). A batch that r
 times makes the draws cheap: noise is keyed by the sample's place in the batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ import ulr_snn.neurons
 import ulr_snn.noise
 from tests.enumeration import Layer, exact_gradient
 from tests.statistics import Verdict, compare_means, gradient_draws
-from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn import LIF, ULR, CurrentNoise, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn.records import CurrentRecord
 
 TARGET = 1
 
@@ -61,6 +63,7 @@ class Case:
     loss: Callable[[Tensor, Tensor], Tensor]
     x: Tensor  # [T, ...], one sample
     firing: ulr_snn.noise.Firing
+    noise: dict[str, CurrentNoise] = field(default_factory=dict)  # at other sites
 
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
@@ -83,6 +86,8 @@ class Case:
         return x, torch.full((samples,), TARGET, device=x.device)
 
     def draws(self, estimator: ULR, samples: int, steps: int, warm_up: int = 0, seed: int = 0) -> Tensor:
+        rest = [name for name, _ in self.model.named_parameters()]  # weights without a site are not to be noised here
+        estimator = dataclasses.replace(estimator, noise=self.noise | dict.fromkeys(rest))
         with attach(self.model, estimator, self.loss, seed=seed) as ulr:
             return gradient_draws(ulr, self.batch(samples), self.parameters(), steps, warm_up)
 
@@ -295,6 +300,38 @@ def learnable(reset: str, scale: float | None) -> Case:
     return dense(neuron, firing=RELATIVE if scale is None else Logistic(scale))
 
 
+class Hard(nn.Module):
+    """A rule without a derivative: 1 where the current is above 1. Under Gaussian noise on the current, that is a
+    neuron without memory, with Gaussian threshold noise."""
+
+    def forward(self, current: Tensor) -> Tensor:
+        return torch.from_numpy((current.cpu().numpy() > 1).astype("float64")).to(current.device)
+
+
+def black_box() -> Case:
+    case = dense(LIF(0.0, reset="none"), firing=Gaussian(0.5))
+    case.model[1], case.noise = Hard(), {"1": CurrentNoise(0.5)}
+    return case
+
+
+def black_box_then_neurons() -> Case:
+    first, second, last, neuron = linear(2, 2), linear(2, 2, 0.8), linear(2, 2, 1.5), LIF(0.8).double()
+    firing = Logistic(0.4)
+    blind = LIF(0.0, reset="none").double()
+    return Case(
+        nn.Sequential(first, Hard(), second, neuron, TimeAverage(), last),
+        [
+            describe(blind, affine(first), (2,), Gaussian(0.5)),
+            describe(neuron, affine(second), (2,), firing),
+        ],
+        lambda spikes: affine(last)(spikes.mean(0)),
+        cross_entropy,
+        torch.rand(3, 2, dtype=torch.float64),
+        firing,
+        {"1": CurrentNoise(0.5)},
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "subtract": lambda: dense(LIF(0.8)),
     "zero": lambda: dense(LIF(0.8, reset="zero")),
@@ -319,6 +356,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "spike counts": lambda: two_layers("subtract", counts=True),
     "0-1 loss": lambda: dense(LIF(0.8), loss=zero_one),
     "latency rule": lambda: two_layers("zero", counts=True, loss=python_rule),
+    "black box": black_box,
+    "black box, then neurons": black_box_then_neurons,
 }
 NO_GRADIENT = ("0-1 loss", "latency rule")
 UNTRAINED = {"0-1 loss": "3.weight, 3.bias"}  # a readout under a loss that is flat in the outputs: gradient zero
@@ -361,6 +400,14 @@ def _no_last_summand(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "slope", lambda self, x: torch.zeros_like(x))
 
 
+def _sign_of_current_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CurrentRecord, "score", lambda self: -self.z)
+
+
+def _no_prediction_of_current_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CurrentRecord, "slope", property(lambda self: torch.zeros_like(self.z)))
+
+
 def _no_reset_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ulr_snn.neurons.leaky_drive
 
@@ -401,6 +448,8 @@ WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no leak in the trace": _no_leak_in_trace,
     "recurrent input not shifted": _unshifted_spikes,
     "scale without derivative": _constant_scale,
+    "sign of z": _sign_of_current_noise,
+    "no a at the current": _no_prediction_of_current_noise,
 }
 
 
@@ -470,6 +519,10 @@ PLAN: list[tuple[str, ULR, str]] = [
     ("0-1 loss", GLOBAL, "partner as baseline"),
     ("0-1 loss", GLOBAL_INDEPENDENT, "own loss in the baseline"),
     ("latency rule", GLOBAL, "missing 1/scale"),
+    ("black box", GLOBAL, "sign of z"),
+    ("black box", RESIDUAL, "no a at the current"),
+    ("black box, then neurons", GLOBAL, "partner as baseline"),
+    ("black box, then neurons", RESIDUAL, "no a at the current"),
 ]
 SAMPLES, STEPS, WARM_UP = 8192, 24, 2
 SLOW_LOSS = {"latency rule": 1024}  # fewer samples where the loss is plain Python

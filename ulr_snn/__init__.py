@@ -5,7 +5,7 @@ from ulr_snn.compare import Comparison, compare
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Attachment, Estimate, attach
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
-from ulr_snn.noise import Gaussian, Logistic
+from ulr_snn.noise import CurrentNoise, Gaussian, Logistic, WeightNoise
 from ulr_snn.plan import Plan, plan
 from ulr_snn.train import Result, evaluate, train
 
@@ -16,6 +16,7 @@ __all__ = [
     "ULR",
     "Attachment",
     "Comparison",
+    "CurrentNoise",
     "Estimate",
     "Fold",
     "Gaussian",
@@ -26,6 +27,7 @@ __all__ = [
     "Result",
     "TimeAverage",
     "UsageError",
+    "WeightNoise",
     "attach",
     "compare",
     "data",

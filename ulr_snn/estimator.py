@@ -12,6 +12,7 @@ residual    1   the same, from independent copies                    unbiased, a
 """
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +23,14 @@ from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline
 from ulr_snn.credit.prediction import WARM_UP, Prediction
 from ulr_snn.credit.residual import from_other_copies
+from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.losses import Loss, resolve
-from ulr_snn.noise import Firing, Logistic, NoiseLevel
+from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, WeightNoise
 from ulr_snn.passes import Forward, Pass, as_sequence, runs_by_step
-from ulr_snn.sites import spiking_layers
+from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
 from ulr_snn.structure import Structure
+from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
@@ -41,6 +44,9 @@ class ULR:
     copies: runs of every sample a step; None: 1 for feedback, 8 for global, 4 for residual.
     antithetic: copies come in pairs from mirrored uniforms.
     firing: distribution of the threshold noise, and its scale.
+    noise: by name, other noise than that: {module: CurrentNoise()} on a module's input current, {parameter or module:
+        WeightNoise()} on parameters, {parameter or module: None} none on parameters. Of its own accord noise comes on
+        the current of modules that cut the graph, and on parameters that no other noise reaches.
     refresh: every how many steps an antithetic pair replaces the single pass, where there is feedback that only
         pairs can teach: from the outputs (see `plan`), and into layers that see the events otherwise than by spikes.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
@@ -52,6 +58,7 @@ class ULR:
     copies: int | None = None
     antithetic: bool = True
     firing: Firing = field(default_factory=Logistic)
+    noise: Mapping[str, CurrentNoise | WeightNoise | None] = field(default_factory=dict)
     refresh: int = 4
     time_functions: int = 8
     feedback_rate: float = 0.1
@@ -65,6 +72,9 @@ class ULR:
         for name in ("refresh", "time_functions") + ("copies",) * (self.copies is not None):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise UsageError(f"ULR got {name}={getattr(self, name)!r}; it must be a whole number, at least 1")
+        for name, site in self.noise.items():
+            if not (site is None or isinstance(site, CurrentNoise | WeightNoise)):
+                raise UsageError(f"ULR got noise={site!r} for {name!r}; it is CurrentNoise(), WeightNoise() or None")
         if not self.feedback_rate > 0:
             raise UsageError(f"ULR got feedback_rate={self.feedback_rate}; it must be positive")
         if self.antithetic and self.copies is not None and self.copies > 1 and self.copies % 2:
@@ -110,7 +120,8 @@ class Attachment:
         time_first: bool,
         total_steps: int | None,
     ) -> None:
-        spiking_layers(model)
+        check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
+        check_names(model, estimator.noise)
         self.model, self.estimator, self.loss = model, estimator, loss
         self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
@@ -120,6 +131,7 @@ class Attachment:
         self.mean_loss: Tensor | None = None  # moving baseline
         self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
         self.by_step: bool | None = None  # whether the model takes one time step a call, once it is known
+        self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
         self.structure: Structure | None = None
         self._structure_loss: str | Loss | None = None
@@ -145,42 +157,39 @@ class Attachment:
         targets = targets.to(x.device)
         lengths = None if lengths is None else lengths.to(x.device)
         self.level.progress = self._progress()
-        if self.by_step is None:
+        if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
-        forward = Forward(self.model, self.level, self.seed, self.step, self.estimator.antithetic, self.by_step)
+            self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
         loss = self.loss if loss is None else loss
         if loss is not self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
         per_sample = resolve(loss)
+        antithetic = self.estimator.antithetic
+        forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
             for chunk in forward.chunks(list(copies)):
                 passes.append(forward.run(x, targets, lengths, per_sample, chunk))
 
-        def driven_by_events() -> set[str]:
-            if self.driven is None:
-                self.driven = forward.driven_by_events(x, lengths, passes[0])
-                self.forward_passes += x.shape[1]
-            return self.driven
-
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
-            self.structure = Structure.of(
-                self.model,
-                passes[0],
-                self.estimator.credit,
-                self.estimator.time_functions,
-                driven_by_events,
-            )
+            self.structure = observed(forward, passes[0], self.estimator, x, targets, lengths, per_sample, self.driven)
+            check_layers(self.model, self.layers, self.structure.weights)
+            self.driven = self.structure.driven
             self.prediction.structure = self.structure
+            if self.structure.weights:  # that pass had no noise on them
+                passes.clear()
+                forward.extra_passes += 1
             if self.structure.untrained:
                 names = ", ".join(self.structure.untrained)
                 warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=2)
         copies = self._copies(self.structure.credit)
+        if self.structure.weights:
+            forward.weights = WeightSites(self.structure.weights, self.seed, antithetic)
         run(range(len(passes), copies))
         self.step += 1
-        self.forward_passes += (copies + forward.measuring_passes) * x.shape[1]
+        self.forward_passes += (copies + forward.extra_passes) * x.shape[1]
         return self._finish(passes, copies)
 
     def _progress(self) -> float:
@@ -194,7 +203,7 @@ class Attachment:
             and self.structure.needs_pairs
             and (self.step < WARM_UP or self.step % self.estimator.refresh == 0)
         )
-        return max(copies, 2) if refreshes else copies
+        return max(copies, 2) if refreshes or self.structure.weights else copies
 
     def _finish(self, passes: list[Pass], copies: int) -> Estimate:
         losses = torch.cat([p.loss for p in passes])  # [K, B]
@@ -247,7 +256,13 @@ class Attachment:
             self.prediction.refresh(passes)
         if structure.credit == "residual":
             self.prediction.learn_layers(passes, self.step - 1)
-        parameters = [q for q in self.model.parameters() if q.requires_grad]
+        if structure.weights:
+            signals = torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
+            sites = WeightSites(structure.weights, self.seed, self.estimator.antithetic)
+            sites.add_gradients(self.model, self.step - 1, signals)
+        parameters = [
+            q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
+        ]
         if tensors and parameters:
             torch.autograd.backward(tensors, gradients, inputs=parameters)
 
@@ -279,6 +294,38 @@ class Attachment:
         self.feedback.load_state_dict(state["feedback"], device)
 
 
+def observed(
+    forward: Forward,
+    p: Pass,
+    estimator: ULR,
+    x: Tensor,
+    targets: Tensor,
+    lengths: Tensor | None,
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    driven: set[str] | None = None,
+) -> Structure:
+    """What the pass p of one copy, made by `forward`, shows, and which parameters need noise of their own.
+
+    driven: sites that see the events otherwise than by spikes, where it is known.
+    """
+    model = forward.model
+    structure = Structure.of(
+        model,
+        p,
+        estimator.credit,
+        estimator.time_functions,
+        lambda: forward.driven_by_events(x, lengths, p) if driven is None else driven,
+    )
+
+    def outcome() -> Tensor:
+        forward.extra_passes += 1
+        return forward.run(x, targets, lengths, loss, p.copies).outputs.detach()
+
+    structure.weights = choose(model, estimator.noise, structure.untrained, outcome)
+    structure.parameters |= {name: [SOURCE] for name in structure.weights}
+    return structure
+
+
 def _stack_outputs(passes: list[Pass]) -> Tensor:
     batch = passes[0].loss.shape[1]
     dim = 1 if passes[0].outputs.ndim >= 3 else 0
@@ -299,6 +346,6 @@ def attach(
     total_steps: length of the training, over which the firing noise is annealed; without it the noise stays at
     the geometric mean of its first and last level.
     loss: a name (see `ulr_snn.losses`) or a callable (outputs, targets) -> [B].
-    Raises UsageError if the model has no spiking layer that the library knows.
+    Raises UsageError if nothing in the model can get noise; where modules of one's own may, the first `backward` tells.
     """
     return (estimator or ULR()).attach(model, loss, seed, time_first, total_steps)

@@ -26,9 +26,7 @@ class Firing:
     end: float = 0.09
 
     def __post_init__(self) -> None:
-        for name, value in (("scale", self.scale), ("start", self.start), ("end", self.end)):
-            if value is not None and not value > 0:
-                raise UsageError(f"{type(self).__name__} got {name}={value}; it must be positive")
+        check_positive(self, "scale", "start", "end")
 
     def probability(self, x: Tensor) -> Tensor:
         """p = F(x), where x = drive / scale is the standardised drive."""
@@ -75,27 +73,86 @@ class Gaussian(Firing):
         return sign * torch.exp(log_ratio)
 
 
+@dataclass(frozen=True)
+class CurrentNoise:
+    """Gaussian noise on a module's input current J, drawn anew at every time step: the module sees J + scale z, and the
+    score with respect to J is z / scale (arXiv 2305.08960). For modules whose inside is not known.
+
+    scale: constant, in units of the current, > 0. None: from `start` to `end`, in units of the standard deviation of
+    the layer's current in the first batch, geometrically over the training.
+    """
+
+    scale: float | None = None
+    start: float = 0.5
+    end: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive(self, "scale", "start", "end")
+
+
+@dataclass(frozen=True)
+class WeightNoise:
+    """Gaussian noise on a parameter W, one draw a copy, for all its samples and time steps: a copy runs with
+    W + scale ζ, and the score with respect to W is ζ / scale. For parameters that no other site's gradient reaches.
+
+    scale: constant, in units of the parameter, > 0. None: `relative` times the parameter's root mean square as it is
+    now, or `relative` itself where that is zero.
+    """
+
+    scale: float | None = None
+    relative: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive(self, "scale", "relative")
+
+
+def check_positive(owner: object, *names: str) -> None:
+    """Raises UsageError unless each of these attributes is None or positive."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"{type(owner).__name__} got {name}={value}; it must be positive")
+
+
 @dataclass
 class NoiseLevel:
-    """The firing scale of every layer as training goes on.
+    """The scale of the noise at every site as training goes on.
 
     Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
     one. So the scale falls geometrically to `end` times the threshold. It begins at `start * d * max(1, d)` times the
     threshold, but at 0.14 to 3 times, with d the standard deviation of the layer's membranes in the first batch, under
     deterministic firing, over the threshold: where d is large, few neurons are near the threshold, and narrow noise
     reaches only these.
-    progress: from 0, first step, to 1, the end of training. starts: calibrated scales by site, over the threshold.
-    idle: sites that did not run when the others were measured.
+    progress: from 0, first step, to 1, the end of training. currents: noise of the sites on input currents. starts: by
+    site, the calibrated scale over the threshold, of input currents their standard deviation. idle: sites that did not
+    run when the others were measured.
     """
 
     firing: Firing
     progress: float = 1.0
+    currents: dict[str, CurrentNoise] = field(default_factory=dict)
     starts: dict[str, float] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
 
     def knows(self, site: str) -> bool:
-        """Whether the scale of this site does not depend on the spread of its membranes any more."""
-        return self.firing.scale is not None or self.progress >= 1 or site in self.starts or site in self.idle
+        """Whether the scale of this site does not depend any more on the spread of what it is measured by."""
+        if site in self.starts or site in self.idle:
+            return True
+        if site in self.currents:
+            return self.currents[site].scale is not None
+        return self.firing.scale is not None or self.progress >= 1
+
+    def _start(self, d: float, most: float) -> float:
+        return min(max(self.firing.start * d * max(1.0, d), LEVELS[0]), most)
+
+    def current_scale(self, site: str, spread: Callable[[], float]) -> float:
+        """Scale of the noise on an input current. spread() is called where the site is not known yet."""
+        noise = self.currents[site]
+        if noise.scale is not None:
+            return noise.scale
+        if site not in self.starts:
+            self.starts[site] = spread() or 1.0
+        return self.starts[site] * noise.start ** (1 - self.progress) * noise.end**self.progress
 
     def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
         """Scale of neurons with this threshold, differentiable in a learned one. spread() is called where the site is
@@ -107,8 +164,7 @@ class NoiseLevel:
         if self.progress >= 1:
             return firing.end * threshold
         if site not in self.starts:
-            d = spread() / threshold.detach().mean().item()
-            self.starts[site] = min(max(firing.start * d * max(1.0, d), LEVELS[0]), LEVELS[1])
+            self.starts[site] = self._start(spread() / threshold.detach().mean().item(), LEVELS[1])
         return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * threshold
 
 
@@ -179,6 +235,10 @@ class Noise:
             rows = self.mirrored.view(1, -1, 1)
             out = torch.where(rows, 1 - out, out)
         return out.view(steps, len(self.sample), *shape)
+
+    def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Standard normal z of the uniforms, -z in mirrored rows; same shape."""
+        return torch.special.ndtri(self.uniform(site, first_step, steps, shape, dtype))
 
 
 def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:

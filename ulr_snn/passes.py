@@ -1,7 +1,7 @@
 """Stochastic forward passes: draw the spikes of some copies of a batch, keep what the estimator needs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ulr_snn.adapters import BlackBox, copies_of_state
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.records import Record
-from ulr_snn.sites import Replay, bind, bind_sites, spiking_layers
+from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, spiking_layers
+from ulr_snn.weights import WeightSites
 
 
 @dataclass
@@ -47,16 +49,26 @@ class Forward:
     statistics, generator state); every further one sees the same dropout masks and leaves none."""
 
     def __init__(
-        self, model: nn.Module, level: NoiseLevel, seed: int, step: int, antithetic: bool, by_step: bool = False
+        self,
+        model: nn.Module,
+        level: NoiseLevel,
+        seed: int,
+        step: int,
+        antithetic: bool,
+        by_step: bool = False,
+        layers: Layers | None = None,
+        weights: WeightSites | None = None,
     ) -> None:
         self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
-        self.by_step = by_step
-        self.measuring_passes = 0  # so far, of a batch each: what it took to set levels of noise
+        self.by_step, self.layers = by_step, spiking_layers(model) if layers is None else layers
+        self.weights = weights
+        self.extra_passes = 0  # so far, of a batch each: to set levels of noise, and to see what depends on what
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
         """Copies in one pass where that changes nothing, else one pass a copy."""
-        return [[copy] for copy in copies] if coupled_modules(self.model) else [copies] * bool(copies)
+        apart = self.weights is not None or coupled_modules(self.model)
+        return [[copy] for copy in copies] if apart else [copies] * bool(copies)
 
     def run(
         self,
@@ -73,19 +85,13 @@ class Forward:
         noise = self._noise(batch, copies, x.device)
 
         def outputs_of() -> tuple[Tensor, list[Record]]:
-            with bind(self.model, self.level, noise, row_lengths, len(x)) as records:
+            with bind(self.model, self.level, noise, row_lengths, len(x), self.layers) as records:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
             return outputs, records
 
-        layers = [site for site, neuron in spiking_layers(self.model) if not isinstance(neuron, SpikingNeuron)]
-        while unknown := [site for site in layers if not self.level.knows(site)]:
-            known = len(self.level.starts)
-            with keep_traces(self.model), torch.no_grad():
-                outputs_of()
-            self.measuring_passes += 1
-            if len(self.level.starts) == known:
-                self.level.idle.update(unknown)  # they do not run
-        with self._traceless():
+        self.extra_passes += measure_levels(self.model, self.layers, self.level, outputs_of)
+        disturbed = nullcontext() if self.weights is None else self.weights.disturbed(self.model, self.step, *copies)
+        with self._traceless(), disturbed:
             outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
         mask = output_mask(row_lengths, outputs)
@@ -98,12 +104,13 @@ class Forward:
     def driven_by_events(self, x: Tensor, lengths: Tensor | None, p: Pass) -> set[str]:
         """Sites whose input current changes when other events x come in while all spikes stay as in the pass p of
         one copy. The other events are the same ones at other times, in other samples."""
+        self.extra_passes += 1
         others = x.roll((1, 1), (0, 1))
         if torch.equal(others, x):
             return {r.site for r in p.records}  # nothing to tell by
         records, currents = {r.site: r for r in p.records}, {}
-        sites = [Replay(name, records, currents) for name, _ in spiking_layers(self.model)]
-        with torch.no_grad(), self._traceless(), bind_sites(self.model, sites, lengths):
+        sites = [Replay(name, records, currents) for name, _ in self.layers]
+        with torch.no_grad(), self._traceless(), bind_sites(self.model, sites, lengths, self.layers):
             model_outputs(self.model, others, self.by_step)
         return {r.site for r in p.records if not torch.equal(currents[r.site], r.current)}
 
@@ -126,6 +133,21 @@ class Forward:
             yield
 
 
+def measure_levels(model: nn.Module, layers: Layers, level: NoiseLevel, run: Callable[[], Any]) -> int:
+    """Runs passes until the level of noise is known in all layers that run by themselves; returns how many it took."""
+    names = [site for site, neuron in layers if not isinstance(neuron, SpikingNeuron)]
+    level.currents.update({site: neuron.noise for site, neuron in layers if isinstance(neuron, BlackBox)})
+    passes = 0
+    while unknown := [site for site in names if not level.knows(site)]:
+        known = len(level.starts)
+        with keep_traces(model), torch.no_grad():
+            run()
+        passes += 1
+        if len(level.starts) == known:
+            level.idle.update(unknown)  # they do not run
+    return passes
+
+
 def generator_state() -> tuple[Tensor, Tensor | None]:
     """State of torch's global generators, on the CPU and on the current CUDA device."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -140,7 +162,8 @@ def set_generator_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 @contextmanager
 def keep_traces(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside leave neither running statistics nor the generators changed."""
+    """Forward passes inside leave neither running statistics, nor what modules of the user's own classes keep, nor the
+    generators changed."""
     norms = [m for m in coupled_modules(model) if isinstance(m, _BatchNorm)]
     kept = [dict(norm._buffers) for norm in norms]
     state = generator_state()
@@ -148,7 +171,10 @@ def keep_traces(model: nn.Module) -> Iterator[None]:
         for norm, buffers in zip(norms, kept, strict=True):
             # clones: an earlier pass's graph may still hold the originals
             norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-        yield
+        with ExitStack() as stack:
+            for module in own_modules(model):
+                stack.enter_context(copies_of_state(module))
+            yield
     finally:
         set_generator_state(state)
         for norm, buffers in zip(norms, kept, strict=True):
@@ -158,7 +184,8 @@ def keep_traces(model: nn.Module) -> Iterator[None]:
 def runs_by_step(model: nn.Module, x: Tensor) -> bool:
     """Whether the model takes one time step [B, ...] a call: its layers, which run so, do not fire len(x) times when it
     is called with a sequence x [T, B, ...], or it cannot be."""
-    if all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
+    layers = spiking_layers(model)
+    if layers and all(isinstance(neuron, SpikingNeuron) for _, neuron in layers):
         return False
     x = x[:, :2] if len(x) > 1 else x[:, :2].repeat(2, *[1] * (x.ndim - 1))  # a single step would tell nothing
     try:

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.maps import Shared
+from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import DEFAULT_COPIES, ULR
+from ulr_snn.estimator import DEFAULT_COPIES, ULR, observed
 from ulr_snn.losses import Loss, resolve
 from ulr_snn.noise import NoiseLevel
 from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces, runs_by_step
+from ulr_snn.records import CurrentRecord, Record
+from ulr_snn.sites import check_layers, own_modules
 from ulr_snn.structure import Structure
+from ulr_snn.weights import SOURCE, check_names
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,16 @@ def plan(
     x, targets, lengths = (*(torch.as_tensor(item).to(device) for item in example_batch), None)[:3]
     x = as_sequence(x, targets, lengths, time_first, model)
     level = NoiseLevel(estimator.firing, progress=0.0)
+    check_names(model, estimator.noise)
     with keep_traces(model):
-        forward = Forward(model, level, seed=0, step=0, antithetic=False, by_step=runs_by_step(model, x))
+        by_step = runs_by_step(model, x)
+        left_alone: list[str] = []
+        layers = find_layers(model, x, by_step, estimator.noise, left_alone)
+        check_layers(model, layers, [*own_modules(model), *estimator.noise])
+        forward = Forward(model, level, seed=0, step=0, antithetic=False, by_step=by_step, layers=layers)
         p = forward.run(x, targets, lengths, resolve(loss), [0])
-        structure = Structure.of(
-            model,
-            p,
-            estimator.credit,
-            estimator.time_functions,
-            lambda: forward.driven_by_events(x, lengths, p),
-        )
+        structure = observed(forward, p, estimator, x, targets, lengths, resolve(loss))
+        check_layers(model, layers, structure.weights)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()
@@ -72,11 +76,11 @@ def plan(
     sites = [(r.site, _noise(estimator, r, level), _credit(structure, r.site)) for r in p.records]
     return Plan(
         structure.credit,
-        estimator.copies or DEFAULT_COPIES[structure.credit],
+        max(estimator.copies or DEFAULT_COPIES[structure.credit], 2 if structure.weights else 1),
         rows,
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
-        _notes(model, structure, estimator),
+        left_alone + _notes(model, structure, estimator),
     )
 
 
@@ -85,10 +89,19 @@ def _source(structure: Structure, sources: list[str] | None) -> str:
         return "frozen (requires_grad is False)"
     if not sources:
         return "none"
+    if sources == [SOURCE]:
+        return "weight noise: loss minus baseline, times the score"
     return " + ".join("exact, through the outputs" if s == "outputs" else f"credit at site {s}" for s in sources)
 
 
-def _noise(estimator: ULR, record, level: NoiseLevel) -> str:
+def _noise(estimator: ULR, record: Record, level: NoiseLevel) -> str:
+    if isinstance(record, CurrentRecord):
+        noise = record.neuron.noise
+        spread = "of its spread in the first batch"
+        calls = "all steps in one call" if record.neuron.whole else "a step a call"
+        return f"gaussian on its current, {calls}, " + (
+            f"scale {noise.scale:g}" if noise.scale is not None else f"{noise.start:.2f} -> {noise.end:.2f} {spread}"
+        )
     law = type(estimator.firing).__name__.lower()
     if estimator.firing.scale is not None:
         return f"{law}, scale {estimator.firing.scale:g}"
@@ -98,7 +111,8 @@ def _noise(estimator: ULR, record, level: NoiseLevel) -> str:
 def _credit(structure: Structure, site: str) -> str:
     if structure.credit == "global":
         return "loss minus baseline, times the score"
-    parts = ["direct"] * (site in structure.direct)
+    parts = ["learned response"] * (site in structure.responding)
+    parts += ["direct"] * (site in structure.direct)
     for target, path in structure.feeds[site].items():
         parts.append(f"learned from layer {target}" + ", one kernel for all positions" * isinstance(path, Shared))
     parts += ["learned from its recurrent current"] * (site in structure.recurrent)
@@ -110,7 +124,7 @@ def _credit(structure: Structure, site: str) -> str:
 def _why(structure: Structure) -> str:
     if not structure.differentiable:
         return "the loss has no gradient, and no spiking layer comes after it; end the model in a spiking layer"
-    return "neither the outputs nor a spiking layer depend on it differentiably; freeze it or use it"
+    return "nothing depends on it, or noise on it was ruled out; freeze it or use it"
 
 
 def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:

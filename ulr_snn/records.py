@@ -69,3 +69,27 @@ class Record:
     def score(self) -> Tensor:
         """δ = ∂ log P(s) / ∂x."""
         return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
+
+
+@dataclass
+class CurrentRecord(Record):
+    """What a pass leaves at a site with Gaussian noise on the input current: x = J / scale [T, B, ...], noise z of the
+    same shape, and what the module gave for J + scale z in the place of spikes, [T, B, ...] of any shape. Everything
+    is as of a site that draws z: its innovation is z, its score z, and the prediction a is that of ∂L/∂z."""
+
+    z: Tensor | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each output depends on the current of its own place alone."""
+        return self.neuron.elementwise and self.spikes.shape == self.x.shape
+
+    def innovation(self) -> Tensor:
+        return self._on_own_steps(self.z)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        return self._on_own_steps(torch.ones_like(self.z))
+
+    def score(self) -> Tensor:
+        return self._on_own_steps(self.z)

@@ -1,6 +1,6 @@
 """Firing sites: find them in a model, bind them, let them go again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import LIBRARIES, StepNeuron, adapt, fresh_memories
+from ulr_snn.adapters import LIBRARIES, BlackBox, StepNeuron, adapt, fresh_memories
+from ulr_snn.currents import CurrentSite
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
@@ -73,6 +74,15 @@ class Replay:
     def begin(self, current: Tensor) -> None:
         self.inputs.append(current.detach())
 
+    def disturb(self, current: Tensor) -> Tensor:
+        self.begin(current)
+        return current.detach()
+
+    def release(self, spikes: Tensor) -> Tensor:
+        fired = self.fire(spikes)
+        self.end([])
+        return fired
+
     def fire(self, drive: Tensor) -> Tensor:
         record = self.records[self.name]
         self.last = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
@@ -98,39 +108,76 @@ def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> floa
         return own_spread(neuron.run(current, heaviside)[1] + neuron.threshold, mask)
 
 
-def spiking_layers(model: nn.Module) -> list[tuple[str, SpikingNeuron | StepNeuron]]:
-    """The model's spiking layers by name, in module order. Raises UsageError where there is none, and for one of
-    another library that cannot be trained."""
-    found: list[tuple[str, SpikingNeuron | StepNeuron]] = []
+KNOWN = ("torch", "ulr_snn", *LIBRARIES)  # packages whose modules either fire as is known, or do not
+
+Layers = list[tuple[str, SpikingNeuron | StepNeuron]]
+
+
+def spiking_layers(model: nn.Module, boxes: Mapping[str, BlackBox] | None = None) -> Layers:
+    """The model's spiking layers by name, in module order, black boxes among them, what is inside those left out.
+    Raises UsageError for a layer of another library that cannot be trained."""
+    boxes = boxes or {}
+    found: Layers = []
     for name, module in model.named_modules():
-        neuron = module if isinstance(module, SpikingNeuron) else adapt(module, name or "model")
+        if any(name.startswith(f"{box}.") for box in boxes):
+            continue
+        neuron = boxes.get(name)
+        if neuron is None:
+            neuron = module if isinstance(module, SpikingNeuron) else adapt(module, name or "model")
         if neuron is not None:
             found.append((name or "model", neuron))
-    if not found:
-        raise UsageError(
-            f"{type(model).__name__} has no spiking layer that ulr_snn knows; use ulr_snn.LIF, ulr_snn.RecurrentLIF, "
-            f"or a layer of {', '.join(LIBRARIES)}"
-        )
     return found
+
+
+def own_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of the user's own classes: of no known library."""
+    return [m for m in model.modules() if type(m).__module__.partition(".")[0] not in KNOWN]
+
+
+def unknown(model: nn.Module) -> list[str]:
+    """Names of the modules inside a model that are of the user's own classes, and hold no known spiking layer."""
+    own = {id(module) for module in own_modules(model)}
+    spiking = [name for name, _ in spiking_layers(model)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and id(module) in own and not any(site == name or site.startswith(f"{name}.") for site in spiking)
+    ]
+
+
+def check_layers(model: nn.Module, layers: Layers, others: Collection[str] = ()) -> None:
+    """Raises UsageError where nothing gets noise: neither layers nor others, parameters."""
+    if not layers and not others:
+        raise UsageError(
+            f"{type(model).__name__} has no spiking layer that ulr_snn knows, and no module that cuts the graph; use "
+            f"ulr_snn.LIF, ulr_snn.RecurrentLIF, or a layer of {', '.join(LIBRARIES)}"
+        )
 
 
 @contextmanager
 def bind(
-    model: nn.Module, level: NoiseLevel, noise: Noise | None = None, lengths: Tensor | None = None, steps: int = 0
+    model: nn.Module,
+    level: NoiseLevel,
+    noise: Noise | None = None,
+    lengths: Tensor | None = None,
+    steps: int = 0,
+    layers: Layers | None = None,
 ) -> Iterator[list[Record]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
     the list that their records go to; it stays empty as long as a layer is measured (see `StepSite`).
 
-    steps: of the events, for layers that run step by step.
+    steps: of the events, for layers that run step by step. layers: those of the model, where they are known.
     """
     records: list[Any] = []
-    sites = [
-        Site(name, index, level, noise, records)
-        if isinstance(neuron, SpikingNeuron)
-        else StepSite(name, index, level, noise, records, neuron, steps, lengths)
-        for index, (name, neuron) in enumerate(spiking_layers(model))
-    ]
-    with bind_sites(model, sites, lengths):
+    layers = spiking_layers(model) if layers is None else layers
+    sites = []
+    for index, (name, neuron) in enumerate(layers):
+        if isinstance(neuron, SpikingNeuron):
+            sites.append(Site(name, index, level, noise, records))
+        else:
+            kind = CurrentSite if isinstance(neuron, BlackBox) else StepSite
+            sites.append(kind(name, index, level, noise, records, neuron, steps, lengths))
+    with bind_sites(model, sites, lengths, layers):
         yield records
     stepwise = [site for site in sites if isinstance(site, StepSite)]
     measured = [i for i, site in enumerate(records) if isinstance(site, StepSite) and site.measured]
@@ -147,22 +194,25 @@ def bind(
 
 
 @contextmanager
-def bind_sites(model: nn.Module, sites: Sequence[Any], lengths: Tensor | None) -> Iterator[None]:
+def bind_sites(
+    model: nn.Module, sites: Sequence[Any], lengths: Tensor | None, layers: Layers | None = None
+) -> Iterator[None]:
     """For a while, gives each spiking layer its site, one with `fire_sequence(neuron, current)` or an
     `adapters.Step`, and lets go again."""
-    layers = [neuron for _, neuron in spiking_layers(model)]
+    layers = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
     modules = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for neuron in layers]
-    if any(module.__dict__.get("site") is not None for module in modules):
+    places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in layers]
+    if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
         raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
     with ExitStack() as stack:
         stack.enter_context(fresh_memories(model))
-        for neuron, module, site in zip(layers, modules, sites, strict=True):
+        for neuron, module, place, site in zip(layers, modules, places, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))
             if site is not None:
-                module.__dict__["site"] = site
-                stack.callback(module.__dict__.pop, "site", None)
+                module.__dict__[place] = site
+                stack.callback(module.__dict__.pop, place, None)
         for module in timed:
             module.lengths = lengths
             stack.callback(module.__dict__.pop, "lengths", None)

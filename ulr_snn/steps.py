@@ -43,8 +43,7 @@ class StepSite:
                 raise UsageError(f"{self.name} did not run in the first step; a layer runs in every step or in none")
             self.measured = not self.level.knows(self.name)
             if not self.measured:
-                self._scale = self.level.scale(self.name, self.neuron.threshold, None)
-                self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps)
+                self._start()
             self.records.append(self)  # its place in the order of execution; `bind` puts the record there
         if self.calls >= self.steps:
             raise UsageError(
@@ -53,6 +52,10 @@ class StepSite:
             )
         if self.noise is not None and not self.measured:
             self.trace.inputs.append(current)
+
+    def _start(self) -> None:
+        self._scale = self.level.scale(self.name, self.neuron.threshold, None)
+        self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps)
 
     def fire(self, drive: Tensor) -> Tensor:
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
@@ -88,9 +91,13 @@ class StepSite:
                 f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step"
             )
         if self.measured:
-            membranes = self._joined(self.trace.x) + self.neuron.threshold.detach()
-            spread = partial(own_spread, membranes, self._mask(membranes))
-            self.level.scale(self.name, self.neuron.threshold, spread)
+            self.measure()
+
+    def measure(self) -> None:
+        """Sets the level at which the noise begins."""
+        membranes = self._joined(self.trace.x) + self.neuron.threshold.detach()
+        spread = partial(own_spread, membranes, self._mask(membranes))
+        self.level.scale(self.name, self.neuron.threshold, spread)
 
     def record(self) -> Record:
         """The record of the pass."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from ulr_snn.credit.feedback import ENTRIES, time_basis
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
 from ulr_snn.graph import leaves
+from ulr_snn.noise import WeightNoise
 from ulr_snn.passes import Pass
-from ulr_snn.records import Record
+from ulr_snn.records import CurrentRecord, Record
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Structure:
     events otherwise than by spikes, so that only differences between copies tell what spikes do. recurrent: per site
     with a recurrent current, the path of its spikes to it. from_outputs: sites with learned feedback from the outputs:
     those that feed a layer at other time steps or one too wide for a matrix between the two (or are themselves, and
-    recurrent), and those that act on the outputs only through something that is not differentiable.
+    recurrent), those that act on the outputs only through something that is not differentiable, and black boxes whose
+    outputs do not belong to inputs one by one.
     """
 
     credit: str
@@ -36,6 +38,9 @@ class Structure:
     output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
     parameters: dict[str, list[str]]  # parameter -> "outputs" and sites that its gradient comes from
     differentiable: bool  # whether the loss has a gradient in the outputs
+    responding: set[str]  # black boxes with a learned response
+    driven: set[str] | None  # sites that see the events otherwise than by spikes; None where it does not matter
+    weights: dict[str, WeightNoise] = field(default_factory=dict)  # parameters with noise of their own
 
     @property
     def needs_pairs(self) -> bool:
@@ -70,7 +75,8 @@ class Structure:
         direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
         feeds, recurrent, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, {}, [])
         fed = {target for paths in feeds.values() for target in paths}
-        paired = fed & driven_by_events() if fed else set()
+        driven = driven_by_events() if fed else None
+        paired = fed & driven if fed else set()
         parameters = {
             name: [source for source, ids in reached.items() if id(q) in ids]
             for name, q in model.named_parameters()
@@ -81,7 +87,10 @@ class Structure:
             functions = 1
             if p.error is not None and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max():
                 functions = time_functions
-        return cls(credit, direct, feeds, paired, recurrent, from_outputs, functions, parameters, p.error is not None)
+        differentiable = p.error is not None
+        responding = {r.site for r in p.records if isinstance(r, CurrentRecord) and r.elementwise}
+        found = (direct, feeds, paired, recurrent, from_outputs, functions, parameters, differentiable, responding)
+        return cls(credit, *found, driven)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
@@ -104,7 +113,8 @@ def learned_paths(
     from_outputs = []
     for r in p.records:
         targets = [t for t in p.records if t is not r and reaches(r, reached[t.site])]
-        in_step = [target for target in targets if feeds_in_step(r, target)]
+        mixed = isinstance(r, CurrentRecord) and not r.elementwise  # what its inputs do to its outputs is not learned
+        in_step = [] if mixed else [target for target in targets if feeds_in_step(r, target)]
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
         leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
@@ -113,7 +123,7 @@ def learned_paths(
             if math.prod(path.size) <= ENTRIES:
                 recurrent[r.site] = path
         too_wide = len(feeds[r.site]) < len(targets) or (r.fed_back is not None and r.site not in recurrent)
-        if too_wide or leads_nowhere:
+        if too_wide or leads_nowhere or mixed:
             from_outputs.append(r.site)
     return feeds, recurrent, from_outputs
 

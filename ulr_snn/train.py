@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Estimate
 from ulr_snn.losses import Loss, resolve, total
 from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
+from ulr_snn.passes import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
-from ulr_snn.sites import bind
+from ulr_snn.sites import Layers, bind, check_layers, own_modules, spiking_layers
 
 DEFAULT_LR = 1e-2
 LR_WARM_UP = 0.1  # of the steps, in the cosine schedule
@@ -254,13 +255,16 @@ def evaluate(
     per_sample = resolve(loss)
     model.to(device)
     tally = Tally()
-    by_step: bool | None = None
+    estimator = estimator or ULR()
+    runner: Runner | None = None
     with mode_of(model, training=False):
         for step, batch in enumerate(loader):
             x, targets, lengths = unpack(batch, device)
             x = as_sequence(x, targets, lengths, time_first, model)
-            by_step = runs_by_step(model, x) if by_step is None else by_step
-            outputs = averaged_outputs(model, x, lengths, mode, copies, estimator or ULR(), seed, step, by_step)
+            if runner is None:
+                check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
+                runner = Runner.of(model, x, estimator)
+            outputs = runner.outputs(x, lengths, step, copies if mode == "stochastic" else 0, seed)
             mask = output_mask(lengths, outputs)
             tally.add(per_sample(outputs, targets, mask), total(outputs, mask), targets)
     if not tally.samples:
@@ -280,29 +284,37 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def averaged_outputs(
-    model: nn.Module,
-    x: Tensor,
-    lengths: Tensor | None,
-    mode: str,
-    copies: int,
-    estimator: ULR,
-    seed: int,
-    step: int,
-    by_step: bool,
-) -> Tensor:
-    """The model's outputs, mean over copies."""
-    outputs = None
-    for copy in range(copies):
-        noise = None
-        if mode == "stochastic":
-            sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-            noise = Noise(seed, step, sample, torch.full_like(sample, copy))
-        with bind(model, NoiseLevel(estimator.firing), noise, lengths, len(x)):
-            once = model_outputs(model, x, by_step)
-        check_outputs(once, x.shape[0], x.shape[1])
-        outputs = once if outputs is None else outputs + once
-    return outputs / copies
+@dataclass
+class Runner:
+    """Runs a model as it stands, or with noise at the level of the end of training."""
+
+    model: nn.Module
+    by_step: bool
+    layers: Layers
+    level: NoiseLevel
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor, estimator: ULR) -> "Runner":
+        by_step = runs_by_step(model, x)
+        return cls(model, by_step, find_layers(model, x, by_step, estimator.noise), NoiseLevel(estimator.firing))
+
+    def outputs(self, x: Tensor, lengths: Tensor | None, step: int, copies: int, seed: int) -> Tensor:
+        """The model's outputs, mean over copies; of deterministic firing where copies is 0."""
+        outputs = None
+        for copy in range(max(copies, 1)):
+            noise = None
+            if copies:
+                sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+                noise = Noise(seed, step, sample, torch.full_like(sample, copy))
+                measure_levels(self.model, self.layers, self.level, lambda n=noise: self._run(x, lengths, n))
+            once = self._run(x, lengths, noise)
+            check_outputs(once, x.shape[0], x.shape[1])
+            outputs = once if outputs is None else outputs + once
+        return outputs / max(copies, 1)
+
+    def _run(self, x: Tensor, lengths: Tensor | None, noise: Noise | None) -> Tensor:
+        with bind(self.model, self.level, noise, lengths, len(x), self.layers):
+            return model_outputs(self.model, x, self.by_step)
 
 
 @dataclass

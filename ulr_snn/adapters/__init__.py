@@ -8,6 +8,7 @@ from importlib import import_module
 from torch import nn
 
 from ulr_snn.adapters.base import Step, StepNeuron
+from ulr_snn.adapters.blackbox import BlackBox, copies_of_state, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
 
 LIBRARIES = ("snntorch", "norse", "spikingjelly")
@@ -44,4 +45,16 @@ def fresh_memories(model: nn.Module) -> Iterator[None]:
             module._memories.update(memories)
 
 
-__all__ = ["LIBRARIES", "Step", "StepNeuron", "adapt", "fresh_memories"]
+__all__ = [
+    "LIBRARIES",
+    "BlackBox",
+    "Step",
+    "StepNeuron",
+    "adapt",
+    "copies_of_state",
+    "current_of",
+    "detached",
+    "fresh_memories",
+    "replaced",
+    "with_current",
+]

@@ -15,7 +15,7 @@ from ulr_snn.records import Record
 
 def direct_credit(outputs: Tensor, error: Tensor, records: Sequence[Record]) -> list[Tensor | None]:
     """a = (∂outputs/∂spikes)^T error of each record's spikes, [T, B, ...]; None where the outputs do not reach them."""
-    if not outputs.requires_grad:
+    if not records or not outputs.requires_grad:
         return [None] * len(records)
     leaves = [leaf for record in records for leaf in record.leaves]
     found = iter(torch.autograd.grad(outputs, leaves, error, retain_graph=True, allow_unused=True))

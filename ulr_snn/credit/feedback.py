@@ -17,11 +17,13 @@ layers    a_it = (C g_t)_i,     g_t = ∂L/∂J_t, J the input current of a laye
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ulr_snn.credit.maps import Path
+from ulr_snn.credit.response import learned
 
 PRODUCTS = 1 << 28  # multiply-adds that a step may spend on learning the feedback between two layers
 RIDGE = 1e-3  # of the mean eigenvalue
@@ -49,23 +51,25 @@ def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
 class Feedback:
     """The feedback matrices; each is created at zero when it is first refreshed.
 
-    outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. functions: R, smooth functions of
-    time. rate: bounds the step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below
-    what it explains. It also stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
+    outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. responses[site]: D of a black box
+    (response.py), and the passes that it was learned from. functions: R, smooth functions of time. rate: bounds the
+    step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below what it explains. It also
+    stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
     """
 
     def __init__(self, functions: int, rate: float) -> None:
         self.functions, self.rate = functions, rate
         self.outputs: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
+        self.responses: dict[str, tuple[Tensor, int]] = {}
 
-    def from_outputs(self, site: str, spikes: Tensor, error: Tensor) -> Tensor | None:
-        """a [T, B, ...] in the shape of `spikes`, from errors e [B, O]; None before the first refresh."""
+    def from_outputs(self, site: str, drawn: Tensor, error: Tensor) -> Tensor | None:
+        """a [T, B, ...] in the shape of what the site draws, from errors e [B, O]; None before the first refresh."""
         if site not in self.outputs:
             return None
-        basis = time_basis(self.functions, len(spikes), spikes)
+        basis = time_basis(self.functions, len(drawn), drawn)
         spread = torch.einsum("rno,bo->rbn", self.outputs[site], error)
-        return torch.einsum("rt,rbn->tbn", basis, spread).view(spikes.shape)
+        return torch.einsum("rt,rbn->tbn", basis, spread).view(drawn.shape)
 
     def from_layer(self, name: str, path: Path, currents: Tensor) -> Tensor | None:
         """a [T, B, *source] from ∂L/∂J [T, B, *target] of the layer they feed; None before the first refresh."""
@@ -133,11 +137,19 @@ class Feedback:
         last, before = (path.results(rows)[known:].square().sum() for rows in (left, change))
         return float(last / before) if before > 0 else 0.0
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
-        return dict(zip(("outputs", "layers"), copies, strict=True))
+    def learn_response(self, site: str, spikes: Tensor, z: Tensor, valid: Tensor) -> None:
+        """One more pass for D: see `response.learned`."""
+        kernel, passes = self.responses.get(site, (None, 0))
+        self.responses[site] = learned(kernel, passes, spikes, z, valid), passes + 1
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]], device: torch.device) -> None:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
+        responses = {site: (kernel.clone(), passes) for site, (kernel, passes) in self.responses.items()}
+        return dict(zip(("outputs", "layers"), copies, strict=True)) | {"responses": responses}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
+        found = state["responses"].items()
+        self.responses = {site: (kernel.clone().to(device), passes) for site, (kernel, passes) in found}
         self.outputs = {name: matrix.clone().to(device) for name, matrix in state["outputs"].items()}
         self.layers = {name: matrix.clone().to(device) for name, matrix in state["layers"].items()}
 

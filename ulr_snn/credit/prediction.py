@@ -11,8 +11,9 @@ from ulr_snn.credit.direct import direct_credit, direct_effect
 from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, UNEXPLAINED, Feedback, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
+from ulr_snn.credit.response import Response
 from ulr_snn.passes import Pass
-from ulr_snn.records import Record
+from ulr_snn.records import CurrentRecord, Record
 from ulr_snn.scan import shift
 from ulr_snn.structure import Structure
 
@@ -33,17 +34,20 @@ class Prediction:
         currents: dict[str, Tensor] = {}  # ∂L/∂J of the layers done so far
         predictions: list[Tensor | None] = []
         for record, a in zip(reversed(p.records), reversed(direct), strict=True):
-            learned = []
-            if record.site in self.structure.from_outputs:
-                learned.append(self.feedback.from_outputs(record.site, record.spikes, error))
             for target, path in self.structure.feeds[record.site].items():
                 if target in currents:
-                    learned.append(self.feedback.from_layer(edge(record.site, target), path, currents[target]))
-            for part in learned:
-                if part is not None:
-                    a = part if a is None else a + part
-            if a is not None:
-                a, currents[record.site] = self._recurrence(record).credit(a)
+                    a = added(a, self.feedback.from_layer(edge(record.site, target), path, currents[target]))
+            from_outputs = None
+            if record.site in self.structure.from_outputs:
+                from_outputs = self.feedback.from_outputs(record.site, record.x.detach(), error)
+            if isinstance(record, CurrentRecord):
+                a = added(self._response(record).credit(a), from_outputs)
+                if a is not None:
+                    currents[record.site] = a / record.scale
+            else:
+                a = added(a, from_outputs)
+                if a is not None:
+                    a, currents[record.site] = self._recurrence(record).credit(a)
             predictions.append(a)
         return predictions[::-1]
 
@@ -65,6 +69,9 @@ class Prediction:
                 if left > UNEXPLAINED:  # weights that differ from place to place: what is shared cannot learn them
                     for name in sources:
                         structure.feeds[name][target] = structure.feeds[name][target].unshared(ENTRIES)
+            if isinstance(records[0], CurrentRecord) and records[0].elementwise:
+                z = torch.cat([r.innovation() for r in records], 1)
+                self.feedback.learn_response(target, deviations(torch.cat(spikes[target], 1), valid), z, valid)
             if target in structure.recurrent:
                 paths = {edge(target, target): structure.recurrent[target]}
                 across = partial(contrast, batch=batch, valid=valid, paired=False)
@@ -91,26 +98,35 @@ class Prediction:
 
     def _unexplained(self, p: Pass, innovations: list[Tensor]) -> Tensor:
         """Outputs [rows, O] less what the credit in use says that the pass's innovations did to them."""
-        responses = self._responses(p, innovations)
-        direct = direct_effect(p.outputs, p.records, responses)
-        left = self.structure.summarise(p.outputs.detach() - direct)
-        for record, response in zip(p.records, responses, strict=True):
+        moved, spikes = self._responses(p, innovations)
+        left = self.structure.summarise(p.outputs.detach() - direct_effect(p.outputs, p.records, spikes))
+        for record, change in zip(p.records, moved, strict=True):
             if record.site in self.feedback.outputs:
-                left = left - self.feedback.to_outputs(record.site, response)
+                left = left - self.feedback.to_outputs(record.site, change)
         return left
 
-    def _responses(self, p: Pass, innovations: list[Tensor]) -> list[Tensor]:
-        """Innovations with what they do to later spikes, by way of resets, of recurrent weights and of the layers they
-        feed: the same linear map as `credit`, forwards."""
+    def _response(self, record: CurrentRecord) -> Response:
+        kernel = self.feedback.responses.get(record.site, (None, 0))[0]
+        return Response(record, kernel if record.elementwise else None)
+
+    def _responses(self, p: Pass, innovations: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Innovations with what they do to what is drawn later, by way of resets, of recurrent weights and of the
+        layers they feed, and what that does to spikes: the same linear map as `credit`, forwards."""
         arriving: dict[str, Tensor] = {}  # changes of input currents
-        responses = []
+        moved, spikes = [], []
         for record, e in zip(p.records, innovations, strict=True):
-            responses.append(self._recurrence(record).response(e, arriving.get(record.site)))
+            change = arriving.get(record.site)
+            if isinstance(record, CurrentRecord):
+                moved.append(e if change is None else e + change / record.scale)
+                spikes.append(self._response(record).response(moved[-1]))
+            else:
+                moved.append(self._recurrence(record).response(e, change))
+                spikes.append(moved[-1])
             for target, path in self.structure.feeds[record.site].items():
-                change = self.feedback.to_layer(edge(record.site, target), path, responses[-1])
+                change = self.feedback.to_layer(edge(record.site, target), path, spikes[-1])
                 if change is not None:
                     arriving[target] = arriving.get(target, 0) + change
-        return responses
+        return moved, spikes
 
     def _recurrence(self, record: Record) -> Recurrence | StepRecurrence:
         if record.trace is not None:
@@ -128,6 +144,11 @@ class Prediction:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         picked = rows[torch.randperm(len(rows), generator=generator)[:count].sort().values.to(rows.device)]
         return lambda sequence: sequence[picked % len(valid), picked // len(valid)]
+
+
+def added(a: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Their sum, where there are both; else the one that there is."""
+    return part if a is None else a if part is None else a + part
 
 
 def affordable_rows(path: Path, budget: int) -> int:

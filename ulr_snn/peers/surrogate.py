@@ -19,7 +19,7 @@ from ulr_snn.losses import Loss, resolve
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
 from ulr_snn.scan.reference import shift
-from ulr_snn.sites import bind_sites, spiking_layers
+from ulr_snn.sites import bind_sites, check_layers, spiking_layers
 
 
 def atan_slope(drive: Tensor, a: float) -> Tensor:
@@ -156,6 +156,7 @@ class SurrogateAttachment:
 
     def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: str | Loss, time_first: bool = True) -> None:
         layers = spiking_layers(model)
+        check_layers(model, layers)
         self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
         for name, neuron in layers:
             if not (self.theirs or isinstance(neuron, LIF)):

@@ -1,0 +1,132 @@
+"""A module that nobody knows: noise on its input current is all that is asked of it."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ulr_snn.adapters.base import StepNeuron
+from ulr_snn.noise import CurrentNoise
+
+SHARED = (nn.Module, nn.Parameter, type, FunctionType, MethodType, BuiltinFunctionType, partial, torch.Generator)
+
+
+class BlackBox(StepNeuron):
+    """A module whose first floating-point tensor argument is the current, and whose first output tensor stands for the
+    spikes.
+
+    whole: it runs all time steps in one call. elementwise: each output depends on the input of its own place alone. Its
+    own code runs without a graph, on detached tensors, so that it may leave PyTorch. While it is bound its attributes
+    are copies, as far as they can be copied: whatever it keeps, every pass starts alike.
+    """
+
+    def __init__(self, module: nn.Module, noise: CurrentNoise, whole: bool, elementwise: bool = True) -> None:
+        super().__init__(module)
+        self.noise, self.whole, self.elementwise = noise, whole, elementwise
+
+    @property
+    def threshold(self) -> Tensor:
+        return torch.ones(())
+
+    def patches(self, site: Any) -> dict[str, Any]:
+        own = self.module.forward
+
+        def forward(*arguments: Any, **named: Any) -> Any:
+            current = current_of(arguments, named)
+            if current is None:
+                return own(*arguments, **named)
+            arguments, named = with_current(site.disturb(current), arguments, named)
+            with torch.no_grad():
+                result = own(*map(detached, arguments), **{name: detached(item) for name, item in named.items()})
+            return replaced(result, site.release)[0]
+
+        return {"forward": forward}
+
+    @contextmanager
+    def bound(self, site: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for inner in self.module.modules():
+                stack.enter_context(copies_of_state(inner))
+            stack.enter_context(super().bound(site))
+            yield
+
+
+@contextmanager
+def copies_of_state(module: nn.Module) -> Iterator[None]:
+    """For a while, all that a module keeps is a copy, other than its parameters, modules and functions, and what cannot
+    be copied. Batch norm keeps its statistics."""
+    if isinstance(module, _BatchNorm):
+        yield
+        return
+    attributes, buffers = module.__dict__, module._buffers
+    kept, kept_buffers = dict(attributes), dict(buffers)
+    try:
+        for name, value in kept.items():
+            if name not in nn.Module().__dict__:
+                attributes[name] = copied(value)
+        buffers.update({name: None if b is None else b.clone() for name, b in kept_buffers.items()})
+        yield
+    finally:
+        attributes.clear()
+        attributes.update(kept)
+        buffers.clear()
+        buffers.update(kept_buffers)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a module's state; modules, parameters and functions in it stay the same."""
+    if isinstance(value, SHARED):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, numpy.ndarray):
+        return value.copy()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(copied, value))
+    if type(value) in (list, tuple, set):
+        return type(value)(map(copied, value))
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a handle, a lock: it stays what it is
+        return value
+
+
+def current_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among the arguments of a call."""
+    return next((a for a in (*arguments, *named.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
+
+
+def with_current(
+    current: Tensor, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another current."""
+    before = current_of(arguments, named)
+    swap = lambda item: current if item is before else item  # noqa: E731
+    return tuple(map(swap, arguments)), {name: swap(item) for name, item in named.items()}
+
+
+def detached(item: Any) -> Any:
+    return item.detach() if isinstance(item, Tensor) else item
+
+
+def replaced(result: Any, release: Callable[[Tensor], Tensor]) -> tuple[Any, bool]:
+    """The result of a call with its first tensor released, and all else as it is; whether there is one."""
+    if isinstance(result, Tensor):
+        return release(result), True
+    items = list(result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else [])
+    for index, item in enumerate(items):
+        items[index], found = replaced(item, release)
+        if found:
+            if isinstance(result, dict):
+                return dict(zip(result, items, strict=True)), True
+            return (type(result)(*items) if hasattr(result, "_fields") else type(result)(items)), True
+    return result, False
