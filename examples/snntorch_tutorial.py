@@ -53,7 +53,7 @@ def main(epochs: int = 5) -> float:
     train_set, test_set = recordings()
     model = network()
     loader, val = ulr_snn.data.loader(train_set, shuffle=True), ulr_snn.data.loader(test_set)
-    result = ulr_snn.train(model, loader, epochs, val_loader=val, lr=1e-3)  # spiking outputs: 1e-2 silences them
+    result = ulr_snn.train(model, loader, epochs, val_loader=val)
     print(f"test accuracy {result.metrics['test_accuracy']:.1%}")
     return result.metrics["test_accuracy"]
 

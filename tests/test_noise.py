@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.statistics import chi_square, compare_means, frequency, uncorrelated
-from ulr_snn import LIF, ULR, Gaussian, Logistic, attach
+from ulr_snn import LIF, ULR, Gaussian, Logistic, TimeAverage, attach
 from ulr_snn.noise import LEVELS, Noise, NoiseLevel
 
 FIRING = [Logistic(), Gaussian()]
@@ -342,6 +342,7 @@ def test_attach_anneals_over_its_steps(total, monkeypatch):
         return scales[-1]
 
     monkeypatch.setattr(NoiseLevel, "scale", scale)
+    monkeypatch.setattr(NoiseLevel, "widen", lambda self, *arguments: None)  # see the next test
     net = Membranes(THRESHOLD)
     with attach(net.model, CALIBRATED, lambda o, y: o.sum((0, 2)), total_steps=total) as ulr:
         for _ in range(7):
@@ -350,6 +351,38 @@ def test_attach_anneals_over_its_steps(total, monkeypatch):
     progress = [0.5] * 7 if total is None else [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     expected = [THRESHOLD * start ** (1 - p) * end**p for p in progress]
     assert [float(s) for s in scales] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_start_of_a_layer_that_began_at_rest_follows_its_membranes():
+    level, threshold = NoiseLevel(CALIBRATED.firing, progress=0.05), torch.tensor(2.0)
+    level.scale("a", threshold, lambda: 0.1)
+    level.scale("b", threshold, lambda: 1.6)
+    assert level.starts == {"a": LOW, "b": start_of(0.8)} and level.resting == {"a"}
+    level.widen("a", threshold, lambda: 2.0)
+    assert level.starts["a"] == pytest.approx(start_of(1.0))
+    level.widen("a", threshold, lambda: 0.1)  # never back
+    assert level.starts["a"] == pytest.approx(start_of(1.0))
+    level.progress = 0.11
+    level.widen("a", threshold, lambda: 50.0)
+    assert level.starts["a"] == pytest.approx(start_of(1.0))
+    level.progress = 0.1
+    level.widen("a", threshold, lambda: 50.0)  # up to the threshold
+    level.widen("b", threshold, lambda: 50.0)
+    assert level.starts == {"a": 1.0, "b": start_of(0.8)}
+
+
+def test_training_widens_the_start_of_a_layer_that_it_throws_about():
+    torch.manual_seed(0)
+    x, y = torch.rand(5, 8, 3), torch.arange(8) % 2
+    for readout, expected in (((), 1.0), ((TimeAverage(), torch.nn.Linear(2, 2)), LOW)):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), LIF(), *readout)
+        with attach(model, total_steps=100) as ulr:
+            ulr.backward(x, y)
+            before = ulr.level.starts["1"]
+            with torch.no_grad():
+                model[0].weight *= 50
+            ulr.backward(x, y)
+            assert before == pytest.approx(LOW) and ulr.level.starts["1"] == pytest.approx(expected)
 
 
 def test_starts_are_restored_with_the_state():

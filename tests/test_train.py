@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,10 @@ def test_a_loss_without_gradient_trains_too():
     def errors(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.detach().argmax(1) != targets).float()
 
-    estimator = ULR(firing=Logistic(0.3), copies=8)
+    estimator = ULR(firing=Logistic(0.3), copies=8, noise={"3": None})
+    optimizer = partial(torch.optim.Adam, lr=0.05)
     with pytest.warns(UserWarning, match=r"no gradient reaches 3\.weight, 3\.bias"):  # the linear readout
-        result = train(shallow(), epochs=10, estimator=estimator, loss=errors, lr=0.05, scheduler=None)
+        result = train(shallow(), epochs=10, estimator=estimator, loss=errors, optimizer=optimizer, scheduler=None)
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
 
 

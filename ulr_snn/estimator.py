@@ -26,9 +26,11 @@ from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.losses import Loss, resolve
+from ulr_snn.neurons import own_spread
 from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, WeightNoise
 from ulr_snn.passes import Forward, Pass, as_sequence, runs_by_step
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
+from ulr_snn.stepsize import StepSizes
 from ulr_snn.structure import Structure
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
@@ -133,6 +135,7 @@ class Attachment:
         self.by_step: bool | None = None  # whether the model takes one time step a call, once it is known
         self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
+        self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
         self.structure: Structure | None = None
         self._structure_loss: str | Loss | None = None
 
@@ -188,6 +191,12 @@ class Attachment:
         if self.structure.weights:
             forward.weights = WeightSites(self.structure.weights, self.seed, antithetic)
         run(range(len(passes), copies))
+        if torch.isfinite(passes[0].loss).all():
+            if self.step_sizes is not None:
+                self.step_sizes.measure(self.model, passes[0], self.step)
+            for r in passes[0].records:
+                if r.site not in self.level.currents and not self.structure.has_readout:
+                    self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
         self.step += 1
         self.forward_passes += (copies + forward.extra_passes) * x.shape[1]
         return self._finish(passes, copies)
@@ -272,6 +281,14 @@ class Attachment:
             return [[None] * len(p.records) for p in passes]
         return [self.prediction.credit(p) for p in passes]
 
+    def advise_step_sizes(self) -> None:
+        """From now on, measures what `rate_factors` needs."""
+        self.step_sizes = self.step_sizes or StepSizes()
+
+    def rate_factors(self) -> dict[str, float]:
+        """Of the learning rate, by parameter, as steps of `train`'s own optimizer take it (see `stepsize`)."""
+        return {name: self.step_sizes.factor(name, sources) for name, sources in self.structure.parameters.items()}
+
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,6 +298,8 @@ class Attachment:
             "forward_passes": self.forward_passes,
             "mean_loss": self.mean_loss,
             "noise_starts": dict(self.level.starts),
+            "noise_resting": sorted(self.level.resting),
+            "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
             "feedback": self.feedback.state_dict(),
         }
@@ -290,6 +309,10 @@ class Attachment:
         device = next((q.device for q in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
         self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)
         self.level.starts = dict(state["noise_starts"])
+        self.level.resting = set(state["noise_resting"])
+        if state["step_sizes"] is not None:
+            self.advise_step_sizes()
+            self.step_sizes.load_state_dict(state["step_sizes"])
         self.driven = None if state["driven"] is None else set(state["driven"])
         self.feedback.load_state_dict(state["feedback"], device)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 
 LEVELS = (0.14, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
+WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
+WIDENED = 1.0  # up to here the starting scale follows them then
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,20 @@ class NoiseLevel:
     one. So the scale falls geometrically to `end` times the threshold. It begins at `start * d * max(1, d)` times the
     threshold, but at 0.14 to 3 times, with d the standard deviation of the layer's membranes in the first batch, under
     deterministic firing, over the threshold: where d is large, few neurons are near the threshold, and narrow noise
-    reaches only these.
+    reaches only these. Where the outputs are spikes, no readout learns by an exact gradient, and layers that begin with
+    the narrowest noise, since their membranes hardly leave rest yet, are thrown far from the threshold by the first
+    steps and would stay there for good: there `widen` lets the start follow d upwards, to 1 threshold at most, during
+    the first tenth of the training.
     progress: from 0, first step, to 1, the end of training. currents: noise of the sites on input currents. starts: by
-    site, the calibrated scale over the threshold, of input currents their standard deviation. idle: sites that did not
-    run when the others were measured.
+    site, the calibrated scale over the threshold, of input currents their standard deviation. resting: sites that began
+    with the narrowest noise. idle: sites that did not run when the others were measured.
     """
 
     firing: Firing
     progress: float = 1.0
     currents: dict[str, CurrentNoise] = field(default_factory=dict)
     starts: dict[str, float] = field(default_factory=dict)
+    resting: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
 
     def knows(self, site: str) -> bool:
@@ -144,6 +150,12 @@ class NoiseLevel:
 
     def _start(self, d: float, most: float) -> float:
         return min(max(self.firing.start * d * max(1.0, d), LEVELS[0]), most)
+
+    def widen(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> None:
+        """Lets the starting scale of a layer that began at rest follow the spread of its membranes, while it may."""
+        if site in self.resting and self.progress <= WIDENING and self.starts[site] < WIDENED:
+            d = spread() / threshold.detach().mean().item()
+            self.starts[site] = max(self.starts[site], self._start(d, WIDENED))
 
     def current_scale(self, site: str, spread: Callable[[], float]) -> float:
         """Scale of the noise on an input current. spread() is called where the site is not known yet."""
@@ -165,6 +177,8 @@ class NoiseLevel:
             return firing.end * threshold
         if site not in self.starts:
             self.starts[site] = self._start(spread() / threshold.detach().mean().item(), LEVELS[1])
+            if self.starts[site] == LEVELS[0]:
+                self.resting.add(site)
         return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * threshold
 
 

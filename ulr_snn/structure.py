@@ -48,6 +48,11 @@ class Structure:
         return bool(self.from_outputs or self.paired)
 
     @property
+    def has_readout(self) -> bool:
+        """Whether any parameter's gradient is exact, through the outputs alone."""
+        return any(sources == ["outputs"] for sources in self.parameters.values())
+
+    @property
     def untrained(self) -> list[str]:
         """Trainable parameters that no gradient reaches."""
         return [name for name, sources in self.parameters.items() if not sources]

@@ -69,7 +69,8 @@ def train(
 
     loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), y [B].
     val_loader: evaluated with deterministic firing after every epoch.
-    optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2).
+    optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2), which it
+    takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout.
     scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory
     optimizer -> scheduler; stepped once per optimizer step. accumulate: batches per optimizer step. clip: bound of
     the gradient's norm.
@@ -81,12 +82,13 @@ def train(
     device = pick_device(device)
     model.to(device)
     estimator = estimator or ULR()
+    own = optimizer is None
     optimizer = make_optimizer(model, optimizer, lr)
     schedule = make_scheduler(optimizer, scheduler, loader, epochs, accumulate, max_steps)
     run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     total = total_steps(loader, epochs, accumulate=1, max_steps=None if max_steps is None else max_steps * accumulate)
     with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first, total) as attached:
-        session = Session(model, loader, attached, optimizer, schedule, device, accumulate, clip, max_steps)
+        session = Session(model, loader, attached, optimizer, schedule, device, accumulate, clip, max_steps, own)
         if run is not None and resume:
             session.load_state_dict(run.load_checkpoint(model))
         for epoch in range(session.epoch + 1, epochs + 1):
@@ -119,8 +121,12 @@ class Session:
     accumulate: int
     clip: float | None
     max_steps: int | None
+    own_optimizer: bool  # which takes steps of the sizes that the attachment advises, if it does
 
     def __post_init__(self) -> None:
+        self.advised = self.own_optimizer and hasattr(self.attached, "advise_step_sizes")
+        if self.advised:
+            self.attached.advise_step_sizes()
         self.epoch, self.steps, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
 
@@ -183,11 +189,29 @@ class Session:
                 p.grad /= batches
         if self.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip)
-        self.optimizer.step()
+        with self.step_sizes():
+            self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
         self.zero_grad()
         self.steps += 1
+
+    @contextmanager
+    def step_sizes(self) -> Iterator[None]:
+        """While the own optimizer steps, the learning rate of each parameter is what the attachment advises."""
+        if not self.advised:
+            yield
+            return
+        names = {id(q): name for name, q in self.model.named_parameters()}
+        factors = self.attached.rate_factors()
+        groups, rates = self.optimizer.param_groups, [group["lr"] for group in self.optimizer.param_groups]
+        try:
+            for group in groups:  # of one parameter each
+                group["lr"] *= factors.get(names[id(group["params"][0])], 1.0)
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
     def metrics(self, seed: int, validated: bool) -> dict[str, Any]:
         return {
@@ -379,7 +403,7 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
     if lr is not None and (optimizer is not None or not lr > 0):
         raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
     if optimizer is None:
-        return torch.optim.Adam(trainable, DEFAULT_LR if lr is None else lr)
+        return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr)
     return optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable)
 
 

@@ -1,0 +1,124 @@
+"""Step sizes: how far a step moves membranes and outputs is what is measured, and what the own optimizer heeds."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
+from ulr_snn.stepsize import REACH, READOUT, StepSizes
+
+STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
+
+
+def model(*readout: nn.Module, recurrent: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    neuron = RecurrentLIF(7, BETA, THRESHOLD) if recurrent else LIF(BETA, THRESHOLD)
+    return nn.Sequential(nn.Linear(PIXELS, 7), neuron, *(readout or (TimeAverage(), nn.Linear(7, CLASSES)))).double()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.rand(STEPS, BATCH, PIXELS, generator=generator).double(), torch.arange(BATCH) % CLASSES
+
+
+def last(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs[-1], targets, reduction="none")
+
+
+def measured(net: nn.Module, lengths: Tensor | None = None, loss: str = "ce_count") -> StepSizes:
+    with attach(net, loss=loss, seed=0) as ulr:
+        ulr.advise_step_sizes()
+        ulr.backward(*data(), lengths=lengths)
+        return ulr.step_sizes
+
+
+def trace(x: Tensor) -> Tensor:
+    level, found = torch.zeros_like(x[0]), []
+    for now in x:
+        level = BETA * level + now
+        found.append(level)
+    return torch.stack(found)
+
+
+def test_the_reach_of_weights_is_the_sum_of_their_inputs_traces_over_the_threshold():
+    found = measured(model(recurrent=True)).reach["1"]
+    x = data()[0]
+    assert found["0.weight"] == pytest.approx(float(trace(x).mean((0, 1)).sum() / THRESHOLD))
+    assert found["0.bias"] == pytest.approx(float(trace(torch.ones(STEPS, 1, 1)).mean() / THRESHOLD))
+    assert 0 < found["1.recurrent.weight"] < 7 * found["0.bias"]
+
+
+def test_padding_moves_nothing():
+    lengths = torch.full((BATCH,), STEPS // 2)
+    found = measured(model(), lengths).reach["1"]
+    assert found["0.weight"] == pytest.approx(float(trace(data()[0])[: STEPS // 2].mean((0, 1)).sum() / THRESHOLD / 2))
+
+
+@pytest.mark.parametrize(
+    ("readout", "loss", "low", "high"),
+    [
+        ((TimeAverage(), nn.Linear(7, CLASSES)), "ce_count", 1, 1),
+        ((nn.Linear(7, CLASSES),), "ce_count", STEPS, STEPS),
+        ((nn.Linear(7, CLASSES), LeakyReadout(BETA)), "ce_count", STEPS, STEPS),
+        ((nn.Linear(7, CLASSES),), "ce_rate", 1, 2),
+        (
+            (nn.Linear(7, CLASSES),),
+            lambda outputs, y: nn.functional.cross_entropy(outputs[-1], y, reduction="none"),
+            1,
+            2,
+        ),
+    ],
+    ids=["averaged", "summed", "leaky", "loss of each step", "last step"],
+)
+def test_outputs_count_as_often_as_the_loss_adds_them_up(readout, loss, low, high):
+    assert low <= measured(model(*readout), loss=loss).summed <= high
+
+
+def test_the_factors_of_the_learning_rate():
+    found = StepSizes()
+    found.reach = {"a": {"near": 0.5 * REACH, "far": 4 * REACH, "none": 0.0}}
+    assert found.factor("near", ["a"]) == found.factor("none", ["a"]) == found.factor("other", []) == 1.0
+    assert found.factor("far", ["a"]) == found.factor("far", ["outputs", "a"]) == 0.25
+    assert found.factor("readout", ["outputs"]) == READOUT
+    found.summed = 2.0
+    assert found.factor("readout", ["outputs"]) == READOUT / 2
+    assert found.factor("inside", ["weight noise"]) == 1.0
+
+
+def test_the_own_optimizer_takes_these_steps_and_others_do_not():
+    """The first step of Adam is the learning rate itself."""
+    x, y = data()
+    moved = {}
+    for name, options in {
+        "own": {"lr": 1e-3, "scheduler": None},
+        "theirs": {"optimizer": lambda ps: torch.optim.Adam(ps, 1e-3, eps=1e-30), "scheduler": None},
+    }.items():
+        net = model()
+        before = copy.deepcopy(net.state_dict())
+        train(net, [(x, y)], 1, device="cpu", progress=False, **options)
+        moved[name] = {key: (net.state_dict()[key] - value).abs().max().item() for key, value in before.items()}
+    sizes = measured(model())
+    for key, sources in {"0.weight": ["1"], "3.weight": ["outputs"]}.items():
+        assert moved["own"][key] == pytest.approx(1e-3 * sizes.factor(key, sources), rel=1e-3)
+        assert moved["theirs"][key] == pytest.approx(1e-3, rel=1e-3)
+    assert sizes.factor("3.weight", ["outputs"]) == READOUT
+
+
+def test_the_schedule_is_that_of_the_optimizers_own_rate():
+    x, y = data()
+    result = train(model(), [(x, y)] * 4, 2, lr=0.02, device="cpu", progress=False)
+    assert [entry["lr"] for entry in result.history] == pytest.approx([0.02 * 0.5, 0.0], abs=1e-12)
+
+
+def test_they_are_restored_with_the_state():
+    with attach(model()) as ulr:
+        ulr.backward(*data())
+        assert ulr.step_sizes is None  # nobody asked
+        ulr.advise_step_sizes()
+        ulr.backward(*data())
+        state = copy.deepcopy(ulr.state_dict())
+    with attach(model()) as other:
+        other.load_state_dict(state)
+        assert other.step_sizes.reach == ulr.step_sizes.reach and other.step_sizes.summed == ulr.step_sizes.summed

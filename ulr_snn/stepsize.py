@@ -1,0 +1,75 @@
+"""Step sizes of `train`'s own optimizer, from how far a step moves membranes and outputs.
+
+Adam moves every weight by about the learning rate, whatever its gradient. What that does to a membrane depends on the
+layer: the weights of n inputs with leaky traces of mean m, moved alike, move it by lr n m. Where that is many
+thresholds, a step throws the layer into another regime, silent or saturated, from which few spikes teach it to return.
+A readout of rates averaged over time has no thresholds and needs large weights: there small steps take too long. So a
+parameter's learning rate is
+
+    lr min(1, REACH / G)     of parameters that feed a spiking layer
+    lr READOUT / τ           where the gradient is exact, through the outputs alone
+
+    G = sum over a parameter's entries of |∂u/∂entry| / threshold, mean over samples, times and the layer's neurons
+    τ = time steps of the outputs that the loss adds up (1 where it averages over them)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.passes import Pass
+
+REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane by
+READOUT = 6.0
+OFTEN, SELDOM = 32, 16  # G is measured at each of the first steps, then at every so many
+
+
+class StepSizes:
+    """reach: by site, G of each parameter by name. summed: τ, None before it is known."""
+
+    def __init__(self) -> None:
+        self.reach: dict[str, dict[str, float]] = {}
+        self.summed: float | None = None
+
+    def measure(self, model: nn.Module, p: Pass, step: int) -> None:
+        """Takes τ from the first pass, and all G from one pass, where it is due at this step."""
+        if self.summed is None and p.error is not None:
+            self.summed = times_summed(p.error)
+        if step >= OFTEN and step % SELDOM:
+            return
+        parameters = {name: q for name, q in model.named_parameters() if q.requires_grad}
+        for r in p.records:
+            if r.x.requires_grad:
+                unit = r.scale / r.neuron.threshold.detach() * (1 if r.mask is None else r.mask)
+                self.reach[r.site] = reach(r.x * unit.to(r.x.dtype) / r.x.numel(), parameters)
+
+    def factor(self, parameter: str, sources: list[str]) -> float:
+        """Of the learning rate, for a parameter whose gradient comes from these sites or "outputs"."""
+        if sources == ["outputs"]:
+            return READOUT / (self.summed or 1.0)
+        reached = [self.reach.get(source, {}).get(parameter) for source in sources]
+        return min([1.0, *(REACH / g for g in reached if g)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reach": {source: dict(found) for source, found in self.reach.items()}, "summed": self.summed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reach = {source: dict(found) for source, found in state["reach"].items()}
+        self.summed = state["summed"]
+
+
+def times_summed(error: Tensor) -> float:
+    """τ of ∂L/∂outputs, at the start of training: what a cross-entropy asks of all its logits together is about 1, so
+    that a loss that asks less of the outputs of a time step averages over them. 1 for outputs without a time axis."""
+    if error.ndim < 3:
+        return 1.0
+    return max(1.0, len(error) * min(1.0, error.abs().flatten(2).sum(2).mean().item()))
+
+
+def reach(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+    """By how much each parameter's entries, all moved by 1 in the right direction, move the sum of the values."""
+    if not parameters:
+        return {}
+    moved = torch.autograd.grad(values.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {name: float(q.abs().sum()) for name, q in zip(parameters, moved, strict=True) if q is not None}
