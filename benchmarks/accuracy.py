@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.search import Block, Score, Settings, key, search
 from benchmarks.table import summarise
@@ -59,12 +60,22 @@ COLUMNS = (*Run.__dataclass_fields__, *MEASURED, *ABOUT)
 
 
 def estimator_of(method: str, settings: Settings) -> ULR | SurrogateBPTT:
-    """What `train` gets; lr and clip are its own arguments."""
-    options = {name: value for name, value in settings.items() if name not in ("lr", "clip")}
-    if method == "bptt-tuned":
+    """What `train` gets; the rest are its own arguments."""
+    options = {name: value for name, value in settings.items() if name not in ("lr", "clip", "readout")}
+    if method in ("bptt-tuned", "bptt-readout"):
         return SurrogateBPTT(**options)
     noise = {name: options.pop(name) for name in ("start", "end") if name in options}
     return ULR(firing=Logistic(**noise), **options)
+
+
+def optimizer_of(model: nn.Sequential, settings: Settings) -> dict[str, Any]:
+    """lr or optimizer, as `train` takes them; readout: factor of the learning rate of the last layer."""
+    if "readout" not in settings:
+        return {"lr": settings.get("lr")}
+    lr, last = settings["lr"], list(model[-1].parameters())
+    rest = [q for q in model.parameters() if all(q is not other for other in last)]
+    groups = [{"params": rest}, {"params": last, "lr": settings["readout"] * lr}]
+    return {"optimizer": torch.optim.Adam(groups, lr)}
 
 
 def parts(run: Run, config: dict[str, Any], root: str) -> tuple[EventDataset, EventDataset]:
@@ -86,7 +97,7 @@ def execute(run: Run, config: dict[str, Any], root: str) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model, estimator = TASKS[run.task].net(), estimator_of(run.method, settings)
     batches = loader(view(training), config["batch"], shuffle=True, seed=run.seed)
-    options = {"lr": settings.get("lr"), "clip": settings.get("clip"), "seed": run.seed, "device": "cpu"}
+    options = {"clip": settings.get("clip"), "seed": run.seed, "device": "cpu"} | optimizer_of(model, settings)
     try:
         result = train(model, batches, run.epochs, estimator=estimator, progress=False, **options)
     except FloatingPointError:
@@ -205,7 +216,7 @@ def one_thread() -> None:
 
 def main() -> None:
     config = json.loads((HERE / "grid.json").read_text())
-    methods = ["bptt-tuned", "ulr", "ulr-tuned", "residual", "global", "logistic"]
+    methods = ["bptt-tuned", "bptt-readout", "ulr", "ulr-tuned", "residual", "global", "logistic"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))

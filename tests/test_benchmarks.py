@@ -75,7 +75,7 @@ def test_both_methods_are_tuned_over_as_many_points():
         method: [point for written in blocks for point in Block.of(written).points()]
         for method, blocks in CONFIG["tuned"].items()
     }
-    assert len(points["bptt-tuned"]) == len(points["ulr-tuned"]) > 20
+    assert len(points["bptt-tuned"]) == len(points["bptt-readout"]) == len(points["ulr-tuned"]) > 20
     assert all(len(set(map(key, p))) == len(p) for p in points.values())
 
 
