@@ -97,7 +97,6 @@ class Watch:
         if current is None:
             return own(*arguments, **named)
         self.trained = self.trained or current.requires_grad
-        arguments, named = with_current(current.detach().clone() if self.leaves_torch else current, arguments, named)
         self.calls.append((tuple(map(kept, arguments)), {name: kept(item) for name, item in named.items()}))
         result = None
         if not self.leaves_torch:

@@ -188,18 +188,22 @@ class Attachment:
                 names = ", ".join(self.structure.untrained)
                 warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=2)
         copies = self._copies(self.structure.credit)
-        if self.structure.weights:
-            forward.weights = WeightSites(self.structure.weights, self.seed, antithetic)
+        forward.weights = self._weight_sites()
         run(range(len(passes), copies))
         if torch.isfinite(passes[0].loss).all():
             if self.step_sizes is not None:
                 self.step_sizes.measure(self.model, passes[0], self.step)
-            for r in passes[0].records:
-                if r.site not in self.level.currents and not self.structure.has_readout:
+            for r in [] if self.structure.has_readout else passes[0].records:
+                if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
         self.step += 1
         self.forward_passes += (copies + forward.extra_passes) * x.shape[1]
         return self._finish(passes, copies)
+
+    def _weight_sites(self) -> WeightSites | None:
+        """The draws of the parameters with noise of their own; None where there are none."""
+        weights = self.structure.weights
+        return WeightSites(weights, self.seed, self.estimator.antithetic) if weights else None
 
     def _progress(self) -> float:
         """How much of the training is over; half of it where its length is not known."""
@@ -265,10 +269,10 @@ class Attachment:
             self.prediction.refresh(passes)
         if structure.credit == "residual":
             self.prediction.learn_layers(passes, self.step - 1)
-        if structure.weights:
+        weights = self._weight_sites()
+        if weights is not None:
             signals = torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
-            sites = WeightSites(structure.weights, self.seed, self.estimator.antithetic)
-            sites.add_gradients(self.model, self.step - 1, signals)
+            weights.add_gradients(self.model, self.step - 1, signals)
         parameters = [
             q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
         ]

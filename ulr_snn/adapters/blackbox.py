@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ulr_snn.adapters.base import StepNeuron
 from ulr_snn.noise import CurrentNoise
 
+MODULES_OWN = frozenset(nn.Module().__dict__)  # attributes of every module, none of them state
 SHARED = (nn.Module, nn.Parameter, type, FunctionType, MethodType, BuiltinFunctionType, partial, torch.Generator)
 
 
@@ -69,7 +70,7 @@ def copies_of_state(module: nn.Module) -> Iterator[None]:
     kept, kept_buffers = dict(attributes), dict(buffers)
     try:
         for name, value in kept.items():
-            if name not in nn.Module().__dict__:
+            if name not in MODULES_OWN:
                 attributes[name] = copied(value)
         buffers.update({name: None if b is None else b.clone() for name, b in kept_buffers.items()})
         yield
