@@ -13,6 +13,7 @@ REACHES = {  # epochs, test accuracy
     "train_digits": (15, 0.90),
     "own_loop": (4, 0.85),
     "black_box": (5, 0.85),
+    "objectives": (10, 0.85),
     "snntorch_tutorial": (8, 0.4),
     "norse_recurrent": (6, 0.5),
     "spikingjelly_conv": (8, 0.5),

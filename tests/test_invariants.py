@@ -369,11 +369,12 @@ def test_a_loss_without_gradient_names_the_readout(device):
     def errors(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
 
-    quiet = ULR(noise={"6": None})
+    quiet = ULR(noise={"6": None, "outputs": None})
     with attach(model, quiet, errors) as ulr, pytest.warns(UserWarning, match=r"reaches 6\.weight, 6\.bias;"):
         ulr.backward(x, y)
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"6.weight", "6.bias"}
-    with attach(model, None, errors) as ulr:  # of its own accord it learns from noise on its weights
+    unsmoothed = ULR(noise={"outputs": None})
+    with attach(model, unsmoothed, errors) as ulr:  # of its own accord it learns from noise on its weights
         ulr.backward(x, y)
     assert all(p.grad is not None for p in model.parameters())
 

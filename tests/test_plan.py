@@ -127,7 +127,7 @@ def test_a_frozen_parameter():
 def test_a_loss_without_gradient(make):
     model = make()
     last = len(model) - 1
-    found = plan(model, data(), ULR(noise={f"{last}": None}), loss=errors)
+    found = plan(model, data(), ULR(noise={f"{last}": None, "outputs": None}), loss=errors)
     assert (found.credit, found.copies) == ("global", 8)
     assert [line.split(":")[0] for line in found.untrained] == [f"{last}.weight", f"{last}.bias"]
     assert all("end the model in a spiking layer" in line for line in found.untrained)
@@ -137,8 +137,13 @@ def test_a_loss_without_gradient(make):
     assert set(credits(found).values()) == {"loss minus baseline, times the score"}
     assert f"not trained: {last}.weight" in str(found)
     assert plan(spiking(), data(), loss=errors).untrained == []
-    noised = plan(model, data(), loss=errors)
+    noised = plan(model, data(), ULR(noise={"outputs": None}), loss=errors)
     assert noised.untrained == [] and sources(noised)[f"{last}.bias"] == WEIGHT_NOISE
+    smooth = plan(model, data(), loss=errors)  # what it does of its own accord where the outputs are no spikes
+    assert (smooth.credit, smooth.copies, smooth.untrained) == ("feedback", 1, [])
+    assert sources(smooth)[f"{last}.bias"] == "exact, through the outputs"
+    assert any("noise on the outputs" in note for note in smooth.notes)
+    assert plan(spiking(), data(), loss=errors).credit == "global"
 
 
 def test_a_parameter_that_nothing_depends_on():

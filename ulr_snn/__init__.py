@@ -4,10 +4,12 @@ from ulr_snn import data
 from ulr_snn.compare import Comparison, compare
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Attachment, Estimate, attach
+from ulr_snn.evaluation import evaluate
+from ulr_snn.losses import SpikeBudget
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
-from ulr_snn.noise import CurrentNoise, Gaussian, Logistic, WeightNoise
+from ulr_snn.noise import CurrentNoise, Gaussian, Logistic, OutputNoise, WeightNoise
 from ulr_snn.plan import Plan, plan
-from ulr_snn.train import Result, evaluate, train
+from ulr_snn.train import Result, train
 
 __version__ = "0.1.0"
 
@@ -22,9 +24,11 @@ __all__ = [
     "Gaussian",
     "LeakyReadout",
     "Logistic",
+    "OutputNoise",
     "Plan",
     "RecurrentLIF",
     "Result",
+    "SpikeBudget",
     "TimeAverage",
     "UsageError",
     "WeightNoise",

@@ -17,7 +17,7 @@ from torch import nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR
-from ulr_snn.losses import Loss
+from ulr_snn.losses import LossSpec
 from ulr_snn.runs import peak_memory_bytes, versions
 from ulr_snn.train import DEFAULT_LR, pick_device, train
 
@@ -73,7 +73,7 @@ def compare(
     epochs: int = 10,
     *,
     lr: Rates | Mapping[str, Rates] | None = None,
-    loss: str | Loss = "ce_count",
+    loss: LossSpec = "ce_count",
     device: str | torch.device = "auto",
     seed: int = 0,
     time_first: bool = True,

@@ -12,7 +12,7 @@ residual    1   the same, from independent copies                    unbiased, a
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +25,13 @@ from ulr_snn.credit.prediction import WARM_UP, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
-from ulr_snn.losses import Loss, resolve
+from ulr_snn.losses import LossSpec, Objective, resolve
 from ulr_snn.neurons import own_spread
-from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, WeightNoise
+from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
 from ulr_snn.passes import Forward, Pass, as_sequence, runs_by_step
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
 from ulr_snn.stepsize import StepSizes
-from ulr_snn.structure import Structure
+from ulr_snn.structure import Structure, judging_of
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
@@ -42,13 +42,16 @@ DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 class ULR:
     """What to estimate the gradient with. The default is meant to be a good choice everywhere.
 
-    credit: "auto" is feedback where the loss is differentiable in the outputs, otherwise global.
-    copies: runs of every sample a step; None: 1 for feedback, 8 for global, 4 for residual.
+    credit: "auto" is feedback where the loss is differentiable in the outputs, or noise on these makes it so, otherwise
+        global. Of a mix of losses, those without a gradient then get the credit of "global".
+    copies: runs of every sample a step; None: 1 for feedback, 8 for global and such mixes, 4 for residual.
     antithetic: copies come in pairs from mirrored uniforms.
     firing: distribution of the threshold noise, and its scale.
     noise: by name, other noise than that: {module: CurrentNoise()} on a module's input current, {parameter or module:
-        WeightNoise()} on parameters, {parameter or module: None} none on parameters. Of its own accord noise comes on
-        the current of modules that cut the graph, and on parameters that no other noise reaches.
+        WeightNoise()} on parameters, {parameter or module: None} none on parameters, {"outputs": OutputNoise()} on the
+        outputs where a loss has no gradient, {"outputs": None} none there. Of its own accord noise comes on the current
+        of modules that cut the graph, on parameters that no other noise reaches, and with credit "auto" on outputs that
+        are no spikes.
     refresh: every how many steps an antithetic pair replaces the single pass, where there is feedback that only
         pairs can teach: from the outputs (see `plan`), and into layers that see the events otherwise than by spikes.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
@@ -60,7 +63,7 @@ class ULR:
     copies: int | None = None
     antithetic: bool = True
     firing: Firing = field(default_factory=Logistic)
-    noise: Mapping[str, CurrentNoise | WeightNoise | None] = field(default_factory=dict)
+    noise: Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None] = field(default_factory=dict)
     refresh: int = 4
     time_functions: int = 8
     feedback_rate: float = 0.1
@@ -75,8 +78,10 @@ class ULR:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise UsageError(f"ULR got {name}={getattr(self, name)!r}; it must be a whole number, at least 1")
         for name, site in self.noise.items():
-            if not (site is None or isinstance(site, CurrentNoise | WeightNoise)):
+            if not (site is None or isinstance(site, CurrentNoise | WeightNoise | OutputNoise)):
                 raise UsageError(f"ULR got noise={site!r} for {name!r}; it is CurrentNoise(), WeightNoise() or None")
+            if isinstance(site, OutputNoise) and name != "outputs":
+                raise UsageError(f"ULR got {site} for {name!r}; noise on the outputs goes by the name 'outputs'")
         if not self.feedback_rate > 0:
             raise UsageError(f"ULR got feedback_rate={self.feedback_rate}; it must be positive")
         if self.antithetic and self.copies is not None and self.copies > 1 and self.copies % 2:
@@ -90,7 +95,7 @@ class ULR:
             )
 
     def attach(
-        self, model: nn.Module, loss: str | Loss, seed: int, time_first: bool, total_steps: int | None = None
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
     ) -> "Attachment":
         """What `train` steps with; see `attach`."""
         return Attachment(model, self, loss, seed, time_first, total_steps)
@@ -117,7 +122,7 @@ class Attachment:
         self,
         model: nn.Module,
         estimator: ULR,
-        loss: str | Loss,
+        loss: LossSpec,
         seed: int,
         time_first: bool,
         total_steps: int | None,
@@ -131,13 +136,14 @@ class Attachment:
         self.step = 0
         self.forward_passes = 0
         self.mean_loss: Tensor | None = None  # moving baseline
+        self.mean_blind: Tensor | None = None  # that of the losses without a gradient
         self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
         self.by_step: bool | None = None  # whether the model takes one time step a call, once it is known
         self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
         self.structure: Structure | None = None
-        self._structure_loss: str | Loss | None = None
+        self._structure_loss: LossSpec | None = None
 
     def __enter__(self) -> "Attachment":
         return self
@@ -149,7 +155,7 @@ class Attachment:
 
     @torch.enable_grad()
     def backward(
-        self, x: Tensor, targets: Tensor, loss: str | Loss | None = None, lengths: Tensor | None = None
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
         """Forward passes, then adds the gradient of the batch's mean expected loss to every trainable `.grad`.
 
@@ -166,18 +172,18 @@ class Attachment:
         loss = self.loss if loss is None else loss
         if loss is not self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
-        per_sample = resolve(loss)
+        objective = resolve(loss)
         antithetic = self.estimator.antithetic
         forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
             for chunk in forward.chunks(list(copies)):
-                passes.append(forward.run(x, targets, lengths, per_sample, chunk))
+                passes.append(forward.run(x, targets, lengths, objective, chunk))
 
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
-            self.structure = observed(forward, passes[0], self.estimator, x, targets, lengths, per_sample, self.driven)
+            self.structure = observed(forward, passes[0], self.estimator, x, targets, lengths, objective, self.driven)
             check_layers(self.model, self.layers, self.structure.weights)
             self.driven = self.structure.driven
             self.prediction.structure = self.structure
@@ -188,7 +194,7 @@ class Attachment:
                 names = ", ".join(self.structure.untrained)
                 warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=2)
         copies = self._copies(self.structure.credit)
-        forward.weights = self._weight_sites()
+        forward.weights, forward.judging = self._weight_sites(), self.structure.judging
         run(range(len(passes), copies))
         if torch.isfinite(passes[0].loss).all():
             if self.step_sizes is not None:
@@ -210,7 +216,7 @@ class Attachment:
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
 
     def _copies(self, credit: str) -> int:
-        copies = self.estimator.copies or DEFAULT_COPIES[credit]
+        copies = default_copies(self.estimator, self.structure)
         refreshes = (
             credit == "feedback"
             and self.structure.needs_pairs
@@ -229,7 +235,8 @@ class Attachment:
             estimate.stats["skipped"] = True
             return estimate
         self._add_gradients(passes, losses)
-        self.mean_loss = losses.mean() if self.mean_loss is None else self.mean_loss.lerp(losses.mean(), 0.05)
+        self.mean_loss = moving(self.mean_loss, losses)
+        self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
         return estimate
 
     # -- the formula ---------------------------------------------------------------------------------------
@@ -243,17 +250,20 @@ class Attachment:
         if structure.credit == "residual":
             predictions = from_other_copies(predictions, passes, group)
         tensors, gradients = [], []
+        blind = torch.cat([p.blind for p in passes])
         weight = 1.0 / losses.numel()
         for p, predicted in zip(passes, predictions, strict=True):
+            signal = None  # of the score, [rows]
             if unbiased:
                 signal = p.loss - baseline(losses, p.copies, group, self.mean_loss)
                 for record, a in zip(p.records, predicted, strict=True):
                     if a is not None:
                         signal = signal - (a * record.innovation()).transpose(0, 1).flatten(1).sum(1).view_as(signal)
-                signal = signal.flatten()
+            elif structure.judging.blind:
+                signal = p.blind - baseline(blind, p.copies, group, self.mean_blind)
             for record, a in zip(p.records, predicted, strict=True):
                 credit = None
-                if unbiased:
+                if signal is not None:
                     credit = record.score() * signal.view(1, -1, *[1] * (record.x.ndim - 2))
                 if a is not None:
                     credit = a * record.slope if credit is None else credit + a * record.slope
@@ -301,6 +311,7 @@ class Attachment:
             "step": self.step,
             "forward_passes": self.forward_passes,
             "mean_loss": self.mean_loss,
+            "mean_blind": self.mean_blind,
             "noise_starts": dict(self.level.starts),
             "noise_resting": sorted(self.level.resting),
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
@@ -311,7 +322,8 @@ class Attachment:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
         device = next((q.device for q in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
-        self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)
+        for name in ("mean_loss", "mean_blind"):
+            setattr(self, name, None if state[name] is None else state[name].to(device))
         self.level.starts = dict(state["noise_starts"])
         self.level.resting = set(state["noise_resting"])
         if state["step_sizes"] is not None:
@@ -321,6 +333,16 @@ class Attachment:
         self.feedback.load_state_dict(state["feedback"], device)
 
 
+def default_copies(estimator: ULR, structure: Structure) -> int:
+    """Copies of a step that refreshes nothing."""
+    return estimator.copies or DEFAULT_COPIES["global" if structure.judging.blind else structure.credit]
+
+
+def moving(mean: Tensor | None, losses: Tensor) -> Tensor:
+    """A mean of the losses of all steps, of the last ones above all."""
+    return losses.mean() if mean is None else mean.lerp(losses.mean(), 0.05)
+
+
 def observed(
     forward: Forward,
     p: Pass,
@@ -328,7 +350,7 @@ def observed(
     x: Tensor,
     targets: Tensor,
     lengths: Tensor | None,
-    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    objective: Objective,
     driven: set[str] | None = None,
 ) -> Structure:
     """What the pass p of one copy, made by `forward`, shows, and which parameters need noise of their own.
@@ -336,6 +358,8 @@ def observed(
     driven: sites that see the events otherwise than by spikes, where it is known.
     """
     model = forward.model
+    forward.judging = judging_of(objective, p, estimator.credit, estimator.noise, model)
+    p.judgement = forward.judge(p.outputs, p.activity, targets, lengths, objective, p.copies)
     structure = Structure.of(
         model,
         p,
@@ -346,8 +370,9 @@ def observed(
 
     def outcome() -> Tensor:
         forward.extra_passes += 1
-        return forward.run(x, targets, lengths, loss, p.copies).outputs.detach()
+        return forward.run(x, targets, lengths, objective, p.copies).outputs.detach()
 
+    structure.judging = forward.judging
     structure.weights = choose(model, estimator.noise, structure.untrained, outcome)
     structure.parameters |= {name: [SOURCE] for name in structure.weights}
     return structure
@@ -363,7 +388,7 @@ def _stack_outputs(passes: list[Pass]) -> Tensor:
 def attach(
     model: nn.Module,
     estimator: ULR | None = None,
-    loss: str | Loss = "ce_count",
+    loss: LossSpec = "ce_count",
     seed: int = 0,
     time_first: bool = True,
     total_steps: int | None = None,

@@ -1,12 +1,18 @@
-"""Per-sample losses, named as in snntorch.functional where it has them: (outputs, targets, mask) -> [B].
+"""What is to be made small: per-sample losses, costs of activity, and mixes of them.
+
+Losses are (outputs, targets, mask) -> [B], named as in snntorch.functional where it has them.
 
 outputs: [T, B, C] over time (spikes, currents or membranes), or [B, C] (already reduced over time by the model).
 targets: class indices [B] (int64) for the cross-entropies, [B, C] for mse. mask: [T, B, 1], 0 on padding, or None.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
 
+import numpy
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,10 +64,110 @@ def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     return (error * mask).sum(0) / mask.sum(0)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"ce_count": ce_count, "ce_rate": ce_rate, "mse": mse}
+def zero_one(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 where the outputs summed over time are not largest for the target, else 0."""
+    totals = total(outputs, mask)
+    return (totals.argmax(1) != targets).to(totals.dtype)
 
 
-def resolve(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The output that spikes first decides: t / T, t = 0 .. T-1 the step of that spike, if it is the target's alone,
+    otherwise 1 (also if there is no spike). Outputs over time, spikes where they are above 0; T: the sample's steps."""
+    if outputs.ndim < 3:
+        raise UsageError("latency got outputs without a time axis; give it the output spikes [T, B, C]")
+    spikes = (outputs > 0) if mask is None else (outputs * mask > 0)
+    steps = len(outputs) if mask is None else mask.flatten(1).sum(0)
+    any_spike = spikes.any(2)  # [T, B]
+    first = any_spike.to(torch.uint8).argmax(0)  # of equal ones the first
+    rows = torch.arange(len(first), device=outputs.device)
+    decision = spikes[first, rows]  # [B, C]
+    right = any_spike.any(0) & decision[rows, targets.long()] & (decision.sum(1) == 1)
+    return torch.where(right, first.to(outputs.dtype) / steps, 1.0).to(outputs.dtype)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "ce_count": ce_count,
+    "ce_rate": ce_rate,
+    "mse": mse,
+    "zero_one": zero_one,
+    "latency": latency,
+}
+CLASSIFYING = ("ce_count", "ce_rate", "zero_one", "latency")
+
+
+@dataclass(frozen=True)
+class SpikeBudget:
+    """A cost of a sample's activity n: max(0, n / limit - 1), for a mix as in `loss={"ce_count": 1, SpikeBudget(500):
+    0.1}`. n: the spikes of all layers over all time steps, or with operations=True the synaptic operations (non-zero
+    inputs times what they are connected to, of all linear and convolutional modules; of inputs other than 0 and 1,
+    their sum in place of their number)."""
+
+    limit: float
+    operations: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise UsageError(f"SpikeBudget got limit={self.limit}; it must be positive")
+
+    @property
+    def counts(self) -> str:
+        """What it needs of an activity."""
+        return "operations" if self.operations else "spikes"
+
+    def __call__(self, activity: Mapping[str, Tensor]) -> Tensor:
+        """The cost [B] of spikes [B] or operations [B]."""
+        return F.relu(activity[self.counts] / self.limit - 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of losses (outputs, targets, mask) -> [B] and of costs of activity.
+
+    of_totals: those losses that depend on the outputs by their sum over time alone, as far as is known.
+    """
+
+    losses: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]]
+    costs: list[tuple[float, SpikeBudget]]
+    of_totals: frozenset[int]
+
+    @property
+    def counts(self) -> set[str]:
+        """Which activity it needs: "spikes", "operations"."""
+        return {cost.counts for _, cost in self.costs}
+
+    def __call__(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        activity: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The sum, [B]."""
+        parts = [weight * loss(outputs, targets, mask) for weight, loss in self.losses]
+        parts += [weight * cost(activity or {}) for weight, cost in self.costs]
+        return sum(parts[1:], parts[0])
+
+
+LossSpec = str | Loss | Mapping[str | Loss | SpikeBudget, float]
+
+
+def resolve(loss: LossSpec) -> Objective:
+    """The objective: of one loss, or of a mix {loss: weight}. Raises UsageError for an unknown name."""
+    mix = loss if isinstance(loss, Mapping) else {loss: 1.0} if isinstance(loss, str | SpikeBudget) else None
+    parts = [(loss, 1.0)] if mix is None else list(mix.items())
+    for _, weight in parts:
+        if not isinstance(weight, Real):
+            raise UsageError(f"a mix of losses got the weight {weight!r}; give {{loss: weight}} with numbers")
+    losses = [(weight, per_sample(part)) for part, weight in parts if not isinstance(part, SpikeBudget)]
+    costs = [(weight, part) for part, weight in parts if isinstance(part, SpikeBudget)]
+    if not losses:
+        raise UsageError("the loss has nothing that depends on the outputs; mix the budget with a loss, as 'ce_count'")
+    names = [part for part, _ in parts if not isinstance(part, SpikeBudget)]
+    of_totals = frozenset(i for i, name in enumerate(names) if isinstance(name, str) and name in ("zero_one",))
+    return Objective(losses, costs, of_totals)
+
+
+def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The loss as (outputs, targets, mask) -> [B]; a callable of one's own sees padded outputs as zeros.
 
     A loss object with a `reduction` (torch's, snnTorch's) is asked for its single values, and reduced so over all but
@@ -75,9 +181,9 @@ def resolve(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tenso
         own = copy.copy(loss)
         own.reduction = "none"
 
-    def per_sample(outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+    def one_a_sample(outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(loss, str):
-            if loss.startswith("ce"):
+            if loss in CLASSIFYING:
                 check_labels(targets, outputs.shape[-1])
             value = LOSSES[loss](outputs, targets, mask)
         else:
@@ -87,14 +193,16 @@ def resolve(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tenso
             value = each_sample(
                 value, 1 if outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2] else 0, reduction
             )
+        if isinstance(value, list | tuple | numpy.ndarray):  # of a function that does not use torch
+            value = torch.as_tensor(value)
         if tuple(getattr(value, "shape", ())) != (batch,):
             raise UsageError(
                 f"the loss returned shape {tuple(getattr(value, 'shape', ()))}; a likelihood ratio needs one value a "
                 f"sample, [{batch}] (use reduction='none' and sum over everything but the batch)"
             )
-        return value
+        return value.to(outputs.device, outputs.dtype)
 
-    return per_sample
+    return one_a_sample
 
 
 def each_sample(values: Tensor, batch: int, reduction: str) -> Tensor:

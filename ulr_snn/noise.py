@@ -108,6 +108,27 @@ class WeightNoise:
         check_positive(self, "scale", "relative")
 
 
+@dataclass(frozen=True)
+class OutputNoise:
+    """Gaussian noise on the model's outputs o, for losses that have no gradient: the loss becomes the mean of
+    L(o + scale z), whose derivative with respect to o is the mean of L z / scale. Draws need no forward pass, since
+    only the loss is computed anew; of outputs over time, every step has noise of its own.
+
+    scale: constant, in units of the outputs of a time step, > 0. None: `relative` times the standard deviation, over
+    samples and classes, of the outputs' sum over time, for the noise of that sum. draws: of each sample and copy, in
+    pairs z, -z.
+    """
+
+    scale: float | None = None
+    relative: float = 0.5
+    draws: int = 64
+
+    def __post_init__(self) -> None:
+        check_positive(self, "scale", "relative")
+        if not (isinstance(self.draws, int) and self.draws >= 2 and self.draws % 2 == 0):
+            raise UsageError(f"OutputNoise got draws={self.draws!r}; it must be an even whole number, at least 2")
+
+
 def check_positive(owner: object, *names: str) -> None:
     """Raises UsageError unless each of these attributes is None or positive."""
     for name in names:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ulr_snn.activity import counting
 from ulr_snn.adapters import BlackBox, copies_of_state
 from ulr_snn.errors import UsageError
+from ulr_snn.judgement import Judgement, Judging, judge
+from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.records import Record
@@ -26,8 +29,28 @@ class Pass:
     copies: list[int]
     outputs: Tensor  # [T, copies * B, ...] or [copies * B, ...], graph cut at every spike
     records: list[Record]
-    loss: Tensor  # [copies, B]
-    error: Tensor | None  # ∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient
+    activity: dict[str, Tensor]  # what the objective needs of it, [copies * B], graph cut at every spike
+    judgement: Judgement
+
+    @property
+    def loss(self) -> Tensor:
+        """[copies, B]."""
+        return self.judgement.loss.view(len(self.copies), -1)
+
+    @property
+    def blind(self) -> Tensor:
+        """[copies, B]: the part of the loss that has no gradient in the outputs, nor is a cost of activity."""
+        return self.judgement.blind.view(len(self.copies), -1)
+
+    @property
+    def error(self) -> Tensor | None:
+        """∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient."""
+        return self.judgement.error
+
+    @property
+    def ends(self) -> list[tuple[Tensor, Tensor]]:
+        """Where spikes reach the loss differentiably: tensors, and the loss's gradient with respect to them."""
+        return [(self.outputs, self.error)] * (self.error is not None) + self.judgement.costs
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:
@@ -58,10 +81,11 @@ class Forward:
         by_step: bool = False,
         layers: Layers | None = None,
         weights: WeightSites | None = None,
+        judging: Judging | None = None,
     ) -> None:
         self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
         self.by_step, self.layers = by_step, spiking_layers(model) if layers is None else layers
-        self.weights = weights
+        self.weights, self.judging = weights, judging or Judging()
         self.extra_passes = 0  # so far, of a batch each: to set levels of noise, and to see what depends on what
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
@@ -75,7 +99,7 @@ class Forward:
         x: Tensor,
         targets: Tensor,
         lengths: Tensor | None,
-        loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        objective: Objective,
         copies: list[int],
     ) -> Pass:
         """One pass over x [T, B, ...] for these copies."""
@@ -89,17 +113,31 @@ class Forward:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
             return outputs, records
 
+        counted = counting(self.model, self.layers, objective.counts, len(x), batch * k)
+
         self.extra_passes += measure_levels(self.model, self.layers, self.level, outputs_of)
         disturbed = nullcontext() if self.weights is None else self.weights.disturbed(self.model, self.step, *copies)
-        with self._traceless(), disturbed:
+        with self._traceless(), disturbed, counted as activity:
             outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
-        mask = output_mask(row_lengths, outputs)
-        cut = outputs.detach().requires_grad_()
-        with torch.enable_grad():
-            value = loss(cut, targets.repeat(k, *[1] * (targets.ndim - 1)), mask)
-        error = torch.autograd.grad(value.sum(), cut, allow_unused=True)[0] if value.requires_grad else None
-        return Pass(copies, outputs, records, value.detach().view(k, batch), error)
+        judgement = self.judge(outputs, activity, targets, lengths, objective, copies)
+        return Pass(copies, outputs, records, activity, judgement)
+
+    def judge(
+        self,
+        outputs: Tensor,
+        activity: dict[str, Tensor],
+        targets: Tensor,
+        lengths: Tensor | None,
+        objective: Objective,
+        copies: list[int],
+    ) -> Judgement:
+        """What the objective says about outputs and activity of a pass of these copies."""
+        k = len(copies)
+        mask = output_mask(lengths.repeat(k) if lengths is not None else None, outputs)
+        noise = self._noise(len(targets), copies, outputs.device)
+        repeated = targets.repeat(k, *[1] * (targets.ndim - 1))
+        return judge(objective, self.judging, outputs, activity, repeated, mask, noise)
 
     def driven_by_events(self, x: Tensor, lengths: Tensor | None, p: Pass) -> set[str]:
         """Sites whose input current changes when other events x come in while all spikes stay as in the pass p of

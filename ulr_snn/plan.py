@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ulr_snn.credit.maps import Shared
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import DEFAULT_COPIES, ULR, observed
-from ulr_snn.losses import Loss, resolve
+from ulr_snn.estimator import ULR, default_copies, observed
+from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.noise import NoiseLevel
 from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces, runs_by_step
 from ulr_snn.records import CurrentRecord, Record
@@ -44,7 +44,7 @@ def plan(
     model: nn.Module,
     example_batch: Sequence[Tensor],
     estimator: ULR | None = None,
-    loss: str | Loss = "ce_count",
+    loss: LossSpec = "ce_count",
     time_first: bool = True,
 ) -> Plan:
     """Says how `train` would estimate each parameter's gradient, from one forward pass that leaves no trace.
@@ -66,8 +66,9 @@ def plan(
         layers = find_layers(model, x, by_step, estimator.noise, left_alone)
         check_layers(model, layers, [*own_modules(model), *estimator.noise])
         forward = Forward(model, level, seed=0, step=0, antithetic=False, by_step=by_step, layers=layers)
-        p = forward.run(x, targets, lengths, resolve(loss), [0])
-        structure = observed(forward, p, estimator, x, targets, lengths, resolve(loss))
+        objective = resolve(loss)
+        p = forward.run(x, targets, lengths, objective, [0])
+        structure = observed(forward, p, estimator, x, targets, lengths, objective)
         check_layers(model, layers, structure.weights)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
@@ -76,7 +77,7 @@ def plan(
     sites = [(r.site, _noise(estimator, r, level), _credit(structure, r.site)) for r in p.records]
     return Plan(
         structure.credit,
-        max(estimator.copies or DEFAULT_COPIES[structure.credit], 2 if structure.weights else 1),
+        max(default_copies(estimator, structure), 2 if structure.weights else 1),
         rows,
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
@@ -129,6 +130,14 @@ def _why(structure: Structure) -> str:
 
 def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
     notes = []
+    judging = structure.judging
+    for site in judging.smoothed.values():
+        notes.append(
+            f"a loss without a gradient gets one by noise on the outputs, {site.draws} draws of each sample; they need "
+            "no forward pass"
+        )
+    if judging.blind and structure.credit != "global":
+        notes.append("of the mix, losses without a gradient act by the score of every spike: more copies help them")
     if coupled_modules(model):
         notes.append(
             "training batch norm or dropout: copies run one after another, and each loss counts for its own sample"

@@ -1,8 +1,9 @@
 """What one forward pass shows about a model: which layers feed which, and where each gradient comes from."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from ulr_snn.credit.feedback import ENTRIES, time_basis
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
 from ulr_snn.graph import leaves
-from ulr_snn.noise import WeightNoise
+from ulr_snn.judgement import Judging
+from ulr_snn.losses import Objective
+from ulr_snn.noise import OutputNoise, WeightNoise
 from ulr_snn.passes import Pass
 from ulr_snn.records import CurrentRecord, Record
 
@@ -40,6 +43,7 @@ class Structure:
     differentiable: bool  # whether the loss has a gradient in the outputs
     responding: set[str]  # black boxes with a learned response
     driven: set[str] | None  # sites that see the events otherwise than by spikes; None where it does not matter
+    judging: Judging = field(default_factory=Judging)  # how the losses are taken
     weights: dict[str, WeightNoise] = field(default_factory=dict)  # parameters with noise of their own
 
     @property
@@ -67,14 +71,13 @@ class Structure:
         driven_by_events: Callable[[], set[str]],
     ) -> "Structure":
         """driven_by_events: see `Forward`; called where it matters."""
-        if p.error is None and credit in ("feedback", "residual"):
+        if not p.ends and credit in ("feedback", "residual"):
             raise UsageError(
                 f"the loss has no gradient with respect to the outputs, which credit={credit!r} needs; "
-                "use credit='global'"
+                "use credit='global', or noise={'outputs': OutputNoise()}"
             )
         if credit == "auto":
-            # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
-            credit = "feedback" if p.error is not None and bool(p.error.any()) else "global"
+            credit = "feedback" if p.ends else "global"
         reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
@@ -107,6 +110,24 @@ class Structure:
     def summarise_error(self, error: Tensor) -> Tensor:
         """e [rows, O] that belongs to `summarise`."""
         return self.summarise(error if self.output_functions is None else error / len(error))
+
+
+def judging_of(objective: Objective, p: Pass, credit: str, noise: Mapping[str, Any], model: nn.Module) -> Judging:
+    """How the objective's losses are taken. Of those without a gradient, `noise` may say so by an OutputNoise (or None)
+    for "outputs"; else credit "auto" smooths those whose outputs are no spikes: a parameter comes after the last spike,
+    or the loss is known to look at sums."""
+    # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
+    blind = p.judgement.flat if credit == "auto" else p.judgement.without
+    site = noise.get("outputs", OutputNoise() if credit == "auto" else None)
+    smoothed = blind if isinstance(noise.get("outputs"), OutputNoise) or reads_out(p, model) else objective.of_totals
+    smoothed = smoothed & blind if isinstance(site, OutputNoise) else frozenset()
+    return Judging(dict.fromkeys(smoothed, site), blind - smoothed)
+
+
+def reads_out(p: Pass, model: nn.Module) -> bool:
+    """Whether the outputs depend on a parameter otherwise than by spikes."""
+    reached = leaves([p.outputs])
+    return any(id(q) in reached for q in model.parameters())
 
 
 def learned_paths(

@@ -1,4 +1,4 @@
-"""train and evaluate: the one loop."""
+"""train: the one loop."""
 
 import math
 import time
@@ -13,15 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Estimate
-from ulr_snn.losses import Loss, resolve, total
+from ulr_snn.evaluation import Tally, evaluate, mode_of, pick_device, unpack
+from ulr_snn.losses import LossSpec, total
 from ulr_snn.neurons import output_mask
-from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.passes import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
-from ulr_snn.sites import Layers, bind, check_layers, own_modules, spiking_layers
 
 DEFAULT_LR = 1e-2
 LR_WARM_UP = 0.1  # of the steps, in the cosine schedule
@@ -50,7 +47,7 @@ def train(
     *,
     val_loader: Iterable | None = None,
     estimator: ULR | None = None,
-    loss: str | Loss = "ce_count",
+    loss: LossSpec = "ce_count",
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     lr: float | None = None,
     scheduler: str | Callable[[Optimizer], LRScheduler] | None = "cosine",
@@ -254,138 +251,10 @@ class Session:
             self.loader.generator.set_state(state["loader_generator"])
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Iterable,
-    mode: str = "deterministic",
-    copies: int = 1,
-    estimator: ULR | None = None,
-    loss: str | Loss = "ce_count",
-    device: str | torch.device = "auto",
-    time_first: bool = True,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Loss and accuracy over a loader: {"loss", "accuracy" (None for regression), "samples"}.
-
-    mode: "deterministic", or "stochastic" with the estimator's firing noise and the outputs of `copies` runs
-    averaged. Raises UsageError as `train` does.
-    """
-    if mode not in ("deterministic", "stochastic"):
-        raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
-    if copies < 1 or (copies > 1 and mode == "deterministic"):
-        raise UsageError(f"evaluate got copies={copies} with {mode} firing; copies above 1 need mode='stochastic'")
-    device = pick_device(device)
-    per_sample = resolve(loss)
-    model.to(device)
-    tally = Tally()
-    estimator = estimator or ULR()
-    runner: Runner | None = None
-    with mode_of(model, training=False):
-        for step, batch in enumerate(loader):
-            x, targets, lengths = unpack(batch, device)
-            x = as_sequence(x, targets, lengths, time_first, model)
-            if runner is None:
-                check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
-                runner = Runner.of(model, x, estimator)
-            outputs = runner.outputs(x, lengths, step, copies if mode == "stochastic" else 0, seed)
-            mask = output_mask(lengths, outputs)
-            tally.add(per_sample(outputs, targets, mask), total(outputs, mask), targets)
-    if not tally.samples:
-        raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
-    return {**tally.means(), "samples": tally.samples}
-
-
-@contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@dataclass
-class Runner:
-    """Runs a model as it stands, or with noise at the level of the end of training."""
-
-    model: nn.Module
-    by_step: bool
-    layers: Layers
-    level: NoiseLevel
-
-    @classmethod
-    def of(cls, model: nn.Module, x: Tensor, estimator: ULR) -> "Runner":
-        by_step = runs_by_step(model, x)
-        return cls(model, by_step, find_layers(model, x, by_step, estimator.noise), NoiseLevel(estimator.firing))
-
-    def outputs(self, x: Tensor, lengths: Tensor | None, step: int, copies: int, seed: int) -> Tensor:
-        """The model's outputs, mean over copies; of deterministic firing where copies is 0."""
-        outputs = None
-        for copy in range(max(copies, 1)):
-            noise = None
-            if copies:
-                sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-                noise = Noise(seed, step, sample, torch.full_like(sample, copy))
-                measure_levels(self.model, self.layers, self.level, lambda n=noise: self._run(x, lengths, n))
-            once = self._run(x, lengths, noise)
-            check_outputs(once, x.shape[0], x.shape[1])
-            outputs = once if outputs is None else outputs + once
-        return outputs / max(copies, 1)
-
-    def _run(self, x: Tensor, lengths: Tensor | None, noise: Noise | None) -> Tensor:
-        with bind(self.model, self.level, noise, lengths, len(x), self.layers):
-            return model_outputs(self.model, x, self.by_step)
-
-
-@dataclass
-class Tally:
-    """Running means over samples."""
-
-    samples: int = 0
-    loss: float = 0.0
-    correct: int | None = None
-
-    def add(self, loss: Tensor, totals: Tensor, targets: Tensor) -> None:
-        """loss [B]; totals: outputs summed over time [B, C]."""
-        self.samples += len(targets)
-        self.loss += loss.sum().item()
-        if not targets.is_floating_point() and targets.ndim == 1 and totals.ndim == 2:
-            self.correct = (self.correct or 0) + int((totals.argmax(1) == targets).sum())
-
-    def means(self) -> dict[str, float | None]:
-        count = max(1, self.samples)
-        return {"loss": self.loss / count, "accuracy": None if self.correct is None else self.correct / count}
-
-
 def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
     """Outputs of a training step, mean over copies and summed over a sample's own time steps, [B, C]."""
     outputs = estimate.outputs.mean(0)
     return total(outputs, output_mask(lengths, outputs))
-
-
-def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x, y) or (x, y, lengths) on the device."""
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        raise UsageError("the loader must give (x, y) or (x, y, lengths) batches of tensors")
-    moved = [torch.as_tensor(item).to(device, non_blocking=True) for item in batch]
-    return moved[0], moved[1], moved[2] if len(moved) == 3 else None
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a CUDA device where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device={device!r} is not known; use 'auto', 'cpu' or 'cuda'") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device={device!r} was asked for, but there is no CUDA device here; use 'cpu'")
-    return picked
 
 
 def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> None:

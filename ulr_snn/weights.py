@@ -115,6 +115,8 @@ def check_names(model: nn.Module, noise: Mapping[str, Any]) -> None:
     modules = {name for name, _ in model.named_modules() if name}
     trainable = [name for name, q in model.named_parameters() if q.requires_grad]
     for key, site in noise.items():
+        if key == "outputs" and not isinstance(site, CurrentNoise | WeightNoise):
+            continue  # the model's, whatever its modules are called
         if isinstance(site, CurrentNoise) and key not in modules:
             raise UsageError(f"ULR got current noise for {key!r}, which is no module of the model; see named_modules()")
         if not isinstance(site, CurrentNoise) and not any(named(name, [key]) for name in trainable):

@@ -13,12 +13,15 @@ from torch import Tensor
 from ulr_snn.records import Record
 
 
-def direct_credit(outputs: Tensor, error: Tensor, records: Sequence[Record]) -> list[Tensor | None]:
-    """a = (∂outputs/∂spikes)^T error of each record's spikes, [T, B, ...]; None where the outputs do not reach them."""
-    if not records or not outputs.requires_grad:
+def direct_credit(ends: Sequence[tuple[Tensor, Tensor]], records: Sequence[Record]) -> list[Tensor | None]:
+    """a = sum over ends of (∂end/∂spikes)^T gradient of each record's spikes, [T, B, ...]; None where no end reaches
+    them. ends: tensors, and the loss's gradient with respect to them."""
+    ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
+    if not records or not ends:
         return [None] * len(records)
     leaves = [leaf for record in records for leaf in record.leaves]
-    found = iter(torch.autograd.grad(outputs, leaves, error, retain_graph=True, allow_unused=True))
+    tensors, gradients = zip(*ends, strict=True)
+    found = iter(torch.autograd.grad(tensors, leaves, gradients, retain_graph=True, allow_unused=True))
     return [whole(list(islice(found, len(record.leaves))), record) for record in records]
 
 

@@ -29,8 +29,8 @@ class Prediction:
 
     def credit(self, p: Pass) -> list[Tensor | None]:
         """From the last layer to the first: what a layer's spikes do is known once that of the next layers is."""
-        direct = direct_credit(p.outputs, p.error, p.records)
-        error = self.structure.summarise_error(p.error)
+        direct = direct_credit(p.ends, p.records)
+        error = None if p.error is None else self.structure.summarise_error(p.error)
         currents: dict[str, Tensor] = {}  # ∂L/∂J of the layers done so far
         predictions: list[Tensor | None] = []
         for record, a in zip(reversed(p.records), reversed(direct), strict=True):
@@ -38,7 +38,7 @@ class Prediction:
                 if target in currents:
                     a = added(a, self.feedback.from_layer(edge(record.site, target), path, currents[target]))
             from_outputs = None
-            if record.site in self.structure.from_outputs:
+            if record.site in self.structure.from_outputs and error is not None:
                 from_outputs = self.feedback.from_outputs(record.site, record.x.detach(), error)
             if isinstance(record, CurrentRecord):
                 a = added(self._response(record).credit(a), from_outputs)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.activity import counting
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import Estimate
-from ulr_snn.losses import Loss, resolve
+from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
 from ulr_snn.scan.reference import shift
@@ -59,7 +60,7 @@ class SurrogateBPTT:
             raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
 
     def attach(
-        self, model: nn.Module, loss: str | Loss, seed: int, time_first: bool, total_steps: int | None = None
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
     ) -> "SurrogateAttachment":
         """What `train` steps with. seed, total_steps: not used, since nothing is drawn or annealed."""
         return SurrogateAttachment(model, self, loss, time_first)
@@ -154,7 +155,7 @@ class SurrogateAttachment:
     The model is bound only inside `backward`. `forward_passes` counts one a sample and step.
     """
 
-    def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: str | Loss, time_first: bool = True) -> None:
+    def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: LossSpec, time_first: bool = True) -> None:
         layers = spiking_layers(model)
         check_layers(model, layers)
         self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
@@ -180,7 +181,7 @@ class SurrogateAttachment:
         pass
 
     def backward(
-        self, x: Tensor, targets: Tensor, loss: str | Loss | None = None, lengths: Tensor | None = None
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
         """One forward pass, then adds the gradient of the batch's mean loss to every trainable `.grad`.
 
@@ -188,15 +189,16 @@ class SurrogateAttachment:
         Raises UsageError on wrong shapes, labels or losses, FloatingPointError on a loss that is not finite.
         """
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
-        per_sample = resolve(loss if loss is not None else self.loss)
         if self.by_step is None:
             self.by_step = runs_by_step(self.model, x)
-        with torch.enable_grad(), bound(self.model, None if self.theirs else self.peer, lengths):
+        objective, layers = resolve(loss if loss is not None else self.loss), spiking_layers(self.model)
+        counted = counting(self.model, layers, objective.counts, *x.shape[:2])
+        with torch.enable_grad(), bound(self.model, None if self.theirs else self.peer, lengths), counted as activity:
             outputs = model_outputs(self.model, x, self.by_step)
         check_outputs(outputs, x.shape[0], x.shape[1])
         mask = output_mask(lengths, outputs)
         with torch.enable_grad():
-            value = per_sample(outputs, targets, mask)
+            value = objective(outputs, targets, mask, activity)
         self.step += 1
         self.forward_passes += x.shape[1]
         if not torch.isfinite(value).all():
