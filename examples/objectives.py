@@ -1,6 +1,6 @@
 """Objectives that have no gradient: mistakes counted one by one, and a budget of spikes.
 
-    python examples/objectives.py [epochs]
+python examples/objectives.py [epochs]
 """
 
 import sys

@@ -114,6 +114,14 @@ def test_a_failed_comparison_leaves_nothing(here, capsys, needs_data_and_runs):
     assert not list((here / "runs").iterdir())
 
 
+def test_diagnose_prints_a_table_and_draws_it(here, capsys, needs_data_and_runs):
+    options = ["--draws", "4", "--picture", "diagnosis.png", "--batch-size", "8"]
+    assert main(["diagnose", "digits", *options]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("| estimator | layer |") and "| surrogate | all layers |" in said
+    assert (here / "diagnosis.png").exists()
+
+
 def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
     assert main(["plan", "digits"]) == 0
     shown = capsys.readouterr().out
@@ -124,7 +132,7 @@ def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        ((), "train|evaluate|compare|plan"),
+        ((), "train|evaluate|compare|plan|diagnose"),
         (("teach",), "teach"),
         (("train",), "DATA"),
         (("train", "digits", "--epochs", "0"), "at least 1"),

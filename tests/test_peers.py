@@ -6,7 +6,8 @@ from torch import nn
 
 from ulr_snn import LIF, RecurrentLIF, TimeAverage, UsageError, train
 from ulr_snn.neurons import step_mask
-from ulr_snn.peers.surrogate import FUNCTIONS, SurrogateBPTT, bound
+from ulr_snn.peers.surrogate import FUNCTIONS, SurrogateBPTT
+from ulr_snn.sites import bind_sites
 
 PEERS = [SurrogateBPTT("atan", 2.0), SurrogateBPTT("fast_sigmoid", 5.0)]
 
@@ -63,7 +64,7 @@ def test_the_scan_agrees_with_plain_autograd(function, detach_reset, reset, recu
     neuron = (RecurrentLIF(5, beta, **options) if recurrent else LIF(beta, **options)).double()
     current = (0.8 * torch.randn(7, 4, 5, dtype=torch.float64) + 0.4).requires_grad_()
     leaves = [current, *neuron.parameters()]
-    with bound(neuron, peer, lengths):
+    with bind_sites(neuron, [peer], lengths):
         ours = gradients(neuron(current), leaves)
     assert 0 < ours[0].sum() < ours[0].numel()
     for a, b in zip(ours, gradients(plain(neuron, current, peer, lengths), leaves), strict=True):
@@ -77,7 +78,7 @@ def test_an_attached_reset_agrees_with_autograd_through_the_neuron_itself():
     current = torch.randn(7, 4, 5, dtype=torch.float64, requires_grad=True)
     leaves = [current, *neuron.parameters()]
     through = neuron.run(current, lambda t, drive: PlainSpike.apply(drive, peer))[0]
-    with bound(neuron, peer, None):
+    with bind_sites(neuron, [peer], None):
         ours = gradients(neuron(current), leaves)
     for a, b in zip(ours, gradients(through, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

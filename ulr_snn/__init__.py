@@ -2,6 +2,7 @@
 
 from ulr_snn import data
 from ulr_snn.compare import Comparison, compare
+from ulr_snn.diagnose import Diagnosis, diagnose
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Attachment, Estimate, attach
 from ulr_snn.evaluation import evaluate
@@ -19,6 +20,7 @@ __all__ = [
     "Attachment",
     "Comparison",
     "CurrentNoise",
+    "Diagnosis",
     "Estimate",
     "Fold",
     "Gaussian",
@@ -35,6 +37,7 @@ __all__ = [
     "attach",
     "compare",
     "data",
+    "diagnose",
     "evaluate",
     "plan",
     "train",

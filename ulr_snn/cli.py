@@ -134,6 +134,18 @@ def _plan(args: argparse.Namespace) -> None:
     print(ulr_snn.plan(model, batch, estimator=_estimator(vars(args))))
 
 
+def _diagnose(args: argparse.Namespace) -> None:
+    train_set, _ = data.load(args.data, root=args.data_root)
+    model = _build_model(vars(args), train_set)
+    batch = next(iter(data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed)))
+    if args.checkpoint is not None:
+        runs.load_checkpoint(args.checkpoint, model)
+    found = ulr_snn.diagnose(model, batch, draws=args.draws, reference_draws=4 * args.draws, seed=args.seed)
+    print(found)
+    if args.picture is not None:
+        found.plot(args.picture)
+
+
 # --- what the commands are made of
 
 
@@ -236,7 +248,7 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
     parser.add_argument("--version", action="version", version=f"ulr-snn {ulr_snn.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan")
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
     train.set_defaults(command=_train)
@@ -260,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="train a network by several methods, side by side")
     compare.set_defaults(command=_compare)
     _add_task(compare, estimator=False)
-    compare.add_argument("--methods", nargs="+", default=["ulr", "surrogate"], metavar="METHOD", help="ulr, surrogate")
+    compare.add_argument(
+        "--methods", nargs="+", default=["ulr", "surrogate"], metavar="METHOD", help="ulr, surrogate, ..."
+    )
     compare.add_argument("--lr", type=float, nargs="+", metavar="X", help="learning rates, each a training of its own")
     compare.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/compare-DATA-NNN")
     _add_length(compare)
@@ -270,6 +284,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     _add_task(plan)
     plan.set_defaults(threads=None)
+
+    diagnose = commands.add_parser("diagnose", help="measure bias and noise of the estimators' gradients of one batch")
+    diagnose.set_defaults(command=_diagnose)
+    _add_task(diagnose, estimator=False)
+    diagnose.add_argument("--checkpoint", type=Path, metavar="RUN_DIR", help="weights of a run, in place of new ones")
+    diagnose.add_argument("--draws", type=_positive, default=32, metavar="N", help="steps of each estimator")
+    diagnose.add_argument("--picture", type=Path, metavar="PNG", help="draws the table into this file")
+    diagnose.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
     return parser
 
 

@@ -135,6 +135,7 @@ class Attachment:
         self.prediction = Prediction(self.feedback, seed)
         self.step = 0
         self.forward_passes = 0
+        self.fixed_progress: float | None = None  # of the training, where it does not follow from the step
         self.mean_loss: Tensor | None = None  # moving baseline
         self.mean_blind: Tensor | None = None  # that of the losses without a gradient
         self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
@@ -213,6 +214,8 @@ class Attachment:
 
     def _progress(self) -> float:
         """How much of the training is over; half of it where its length is not known."""
+        if self.fixed_progress is not None:
+            return self.fixed_progress
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
 
     def _copies(self, credit: str) -> int:

@@ -14,7 +14,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR
 from ulr_snn.losses import LossSpec, resolve, total
 from ulr_snn.neurons import output_mask
-from ulr_snn.noise import Noise, NoiseLevel
+from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.passes import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
 from ulr_snn.sites import Layers, bind, check_layers, own_modules, spiking_layers
 
@@ -105,6 +105,11 @@ class Runner:
     def of(cls, model: nn.Module, x: Tensor, estimator: ULR) -> "Runner":
         by_step = runs_by_step(model, x)
         return cls(model, by_step, find_layers(model, x, by_step, estimator.noise), NoiseLevel(estimator.firing))
+
+    @classmethod
+    def deterministic(cls, model: nn.Module, x: Tensor) -> "Runner":
+        """Of a model that is to run as it is."""
+        return cls(model, runs_by_step(model, x), spiking_layers(model), NoiseLevel(Logistic()))
 
     def runs(self, x: Tensor, lengths: Tensor | None, step: int, copies: int, seed: int, counts: set[str]) -> list[Run]:
         """Outputs and activity of each copy; of deterministic firing where copies is 0."""

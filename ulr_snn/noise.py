@@ -98,14 +98,19 @@ class WeightNoise:
     W + scale ζ, and the score with respect to W is ζ / scale. For parameters that no other site's gradient reaches.
 
     scale: constant, in units of the parameter, > 0. None: `relative` times the parameter's root mean square as it is
-    now, or `relative` itself where that is zero.
+    now, or `relative` itself where that is zero. rank: of the draws. None: ζ has independent entries. 1: ζ of a matrix
+    [n, m, ...] is a b^T, with a [n] and b [m ...] standard normal, so that a draw takes n + m numbers in place of n m,
+    and the gradient has a bias of order scale² (vectors and numbers are drawn in full).
     """
 
     scale: float | None = None
     relative: float = 0.1
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "relative")
+        if self.rank not in (None, 1):
+            raise UsageError(f"WeightNoise got rank={self.rank}; it is None (full) or 1")
 
 
 @dataclass(frozen=True)

@@ -92,3 +92,37 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
+
+
+def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws the rows of a diagnosis into a PNG file: by layer and estimator the cosine of the mean gradient with the
+    true one, the cosine of a single step's, and its relative variance."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    estimators, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("estimator", "layer"))
+    values = {(row["estimator"], row["layer"]): row for row in rows}
+    panels = (("cosine", "cosine of the mean (bias)"), ("step_cosine", "cosine of a step (bias and noise)"))
+    panels += (("variance", "relative variance of a step"),)
+    figure = Figure(figsize=(4 * len(panels), 1.6 + 0.16 * len(layers) * (len(estimators) + 1)), dpi=120)
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    height = 0.8 / len(estimators)
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for i, estimator in enumerate(estimators):
+            found = [values[estimator, layer][key] for layer in layers]
+            places = [n + (i - (len(estimators) - 1) / 2) * height for n in range(len(layers))]
+            drawn = [(place, value) for place, value in zip(places, found, strict=True) if value]
+            colour = colormaps["viridis"](0.9 * i / max(1, len(estimators) - 1))
+            axes.barh(*zip(*drawn, strict=True) if drawn else ((), ()), height, color=colour, label=estimator)
+        axes.set_yticks(range(len(layers)), layers)
+        axes.set_xlabel(title)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if key == "variance":
+            axes.set_xscale("log")
+    figure.axes[0].invert_yaxis()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, format="png")

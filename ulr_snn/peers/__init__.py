@@ -1,5 +1,18 @@
 """What likelihood ratios are compared with: `METHODS`, by the name that `compare` takes."""
 
+from functools import partial
+
+from ulr_snn.noise import WeightNoise
+from ulr_snn.peers.alignment import FeedbackAlignment
+from ulr_snn.peers.evolution import EvolutionStrategies
+from ulr_snn.peers.expected import ExpectedGradientBPTT
 from ulr_snn.peers.surrogate import SurrogateBPTT
 
-METHODS = {"surrogate": SurrogateBPTT}
+METHODS = {
+    "surrogate": SurrogateBPTT,
+    "expected": ExpectedGradientBPTT,
+    "alignment": FeedbackAlignment,
+    "evolution": EvolutionStrategies,
+    "evolution-rank1": partial(EvolutionStrategies, noise=WeightNoise(rank=1)),
+    "zeroth-order": partial(EvolutionStrategies, copies=1, antithetic=False),
+}

@@ -5,7 +5,6 @@ A model of another library runs as it is, with the surrogate that it has; for ou
 """
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
 from ulr_snn.scan.reference import shift
-from ulr_snn.sites import bind_sites, check_layers, spiking_layers
+from ulr_snn.sites import Layers, bind_sites, check_layers, spiking_layers
 
 
 def atan_slope(drive: Tensor, a: float) -> Tensor:
@@ -69,11 +68,21 @@ class SurrogateBPTT:
         """h'(d) for each d."""
         return FUNCTIONS[self.function](drive, self.slope)
 
+    def fire(self, t: int, drive: Tensor) -> Tensor:
+        """Spikes of one time step."""
+        return heaviside(t, drive)
+
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
         """current [T, B, ...] -> spikes [T, B, ...], differentiable by the surrogate. This is every site."""
-        mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-        recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
-        return _SurrogateScan.apply(current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, self, mask)
+        return differentiable_spikes(neuron, current, self)
+
+
+def differentiable_spikes(neuron: LIF, current: Tensor, peer: Any) -> Tensor:
+    """current [T, B, ...] -> spikes [T, B, ...]. peer: has `fire(t, drive)`, `derivative(drive)` that stands in for the
+    derivative of what is fired, and `detach_reset`."""
+    mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+    recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
+    return _SurrogateScan.apply(current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, peer, mask)
 
 
 class _SurrogateScan(torch.autograd.Function):
@@ -87,7 +96,7 @@ class _SurrogateScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, current, beta, threshold, recurrent, neuron, peer, mask):
-        fire = heaviside if mask is None else lambda t, drive: heaviside(t, drive) * mask[t]
+        fire = peer.fire if mask is None else lambda t, drive: peer.fire(t, drive) * mask[t]
         spikes, drive, _ = neuron.run(current, fire)
         ctx.save_for_backward(beta, threshold, recurrent, spikes, drive, mask)
         ctx.reset, ctx.peer = neuron.reset, peer
@@ -160,11 +169,7 @@ class SurrogateAttachment:
         check_layers(model, layers)
         self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
         for name, neuron in layers:
-            if not (self.theirs or isinstance(neuron, LIF)):
-                kind = type(neuron.module if isinstance(neuron, StepNeuron) else neuron).__name__
-                raise UsageError(
-                    f"{name} is a {kind}; SurrogateBPTT knows LIF, RecurrentLIF, and models of another library alone"
-                )
+            self.check(name, neuron.module if isinstance(neuron, StepNeuron) else neuron)
         if self.theirs and peer != SurrogateBPTT():
             raise UsageError(
                 "SurrogateBPTT got options for a model of another library; give its neurons a surrogate there"
@@ -173,6 +178,14 @@ class SurrogateAttachment:
         self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
         self.step = 0
         self.forward_passes = 0
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Raises UsageError for a spiking layer that this method does not know."""
+        if not (self.theirs or isinstance(module, LIF)):
+            raise UsageError(
+                f"{name} is a {type(module).__name__}; SurrogateBPTT knows LIF, RecurrentLIF, and models of another "
+                "library alone"
+            )
 
     def __enter__(self) -> "SurrogateAttachment":
         return self
@@ -193,7 +206,7 @@ class SurrogateAttachment:
             self.by_step = runs_by_step(self.model, x)
         objective, layers = resolve(loss if loss is not None else self.loss), spiking_layers(self.model)
         counted = counting(self.model, layers, objective.counts, *x.shape[:2])
-        with torch.enable_grad(), bound(self.model, None if self.theirs else self.peer, lengths), counted as activity:
+        with torch.enable_grad(), bind_sites(self.model, self.sites(layers, x), lengths), counted as activity:
             outputs = model_outputs(self.model, x, self.by_step)
         check_outputs(outputs, x.shape[0], x.shape[1])
         mask = output_mask(lengths, outputs)
@@ -206,14 +219,12 @@ class SurrogateAttachment:
         value.mean().backward()
         return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
 
+    def sites(self, layers: Layers, x: Tensor) -> list[Any]:
+        """One of each layer for this step; None: the layer's own firing."""
+        return [None if self.theirs else self.peer] * len(layers)
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "forward_passes": self.forward_passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
-
-
-def bound(model: nn.Module, site: SurrogateBPTT | None, lengths: Tensor | None) -> AbstractContextManager[None]:
-    """For a while, binds `site` (None: the layers' own firing) to every spiking layer, and the lengths [B] to all that
-    runs over time."""
-    return bind_sites(model, [site] * len(spiking_layers(model)), lengths)

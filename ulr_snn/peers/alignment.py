@@ -1,0 +1,110 @@
+"""Direct feedback alignment: the error of the outputs reaches every layer by fixed random weights.
+
+a_t = B e_t with B fixed and random, e = ∂L/∂outputs (arXiv 1609.01596), times the surrogate derivative of the spike and
+the local derivative of the membrane at fixed spikes. What comes after the last spike learns by its exact gradient.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import Estimate
+from ulr_snn.losses import LossSpec, resolve
+from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
+from ulr_snn.passes import as_sequence, check_outputs, model_outputs
+from ulr_snn.peers.surrogate import SurrogateBPTT
+from ulr_snn.sites import bind_sites, check_layers, spiking_layers
+
+
+@dataclass(frozen=True)
+class FeedbackAlignment:
+    """Direct feedback alignment of models of our own neurons. neuron: whose derivative stands in for the spike's."""
+
+    neuron: SurrogateBPTT = field(default_factory=SurrogateBPTT)
+
+    def attach(
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+    ) -> "AlignmentAttachment":
+        """What `train` steps with. seed: of the random weights."""
+        return AlignmentAttachment(model, self, loss, seed, time_first)
+
+
+@dataclass
+class _Layer:
+    """A site that fires deterministically and keeps its drive, differentiable at fixed spikes."""
+
+    name: str
+    drive: Tensor | None = None
+
+    def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
+        """current [T, B, ...] -> spikes [T, B, ...]."""
+        self.mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+        fire = heaviside if self.mask is None else lambda t, drive: heaviside(t, drive) * self.mask[t]
+        with torch.no_grad():
+            spikes, drive, fed_back = neuron.run(current, fire)
+        self.drive = neuron.drive_at(current, spikes, drive, fed_back)
+        return spikes
+
+
+class AlignmentAttachment:
+    """Adds gradients by feedback alignment to `.grad`. The model is bound only inside `backward`."""
+
+    def __init__(self, model: nn.Module, peer: FeedbackAlignment, loss: LossSpec, seed: int, time_first: bool) -> None:
+        layers = spiking_layers(model)
+        check_layers(model, layers)
+        for name, neuron in layers:
+            if not isinstance(neuron, LIF):
+                raise UsageError(f"{name} is no LIF or RecurrentLIF; FeedbackAlignment knows these alone")
+        self.model, self.peer, self.loss, self.seed, self.time_first = model, peer, loss, seed, time_first
+        self.step, self.forward_passes = 0, 0
+
+    def __enter__(self) -> "AlignmentAttachment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def backward(
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+    ) -> Estimate:
+        """One forward pass, then adds to every trainable `.grad`; see `SurrogateAttachment.backward`."""
+        x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        layers = [_Layer(name) for name, _ in spiking_layers(self.model)]
+        with torch.enable_grad(), bind_sites(self.model, layers, lengths):
+            outputs = model_outputs(self.model, x)
+        check_outputs(outputs, x.shape[0], x.shape[1])
+        cut = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            value = resolve(loss if loss is not None else self.loss)(cut, targets, output_mask(lengths, outputs))
+        self.step += 1
+        self.forward_passes += x.shape[1]
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        error = torch.autograd.grad(value.mean(), cut)[0]
+        ends = [(outputs, error)] if outputs.requires_grad else []
+        ends += [(layer.drive, self._credit(layer, error)) for layer in layers if layer.drive is not None]
+        ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
+        torch.autograd.backward(*map(list, zip(*ends, strict=True)))
+        return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
+
+    def _credit(self, layer: _Layer, error: Tensor) -> Tensor:
+        """B e times the surrogate derivative, [T, B, ...]."""
+        drive = layer.drive.detach()
+        classes, neurons = error.shape[-1], drive[0, 0].numel()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {layer.name}".encode()))
+        weights = torch.randn(classes, neurons, generator=generator).to(drive) / classes**0.5
+        credit = error.flatten(-1) @ weights  # [T, B, N], or [B, N] of outputs without a time axis
+        if error.ndim < 3:
+            credit = credit / len(drive)  # an error of the mean or the sum over time
+            credit = credit.expand(len(drive), *credit.shape)
+        return credit.view(drive.shape) * self.peer.neuron.derivative(drive) * (1 if layer.mask is None else layer.mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "forward_passes": self.forward_passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.forward_passes = state["step"], state["forward_passes"]

@@ -1,0 +1,97 @@
+"""Evolution strategies: noise on all weights of the deterministic net, one draw a copy, and its score (arXiv
+1703.03864), with the same variance reduction as `ULR`: antithetic pairs and leave-one-out baselines.
+
+With one copy and a moving baseline it is the one-point zeroth-order estimator. Low-rank draws (arXiv 2511.16652) are
+`WeightNoise(rank=1)`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.global_ import baseline
+from ulr_snn.errors import UsageError
+from ulr_snn.estimator import Estimate, moving
+from ulr_snn.evaluation import Runner
+from ulr_snn.losses import LossSpec, resolve
+from ulr_snn.neurons import output_mask
+from ulr_snn.noise import WeightNoise
+from ulr_snn.passes import as_sequence, check_outputs
+from ulr_snn.weights import WeightSites
+
+
+@dataclass(frozen=True)
+class EvolutionStrategies:
+    """Deterministic firing, Gaussian noise on all trainable parameters. copies: draws of the weights a step;
+    antithetic: in mirrored pairs; noise: its scale and rank."""
+
+    copies: int = 8
+    antithetic: bool = True
+    noise: WeightNoise = field(default_factory=WeightNoise)
+
+    def __post_init__(self) -> None:
+        if self.copies < 1 or (self.antithetic and self.copies % 2):
+            raise UsageError(
+                f"EvolutionStrategies got copies={self.copies}; use an even number, or at least 1 with antithetic=False"
+            )
+
+    def attach(
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+    ) -> "EvolutionAttachment":
+        """What `train` steps with."""
+        return EvolutionAttachment(model, self, loss, seed, time_first)
+
+
+class EvolutionAttachment:
+    """Adds gradients by evolution strategies to `.grad`, from forward passes of the deterministic net alone."""
+
+    def __init__(
+        self, model: nn.Module, peer: EvolutionStrategies, loss: LossSpec, seed: int, time_first: bool
+    ) -> None:
+        self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
+        names = [name for name, q in model.named_parameters() if q.requires_grad]
+        self.sites = WeightSites(dict.fromkeys(names, peer.noise), seed, peer.antithetic)
+        self.step, self.forward_passes = 0, 0
+        self.mean_loss: Tensor | None = None
+        self.runner: Runner | None = None
+
+    def __enter__(self) -> "EvolutionAttachment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @torch.no_grad()
+    def backward(
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+    ) -> Estimate:
+        """A forward pass a copy, then adds to every trainable `.grad`; see `Attachment.backward`."""
+        x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        objective = resolve(loss if loss is not None else self.loss)
+        self.runner = self.runner or Runner.deterministic(self.model, x)
+        values, all_outputs = [], []
+        for copy in range(self.peer.copies):
+            with self.sites.disturbed(self.model, self.step, copy):
+                ((outputs, activity),) = self.runner.runs(x, lengths, self.step, 0, 0, objective.counts)
+            check_outputs(outputs, x.shape[0], x.shape[1])
+            values.append(objective(outputs, targets, output_mask(lengths, outputs), activity))
+            all_outputs.append(outputs)
+        losses = torch.stack(values)
+        if not torch.isfinite(losses).all():
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        group = 2 if self.peer.antithetic else 1
+        signals = losses - baseline(losses, list(range(len(losses))), group, self.mean_loss)
+        self.sites.add_gradients(self.model, self.step, signals)
+        self.mean_loss = moving(self.mean_loss, losses)
+        self.step += 1
+        self.forward_passes += len(losses) * x.shape[1]
+        return Estimate(losses.mean(0), torch.stack(all_outputs), {"copies": len(losses), "step": self.step})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "forward_passes": self.forward_passes, "mean_loss": self.mean_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.forward_passes = state["step"], state["forward_passes"]
+        self.mean_loss = state["mean_loss"]

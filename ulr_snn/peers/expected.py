@@ -1,0 +1,99 @@
+"""Expected-gradient backpropagation: through the stochastic net, by the derivatives of the firing probabilities.
+
+Spikes are drawn as under `ULR`; in the backward sweep through time and layers ∂p/∂u stands in for ∂s/∂u. Unlike a
+surrogate it is the derivative of something, but a chain of them is not the gradient of the expected loss, unless what
+comes after each spike is linear. A yardstick for what credit can do in the same noise.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.losses import LossSpec
+from ulr_snn.neurons import LIF, heaviside, own_spread, step_mask
+from ulr_snn.noise import Drawer, Firing, Logistic, Noise, NoiseLevel
+from ulr_snn.peers.surrogate import SurrogateAttachment, differentiable_spikes
+from ulr_snn.sites import Layers
+
+
+@dataclass(frozen=True)
+class ExpectedGradientBPTT:
+    """BPTT through the derivatives of the firing probabilities, of models of our own neurons. firing: as of `ULR`; a
+    learned threshold is taken with the scale of the noise held fixed."""
+
+    firing: Firing = field(default_factory=Logistic)
+
+    def attach(
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+    ) -> "ExpectedAttachment":
+        """What `train` steps with."""
+        return ExpectedAttachment(model, self, loss, seed, time_first, total_steps)
+
+
+class ExpectedAttachment(SurrogateAttachment):
+    """Adds expected gradients to `.grad`. fixed_progress: of the training, where it does not follow from the step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peer: ExpectedGradientBPTT,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None,
+    ) -> None:
+        super().__init__(model, peer, loss, time_first)
+        self.seed, self.total_steps, self.level = seed, total_steps, NoiseLevel(peer.firing)
+        self.fixed_progress: float | None = None
+
+    def check(self, name: str, module: nn.Module) -> None:
+        if not isinstance(module, LIF):
+            raise UsageError(
+                f"{name} is a {type(module).__name__}; ExpectedGradientBPTT knows LIF and RecurrentLIF alone"
+            )
+
+    def sites(self, layers: Layers, x: Tensor) -> list[Any]:
+        progress = min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
+        self.level.progress = progress if self.fixed_progress is None else self.fixed_progress
+        sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        noise = Noise(self.seed, self.step, sample, torch.zeros_like(sample))
+        return [_Stochastic(name, index, self.level, noise) for index, (name, _) in enumerate(layers)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"noise_starts": dict(self.level.starts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.level.starts = dict(state["noise_starts"])
+
+
+@dataclass
+class _Stochastic:
+    """A site that draws spikes, and passes on gradients by the derivative of their probability."""
+
+    name: str
+    index: int
+    level: NoiseLevel
+    noise: Noise
+    detach_reset = False  # this derivative is a true one
+
+    def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
+        """current [T, B, ...] -> spikes [T, B, ...]."""
+        mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+        with torch.no_grad():
+            self.scale = self.level.scale(
+                self.name,
+                neuron.threshold,
+                lambda: own_spread(neuron.run(current, heaviside)[1] + neuron.threshold, mask),
+            )
+        self._draw = Drawer(self.noise, self.level.firing, self.index, len(current))
+        return differentiable_spikes(neuron, current, self)
+
+    def fire(self, t: int, drive: Tensor) -> Tensor:
+        return self._draw(t, drive / self.scale)
+
+    def derivative(self, drive: Tensor) -> Tensor:
+        return self.level.firing.slope(drive / self.scale) / self.scale
