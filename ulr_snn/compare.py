@@ -83,8 +83,9 @@ def compare(
     """Trains the same model by each method, from the same weights, on the same batches in the same order.
 
     methods: "ulr" (likelihood ratios, `ULR()`), "surrogate" (surrogate-gradient BPTT, of a model of another library
-    with the surrogate that it has), other names in `ulr_snn.peers.METHODS`, or names with estimators, as in {"ulr": ULR(copies=2)}. lr: one or
-    several, each a training of its own, for all methods or by method (default 1e-2). options: see `train`.
+    with the surrogate that it has), other names in `ulr_snn.peers.METHODS`, or names with estimators, as in {"ulr":
+    ULR(copies=2)}. lr: one or several, each a training of its own, for all methods or by method (default 1e-2).
+    options: see `train`.
     Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
     epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
     process, and of the first training with what a process loads once; elsewhere unknown). Raises UsageError for a

@@ -13,7 +13,7 @@ residual    1   the same, from independent copies                    unbiased, a
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ulr_snn.credit.prediction import WARM_UP, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
+from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, Objective, resolve
 from ulr_snn.neurons import own_spread
 from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
@@ -52,6 +53,9 @@ class ULR:
         outputs where a loss has no gradient, {"outputs": None} none there. Of its own accord noise comes on the current
         of modules that cut the graph, on parameters that no other noise reaches, and with credit "auto" on outputs that
         are no spikes.
+    flow: by name, how a module or parameter learns: "ulr" by a likelihood ratio even where a derivative would do (noise
+        on the parameters, unless it fires), "backprop" by the exact gradient of what is differentiable alone, and never
+        by noise of its own, "frozen" not at all. What is not named learns by whichever of the first two it can.
     refresh: every how many steps an antithetic pair replaces the single pass, where there is feedback that only
         pairs can teach: from the outputs (see `plan`), and into layers that see the events otherwise than by spikes.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
@@ -64,6 +68,7 @@ class ULR:
     antithetic: bool = True
     firing: Firing = field(default_factory=Logistic)
     noise: Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None] = field(default_factory=dict)
+    flow: Mapping[str, str] = field(default_factory=dict)
     refresh: int = 4
     time_functions: int = 8
     feedback_rate: float = 0.1
@@ -82,6 +87,9 @@ class ULR:
                 raise UsageError(f"ULR got noise={site!r} for {name!r}; it is CurrentNoise(), WeightNoise() or None")
             if isinstance(site, OutputNoise) and name != "outputs":
                 raise UsageError(f"ULR got {site} for {name!r}; noise on the outputs goes by the name 'outputs'")
+        for name, kind in self.flow.items():
+            if kind not in FLOWS:
+                raise UsageError(f"ULR got flow={kind!r} for {name!r}; it is one of {', '.join(FLOWS)}")
         if not self.feedback_rate > 0:
             raise UsageError(f"ULR got feedback_rate={self.feedback_rate}; it must be positive")
         if self.antithetic and self.copies is not None and self.copies > 1 and self.copies % 2:
@@ -129,6 +137,8 @@ class Attachment:
     ) -> None:
         check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
         check_names(model, estimator.noise)
+        check_flow(model, estimator.flow)
+        estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
         self.model, self.estimator, self.loss = model, estimator, loss
         self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
@@ -163,6 +173,12 @@ class Attachment:
         x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype; lengths: [B], steps past them are padding.
         Raises UsageError on wrong shapes, labels, losses, or events that are not finite.
         """
+        with frozen(self.model, self.estimator.flow):
+            return self._backward(x, targets, loss, lengths)
+
+    def _backward(
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+    ) -> Estimate:
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
         targets = targets.to(x.device)
         lengths = None if lengths is None else lengths.to(x.device)
@@ -170,6 +186,7 @@ class Attachment:
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
+            check_flow(self.model, self.estimator.flow, self.layers)
         loss = self.loss if loss is None else loss
         if loss is not self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
@@ -362,7 +379,10 @@ def observed(
     """
     model = forward.model
     forward.judging = judging_of(objective, p, estimator.credit, estimator.noise, model)
-    p.judgement = forward.judge(p.outputs, p.activity, targets, lengths, objective, p.copies)
+    if forward.judging.smoothed:
+        p.judgement = forward.judge(p.outputs, p.activity, targets, lengths, objective, p.copies)
+    else:
+        p.judgement = replace(p.judgement, blind=forward.judging.blind)
     structure = Structure.of(
         model,
         p,

@@ -10,6 +10,7 @@ as the mean over pairs of draws. It is that of the smoothed loss E[L(o + σ z)],
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,18 +31,40 @@ class Judging:
     blind: frozenset[int] = frozenset()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Judgement:
-    """loss [rows]; error: ∂loss/∂outputs in the shape of the outputs, None if there is none; blind [rows]: the losses
-    that have no part in it; costs: activity [rows] of the pass's spikes, and the gradient of its cost [rows]; flat:
-    losses without a gradient, or with one that is zero everywhere, without: those without one."""
+    """values, errors: each loss, weighted [rows], and its gradient in the shape of the outputs, None if it has none.
+    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. blind: see
+    `Judging`."""
 
-    loss: Tensor
-    error: Tensor | None
-    blind: Tensor
-    costs: list[tuple[Tensor, Tensor]]
-    flat: frozenset[int]
-    without: frozenset[int]
+    values: list[Tensor]
+    errors: list[Tensor | None]
+    costs: list[tuple[Tensor, Tensor, Tensor]]
+    blind: frozenset[int]
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """All together, [rows]."""
+        return added(self.values + [value for _, _, value in self.costs])
+
+    @cached_property
+    def error(self) -> Tensor | None:
+        """∂loss/∂outputs in the shape of the outputs; None if there is none."""
+        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.blind]
+        return added(seen) if seen else None
+
+    @cached_property
+    def blind_loss(self) -> Tensor:
+        """The losses without a gradient, [rows]."""
+        return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.blind)])
+
+    def without_gradient(self, flat: bool) -> frozenset[int]:
+        """Losses without a gradient; flat: or with one that is zero everywhere."""
+        return frozenset(i for i, e in enumerate(self.errors) if e is None or (flat and not e.any()))
+
+
+def added(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
 
 
 def judge(
@@ -64,23 +87,13 @@ def judge(
             value, error = with_gradient(loss, outputs, targets, mask)
         values.append(weight * value)
         errors.append(None if error is None else weight * error)
-    seen = [e for i, e in enumerate(errors) if e is not None and i not in judging.blind]
-    blind = [v for i, v in enumerate(values) if i in judging.blind]
     costs = []
     for weight, cost in objective.costs:
         counted = activity[cost.counts].detach().requires_grad_()
         with torch.enable_grad():
             value = weight * cost({cost.counts: counted})
-        costs.append((activity[cost.counts], torch.autograd.grad(value.sum(), counted)[0]))
-        values.append(value.detach())
-    return Judgement(
-        sum(values[1:], values[0]),
-        sum(seen[1:], seen[0]) if seen else None,
-        sum(blind, torch.zeros_like(values[0])),
-        costs,
-        frozenset(i for i, e in enumerate(errors) if e is None or not e.any()),
-        frozenset(i for i, e in enumerate(errors) if e is None),
-    )
+        costs.append((activity[cost.counts], torch.autograd.grad(value.sum(), counted)[0], value.detach()))
+    return Judgement(values, errors, costs, judging.blind)
 
 
 def with_gradient(

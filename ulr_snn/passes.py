@@ -40,7 +40,7 @@ class Pass:
     @property
     def blind(self) -> Tensor:
         """[copies, B]: the part of the loss that has no gradient in the outputs, nor is a cost of activity."""
-        return self.judgement.blind.view(len(self.copies), -1)
+        return self.judgement.blind_loss.view(len(self.copies), -1)
 
     @property
     def error(self) -> Tensor | None:
@@ -50,7 +50,8 @@ class Pass:
     @property
     def ends(self) -> list[tuple[Tensor, Tensor]]:
         """Where spikes reach the loss differentiably: tensors, and the loss's gradient with respect to them."""
-        return [(self.outputs, self.error)] * (self.error is not None) + self.judgement.costs
+        ends = [] if self.error is None else [(self.outputs, self.error)]
+        return ends + [(activity, gradient) for activity, gradient, _ in self.judgement.costs]
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:

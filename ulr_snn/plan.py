@@ -1,7 +1,7 @@
 """plan: which parameter gets its gradient how, and what is wrong with a model, before anything runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from ulr_snn.credit.maps import Shared
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, default_copies, observed
+from ulr_snn.flow import check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.noise import NoiseLevel
 from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces, runs_by_step
@@ -60,7 +61,9 @@ def plan(
     x = as_sequence(x, targets, lengths, time_first, model)
     level = NoiseLevel(estimator.firing, progress=0.0)
     check_names(model, estimator.noise)
-    with keep_traces(model):
+    check_flow(model, estimator.flow)
+    estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
+    with keep_traces(model), frozen(model, estimator.flow):
         by_step = runs_by_step(model, x)
         left_alone: list[str] = []
         layers = find_layers(model, x, by_step, estimator.noise, left_alone)
@@ -70,6 +73,7 @@ def plan(
         p = forward.run(x, targets, lengths, objective, [0])
         structure = observed(forward, p, estimator, x, targets, lengths, objective)
         check_layers(model, layers, structure.weights)
+        check_flow(model, estimator.flow, layers)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()

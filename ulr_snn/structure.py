@@ -117,7 +117,7 @@ def judging_of(objective: Objective, p: Pass, credit: str, noise: Mapping[str, A
     for "outputs"; else credit "auto" smooths those whose outputs are no spikes: a parameter comes after the last spike,
     or the loss is known to look at sums."""
     # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
-    blind = p.judgement.flat if credit == "auto" else p.judgement.without
+    blind = p.judgement.without_gradient(flat=credit == "auto")
     site = noise.get("outputs", OutputNoise() if credit == "auto" else None)
     smoothed = blind if isinstance(noise.get("outputs"), OutputNoise) or reads_out(p, model) else objective.of_totals
     smoothed = smoothed & blind if isinstance(site, OutputNoise) else frozenset()
