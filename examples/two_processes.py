@@ -1,5 +1,5 @@
 """Two processes train two halves of a network. Spikes go forward, the loss of each sample comes back, and nothing else:
-the first half learns by likelihood ratios from these losses alone (94 %; 85 % with its weights as they began).
+the first half learns by likelihood ratios from these losses alone (92 %; 85 % with its weights as they began).
 
     python examples/two_processes.py [epochs]
 """

@@ -34,10 +34,10 @@ def distribution(layer: Layer, membrane: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x)) if layer.firing == "logistic" else 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def expected_loss(
+def all_patterns(
     layers: list[Layer], readout: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], x: Tensor
-) -> Tensor:
-    """E[L] of one sample x [T, ...], float64.
+) -> tuple[Tensor, Tensor]:
+    """Probability and loss of every spike pattern of one sample x [T, ...], [P] float64.
 
     readout: spikes of the last layer [T, P, ...] -> outputs; loss: outputs -> [P].
     """
@@ -69,7 +69,18 @@ def expected_loss(
             probability = probability * (now * p + (1 - now) * (1 - p)).flatten(1).prod(1)
             incoming = now
     torch.testing.assert_close(probability.sum().item(), 1.0, rtol=1e-12, atol=1e-12)
-    return (probability * loss(readout(spikes[-1].transpose(0, 1)))).sum()
+    return probability, loss(readout(spikes[-1].transpose(0, 1)))
+
+
+def expected_loss(probability: Tensor, losses: Tensor) -> Tensor:
+    """E[L]."""
+    return (probability * losses).sum()
+
+
+def expected_bound_of_two(probability: Tensor, losses: Tensor) -> Tensor:
+    """E[-log mean of exp(-L) over two independent copies]."""
+    both = -torch.logsumexp(torch.stack(torch.broadcast_tensors(-losses[:, None], -losses)), 0) + math.log(2)
+    return (probability[:, None] * probability * both).sum()
 
 
 def exact_gradient(
@@ -78,8 +89,10 @@ def exact_gradient(
     loss: Callable[[Tensor], Tensor],
     x: Tensor,
     parameters: list[Tensor],
+    objective: Callable[[Tensor, Tensor], Tensor] = expected_loss,
 ) -> Tensor:
-    """The exact gradient of E[L], all parameters flattened into one vector."""
-    value = expected_loss(layers, readout, loss, x)
+    """The exact gradient of E[L], or another objective of all patterns' probabilities and losses, all parameters
+    flattened into one vector."""
+    value = objective(*all_patterns(layers, readout, loss, x))
     gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([g.flatten() for g in gradients])

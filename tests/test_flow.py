@@ -109,7 +109,7 @@ def test_the_halves_of_a_network_apart_give_its_gradient():
     losses: list[Tensor] = []
     with attach(whole, estimator, seed=0) as ulr:
         finish = ulr._finish
-        ulr._finish = lambda passes, copies: losses.extend(p.loss.flatten() for p in passes) or finish(passes, copies)
+        ulr._finish = lambda passes, *rest: losses.extend(p.loss.flatten() for p in passes) or finish(passes, *rest)
         ulr.backward(x, y)
 
     def answer(spikes: Tensor, targets: Tensor) -> Tensor:  # what comes back over the wire

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import ulr_snn.estimator
 import ulr_snn.neurons
 import ulr_snn.noise
-from tests.enumeration import Layer, exact_gradient
+from tests.enumeration import Layer, exact_gradient, expected_bound_of_two, expected_loss
 from tests.statistics import Verdict, compare_means, gradient_draws
 from ulr_snn import LIF, ULR, CurrentNoise, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn.losses import ce_rate
 from ulr_snn.records import CurrentRecord
 
 TARGET = 1
@@ -64,6 +65,8 @@ class Case:
     x: Tensor  # [T, ...], one sample
     firing: ulr_snn.noise.Firing
     noise: dict[str, CurrentNoise] = field(default_factory=dict)  # at other sites
+    named: str | None = None  # the loss by name, where it has one
+    objective: Callable[[Tensor, Tensor], Tensor] = expected_loss  # of all patterns' probabilities and losses
 
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
@@ -73,7 +76,7 @@ class Case:
             rows = outputs.shape[1] if outputs.ndim == 3 else len(outputs)
             return self.loss(outputs, torch.full((rows,), TARGET))
 
-        return exact_gradient(self.layers, self.readout, loss, self.x, self.parameters())
+        return exact_gradient(self.layers, self.readout, loss, self.x, self.parameters(), self.objective)
 
     def to(self, device: torch.device) -> "Case":
         """The library's net and its sample on the device; the enumeration's half stays behind."""
@@ -88,7 +91,7 @@ class Case:
     def draws(self, estimator: ULR, samples: int, steps: int, warm_up: int = 0, seed: int = 0) -> Tensor:
         rest = [name for name, _ in self.model.named_parameters()]  # weights without a site are not to be noised here
         estimator = dataclasses.replace(estimator, noise=self.noise | dict.fromkeys(rest))
-        with attach(self.model, estimator, self.loss, seed=seed) as ulr:
+        with attach(self.model, estimator, self.named or self.loss, seed=seed) as ulr:
             return gradient_draws(ulr, self.batch(samples), self.parameters(), steps, warm_up)
 
 
@@ -356,10 +359,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "spike counts": lambda: two_layers("subtract", counts=True),
     "0-1 loss": lambda: dense(LIF(0.8), loss=zero_one),
     "latency rule": lambda: two_layers("zero", counts=True, loss=python_rule),
+    "loss in time": lambda: dataclasses.replace(two_layers("subtract", counts=True, loss=ce_rate), named="ce_rate"),
+    "bound of two": lambda: dataclasses.replace(dense(LIF(0.8)), objective=expected_bound_of_two),
     "black box": black_box,
     "black box, then neurons": black_box_then_neurons,
 }
 NO_GRADIENT = ("0-1 loss", "latency rule")
+ONE_CREDIT = (*NO_GRADIENT, "bound of two")
 UNTRAINED = {"0-1 loss": "3.weight, 3.bias"}  # a readout under a loss that is flat in the outputs: gradient zero
 
 
@@ -393,6 +399,15 @@ def _own_loss_in_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _own_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ulr_snn.estimator, "from_other_copies", lambda predictions, passes, group: predictions)
+
+
+def _past(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulr_snn.estimator, "to_go", lambda losses: losses.cumsum(-1))
+
+
+def _mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulr_snn.estimator, "multi_sample_weights", torch.ones_like)
+    monkeypatch.setattr(ulr_snn.estimator, "multi_sample_signals", lambda losses: losses - losses.flip(0))
 
 
 def _no_last_summand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +463,8 @@ WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no leak in the trace": _no_leak_in_trace,
     "recurrent input not shifted": _unshifted_spikes,
     "scale without derivative": _constant_scale,
+    "past in place of future": _past,
+    "mean in place of the bound": _mean,
     "sign of z": _sign_of_current_noise,
     "no a at the current": _no_prediction_of_current_noise,
 }
@@ -468,6 +485,10 @@ GLOBAL_INDEPENDENT = ULR(credit="global", copies=4, antithetic=False)
 GLOBAL_SINGLE = ULR(credit="global", copies=1)
 RESIDUAL = ULR(credit="residual", copies=4)
 RESIDUAL_INDEPENDENT = ULR(credit="residual", copies=2, antithetic=False)
+
+LAYERWISE = dataclasses.replace(GLOBAL, layerwise=True)
+SOBOL = dataclasses.replace(GLOBAL_INDEPENDENT, copies=8, quasi_monte_carlo=True)
+BOUND = dataclasses.replace(GLOBAL_INDEPENDENT, copies=2, multi_sample=True)
 
 # every case with both credits; further copies and pairings on some; a wrong formula that each must notice
 PLAN: list[tuple[str, ULR, str]] = [
@@ -519,6 +540,16 @@ PLAN: list[tuple[str, ULR, str]] = [
     ("0-1 loss", GLOBAL, "partner as baseline"),
     ("0-1 loss", GLOBAL_INDEPENDENT, "own loss in the baseline"),
     ("latency rule", GLOBAL, "missing 1/scale"),
+    ("two layers", LAYERWISE, "missing 1/scale"),
+    ("two layers", dataclasses.replace(RESIDUAL, layerwise=True), "own copy's prediction"),
+    ("two recurrent layers", dataclasses.replace(LAYERWISE, antithetic=False), "own loss in the baseline"),
+    ("spike counts", dataclasses.replace(LAYERWISE, antithetic=False, quasi_monte_carlo=True), "sign of the score"),
+    ("subtract", SOBOL, "own loss in the baseline"),
+    ("two layers", dataclasses.replace(SOBOL, credit="residual"), "own copy's prediction"),
+    ("loss in time", dataclasses.replace(GLOBAL, reward_to_go=True), "past in place of future"),
+    ("loss in time", dataclasses.replace(RESIDUAL, reward_to_go=True), "past in place of future"),
+    ("loss in time", dataclasses.replace(LAYERWISE, reward_to_go=True), "partner as baseline"),
+    ("bound of two", BOUND, "mean in place of the bound"),
     ("black box", GLOBAL, "sign of z"),
     ("black box", RESIDUAL, "no a at the current"),
     ("black box, then neurons", GLOBAL, "partner as baseline"),
@@ -543,14 +574,16 @@ def warned(name: str) -> AbstractContextManager:
 
 def label(value: object) -> str | None:
     if isinstance(value, ULR):
-        return f"{value.credit}-{value.copies}-{'pairs' if value.antithetic else 'independent'}"
+        ways = ("layerwise", "quasi_monte_carlo", "reward_to_go", "multi_sample")
+        pairs = "pairs" if value.antithetic else "independent"
+        return "-".join([value.credit, str(value.copies), pairs, *(way for way in ways if getattr(value, way))])
     return None
 
 
 def test_every_case_is_planned():
     for name in CASES:
         credits = {estimator.credit for case, estimator, _ in PLAN if case == name}
-        assert credits == ({"global"} if name in NO_GRADIENT else {"global", "residual"})
+        assert credits == ({"global"} if name in ONE_CREDIT else {"global", "residual"})
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ residual    1   the same, from independent copies                    unbiased, a
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.feedback import Feedback
-from ulr_snn.credit.global_ import baseline
+from ulr_snn.credit.global_ import baseline, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.prediction import WARM_UP, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.discovery import find_layers
@@ -47,6 +47,13 @@ class ULR:
         global. Of a mix of losses, those without a gradient then get the credit of "global".
     copies: runs of every sample a step; None: 1 for feedback, 8 for global and such mixes, 4 for residual.
     antithetic: copies come in pairs from mirrored uniforms.
+    quasi_monte_carlo: copies come in two randomly shifted Sobol sets in place of pairs, copies: 2, 4, 8, ... to 128.
+    layerwise: one layer after another has copies of its own, all others see the same noise in each; unbiased all the
+        same, with less variance, in 1 + layers * (copies - 1) passes. With credit "global" or "residual".
+    reward_to_go: a spike is credited with what the loss adds up from its time on alone. For losses that are sums over
+        time ("ce_rate", "mse"), models that do not look ahead, and credit "global" or "residual".
+    multi_sample: the objective is the multi-sample bound -log mean over copies of exp(-loss) (GEM-SNN, arXiv
+        2102.03280); with credit "feedback" or "global", antithetic=False and at least two copies.
     firing: distribution of the threshold noise, and its scale.
     noise: by name, other noise than that: {module: CurrentNoise()} on a module's input current, {parameter or module:
         WeightNoise()} on parameters, {parameter or module: None} none on parameters, {"outputs": OutputNoise()} on the
@@ -66,6 +73,10 @@ class ULR:
     credit: str = "auto"
     copies: int | None = None
     antithetic: bool = True
+    quasi_monte_carlo: bool = False
+    layerwise: bool = False
+    reward_to_go: bool = False
+    multi_sample: bool = False
     firing: Firing = field(default_factory=Logistic)
     noise: Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None] = field(default_factory=dict)
     flow: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +107,7 @@ class ULR:
             raise UsageError(
                 f"ULR got copies={self.copies} in antithetic pairs; use an even number or antithetic=False"
             )
+        self._check_reductions()
         if self.credit == "residual" and self.copies is not None and self.copies < 2 * self.group:
             raise UsageError(
                 f"ULR got credit='residual' with copies={self.copies}; its predictions come from independent copies, "
@@ -108,9 +120,34 @@ class ULR:
         """What `train` steps with; see `attach`."""
         return Attachment(model, self, loss, seed, time_first, total_steps)
 
+    def _check_reductions(self) -> None:
+        if self.quasi_monte_carlo and (
+            self.antithetic or self.copies is None or self.copies not in [2**k for k in range(1, 8)]
+        ):
+            raise UsageError(
+                f"ULR got quasi_monte_carlo with copies={self.copies}, antithetic={self.antithetic}; use a power of "
+                "two up to 128, and antithetic=False"
+            )
+        for name in ("layerwise", "reward_to_go"):
+            if getattr(self, name) and self.credit not in ("global", "residual"):
+                raise UsageError(f"ULR got {name} with credit={self.credit!r}; it is for 'global' and 'residual'")
+        if self.multi_sample and (
+            self.credit == "residual"
+            or self.antithetic
+            or self.layerwise
+            or self.reward_to_go
+            or (self.copies or 0) < 2
+        ):
+            raise UsageError(
+                "ULR got multi_sample; it takes copies=2 or more, antithetic=False, no layerwise or reward_to_go, and "
+                "credit 'auto', 'feedback' or 'global'"
+            )
+
     @property
     def group(self) -> int:
-        """Copies that are not independent of each other: 2 in antithetic pairs, else 1."""
+        """Copies that are not independent of each other: 2 in antithetic pairs, half of them in Sobol sets, else 1."""
+        if self.quasi_monte_carlo:
+            return max(1, self.copies // 2)
         return 2 if self.antithetic else 1
 
 
@@ -121,6 +158,19 @@ class Estimate:
     loss: Tensor
     outputs: Tensor
     stats: dict[str, Any]
+
+
+@dataclass
+class Group:
+    """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone."""
+
+    site: str | None
+    passes: list[Pass]
+
+    @property
+    def losses(self) -> Tensor:
+        """[K, B]."""
+        return torch.cat([p.loss for p in self.passes])
 
 
 class Attachment:
@@ -193,6 +243,7 @@ class Attachment:
         objective = resolve(loss)
         antithetic = self.estimator.antithetic
         forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
+        forward.points = self.estimator.group if self.estimator.quasi_monte_carlo else 0
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
@@ -213,7 +264,20 @@ class Attachment:
                 warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=2)
         copies = self._copies(self.structure.credit)
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
-        run(range(len(passes), copies))
+        groups: list[Group] = [Group(None, passes)]
+        if self.estimator.layerwise:
+            if self.structure.weights:
+                raise UsageError(
+                    "ULR got layerwise, but parameters have noise of their own (see plan); use one of them"
+                )
+            run(range(len(passes), 1))
+            groups = []
+            for site in [r.site for r in passes[0].records]:
+                forward.varied, first = site, len(passes)
+                run(range(1, copies))
+                groups.append(Group(site, [passes[0], *passes[first:]]))
+        else:
+            run(range(len(passes), copies))
         if torch.isfinite(passes[0].loss).all():
             if self.step_sizes is not None:
                 self.step_sizes.measure(self.model, passes[0], self.step)
@@ -221,8 +285,8 @@ class Attachment:
                 if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
         self.step += 1
-        self.forward_passes += (copies + forward.extra_passes) * x.shape[1]
-        return self._finish(passes, copies)
+        self.forward_passes += (sum(len(p.copies) for p in passes) + forward.extra_passes) * x.shape[1]
+        return self._finish(passes, groups, copies)
 
     def _weight_sites(self) -> WeightSites | None:
         """The draws of the parameters with noise of their own; None where there are none."""
@@ -244,7 +308,7 @@ class Attachment:
         )
         return max(copies, 2) if refreshes or self.structure.weights else copies
 
-    def _finish(self, passes: list[Pass], copies: int) -> Estimate:
+    def _finish(self, passes: list[Pass], groups: list[Group], copies: int) -> Estimate:
         losses = torch.cat([p.loss for p in passes])  # [K, B]
         estimate = Estimate(losses.mean(0), _stack_outputs(passes), {"copies": copies, "step": self.step})
         if not torch.isfinite(losses).all():
@@ -254,60 +318,91 @@ class Attachment:
                 )
             estimate.stats["skipped"] = True
             return estimate
-        self._add_gradients(passes, losses)
+        self._add_gradients(passes, groups, losses)
         self.mean_loss = moving(self.mean_loss, losses)
         self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
         return estimate
 
     # -- the formula ---------------------------------------------------------------------------------------
 
-    def _add_gradients(self, passes: list[Pass], losses: Tensor) -> None:
-        structure, group = self.structure, self.estimator.group
-        unbiased = structure.credit != "feedback"
-        if not unbiased:
+    def _add_gradients(self, passes: list[Pass], groups: list[Group], losses: Tensor) -> None:
+        structure = self.structure
+        if structure.credit == "feedback":
             self.prediction.learn_layers(passes, self.step - 1)
-        predictions = self._predictions(passes)  # per pass and record: a [T, rows, ...] or None
-        if structure.credit == "residual":
-            predictions = from_other_copies(predictions, passes, group)
         tensors, gradients = [], []
-        blind = torch.cat([p.blind for p in passes])
-        weight = 1.0 / losses.numel()
-        for p, predicted in zip(passes, predictions, strict=True):
-            signal = None  # of the score, [rows]
-            if unbiased:
-                signal = p.loss - baseline(losses, p.copies, group, self.mean_loss)
-                for record, a in zip(p.records, predicted, strict=True):
-                    if a is not None:
-                        signal = signal - (a * record.innovation()).transpose(0, 1).flatten(1).sum(1).view_as(signal)
-            elif structure.judging.blind:
-                signal = p.blind - baseline(blind, p.copies, group, self.mean_blind)
-            for record, a in zip(p.records, predicted, strict=True):
-                credit = None
-                if signal is not None:
-                    credit = record.score() * signal.view(1, -1, *[1] * (record.x.ndim - 2))
-                if a is not None:
-                    credit = a * record.slope if credit is None else credit + a * record.slope
-                if credit is not None and record.x.requires_grad:
-                    tensors.append(record.x)
-                    gradients.append(credit * weight)
-            if p.error is not None and p.outputs.requires_grad:  # the exact path that meets no spike
-                tensors.append(p.outputs)
-                gradients.append(p.error * weight)
+        for group in groups:
+            for tensor, gradient in self._gradients(group, 1 / len(groups)):
+                tensors.append(tensor)
+                gradients.append(gradient)
         # After use: what is learned from this step's draws must not enter the unbiased estimators, nor feedback from
         # the outputs its own regression. What spikes do to the next layer is no matter of chance.
-        if structure.from_outputs and len(losses) > 1:
-            self.prediction.refresh(passes)
-        if structure.credit == "residual":
-            self.prediction.learn_layers(passes, self.step - 1)
+        for group in groups:
+            if structure.from_outputs and len(group.losses) > 1:
+                self.prediction.refresh(group.passes)
+            if structure.credit == "residual":
+                self.prediction.learn_layers(group.passes, self.step - 1)
         weights = self._weight_sites()
         if weights is not None:
-            signals = torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
-            weights.add_gradients(self.model, self.step - 1, signals)
+            signals = [p.loss - baseline(losses, p.copies, self.estimator.group, self.mean_loss) for p in passes]
+            weights.add_gradients(self.model, self.step - 1, torch.cat(signals))
         parameters = [
             q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
         ]
         if tensors and parameters:
             torch.autograd.backward(tensors, gradients, inputs=parameters)
+
+    def _gradients(self, group: Group, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tensors and the gradients that enter the graph there: credit at each site, the exact one at the outputs.
+
+        share: of the exact one, that of this group among all."""
+        structure, passes, losses = self.structure, group.passes, group.losses
+        unbiased = structure.credit != "feedback"
+        predictions = self._predictions(passes)  # per pass and record: a [T, rows, ...] or None
+        if structure.credit == "residual":
+            predictions = from_other_copies(predictions, passes, self.estimator.group)
+        shares = multi_sample_weights(losses) if self.estimator.multi_sample else torch.ones_like(losses)
+        for p, predicted in zip(passes, predictions, strict=True):
+            weight = shares[p.copies].flatten() / losses.numel()  # [rows]
+            sites = [pair for pair in zip(p.records, predicted, strict=True) if group.site in (None, pair[0].site)]
+            signal = None  # of the score, [rows] or, by time step, [rows, T]
+            if unbiased:
+                signal = self._signal(group, p)
+                for record, a in sites:
+                    if a is not None:
+                        told = (a * record.innovation()).transpose(0, 1).flatten(1).sum(1)
+                        signal = signal - told.view(-1, *[1] * (signal.ndim - 1))
+            elif structure.judging.blind:
+                signal = self._signal(group, p)
+            for record, a in sites:
+                credit = None
+                if signal is not None:
+                    in_time = signal.T if signal.ndim == 2 else signal[None]
+                    credit = record.score() * in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2))) / losses.numel()
+                if a is not None:
+                    part = a * record.slope * weight.view(-1, *[1] * (record.x.ndim - 2))
+                    credit = part if credit is None else credit + part
+                if credit is not None and record.x.requires_grad:
+                    yield record.x, credit
+            if p.error is not None and p.outputs.requires_grad:  # the exact path that meets no spike
+                rows = weight.view(-1, *[1] * (p.outputs.ndim - (2 if p.outputs.ndim >= 3 else 1)))
+                yield p.outputs, p.error * rows * share
+
+    def _signal(self, group: Group, p: Pass) -> Tensor:
+        """What the scores of a pass are weighted by, [rows]; by time step [rows, T] with reward-to-go. Of credit
+        "feedback" that of the losses without a gradient alone."""
+        size, losses, mean = self.estimator.group, group.losses, self.mean_loss
+        if self.structure.credit == "feedback":
+            losses, mean = torch.cat([q.blind for q in group.passes]), self.mean_blind
+        if self.estimator.multi_sample:
+            return multi_sample_signals(losses)[p.copies].flatten()
+        if self.estimator.reward_to_go:
+            losses = torch.cat([q.loss_in_time for q in group.passes])  # [K, B, T]
+            steps = losses.shape[-1]
+            mean = None if mean is None else mean / steps
+            losses = to_go(losses)
+            if mean is not None:
+                mean = to_go(mean.expand(steps))
+        return (losses[p.copies] - baseline(losses, p.copies, size, mean)).flatten(0, 1)
 
     def _predictions(self, passes: list[Pass]) -> list[list[Tensor | None]]:
         """a [T, rows, ...] of each record, from its own copy: direct credit plus learned feedback."""
@@ -379,7 +474,8 @@ def observed(
     """
     model = forward.model
     forward.judging = judging_of(objective, p, estimator.credit, estimator.noise, model)
-    if forward.judging.smoothed:
+    forward.judging = replace(forward.judging, in_time=estimator.reward_to_go)
+    if forward.judging.smoothed or forward.judging.in_time:
         p.judgement = forward.judge(p.outputs, p.activity, targets, lengths, objective, p.copies)
     else:
         p.judgement = replace(p.judgement, blind=forward.judging.blind)

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ulr_snn.errors import UsageError
 from ulr_snn.losses import Objective, total
 from ulr_snn.noise import Noise, OutputNoise
 
@@ -25,22 +26,24 @@ ELEMENTS = 1 << 22  # of disturbed outputs held at a time
 @dataclass(frozen=True)
 class Judging:
     """How the losses of an objective are taken, by index. smoothed: those with noise on the outputs; blind: those that
-    stay without a gradient in the outputs."""
+    stay without a gradient in the outputs. in_time: whether what each time step adds is asked for."""
 
     smoothed: Mapping[int, OutputNoise] = field(default_factory=dict)
     blind: frozenset[int] = frozenset()
+    in_time: bool = False
 
 
 @dataclass(frozen=True)
 class Judgement:
     """values, errors: each loss, weighted [rows], and its gradient in the shape of the outputs, None if it has none.
     costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. blind: see
-    `Judging`."""
+    `Judging`; steps: what each time step adds to the loss [T, rows], if it was asked for."""
 
     values: list[Tensor]
     errors: list[Tensor | None]
     costs: list[tuple[Tensor, Tensor, Tensor]]
     blind: frozenset[int]
+    steps: Tensor | None
 
     @cached_property
     def loss(self) -> Tensor:
@@ -93,7 +96,17 @@ def judge(
         with torch.enable_grad():
             value = weight * cost({cost.counts: counted})
         costs.append((activity[cost.counts], torch.autograd.grad(value.sum(), counted)[0], value.detach()))
-    return Judgement(values, errors, costs, judging.blind)
+    steps = in_time(objective, outputs, targets, mask) if judging.in_time else None
+    return Judgement(values, errors, costs, judging.blind, steps)
+
+
+def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+    """What each time step adds to the objective, [T, rows]."""
+    if objective.steps is None or outputs.ndim < 3:
+        raise UsageError(
+            "reward_to_go needs a loss that is a sum over time steps, 'ce_rate' or 'mse', of outputs [T, B, ...]"
+        )
+    return added([weight * steps(outputs, targets, mask) for weight, steps in objective.steps])
 
 
 def with_gradient(

@@ -37,12 +37,13 @@ def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
     """Cross-entropy of every time step's outputs, averaged over time (snntorch.functional.ce_rate_loss)."""
     if outputs.ndim < 3:
         return ce_count(outputs, targets)
+    return ce_rate_steps(outputs, targets, mask).sum(0)
+
+
+def ce_rate_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What each time step adds to `ce_rate`, [T, B]."""
     steps = F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(len(outputs)), reduction="none")
-    steps = steps.view(outputs.shape[:2])
-    if mask is None:
-        return steps.mean(0)
-    mask = mask.view(steps.shape)
-    return (steps * mask).sum(0) / mask.sum(0)
+    return of_mean(steps.view(outputs.shape[:2]), mask)
 
 
 def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -54,14 +55,25 @@ def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
             f"mse got targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}; "
             f"give targets {list(shape)}"
         )
-    error = (outputs - targets) ** 2
     if outputs.ndim < 3:
-        return error.flatten(1).sum(1)
-    error = error.flatten(2).sum(2)
+        return ((outputs - targets) ** 2).flatten(1).sum(1)
+    return mse_steps(outputs, targets, mask).sum(0)
+
+
+def mse_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What each time step adds to `mse`, [T, B]."""
+    return of_mean(((outputs - targets) ** 2).flatten(2).sum(2), mask)
+
+
+def of_mean(steps: Tensor, mask: Tensor | None) -> Tensor:
+    """What each of these values [T, B] adds to their mean over a sample's own time steps."""
     if mask is None:
-        return error.mean(0)
-    mask = mask.view(error.shape)
-    return (error * mask).sum(0) / mask.sum(0)
+        return steps / len(steps)
+    mask = mask.view(steps.shape)
+    return steps * mask / mask.sum(0)
+
+
+STEPS = {"ce_rate": ce_rate_steps, "mse": mse_steps}  # of losses that are sums over time
 
 
 def zero_one(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -123,12 +135,14 @@ class SpikeBudget:
 class Objective:
     """A weighted sum of losses (outputs, targets, mask) -> [B] and of costs of activity.
 
-    of_totals: those losses that depend on the outputs by their sum over time alone, as far as is known.
+    of_totals: those losses that depend on the outputs by their sum over time alone, as far as is known. steps: as
+    losses, what each time step adds, None unless all are known to be sums over time.
     """
 
     losses: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]]
     costs: list[tuple[float, SpikeBudget]]
     of_totals: frozenset[int]
+    steps: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]] | None
 
     @property
     def counts(self) -> set[str]:
@@ -164,7 +178,10 @@ def resolve(loss: LossSpec) -> Objective:
         raise UsageError("the loss has nothing that depends on the outputs; mix the budget with a loss, as 'ce_count'")
     names = [part for part, _ in parts if not isinstance(part, SpikeBudget)]
     of_totals = frozenset(i for i, name in enumerate(names) if isinstance(name, str) and name in ("zero_one",))
-    return Objective(losses, costs, of_totals)
+    steps = None
+    if not costs and all(isinstance(name, str) and name in STEPS for name in names):
+        steps = [(weight, STEPS[name]) for name, (weight, _) in zip(names, losses, strict=True)]
+    return Objective(losses, costs, of_totals, steps)
 
 
 def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

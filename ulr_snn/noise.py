@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -211,6 +212,7 @@ class NoiseLevel:
 # -- counter-based uniforms --------------------------------------------------------------------------------
 
 _GOLDEN = 0x9E3779B9
+SOBOL_POINTS = 64
 _CHUNK = 1 << 18  # elements hashed at once: a chunk's temporaries stay in cache
 
 
@@ -246,7 +248,10 @@ class Noise:
     chunk or process they are made.
 
     sample: [B] int32, index of each row's sample in the global batch; stream: [B] int32, its independent draw
-    (the two copies of an antithetic pair share one); mirrored: [B] bool, rows that see 1 - uniform.
+    (the two copies of an antithetic pair share one); mirrored: [B] bool, rows that see 1 - uniform. point: [B] int64,
+    which point of a Sobol set a row is: its bits are those of the stream, exclusive-or those of the point, so that the
+    rows of a stream are a randomly shifted net, each by itself as if drawn independently. varied: the only site at
+    which streams, mirrors and points differ; at all others every row of a sample sees stream 0.
     """
 
     seed: int
@@ -254,9 +259,14 @@ class Noise:
     sample: Tensor
     stream: Tensor
     mirrored: Tensor | None = None
+    point: Tensor | None = None
+    varied: int | None = None
 
     def uniform(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1."""
+        if self.varied is not None and site != self.varied:
+            common = Noise(self.seed, self.step, self.sample, torch.zeros_like(self.stream))
+            return common.uniform(site, first_step, steps, shape, dtype)
         device = self.sample.device
         key = _splitmix(self.seed, self.step, site)
         time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=device)[:, None]
@@ -269,7 +279,10 @@ class Noise:
         stride = max(1, _CHUNK // max(1, len(self.sample) * neurons)) if device.type == "cpu" else steps
         for t in range(0, steps, stride):
             now = slice(t, t + stride)
-            out[now] = _hash(counter, row1[now, :, None], row2[now, :, None])
+            bits = _hash(counter, row1[now, :, None], row2[now, :, None])
+            if self.point is not None:
+                bits ^= sobol_bits(self.point, range(first_step + t, first_step + t + len(bits)), neurons)
+            out[now] = bits
             out[now].add_(0.5).mul_(2.0**-23)
         if self.mirrored is not None:
             rows = self.mirrored.view(1, -1, 1)
@@ -279,6 +292,21 @@ class Noise:
     def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normal z of the uniforms, -z in mirrored rows; same shape."""
         return torch.special.ndtri(self.uniform(site, first_step, steps, shape, dtype))
+
+
+def sobol_bits(points: Tensor, times: range, neurons: int) -> Tensor:
+    """23 bits of these Sobol points [B], [times, B, neurons]: a dimension a neuron and time, as far as there are so
+    many; then they begin anew, which the shifts of `Noise` allow."""
+    table = _sobol_table().to(points.device)
+    dimension = torch.arange(times.start * neurons, times.stop * neurons, device=points.device) % table.shape[1]
+    few = table[: int(points.max()) + 1][:, dimension].view(-1, len(times), neurons).transpose(0, 1)
+    return few[:, points]
+
+
+@lru_cache
+def _sobol_table() -> Tensor:
+    points = torch.quasirandom.SobolEngine(torch.quasirandom.SobolEngine.MAXDIM).draw(SOBOL_POINTS, dtype=torch.float64)
+    return (points * (1 << 23)).to(torch.int32)
 
 
 def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:

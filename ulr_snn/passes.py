@@ -18,7 +18,7 @@ from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.records import Record
-from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, spiking_layers
+from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, site_index, spiking_layers
 from ulr_snn.weights import WeightSites
 
 
@@ -41,6 +41,11 @@ class Pass:
     def blind(self) -> Tensor:
         """[copies, B]: the part of the loss that has no gradient in the outputs, nor is a cost of activity."""
         return self.judgement.blind_loss.view(len(self.copies), -1)
+
+    @property
+    def loss_in_time(self) -> Tensor:
+        """[copies, B, T]: what each time step adds to the loss."""
+        return self.judgement.steps.T.view(*self.loss.shape, -1)
 
     @property
     def error(self) -> Tensor | None:
@@ -69,8 +74,11 @@ def theirs(module: nn.Module) -> bool:
 
 
 class Forward:
-    """Makes the passes of one step. The first pass leaves the traces of an ordinary forward pass (running
-    statistics, generator state); every further one sees the same dropout masks and leaves none."""
+    """Makes the passes of one step. antithetic: copies are pairs; points: or, if not 0, Sobol sets of so many.
+
+    The first pass leaves the traces of an ordinary forward pass (running statistics, generator state); every further
+    one sees the same dropout masks and leaves none.
+    """
 
     def __init__(
         self,
@@ -83,10 +91,12 @@ class Forward:
         layers: Layers | None = None,
         weights: WeightSites | None = None,
         judging: Judging | None = None,
+        points: int = 0,
     ) -> None:
         self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
         self.by_step, self.layers = by_step, spiking_layers(model) if layers is None else layers
-        self.weights, self.judging = weights, judging or Judging()
+        self.weights, self.judging, self.points = weights, judging or Judging(), points
+        self.varied: str | None = None  # the only site at which copies differ, if there is but one
         self.extra_passes = 0  # so far, of a batch each: to set levels of noise, and to see what depends on what
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
@@ -156,9 +166,13 @@ class Forward:
     def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
         sample = torch.arange(batch, dtype=torch.int32, device=device).repeat(len(copies))
+        varied = None if self.varied is None else site_index(self.layers, self.varied)
+        if self.points:
+            net = copy // self.points
+            return Noise(self.seed, self.step, sample, net, point=(copy % self.points).long(), varied=varied)
         if not self.antithetic:
-            return Noise(self.seed, self.step, sample, copy)
-        return Noise(self.seed, self.step, sample, copy // 2, mirrored=copy % 2 == 1)
+            return Noise(self.seed, self.step, sample, copy, varied=varied)
+        return Noise(self.seed, self.step, sample, copy // 2, mirrored=copy % 2 == 1, varied=varied)
 
     @contextmanager
     def _traceless(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ class Site:
         draw = heaviside
         if self.noise is not None:
             scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
-            unit, index = scale.detach(), self.index + (call << 20)
+            unit, index = scale.detach(), call_index(self.index, call)
             drawer = Drawer(self.noise, self.level.firing, index, len(current))
             draw = lambda t, drive: drawer(t, drive / unit)  # noqa: E731
         fire = draw if mask is None else lambda t, drive: draw(t, drive) * mask[t]
@@ -100,6 +100,17 @@ def call_name(name: str, call: int) -> str:
     """A module that is called several times in one forward pass is as many sites, with noise and feedback of their
     own."""
     return name if call == 1 else f"{name}#{call}"
+
+
+def call_index(layer: int, call: int) -> int:
+    """Which site a call (0, 1, ...) of a layer is, for the noise."""
+    return layer + (call << 20)
+
+
+def site_index(layers: "Layers", site: str) -> int:
+    """`call_index` of a site's name."""
+    name, _, call = site.partition("#")
+    return call_index([name for name, _ in layers].index(name), int(call or 1) - 1)
 
 
 def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:

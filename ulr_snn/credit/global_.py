@@ -5,11 +5,34 @@ from torch import Tensor
 
 
 def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | None) -> Tensor:
-    """b [copies, B], independent of the copies' own draws: the mean loss of the sample's copies in other groups
-    (leave-one-out, or leave-pair-out for antithetic pairs); with a single group the moving mean."""
+    """b [copies, B, ...] of losses [K, B, ...], independent of the copies' own draws: the mean loss of the sample's
+    copies in other groups (leave-one-out, or leave-group-out where copies of a group are not independent); with a
+    single group the moving mean."""
     count = len(losses)
     if count <= group:
-        return torch.zeros_like(losses[:1]) if moving is None else moving.expand(len(copies), losses.shape[1])
-    groups = losses.unflatten(0, (-1, group)).sum(1)  # [K / group, B]
+        own = losses[: len(copies)]
+        return torch.zeros_like(own) if moving is None else moving.expand_as(own)
+    groups = losses.unflatten(0, (-1, group)).sum(1)  # [K / group, B, ...]
     others = (losses.sum(0) - groups) / (count - group)
     return others[torch.tensor(copies, device=losses.device) // group]
+
+
+def to_go(losses: Tensor) -> Tensor:
+    """Reward-to-go: what a loss that is a sum over time steps adds up from each step on, [..., T]."""
+    return losses.flip(-1).cumsum(-1).flip(-1)
+
+
+def multi_sample_weights(losses: Tensor) -> Tensor:
+    """K ∂/∂L_k of the multi-sample bound -log mean exp(-L_k), of losses [K, B] (GEM-SNN, arXiv 2102.03280)."""
+    return len(losses) * torch.softmax(-losses, 0)
+
+
+def multi_sample_signals(losses: Tensor) -> Tensor:
+    """What K copies' scores are weighted by in the gradient of the multi-sample bound, [K, B]: K times the bound, less
+    that with a copy's own loss replaced by the mean of the others' (VIMCO, arXiv 1602.06725)."""
+    count = len(losses)
+    bound = -torch.logsumexp(-losses, 0)
+    others = (losses.sum(0) - losses) / max(1, count - 1)
+    own = torch.eye(count, dtype=torch.bool, device=losses.device)[..., None]
+    replaced = torch.where(own, others[:, None], losses[None])  # [K, K, B]
+    return count * (bound + torch.logsumexp(-replaced, 1))
