@@ -348,8 +348,10 @@ class Attachment:
         parameters = [
             q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
         ]
-        if tensors and parameters:
-            torch.autograd.backward(tensors, gradients, inputs=parameters)
+        wanted = parameters + list(self.level.factors.values())
+        if tensors and wanted:
+            torch.autograd.backward(tensors, gradients, inputs=wanted)
+        self.level.learn()
 
     def _gradients(self, group: Group, share: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Tensors and the gradients that enter the graph there: credit at each site, the exact one at the outputs.
@@ -422,6 +424,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on with the same steps."""
+        factors = [(site, w) for site, w in self.level.factors.items() if site in self.level.powers]
         return {
             "step": self.step,
             "forward_passes": self.forward_passes,
@@ -429,6 +432,7 @@ class Attachment:
             "mean_blind": self.mean_blind,
             "noise_starts": dict(self.level.starts),
             "noise_resting": sorted(self.level.resting),
+            "noise_factors": {site: (w.detach().clone(), self.level.powers[site]) for site, w in factors},
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
             "feedback": self.feedback.state_dict(),
@@ -441,6 +445,8 @@ class Attachment:
             setattr(self, name, None if state[name] is None else state[name].to(device))
         self.level.starts = dict(state["noise_starts"])
         self.level.resting = set(state["noise_resting"])
+        for site, (factor, power) in state["noise_factors"].items():
+            self.level.factors[site], self.level.powers[site] = factor.to(device).clone().requires_grad_(), power
         if state["step_sizes"] is not None:
             self.advise_step_sizes()
             self.step_sizes.load_state_dict(state["step_sizes"])

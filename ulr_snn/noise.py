@@ -12,6 +12,7 @@ from ulr_snn.errors import UsageError
 
 LEVELS = (0.14, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
+FARTHEST = 1.5  # the logarithm of a learned factor of the scale goes no further than this from 0
 WIDENED = 1.0  # up to here the starting scale follows them then
 
 
@@ -22,14 +23,19 @@ class Firing:
     scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
     start: sets the starting scale, from the spread of the layer's membranes, > 0.
     end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
+    learn: if above 0, each layer's scale is multiplied by a factor of its own, which learns by the score of the scale:
+        about so far goes its logarithm in a step. `evaluate` does without the factor.
     """
 
     scale: float | None = None
     start: float = 0.1
     end: float = 0.09
+    learn: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "start", "end")
+        if not self.learn >= 0:
+            raise UsageError(f"{type(self).__name__} got learn={self.learn}; it must not be negative")
 
     def probability(self, x: Tensor) -> Tensor:
         """p = F(x), where x = drive / scale is the standardised drive."""
@@ -157,7 +163,8 @@ class NoiseLevel:
     the first tenth of the training.
     progress: from 0, first step, to 1, the end of training. currents: noise of the sites on input currents. starts: by
     site, the calibrated scale over the threshold, of input currents their standard deviation. resting: sites that began
-    with the narrowest noise. idle: sites that did not run when the others were measured.
+    with the narrowest noise. idle: sites that did not run when the others were measured. factors: by site, the
+    logarithm of what a learned scale is multiplied by; powers: mean squares of its gradient.
     """
 
     firing: Firing
@@ -166,6 +173,8 @@ class NoiseLevel:
     starts: dict[str, float] = field(default_factory=dict)
     resting: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    powers: dict[str, float] = field(default_factory=dict)
 
     def knows(self, site: str) -> bool:
         """Whether the scale of this site does not depend any more on the spread of what it is measured by."""
@@ -194,10 +203,18 @@ class NoiseLevel:
         return self.starts[site] * noise.start ** (1 - self.progress) * noise.end**self.progress
 
     def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
-        """Scale of neurons with this threshold, differentiable in a learned one. spread() is called where the site is
-        not known yet."""
-        firing = self.firing
+        """Scale of neurons with this threshold, differentiable in a learned one, and in what is learned of the scale.
+        spread() is called where the site is not known yet."""
         threshold = threshold if threshold.is_floating_point() else threshold.to(torch.get_default_dtype())
+        annealed = self._annealed(site, threshold, spread)
+        if not self.firing.learn or self.progress >= 1:
+            return annealed
+        if site not in self.factors:
+            self.factors[site] = torch.zeros((), dtype=annealed.dtype, device=annealed.device, requires_grad=True)
+        return annealed * self.factors[site].exp()
+
+    def _annealed(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
+        firing = self.firing
         if firing.scale is not None:
             return torch.full_like(threshold, firing.scale)
         if self.progress >= 1:
@@ -207,6 +224,17 @@ class NoiseLevel:
             if self.starts[site] == LEVELS[0]:
                 self.resting.add(site)
         return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * threshold
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """A step of the factors along the gradients that they got, of about the same length whatever these are."""
+        for site, factor in self.factors.items():
+            if factor.grad is not None:
+                square = factor.grad.item() ** 2
+                power = self.powers[site] = 0.9 * self.powers.get(site, square) + 0.1 * square
+                factor -= self.firing.learn * factor.grad / (power or 1.0) ** 0.5
+                factor.clamp_(-FARTHEST, FARTHEST)
+                factor.grad = None
 
 
 # -- counter-based uniforms --------------------------------------------------------------------------------
