@@ -109,6 +109,7 @@ def sites(seed: int) -> Iterator[Row]:
         "currents, global": ULR(credit="global", noise={"1": CurrentNoise()}),
         "currents, feedback": ULR(noise={"1": CurrentNoise()}),
         "kernels": ULR(noise={"0": WeightNoise()}, copies=8),
+        "kernels, per sample": ULR(noise={"0": WeightNoise(per_sample=True)}, copies=8),
     }
     for name, estimator in ways.items():
         model = trained("digits", seed, convolution, estimator=estimator)

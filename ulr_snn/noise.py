@@ -107,12 +107,15 @@ class WeightNoise:
     scale: constant, in units of the parameter, > 0. None: `relative` times the parameter's root mean square as it is
     now, or `relative` itself where that is zero. rank: of the draws. None: ζ has independent entries. 1: ζ of a matrix
     [n, m, ...] is a b^T, with a [n] and b [m ...] standard normal, so that a draw takes n + m numbers in place of n m,
-    and the gradient has a bias of order scale² (vectors and numbers are drawn in full).
+    and the gradient has a bias of order scale² (vectors and numbers are drawn in full). per_sample: every sample of a
+    batch has noise of its own, by signs, so that its own loss tells about it, with much less variance; for weights and
+    biases of linear and convolutional modules.
     """
 
     scale: float | None = None
     relative: float = 0.1
     rank: int | None = None
+    per_sample: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "relative")

@@ -127,7 +127,11 @@ class Forward:
         counted = counting(self.model, self.layers, objective.counts, len(x), batch * k)
 
         self.extra_passes += measure_levels(self.model, self.layers, self.level, outputs_of)
-        disturbed = nullcontext() if self.weights is None else self.weights.disturbed(self.model, self.step, *copies)
+        disturbed = (
+            nullcontext()
+            if self.weights is None
+            else self.weights.disturbed(self.model, self.step, *copies, len(x), batch)
+        )
         with self._traceless(), disturbed, counted as activity:
             outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)

@@ -3,10 +3,11 @@
     g_W = mean over copies of (L - b) ζ / σ,    L: the mean loss of the copy's batch, b: its baseline,
 
 the gradient of the expected loss over ζ with σ held fixed (arXiv 2305.08960); in antithetic pairs (L⁺ - L⁻) ζ / 2σ.
+With `per_sample` every sample has noise of its own, and its own loss tells about it (flipout.py).
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.flipout import Flips, disturbed_by_row, flips, owner
 from ulr_snn.noise import CurrentNoise, WeightNoise
 
 SOURCE = "weight noise"  # in `Structure.parameters`
@@ -42,27 +44,42 @@ class WeightSites:
             zeta = torch.outer(a, b).view(parameter.shape)
         return sign * zeta.to(parameter.device, parameter.dtype)
 
+    def _flips(self, model: nn.Module, name: str, q: Tensor, step: int, copy: int, rows: int) -> Flips:
+        """Of a parameter whose samples have noise of their own: σ ζ, and the signs, which a pair shares."""
+        stream = copy // 2 if self.antithetic else copy
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name} signs".encode()))
+        zeta = scale_of(self.sites[name], q) * self.draw(name, q, step, copy)
+        return flips(zeta, owner(model, name), rows, generator)
+
     @contextmanager
-    def disturbed(self, model: nn.Module, step: int, copy: int) -> Iterator[None]:
-        """For a while, the model has this copy's weights."""
-        parameters = dict(model.named_parameters())
-        moved = {}
-        for name, noise in self.sites.items():
-            q = parameters[name]
-            moved[name] = q.detach() + scale_of(noise, q) * self.draw(name, q, step, copy)
-        with replaced_parameters(model, moved):
+    def disturbed(self, model: nn.Module, step: int, copy: int, steps: int, rows: int) -> Iterator[None]:
+        """For a while, the model has this copy's weights, in a pass of `rows` samples over `steps` time steps."""
+        moved, by_row = {}, {}
+        for name, q in parameters_of(model, self.sites).items():
+            if self.sites[name].per_sample:
+                by_row[name] = self._flips(model, name, q.detach(), step, copy, rows)
+            else:
+                moved[name] = q.detach() + scale_of(self.sites[name], q) * self.draw(name, q, step, copy)
+        with replaced_parameters(model, moved), disturbed_by_row(model, by_row, steps):
             yield
 
     def add_gradients(self, model: nn.Module, step: int, signals: Tensor) -> None:
         """Adds to `.grad` what copies with these losses less baselines [K, B] tell."""
-        parameters = dict(model.named_parameters())
-        for name, noise in self.sites.items():
-            q = parameters[name]
-            found = torch.zeros_like(q)
-            for copy, signal in enumerate(signals.mean(1)):
-                found += signal.to(q.dtype) * self.draw(name, q, step, copy)
+        for name, q in parameters_of(model, self.sites).items():
+            noise, found = self.sites[name], torch.zeros_like(q)
+            for copy, signal in enumerate(signals.to(q.dtype)):
+                if noise.per_sample:
+                    drawn = self._flips(model, name, q.detach(), step, copy, len(signal))
+                    found += drawn.gradient(signal) / scale_of(noise, q)
+                else:
+                    found += signal.mean() * self.draw(name, q, step, copy)
             found /= len(signals) * scale_of(noise, q)
             q.grad = found if q.grad is None else q.grad + found
+
+
+def parameters_of(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """The parameters of these names."""
+    return {name: q for name, q in model.named_parameters() if name in names}
 
 
 def scale_of(noise: WeightNoise, parameter: Tensor) -> float:
@@ -98,6 +115,9 @@ def choose(
     for key, site in noise.items():
         if isinstance(site, WeightNoise):
             found |= {name: site for name in trainable if named(name, [key])}
+    for name, site in found.items():
+        if site.per_sample:
+            owner(model, name)
     unchanged = None
     for name in untrained:
         if name in found or named(name, [key for key, site in noise.items() if not isinstance(site, CurrentNoise)]):

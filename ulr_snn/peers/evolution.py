@@ -73,7 +73,7 @@ class EvolutionAttachment:
         self.runner = self.runner or Runner.deterministic(self.model, x)
         values, all_outputs = [], []
         for copy in range(self.peer.copies):
-            with self.sites.disturbed(self.model, self.step, copy):
+            with self.sites.disturbed(self.model, self.step, copy, *x.shape[:2]):
                 ((outputs, activity),) = self.runner.runs(x, lengths, self.step, 0, 0, objective.counts)
             check_outputs(outputs, x.shape[0], x.shape[1])
             values.append(objective(outputs, targets, output_mask(lengths, outputs), activity))
