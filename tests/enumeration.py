@@ -8,6 +8,7 @@ spike).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,10 +78,17 @@ def expected_loss(probability: Tensor, losses: Tensor) -> Tensor:
     return (probability * losses).sum()
 
 
-def expected_bound_of_two(probability: Tensor, losses: Tensor) -> Tensor:
-    """E[-log mean of exp(-L) over two independent copies]."""
-    both = -torch.logsumexp(torch.stack(torch.broadcast_tensors(-losses[:, None], -losses)), 0) + math.log(2)
-    return (probability[:, None] * probability * both).sum()
+def expected_bound(copies: int, probability: Tensor, losses: Tensor) -> Tensor:
+    """E[-log mean of exp(-L) over independent copies]."""
+    weight, total = probability, torch.exp(-losses)
+    for _ in range(copies - 1):
+        weight = (weight[:, None] * probability).flatten()
+        total = (total[:, None] + torch.exp(-losses)).flatten()
+    return -(weight * (total / copies).log()).sum()
+
+
+expected_bound_of_two = partial(expected_bound, 2)
+expected_bound_of_four = partial(expected_bound, 4)
 
 
 def exact_gradient(

@@ -1,5 +1,6 @@
 """Objectives without a gradient, costs of activity, and mixes: what they are, and that their gradients are right."""
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Fold, Logistic, OutputNoise, SpikeBudget, TimeAverage, UsageError, attach, evaluate, plan
 from ulr_snn.activity import counting
 from ulr_snn.losses import resolve
+from ulr_snn.peers import METHODS
 from ulr_snn.sites import spiking_layers
 
 STEPS, BATCH, PIXELS, CLASSES = 6, 4, 5, 3
@@ -67,6 +69,40 @@ def test_a_function_that_knows_nothing_of_torch():
     )
 
 
+def test_a_function_of_numpy_arrays():
+    def mistakes(outputs: Tensor, targets: Tensor) -> numpy.ndarray:
+        return (numpy.asarray(outputs).argmax(-1) != numpy.asarray(targets)).astype(float)
+
+    model = net()
+    with attach(model, loss=mistakes) as ulr:
+        ulr.backward(*data())
+        ulr.backward(*data())
+    assert all(q.grad is not None for q in model.parameters())
+
+
+@pytest.mark.parametrize("loss", ["zero_one", "latency"])
+def test_peers_say_what_they_need(loss):
+    for name in ("surrogate", "expected", "alignment"):
+        with pytest.raises(UsageError, match="the loss has no gradient in the outputs"):
+            METHODS[name]().attach(spiking(), loss, 0, True).backward(*data())
+    with pytest.raises(UsageError, match="no costs of activity"):
+        METHODS["alignment"]().attach(spiking(), {"ce_count": 1.0, SpikeBudget(1): 1.0}, 0, True).backward(*data())
+    found = ulr_snn.diagnose(spiking(), data(), loss=loss, draws=4, reference_draws=4, warm_up=1)
+    assert {row["estimator"] for row in found.rows} <= {"feedback", "global", "residual"}
+
+
+def test_the_weight_of_a_loss_does_not_change_step_sizes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(PIXELS, 7), LIF(), nn.Linear(7, CLASSES))
+    factors = []
+    for loss in ("ce_count", {"ce_count": 0.01}, "zero_one"):
+        with attach(model, loss=loss, seed=0) as ulr:
+            ulr.advise_step_sizes()
+            ulr.backward(*data())
+            factors.append(ulr.rate_factors()["2.weight"])
+    assert factors == pytest.approx([6 / STEPS] * 3, rel=0.2)
+
+
 def test_a_mix_is_the_weighted_sum():
     outputs, (_, y) = torch.randn(STEPS, BATCH, CLASSES), data()
     spikes = torch.tensor([0.0, 10, 20, 40])
@@ -122,6 +158,60 @@ def test_spikes_and_operations_are_counted():
     expected = events + 3 * hidden.sum((0, 2, 3, 4)) + 3 * last.sum((0, 2))
     torch.testing.assert_close(counted["operations"], expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class ByHand(nn.Module):
+    """A time loop over modules that take one time step a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fire, self.last = nn.Linear(5, 5), nn.Identity(), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(self.fire(self.first(step))) for step in x])
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_operations_go_to_their_own_samples_whatever_the_sizes(steps):
+    """Five samples of five features: one step's shape could be taken for a sequence of five steps."""
+    torch.manual_seed(0)
+    model, x = ByHand(), torch.rand(steps, 5, 5)
+    x[:, 1:] = 0
+    nn.init.zeros_(model.first.weight), nn.init.zeros_(model.first.bias)
+    lengths = torch.tensor([2, 4, 4, 4, 4])
+    with torch.no_grad(), counting(model, [], {"operations"}, steps, 5) as counted:
+        model(x)
+    torch.testing.assert_close(counted["operations"], 5 * x.sum((0, 2)))
+    with torch.no_grad(), counting(model, [], {"operations"}, steps, 5, lengths) as counted:
+        model(x)
+    torch.testing.assert_close(counted["operations"], 5 * x[:2].sum((0, 2)) * (lengths == 2))
+
+
+def test_what_an_operation_costs_reaches_weights_that_meet_no_spike():
+    """Two linear modules in series: the second one's input depends on the first without a spike between them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2), LIF(), nn.Linear(2, 2)).double()
+    x, y = torch.rand(2, 4, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    loss = {(lambda outputs, targets: 0.0 * outputs.sum((0, 2))): 1.0, SpikeBudget(1e-6, operations=True): 1e-6}
+    noise = dict.fromkeys(("3",))
+    with attach(model, ULR(credit="global", copies=2, firing=Logistic(scale=0.5), noise=noise), loss, seed=0) as ulr:
+        ulr.backward(x, y)
+    direct = 2 * model[0](x).sum((0, 2)).mean()  # two outputs for every entry
+    exact = torch.autograd.grad(direct, model[0].bias)[0]
+    torch.testing.assert_close(model[0].bias.grad, exact, rtol=0.5, atol=0)
+
+
+def test_a_budget_with_nothing_to_count_is_told():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.fire = nn.Parameter(torch.rand(PIXELS, CLASSES)), LIF()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fire(x @ self.weight)
+
+    with pytest.raises(UsageError, match="has nothing to count"):
+        attach(Product(), loss={"ce_count": 1.0, SpikeBudget(1, operations=True): 1.0}).backward(*data())
 
 
 def test_evaluate_tells_activity():

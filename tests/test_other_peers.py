@@ -186,3 +186,37 @@ def test_state_goes_on():
             attached.load_state_dict(state)
             attached.backward(*data())
         torch.testing.assert_close(model[0].weight.grad, expected)
+
+
+def test_evolution_leaves_no_state_from_copy_to_copy():
+    class Counter(nn.Module):
+        """Fires at every other call of its life, unless somebody puts it back."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, current: Tensor) -> Tensor:
+            self.calls += 1
+            return (current.detach() > 0).to(current.dtype) * (self.calls % 2)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(PIXELS, 6), Counter(), TimeAverage(), nn.Linear(6, CLASSES)).double()
+    with EvolutionStrategies(copies=4).attach(model, "ce_count", 0, True) as attached:
+        outputs = attached.backward(*data()).outputs
+    assert all(out.std() > 0 for out in outputs)  # every copy saw the first call
+    x, y = data()
+    with EvolutionStrategies(copies=2).attach(model, "ce_count", 0, True) as attached:
+        attached.backward(x, y)
+        attached.backward(x[:, :2], y[:2])
+
+
+def test_plain_networks_train_and_are_validated():
+    torch.manual_seed(0)
+    model = nn.Sequential(TimeAverage(), nn.Linear(PIXELS, CLASSES)).double()
+    train(
+        model, [data()], 1, estimator=ULR(noise={"1": WeightNoise()}), val_loader=[data()], device="cpu", progress=False
+    )
+    train(model, [data()], 1, estimator=ULR(flow={"1": "ulr"}), val_loader=[data()], device="cpu", progress=False)
+    found = compare(model, [data()], [data()], methods=("evolution",), epochs=1, device="cpu", progress=False)
+    assert found.rows[0]["accuracy"] is not None

@@ -12,7 +12,7 @@ from ulr_snn.noise import NoiseLevel
 from ulr_snn.sites import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
-FROZEN = "frozen (requires_grad is False)"
+FROZEN = "frozen (requires_grad is False, or by flow)"
 WEIGHT_NOISE = "weight noise: loss minus baseline, times the score"
 
 

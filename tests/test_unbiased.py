@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ulr_snn.estimator
 import ulr_snn.neurons
 import ulr_snn.noise
-from tests.enumeration import Layer, exact_gradient, expected_bound_of_two, expected_loss
+from tests.enumeration import Layer, exact_gradient, expected_bound_of_four, expected_bound_of_two, expected_loss
 from tests.statistics import Verdict, compare_means, gradient_draws
 from ulr_snn import LIF, ULR, CurrentNoise, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.losses import ce_rate
@@ -361,11 +361,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "latency rule": lambda: two_layers("zero", counts=True, loss=python_rule),
     "loss in time": lambda: dataclasses.replace(two_layers("subtract", counts=True, loss=ce_rate), named="ce_rate"),
     "bound of two": lambda: dataclasses.replace(dense(LIF(0.8)), objective=expected_bound_of_two),
+    "bound of four": lambda: dataclasses.replace(dense(LIF(0.8), 2, 1), objective=expected_bound_of_four),
     "black box": black_box,
     "black box, then neurons": black_box_then_neurons,
 }
 NO_GRADIENT = ("0-1 loss", "latency rule")
-ONE_CREDIT = (*NO_GRADIENT, "bound of two")
+ONE_CREDIT = (*NO_GRADIENT, "bound of two", "bound of four")
 UNTRAINED = {"0-1 loss": "3.weight, 3.bias"}  # a readout under a loss that is flat in the outputs: gradient zero
 
 
@@ -550,6 +551,7 @@ PLAN: list[tuple[str, ULR, str]] = [
     ("loss in time", dataclasses.replace(RESIDUAL, reward_to_go=True), "past in place of future"),
     ("loss in time", dataclasses.replace(LAYERWISE, reward_to_go=True), "partner as baseline"),
     ("bound of two", BOUND, "mean in place of the bound"),
+    ("bound of four", dataclasses.replace(BOUND, copies=4), "mean in place of the bound"),
     ("black box", GLOBAL, "sign of z"),
     ("black box", RESIDUAL, "no a at the current"),
     ("black box, then neurons", GLOBAL, "partner as baseline"),
@@ -637,3 +639,46 @@ def test_a_learned_scale_follows_its_gradient_and_stays_within_bounds():
     assert level.factors["a"].item() == -ulr_snn.noise.FARTHEST
     moved = level.scale("a", torch.tensor(1.0), lambda: 0.5)
     torch.testing.assert_close(moved / scale, torch.tensor(-ulr_snn.noise.FARTHEST).exp())
+
+
+def test_reward_to_go_lowers_the_variance_of_both_credits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), LIF(), nn.Linear(6, 3), LIF())
+    batch = 2 * torch.rand(20, 64, 4), torch.arange(64) % 3
+    for plain in (GLOBAL, RESIDUAL):
+        spread = []
+        for to_go in (False, True):
+            estimator = dataclasses.replace(plain, firing=Logistic(scale=0.4), reward_to_go=to_go)
+            with attach(model, estimator, "ce_rate", seed=1) as ulr:
+                spread.append(float(gradient_draws(ulr, batch, list(model.parameters()), 40, 10).var(0).sum()))
+        assert spread[1] < spread[0], (plain.credit, spread)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"multi_sample": True, "copies": 4, "antithetic": False, "quasi_monte_carlo": True},
+        {"multi_sample": True, "copies": 4},
+        {"quasi_monte_carlo": True, "copies": 8},
+        {"quasi_monte_carlo": True, "copies": 6, "antithetic": False},
+        {"layerwise": True},
+        {"reward_to_go": True, "credit": "feedback"},
+    ],
+    ids=str,
+)
+def test_reductions_that_do_not_go_together(options):
+    with pytest.raises(ulr_snn.UsageError):
+        ULR(**options)
+
+
+def test_reductions_that_the_model_or_the_loss_forbids():
+    model, batch = two_layers("subtract").model, (torch.rand(3, 4, 2).double(), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ulr_snn.UsageError, match="parameters have noise of their own"):
+        attach(model, dataclasses.replace(LAYERWISE, noise={"0": ulr_snn.WeightNoise()})).backward(*batch)
+    with pytest.raises(ulr_snn.UsageError, match="a sum over time steps"):
+        attach(model, dataclasses.replace(GLOBAL, reward_to_go=True)).backward(*batch)
+    mixed = {"ce_count": 1.0, "latency": 1.0}
+    with pytest.raises(ulr_snn.UsageError, match="of the mix a loss has no gradient"):
+        attach(two_layers("subtract", counts=True).model, dataclasses.replace(BOUND, credit="auto"), mixed).backward(
+            *batch
+        )

@@ -3,6 +3,7 @@ in the spikes."""
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,28 +16,56 @@ from ulr_snn.sites import Layers
 CONNECTIONS = (nn.Linear, _ConvNd)
 
 
+@dataclass
+class Sums:
+    """What one module saw or gave in a pass, over features, at every call: as if a call were one time step [rows], or
+    the whole sequence [T, rows]; None where its shape does not fit that."""
+
+    steps: list[Tensor] = field(default_factory=list)
+    whole: list[Tensor] = field(default_factory=list)
+
+
 class Activity(dict[str, Tensor]):
-    """ "spikes" and "operations", each [rows], of what ran inside `counting`. steps, rows: of the pass."""
+    """ "spikes" and "operations", each [rows], of what ran inside `counting`, once it is over."""
 
-    def __init__(self, steps: int, rows: int) -> None:
+    def __init__(self, steps: int, rows: int, lengths: Tensor | None) -> None:
         super().__init__()
-        self.steps, self.rows = steps, rows
+        self.size, self.rows, self.lengths = steps, rows, lengths
+        self.sums: dict[tuple[str, int], Sums] = {}
 
-    def add(self, name: str, sequence: Tensor) -> None:
-        """Adds the sum of a tensor [T, rows, ...], [T * rows, ...] or [rows, ...] to each row's."""
-        if sequence.shape[:2] == (self.steps, self.rows):
-            sequence = sequence.transpose(0, 1)
-        elif len(sequence) == self.steps * self.rows:
-            sequence = sequence.unflatten(0, (self.steps, self.rows)).transpose(0, 1)
-        count = sequence.reshape(self.rows, -1).sum(1)
-        self[name] = self[name] + count if name in self else count
+    def see(self, name: str, module: nn.Module, sequence: Tensor) -> None:
+        """Takes a tensor [T, rows, ...], [T * rows, ...] or [rows, ...] of a module."""
+        sums = self.sums.setdefault((name, id(module)), Sums())
+        if len(sequence) == self.rows:
+            sums.steps.append(sequence.flatten(1).sum(1) if sequence.ndim > 1 else sequence)
+        if sequence.ndim > 2 and sequence.shape[:2] == (self.size, self.rows):
+            sums.whole.append(sequence.flatten(2).sum(2))
+        elif len(sequence) == self.size * self.rows:
+            sums.whole.append(sequence.unflatten(0, (self.size, self.rows)).flatten(2).sum(2))
+
+    def finish(self) -> None:
+        """Adds all up, steps of padding left out. A module that ran as often as there are steps ran a step a call."""
+        own = None
+        if self.lengths is not None:
+            own = torch.arange(self.size, device=self.lengths.device)[:, None] < self.lengths
+        for (name, _), sums in self.sums.items():
+            by_step = len(sums.steps) >= self.size > 1 or not sums.whole
+            if by_step and len(sums.steps) == self.size:
+                calls = [torch.stack(sums.steps)]  # [T, rows]
+            else:
+                calls = [call[None] for call in sums.steps] if by_step else sums.whole
+            for call in calls:
+                kept = call * own if own is not None and len(call) == self.size else call
+                self[name] = self[name] + kept.sum(0) if name in self else kept.sum(0)
 
 
 @contextmanager
-def counting(model: nn.Module, layers: Layers, counts: Collection[str], steps: int, rows: int) -> Iterator[Activity]:
-    """Counts what a pass of `rows` samples over `steps` time steps does. counts: of "spikes" and "operations"; what is
-    not asked for may be missing."""
-    found = Activity(steps, rows)
+def counting(
+    model: nn.Module, layers: Layers, counts: Collection[str], steps: int, rows: int, lengths: Tensor | None = None
+) -> Iterator[Activity]:
+    """Counts what a pass of `rows` samples over `steps` time steps does; there is something in it afterwards. counts:
+    of "spikes" and "operations"; lengths: [rows], later steps are padding."""
+    found = Activity(steps, rows, lengths)
     if not counts:
         yield found
         return
@@ -45,10 +74,11 @@ def counting(model: nn.Module, layers: Layers, counts: Collection[str], steps: i
 
     def spikes(module: nn.Module, _: Any, output: Any) -> None:
         fired = output[0] if isinstance(output, tuple | list) else output
-        found.add("spikes", fired)
+        if "spikes" in counts:
+            found.see("spikes", module, fired)
         recurrent = getattr(module, "recurrent", None) if isinstance(module, SpikingNeuron) else None
         if recurrent is not None and "operations" in counts:
-            found.add("operations", fired * recurrent.out_features)
+            found.see("operations", module, fired * recurrent.out_features)
 
     def operations(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         key = (id(module), inputs[0].shape[1:])
@@ -56,7 +86,7 @@ def counting(model: nn.Module, layers: Layers, counts: Collection[str], steps: i
             fan_outs[key] = None  # meanwhile: it calls the module, and so this, again
             fan_outs[key] = fan_out(module, inputs[0])
         if fan_outs[key] is not None:
-            found.add("operations", inputs[0] * fan_outs[key])
+            found.see("operations", module, inputs[0] * fan_outs[key])
 
     with ExitStack() as stack:
         for neuron in neurons:
@@ -66,6 +96,7 @@ def counting(model: nn.Module, layers: Layers, counts: Collection[str], steps: i
             if isinstance(module, CONNECTIONS) and id(module) not in inside:
                 stack.callback(module.register_forward_pre_hook(operations).remove)
         yield found
+    found.finish()
 
 
 def fan_out(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ def diagnose(
 
     batch: (x, y) or (x, y, lengths). estimators: by name, such as {"mine": ULR(copies=4)} (default: feedback, residual,
     global and, where it knows the model, surrogate-gradient BPTT). The true gradient is the mean over `reference_draws`
-    steps of `reference` (default ULR(credit="residual", copies=8)), an unbiased estimator; draws: steps of every
+    steps of `reference`, an unbiased estimator (default ULR(credit="residual", copies=8), "global" for a loss without a
+    gradient, with the noise of the estimators); draws: steps of every
     estimator, each with noise of its own, after `warm_up` steps in which feedback learns; progress: of the training,
     which sets the level of the firing noise (the true gradient is that of the net with this noise). The model stays as
     it is.
@@ -118,18 +119,38 @@ def diagnose(
     if estimators is None:
         from ulr_snn.peers import METHODS
 
-        estimators = {name: ULR(credit=name) for name in ("feedback", "residual", "global")}
-        with suppress(UsageError):  # of a model that it does not know
-            METHODS["surrogate"]().attach(model, loss, seed, time_first)
-            estimators["surrogate"] = METHODS["surrogate"]()
-    reference = reference or ULR(credit="residual", copies=8)
+        estimators = {}
+        known = {name: ULR(credit=name) for name in ("feedback", "residual", "global")}
+        for name, estimator in {**known, "surrogate": METHODS["surrogate"]()}.items():
+            with suppress(UsageError):  # of a model or a loss that it does not know
+                measured(model, estimator, batch, loss, 0, progress, time_first, 1, seed)
+                estimators[name] = estimator
     about = (batch, loss, warm_up, progress, time_first)
-    true = measured(model, reference, *about, reference_draws, seed + 1)
+    if reference is None:
+        true = unbiased(model, estimators, *about, reference_draws, seed + 1)
+    else:
+        true = measured(model, reference, *about, reference_draws, seed + 1)
     rows = []
     for name, estimator in estimators.items():
         found = measured(model, estimator, *about, draws, seed)
         rows += [{"estimator": name, "layer": layer} | compared(found, true, layer) for layer in true.sums[0]]
     return Diagnosis(rows, advice(rows, true))
+
+
+def unbiased(model: nn.Module, estimators: Mapping[str, Any], *about: Any) -> Moments:
+    """Moments of an unbiased estimator of what the estimators are for. Raises UsageError where they are not for one."""
+    own = [estimator for estimator in estimators.values() if isinstance(estimator, ULR)] or [ULR()]
+    kinds = [(e.firing, dict(e.noise), dict(e.flow), e.multi_sample) for e in own]
+    if kinds[0][-1] or any(kind != kinds[0] for kind in kinds):
+        raise UsageError(
+            "diagnose got estimators of different nets or objectives (firing, noise, flow, multi_sample); give it the "
+            "reference= that they are to be compared with"
+        )
+    same = {"firing": own[0].firing, "noise": own[0].noise, "flow": own[0].flow}
+    try:
+        return measured(model, ULR(credit="residual", copies=8, **same), *about)
+    except UsageError:  # a loss without a gradient
+        return measured(model, ULR(credit="global", copies=8, **same), *about)
 
 
 def measured(

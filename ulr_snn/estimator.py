@@ -131,16 +131,11 @@ class ULR:
         for name in ("layerwise", "reward_to_go"):
             if getattr(self, name) and self.credit not in ("global", "residual"):
                 raise UsageError(f"ULR got {name} with credit={self.credit!r}; it is for 'global' and 'residual'")
-        if self.multi_sample and (
-            self.credit == "residual"
-            or self.antithetic
-            or self.layerwise
-            or self.reward_to_go
-            or (self.copies or 0) < 2
-        ):
+        others = self.antithetic or self.quasi_monte_carlo or self.layerwise or self.reward_to_go
+        if self.multi_sample and (self.credit == "residual" or others or (self.copies or 0) < 2):
             raise UsageError(
-                "ULR got multi_sample; it takes copies=2 or more, antithetic=False, no layerwise or reward_to_go, and "
-                "credit 'auto', 'feedback' or 'global'"
+                "ULR got multi_sample; it takes copies=2 or more, all independent (antithetic=False, no Sobol sets), "
+                "no layerwise or reward_to_go, and credit 'auto', 'feedback' or 'global'"
             )
 
     @property
@@ -185,10 +180,10 @@ class Attachment:
         time_first: bool,
         total_steps: int | None,
     ) -> None:
-        check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
         check_names(model, estimator.noise)
         check_flow(model, estimator.flow)
         estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
+        check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
         self.model, self.estimator, self.loss = model, estimator, loss
         self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
@@ -238,7 +233,9 @@ class Attachment:
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
             check_flow(self.model, self.estimator.flow, self.layers)
         loss = self.loss if loss is None else loss
-        if loss is not self._structure_loss:  # another loss may reach the outputs in another way
+        if (
+            loss is not self._structure_loss and loss != self._structure_loss
+        ):  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
         objective = resolve(loss)
         antithetic = self.estimator.antithetic
@@ -272,16 +269,18 @@ class Attachment:
                 )
             run(range(len(passes), 1))
             groups = []
-            for site in [r.site for r in passes[0].records]:
+            for site in [r.site for r in passes[0].records if r.x.requires_grad]:
                 forward.varied, first = site, len(passes)
                 run(range(1, copies))
                 groups.append(Group(site, [passes[0], *passes[first:]]))
+            groups = groups or [Group(None, passes)]  # no layer has anything to learn
         else:
             run(range(len(passes), copies))
         if torch.isfinite(passes[0].loss).all():
             if self.step_sizes is not None:
                 self.step_sizes.measure(self.model, passes[0], self.step)
-            for r in [] if self.structure.has_readout else passes[0].records:
+            follow = not self.structure.has_readout and self.fixed_progress is None
+            for r in passes[0].records if follow else []:
                 if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
         self.step += 1
@@ -343,8 +342,12 @@ class Attachment:
                 self.prediction.learn_layers(group.passes, self.step - 1)
         weights = self._weight_sites()
         if weights is not None:
-            signals = [p.loss - baseline(losses, p.copies, self.estimator.group, self.mean_loss) for p in passes]
-            weights.add_gradients(self.model, self.step - 1, torch.cat(signals))
+            if self.estimator.multi_sample:
+                signals = multi_sample_signals(losses)
+            else:
+                own = [p.loss - baseline(losses, p.copies, self.estimator.group, self.mean_loss) for p in passes]
+                signals = torch.cat(own)
+            weights.add_gradients(self.model, self.step - 1, signals)
         parameters = [
             q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
         ]
@@ -371,8 +374,8 @@ class Attachment:
                 signal = self._signal(group, p)
                 for record, a in sites:
                     if a is not None:
-                        told = (a * record.innovation()).transpose(0, 1).flatten(1).sum(1)
-                        signal = signal - told.view(-1, *[1] * (signal.ndim - 1))
+                        told = (a * record.innovation()).flatten(2).sum(2).T  # [rows, T]
+                        signal = signal - (to_go(told) if signal.ndim == 2 else told.sum(1))
             elif structure.judging.blind:
                 signal = self._signal(group, p)
             for record, a in sites:
@@ -385,9 +388,10 @@ class Attachment:
                     credit = part if credit is None else credit + part
                 if credit is not None and record.x.requires_grad:
                     yield record.x, credit
-            if p.error is not None and p.outputs.requires_grad:  # the exact path that meets no spike
-                rows = weight.view(-1, *[1] * (p.outputs.ndim - (2 if p.outputs.ndim >= 3 else 1)))
-                yield p.outputs, p.error * rows * share
+            for end, gradient in p.ends:  # the exact path that meets no spike
+                if end.requires_grad:
+                    rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
+                    yield end, gradient * rows * share
 
     def _signal(self, group: Group, p: Pass) -> Tensor:
         """What the scores of a pass are weighted by, [rows]; by time step [rows, T] with reward-to-go. Of credit
@@ -484,7 +488,7 @@ def observed(
     if forward.judging.smoothed or forward.judging.in_time:
         p.judgement = forward.judge(p.outputs, p.activity, targets, lengths, objective, p.copies)
     else:
-        p.judgement = replace(p.judgement, blind=forward.judging.blind)
+        p.judgement = replace(p.judgement, judging=forward.judging)
     structure = Structure.of(
         model,
         p,
@@ -500,6 +504,10 @@ def observed(
     structure.judging = forward.judging
     structure.weights = choose(model, estimator.noise, structure.untrained, outcome)
     structure.parameters |= {name: [SOURCE] for name in structure.weights}
+    if estimator.layerwise and structure.weights:
+        raise UsageError("ULR got layerwise, but parameters have noise of their own (see plan); use one alone")
+    if estimator.multi_sample and structure.judging.blind and structure.credit == "feedback":
+        raise UsageError("ULR got multi_sample, and of the mix a loss has no gradient; use credit='global'")
     return structure
 
 

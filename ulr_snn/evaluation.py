@@ -14,7 +14,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR
 from ulr_snn.losses import LossSpec, resolve, total
 from ulr_snn.neurons import output_mask
-from ulr_snn.noise import Logistic, Noise, NoiseLevel
+from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.passes import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
 from ulr_snn.sites import Layers, bind, check_layers, own_modules, spiking_layers
 
@@ -64,7 +64,8 @@ def evaluate(
             x, targets, lengths = unpack(batch, device)
             x = as_sequence(x, targets, lengths, time_first, model)
             if runner is None:
-                check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
+                if runs:  # as they stand, models without a spiking layer run, too
+                    check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
                 runner = Runner.of(model, x, estimator)
             found = runner.runs(x, lengths, step, runs, seed, counts)
             mask = output_mask(lengths, found[0][0])
@@ -106,11 +107,6 @@ class Runner:
         by_step = runs_by_step(model, x)
         return cls(model, by_step, find_layers(model, x, by_step, estimator.noise), NoiseLevel(estimator.firing))
 
-    @classmethod
-    def deterministic(cls, model: nn.Module, x: Tensor) -> "Runner":
-        """Of a model that is to run as it is."""
-        return cls(model, runs_by_step(model, x), spiking_layers(model), NoiseLevel(Logistic()))
-
     def runs(self, x: Tensor, lengths: Tensor | None, step: int, copies: int, seed: int, counts: set[str]) -> list[Run]:
         """Outputs and activity of each copy; of deterministic firing where copies is 0."""
         found = []
@@ -120,7 +116,7 @@ class Runner:
                 sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
                 noise = Noise(seed, step, sample, torch.full_like(sample, copy))
                 measure_levels(self.model, self.layers, self.level, lambda n=noise: self._run(x, lengths, n))
-            with counting(self.model, self.layers, counts, *x.shape[:2]) as activity:
+            with counting(self.model, self.layers, counts, *x.shape[:2], lengths) as activity:
                 outputs = self._run(x, lengths, noise)
             check_outputs(outputs, x.shape[0], x.shape[1])
             found.append((outputs, activity))

@@ -36,13 +36,14 @@ class Judging:
 @dataclass(frozen=True)
 class Judgement:
     """values, errors: each loss, weighted [rows], and its gradient in the shape of the outputs, None if it has none.
-    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. blind: see
-    `Judging`; steps: what each time step adds to the loss [T, rows], if it was asked for."""
+    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. judging: how it
+    was done; weights: of the losses; steps: what each time step adds to the loss [T, rows], if it was asked for."""
 
     values: list[Tensor]
     errors: list[Tensor | None]
     costs: list[tuple[Tensor, Tensor, Tensor]]
-    blind: frozenset[int]
+    judging: Judging
+    weights: tuple[float, ...]
     steps: Tensor | None
 
     @cached_property
@@ -53,13 +54,13 @@ class Judgement:
     @cached_property
     def error(self) -> Tensor | None:
         """∂loss/∂outputs in the shape of the outputs; None if there is none."""
-        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.blind]
+        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.judging.blind]
         return added(seen) if seen else None
 
     @cached_property
     def blind_loss(self) -> Tensor:
         """The losses without a gradient, [rows]."""
-        return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.blind)])
+        return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.judging.blind)])
 
     def without_gradient(self, flat: bool) -> frozenset[int]:
         """Losses without a gradient; flat: or with one that is zero everywhere."""
@@ -85,19 +86,26 @@ def judge(
     values: list[Tensor] = []
     for i, (weight, loss) in enumerate(objective.losses):
         if i in judging.smoothed:
-            value, error = smoothed(loss, outputs, targets, mask, judging.smoothed[i], noise, SITE + i)
+            of_totals = i in objective.of_totals
+            value, error = smoothed(loss, outputs, targets, mask, judging.smoothed[i], noise, SITE + i, of_totals)
+        elif i in judging.blind:
+            value, error = loss(outputs, targets, mask), None
         else:
             value, error = with_gradient(loss, outputs, targets, mask)
         values.append(weight * value)
         errors.append(None if error is None else weight * error)
     costs = []
     for weight, cost in objective.costs:
+        if cost.counts not in activity:
+            raise UsageError(
+                f"{cost} has nothing to count: no spiking layer, or no linear or convolutional module, ran"
+            )
         counted = activity[cost.counts].detach().requires_grad_()
         with torch.enable_grad():
             value = weight * cost({cost.counts: counted})
         costs.append((activity[cost.counts], torch.autograd.grad(value.sum(), counted)[0], value.detach()))
     steps = in_time(objective, outputs, targets, mask) if judging.in_time else None
-    return Judgement(values, errors, costs, judging.blind, steps)
+    return Judgement(values, errors, costs, judging, tuple(weight for weight, _ in objective.losses), steps)
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,8 +122,13 @@ def with_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss [rows], and its gradient in the shape of the outputs; None if it has none."""
     cut = outputs.detach().requires_grad_()
-    with torch.enable_grad():
-        value = loss(cut, targets, mask)
+    try:
+        with torch.enable_grad():
+            value = loss(cut, targets, mask)
+    except RuntimeError as error:
+        if "requires grad" not in str(error):  # what NumPy says of a tensor that does
+            raise
+        value = loss(outputs, targets, mask)
     error = torch.autograd.grad(value.sum(), cut, allow_unused=True)[0] if value.requires_grad else None
     return value.detach(), error
 
@@ -129,23 +142,29 @@ def smoothed(
     site: OutputNoise,
     noise: Noise,
     index: int,
+    of_totals: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The smoothed loss [rows], and its gradient in the shape of the outputs."""
+    """The smoothed loss [rows], and its gradient in the shape of the outputs. Of outputs over time every step has noise
+    of its own; of_totals: or all the same, which for a loss of their sum varies less and means the same."""
     axis = 1 if outputs.ndim >= 3 else 0  # of the rows
     steps = len(outputs) if axis else 1
     rows = outputs.shape[axis]
-    scale = site.scale or (site.relative * total(outputs, mask).std().nan_to_num().item() or 1.0) / steps**0.5
+    own = steps if mask is None else mask.sum(0, keepdim=True)  # steps of each row
+    spread = site.relative * total(outputs, mask).std().nan_to_num().item() or 1.0
+    scale = site.scale or spread / steps**0.5  # of each step's noise
+    unit = scale * (steps**0.5 / own if axis and of_totals else 1)  # what z is multiplied by
     value, error = outputs.new_zeros(rows), torch.zeros_like(outputs)
     pairs = site.draws // 2
     together = max(1, min(pairs, ELEMENTS // max(1, 2 * outputs.numel())))
     for first in range(0, pairs, together):
         count = min(together, pairs - first)
         drawn = [
-            noise.normal(index + (pair << 8), 0, steps, outputs.shape[axis + 1 :], outputs.dtype)
+            noise.normal(index + (pair << 8), 0, 1 if of_totals else steps, outputs.shape[axis + 1 :], outputs.dtype)
             for pair in range(first, first + count)
         ]
-        z = torch.stack([d if axis else d[0] for d in drawn], axis)  # [T, count, rows, ...]
-        disturbed = torch.cat([z, -z], axis).mul_(scale) + outputs.unsqueeze(axis)
+        z = torch.stack([d if axis else d[0] for d in drawn], axis)  # [T or 1, count, rows, ...]
+        moved = z * (unit.unsqueeze(axis) if isinstance(unit, Tensor) else unit)
+        disturbed = torch.cat([moved, -moved], axis) + outputs.unsqueeze(axis)
         repeats = 2 * count
         found = loss(
             disturbed.flatten(axis, axis + 1),
@@ -155,4 +174,5 @@ def smoothed(
         value += found.sum((0, 1))
         weight = (found[0] - found[1]).view(*[1] * axis, count, rows, *[1] * (outputs.ndim - axis - 1))
         error += (weight * z).sum(axis)
-    return value / site.draws, error / (site.draws * scale) * (1 if mask is None else mask)
+    size = scale * (steps**0.5 if axis and of_totals else 1)  # of the noise of the sum, or of a step
+    return value / site.draws, error / (site.draws * size) * (1 if mask is None else mask)

@@ -124,7 +124,7 @@ class Forward:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
             return outputs, records
 
-        counted = counting(self.model, self.layers, objective.counts, len(x), batch * k)
+        counted = counting(self.model, self.layers, objective.counts, len(x), batch * k, row_lengths)
 
         self.extra_passes += measure_levels(self.model, self.layers, self.level, outputs_of)
         disturbed = (

@@ -91,7 +91,7 @@ def plan(
 
 def _source(structure: Structure, sources: list[str] | None) -> str:
     if sources is None:
-        return "frozen (requires_grad is False)"
+        return "frozen (requires_grad is False, or by flow)"
     if not sources:
         return "none"
     if sources == [SOURCE]:
@@ -135,6 +135,8 @@ def _why(structure: Structure) -> str:
 def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
     notes = []
     judging = structure.judging
+    if estimator.layerwise:
+        notes.append("layerwise: a pass for all, and copies - 1 more for each layer, in which it alone has other draws")
     for site in judging.smoothed.values():
         notes.append(
             f"a loss without a gradient gets one by noise on the outputs, {site.draws} draws of each sample; they need "

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.judgement import Judgement
 from ulr_snn.passes import Pass
 
 REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane by
@@ -35,7 +36,7 @@ class StepSizes:
     def measure(self, model: nn.Module, p: Pass, step: int) -> None:
         """Takes τ from the first pass, and all G from one pass, where it is due at this step."""
         if self.summed is None and p.error is not None:
-            self.summed = times_summed(p.error)
+            self.summed = times_summed(p.judgement)
         if step >= OFTEN and step % SELDOM:
             return
         parameters = {name: q for name, q in model.named_parameters() if q.requires_grad}
@@ -59,12 +60,17 @@ class StepSizes:
         self.summed = state["summed"]
 
 
-def times_summed(error: Tensor) -> float:
-    """τ of ∂L/∂outputs, at the start of training: what a cross-entropy asks of all its logits together is about 1, so
-    that a loss that asks less of the outputs of a time step averages over them. 1 for outputs without a time axis."""
-    if error.ndim < 3:
-        return 1.0
-    return max(1.0, len(error) * min(1.0, error.abs().flatten(2).sum(2).mean().item()))
+def times_summed(judgement: Judgement) -> float:
+    """τ at the start of training, of several losses that of the one which adds up most. Of a loss with a gradient, from
+    ∂L/∂outputs: what a cross-entropy asks of all its logits together is about 1, so that a loss that asks less of the
+    outputs of a time step averages over them. Of one without, that it adds them up. 1 for outputs without a time axis.
+    """
+    found = [1.0]
+    for i, (error, weight) in enumerate(zip(judgement.errors, judgement.weights, strict=True)):
+        if error is not None and error.ndim >= 3 and weight:
+            asked = error.abs().flatten(2).sum(2).mean().item() / abs(weight)
+            found.append(len(error) * (1.0 if i in judgement.judging.smoothed else min(1.0, asked)))
+    return max(found)
 
 
 def reach(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:

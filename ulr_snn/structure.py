@@ -78,7 +78,7 @@ class Structure:
             )
         if credit == "auto":
             credit = "feedback" if p.ends else "global"
-        reached = {"outputs": leaves([p.outputs]) if p.error is not None else set()}
+        reached = {"outputs": leaves([end for end, _ in p.ends])}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
         feeds, recurrent, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, {}, [])

@@ -16,7 +16,7 @@ from ulr_snn.estimator import Estimate
 from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.passes import as_sequence, check_outputs, model_outputs
-from ulr_snn.peers.surrogate import SurrogateBPTT
+from ulr_snn.peers.surrogate import SurrogateBPTT, check_gradient
 from ulr_snn.sites import bind_sites, check_layers, spiking_layers
 
 
@@ -73,17 +73,22 @@ class AlignmentAttachment:
     ) -> Estimate:
         """One forward pass, then adds to every trainable `.grad`; see `SurrogateAttachment.backward`."""
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        targets, lengths = targets.to(x.device), None if lengths is None else lengths.to(x.device)
+        objective = resolve(loss if loss is not None else self.loss)
+        if objective.costs:
+            raise UsageError("FeedbackAlignment knows no costs of activity; leave SpikeBudget out")
         layers = [_Layer(name) for name, _ in spiking_layers(self.model)]
         with torch.enable_grad(), bind_sites(self.model, layers, lengths):
             outputs = model_outputs(self.model, x)
         check_outputs(outputs, x.shape[0], x.shape[1])
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            value = resolve(loss if loss is not None else self.loss)(cut, targets, output_mask(lengths, outputs))
+            value = objective(cut, targets, output_mask(lengths, outputs))
         self.step += 1
         self.forward_passes += x.shape[1]
         if not torch.isfinite(value).all():
             raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        check_gradient(value, self.peer)
         error = torch.autograd.grad(value.mean(), cut)[0]
         ends = [(outputs, error)] if outputs.requires_grad else []
         ends += [(layer.drive, self._credit(layer, error)) for layer in layers if layer.drive is not None]

@@ -5,6 +5,7 @@ With one copy and a moving baseline it is the one-point zeroth-order estimator. 
 `WeightNoise(rank=1)`.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.global_ import baseline
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import Estimate, moving
+from ulr_snn.estimator import ULR, Estimate, moving
 from ulr_snn.evaluation import Runner
 from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.neurons import output_mask
 from ulr_snn.noise import WeightNoise
-from ulr_snn.passes import as_sequence, check_outputs
+from ulr_snn.passes import as_sequence, check_outputs, generator_state, keep_traces, set_generator_state
 from ulr_snn.weights import WeightSites
 
 
@@ -69,11 +70,16 @@ class EvolutionAttachment:
     ) -> Estimate:
         """A forward pass a copy, then adds to every trainable `.grad`; see `Attachment.backward`."""
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        targets, lengths = targets.to(x.device), None if lengths is None else lengths.to(x.device)
         objective = resolve(loss if loss is not None else self.loss)
-        self.runner = self.runner or Runner.deterministic(self.model, x)
-        values, all_outputs = [], []
+        self.runner = self.runner or Runner.of(self.model, x, ULR())
+        values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
-            with self.sites.disturbed(self.model, self.step, copy, *x.shape[:2]):
+            # The first copy leaves the traces of an ordinary pass; all see the same dropout masks.
+            traces = keep_traces(self.model) if copy else nullcontext()
+            with traces, self.sites.disturbed(self.model, self.step, copy, *x.shape[:2]):
+                if copy:
+                    set_generator_state(state)
                 ((outputs, activity),) = self.runner.runs(x, lengths, self.step, 0, 0, objective.counts)
             check_outputs(outputs, x.shape[0], x.shape[1])
             values.append(objective(outputs, targets, output_mask(lengths, outputs), activity))
@@ -94,4 +100,5 @@ class EvolutionAttachment:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.forward_passes = state["step"], state["forward_passes"]
-        self.mean_loss = state["mean_loss"]
+        device = next(self.model.parameters()).device
+        self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)

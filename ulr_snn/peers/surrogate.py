@@ -158,6 +158,12 @@ def reverse_scan(
     return g
 
 
+def check_gradient(value: Tensor, peer: Any) -> None:
+    """Raises UsageError for a loss that this peer cannot use."""
+    if not value.requires_grad:
+        raise UsageError(f"the loss has no gradient in the outputs, which {type(peer).__name__} needs")
+
+
 class SurrogateAttachment:
     """Adds surrogate gradients to `.grad`, as `ulr_snn.estimator.Attachment` adds those of likelihood ratios.
 
@@ -202,10 +208,11 @@ class SurrogateAttachment:
         Raises UsageError on wrong shapes, labels or losses, FloatingPointError on a loss that is not finite.
         """
         x = as_sequence(x, targets, lengths, self.time_first, self.model)
+        targets, lengths = targets.to(x.device), None if lengths is None else lengths.to(x.device)
         if self.by_step is None:
             self.by_step = runs_by_step(self.model, x)
         objective, layers = resolve(loss if loss is not None else self.loss), spiking_layers(self.model)
-        counted = counting(self.model, layers, objective.counts, *x.shape[:2])
+        counted = counting(self.model, layers, objective.counts, *x.shape[:2], lengths)
         with torch.enable_grad(), bind_sites(self.model, self.sites(layers, x), lengths), counted as activity:
             outputs = model_outputs(self.model, x, self.by_step)
         check_outputs(outputs, x.shape[0], x.shape[1])
@@ -216,6 +223,7 @@ class SurrogateAttachment:
         self.forward_passes += x.shape[1]
         if not torch.isfinite(value).all():
             raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        check_gradient(value, self.peer)
         value.mean().backward()
         return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
 
