@@ -174,7 +174,8 @@ def test_estimators_and_noise():
     assert [noise for _, noise, _ in found.sites] == ["gaussian, scale 0.3"] * 2
     assert credits(found)["1"].startswith("loss times score, less learned from layer 3")
     found = plan(dense(), data(), ULR(credit="global", copies=2))
-    assert (found.credit, found.copies, found.notes) == ("global", 2, [])
+    assert (found.credit, found.copies) == ("global", 2)
+    assert all(note.startswith("site") for note in found.notes)
     with attach(dense(), total_steps=10) as ulr:
         ulr.backward(*data())
         starts = ulr.state_dict()["noise_starts"]
@@ -293,3 +294,19 @@ def test_a_bound_model_is_refused_and_stays_bound():
             plan(model, (X, Y))
         assert model[1].site is not None
     plan(model, (X, Y))
+
+
+def test_dimensions_of_the_noise_where_they_make_the_variance():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        ulr_snn.Fold(nn.Conv1d(1, 2, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(2 * PIXELS, 3), LIF()
+    )
+    x, y = data()
+    assert not any(note.startswith("site") for note in plan(model, (x.unsqueeze(2), y)).notes)
+    notes = plan(model, (x.unsqueeze(2), y), ULR(credit="global")).notes
+    draws = len(x) * 2 * PIXELS
+    assert notes == [
+        f"site 1: {draws} draws of noise a sample, 8 weights that it alone trains; noise on these, "
+        "noise={'0.0': WeightNoise(per_sample=True)}, may vary less",
+        f"site 4: {3 * len(x)} draws of noise a sample, {3 * (2 * PIXELS + 1)} weights that it alone trains",
+    ]

@@ -85,7 +85,7 @@ def plan(
         rows,
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
-        left_alone + _notes(model, structure, estimator),
+        left_alone + _notes(model, structure, estimator) + _dimensions(model, structure, p.records),
     )
 
 
@@ -153,6 +153,24 @@ def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
             f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned"
         )
     return notes
+
+
+def _dimensions(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:
+    """Where scores are weighted by whole losses, variance grows with the dimensions of the noise: which site has how
+    many, and where its weights have fewer."""
+    if structure.credit == "feedback" and not structure.judging.blind:
+        return []
+    sizes = {name: q.numel() for name, q in model.named_parameters()}
+    found = []
+    for r in sorted(records, key=lambda r: -r.x[:, 0].numel()):
+        own = [name for name, sources in structure.parameters.items() if sources == [r.site]]
+        draws, weights = r.x[:, 0].numel(), sum(sizes[name] for name in own)
+        line = f"site {r.site}: {draws:,} draws of noise a sample, {weights:,} weights that it alone trains"
+        if 0 < weights < draws:
+            modules = sorted({name.rpartition(".")[0] for name in own})
+            line += f"; noise on these, noise={{{modules[0]!r}: WeightNoise(per_sample=True)}}, may vary less"
+        found.append(line)
+    return found
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
