@@ -260,7 +260,8 @@ def draw(question: str, rows: list[dict[str, str]], path: Path) -> None:
              or row["setting"].endswith("all layers")]  # fmt: skip
     panels = list(dict.fromkeys((row["task"], row["measure"]) for row in shown if row["measure"] != "passes"))
     methods = list(dict.fromkeys(row["method"] for row in shown))
-    figure = Figure(figsize=(4.6 * min(3, len(panels)), 3.6 * -(-len(panels) // 3)), dpi=110, layout="constrained")
+    width = 7.5 if len(panels) == 1 else 4.6 * min(3, len(panels))
+    figure = Figure(figsize=(width, 3.6 * -(-len(panels) // 3)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).flatten()
     for axes, (task, measure) in zip(places, panels, strict=False):
@@ -277,6 +278,8 @@ def draw(question: str, rows: list[dict[str, str]], path: Path) -> None:
         axes.set_title(f"{task}: {measure.replace('_', ' ')}", fontsize=10)
         if measure == "variance":
             axes.set_yscale("log")
+        if measure == "accuracy" and min(float(row["value"]) for row in own) > 0.85:
+            axes.set_ylim(0.85, 1)  # bars of the same height tell nothing
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import ulr_snn
 from benchmarks.search import Block, key, search
 from benchmarks.table import summarise
 from benchmarks.tasks import TASKS, Rows
@@ -141,3 +142,44 @@ def test_a_quick_run_makes_every_row_once(tmp_path):
     assert all(0 < float(row["accuracy"]) < 1 for row in rows)
     for method in ("bptt-tuned", "ulr", "logistic"):
         assert f"| digits | {method} (" in done.stdout
+
+
+# -- the paper's questions ---------------------------------------------------------------------------------
+
+
+def test_questions_keep_their_rows_and_are_drawn(tmp_path, monkeypatch):
+    from benchmarks import paper
+
+    asked = []
+
+    def stub(seed):
+        asked.append(seed)
+        for method in ("ulr", "surrogate"):
+            yield "digits", method, "trained", "accuracy", 0.9 + 0.01 * seed
+            yield "digits", method, "at first, all layers", "variance", 3.0
+
+    monkeypatch.setattr(paper, "QUESTIONS", {"stub": stub})
+    for seeds in (["0"], ["0", "1"]):
+        monkeypatch.setattr(sys, "argv", ["paper", "--results", str(tmp_path), "--seeds", *seeds])
+        paper.main()
+    assert asked == [0, 1]
+    rows = paper.read(tmp_path / "paper.csv")
+    assert len(rows) == 8 and set(rows[0]) == set(paper.COLUMNS) and rows[-2]["value"] == "0.91"
+    assert (tmp_path / "paper_stub.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_attacks_stay_within_their_strength_and_lower_accuracy():
+    from benchmarks.paper import attacked, pruned
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 32), ulr_snn.LIF(), ulr_snn.TimeAverage(), torch.nn.Linear(32, 3))
+    x = torch.rand(8, 256, 6)
+    y = x.mean(0)[:, :3].argmax(1)
+    ulr_snn.train(model, [(x, y)] * 40, 3, device="cpu", progress=False)
+    before = ulr_snn.evaluate(model, [(x, y)], device="cpu")["accuracy"]
+    for steps in (1, 10):
+        moved = attacked(model, x, y, 0.1, steps)
+        assert (moved - x).abs().max() <= 0.1 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+        assert ulr_snn.evaluate(model, [(moved, y)], device="cpu")["accuracy"] < before - 0.2
+    share = (pruned(model, 0.75)[0].weight == 0).float().mean()
+    assert share == pytest.approx(0.75, abs=0.02) and (model[0].weight != 0).all()
