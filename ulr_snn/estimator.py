@@ -23,6 +23,7 @@ from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.prediction import WARM_UP, Prediction
 from ulr_snn.credit.residual import from_other_copies
+from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
@@ -54,6 +55,8 @@ class ULR:
         time ("ce_rate", "mse"), models that do not look ahead, and credit "global" or "residual".
     multi_sample: the objective is the multi-sample bound -log mean over copies of exp(-loss) (GEM-SNN, arXiv
         2102.03280); with credit "feedback" or "global", antithetic=False and at least two copies.
+    shrink: with credit "residual", λ of each parameter goes between 0 and 1 by the measured variance and bias of the
+        feedback, so that their sum is least (biased, of low variance).
     firing: distribution of the threshold noise, and its scale.
     noise: by name, other noise than that: {module: CurrentNoise()} on a module's input current, {parameter or module:
         WeightNoise()} on parameters, {parameter or module: None} none on parameters, {"outputs": OutputNoise()} on the
@@ -77,6 +80,7 @@ class ULR:
     layerwise: bool = False
     reward_to_go: bool = False
     multi_sample: bool = False
+    shrink: bool = False
     firing: Firing = field(default_factory=Logistic)
     noise: Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None] = field(default_factory=dict)
     flow: Mapping[str, str] = field(default_factory=dict)
@@ -128,6 +132,8 @@ class ULR:
                 f"ULR got quasi_monte_carlo with copies={self.copies}, antithetic={self.antithetic}; use a power of "
                 "two up to 128, and antithetic=False"
             )
+        if self.shrink and self.credit != "residual":
+            raise UsageError(f"ULR got shrink with credit={self.credit!r}; it is for 'residual'")
         for name in ("layerwise", "reward_to_go"):
             if getattr(self, name) and self.credit not in ("global", "residual"):
                 raise UsageError(f"ULR got {name} with credit={self.credit!r}; it is for 'global' and 'residual'")
@@ -188,6 +194,7 @@ class Attachment:
         self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
         self.prediction = Prediction(self.feedback, seed)
+        self.shrinkage = Shrinkage()
         self.step = 0
         self.forward_passes = 0
         self.fixed_progress: float | None = None  # of the training, where it does not follow from the step
@@ -328,11 +335,10 @@ class Attachment:
         structure = self.structure
         if structure.credit == "feedback":
             self.prediction.learn_layers(passes, self.step - 1)
-        tensors, gradients = [], []
+        predicted, scored = [], []  # pairs of tensors in the graph, and the gradients that enter there
         for group in groups:
-            for tensor, gradient in self._gradients(group, 1 / len(groups)):
-                tensors.append(tensor)
-                gradients.append(gradient)
+            for tensor, gradient, by_score in self._gradients(group, 1 / len(groups)):
+                (scored if by_score else predicted).append((tensor, gradient))
         # After use: what is learned from this step's draws must not enter the unbiased estimators, nor feedback from
         # the outputs its own regression. What spikes do to the next layer is no matter of chance.
         for group in groups:
@@ -351,13 +357,34 @@ class Attachment:
         parameters = [
             q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
         ]
+        if self.estimator.shrink:
+            self._add_shrunk(scored)
+            scored = []
         wanted = parameters + list(self.level.factors.values())
-        if tensors and wanted:
-            torch.autograd.backward(tensors, gradients, inputs=wanted)
+        if wanted and (predicted or scored):
+            torch.autograd.backward(*zip(*predicted, *scored, strict=True), inputs=wanted)
         self.level.learn()
 
-    def _gradients(self, group: Group, share: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors and the gradients that enter the graph there: credit at each site, the exact one at the outputs.
+    def _add_shrunk(self, scored: list[tuple[Tensor, Tensor]]) -> None:
+        """Adds λ times the gradient of the scores, λ of each parameter."""
+        parameters = {
+            name: q
+            for name, q in self.model.named_parameters()
+            if q.requires_grad and name not in self.structure.weights
+        }
+        if not scored or not parameters:
+            return
+        tensors, gradients = zip(*scored, strict=True)
+        found = torch.autograd.grad(tensors, list(parameters.values()), gradients, retain_graph=True, allow_unused=True)
+        for (name, q), g in zip(parameters.items(), found, strict=True):
+            if g is not None:
+                shrunk = self.shrinkage.factor(name) * g
+                q.grad = shrunk if q.grad is None else q.grad + shrunk
+                self.shrinkage.see(name, g)
+
+    def _gradients(self, group: Group, share: float) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Tensors, the gradients that enter the graph there, and whether these are by the score: the two summands of
+        credit at each site, the exact gradient at the outputs.
 
         share: of the exact one, that of this group among all."""
         structure, passes, losses = self.structure, group.passes, group.losses
@@ -379,19 +406,18 @@ class Attachment:
             elif structure.judging.blind:
                 signal = self._signal(group, p)
             for record, a in sites:
-                credit = None
+                if not record.x.requires_grad:
+                    continue
                 if signal is not None:
                     in_time = signal.T if signal.ndim == 2 else signal[None]
-                    credit = record.score() * in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2))) / losses.numel()
+                    by_row = in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2)))
+                    yield record.x, record.score() * by_row / losses.numel(), True
                 if a is not None:
-                    part = a * record.slope * weight.view(-1, *[1] * (record.x.ndim - 2))
-                    credit = part if credit is None else credit + part
-                if credit is not None and record.x.requires_grad:
-                    yield record.x, credit
+                    yield record.x, a * record.slope * weight.view(-1, *[1] * (record.x.ndim - 2)), False
             for end, gradient in p.ends:  # the exact path that meets no spike
                 if end.requires_grad:
                     rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
-                    yield end, gradient * rows * share
+                    yield end, gradient * rows * share, False
 
     def _signal(self, group: Group, p: Pass) -> Tensor:
         """What the scores of a pass are weighted by, [rows]; by time step [rows, T] with reward-to-go. Of credit
@@ -440,6 +466,7 @@ class Attachment:
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
             "feedback": self.feedback.state_dict(),
+            "shrinkage": self.shrinkage.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -456,6 +483,7 @@ class Attachment:
             self.step_sizes.load_state_dict(state["step_sizes"])
         self.driven = None if state["driven"] is None else set(state["driven"])
         self.feedback.load_state_dict(state["feedback"], device)
+        self.shrinkage.load_state_dict(state["shrinkage"], device)
 
 
 def default_copies(estimator: ULR, structure: Structure) -> int:
