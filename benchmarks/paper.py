@@ -86,7 +86,7 @@ def reductions(seed: int) -> Iterator[Row]:
     for when, epochs in (("at first", 0), ("after an epoch", 1)):
         torch.manual_seed(seed)
         model = trained(task, seed, epochs=epochs, max_steps=None) if epochs else TASKS[task].net()
-        found = diagnose(model, batch, estimators, draws=24, reference_draws=64, progress=epochs / 5, seed=seed)
+        found = diagnose(model, batch, estimators, draws=16, reference_draws=48, progress=epochs / 5, seed=seed)
         for row in found.rows:
             for measure in ("variance", "cosine", "step_cosine", "passes"):
                 if row[measure] is not None:
