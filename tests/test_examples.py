@@ -1,6 +1,6 @@
 """Every example runs and learns; `digits` meets the bound that the README states."""
 
-import importlib.util
+import importlib
 import os
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ REACHES = {  # epochs, test accuracy
     "own_loop": (4, 0.85),
     "black_box": (5, 0.85),
     "objectives": (10, 0.85),
-    "two_processes": (10, 0.90),  # 0.85 if the first half does not learn
+    "two_processes": (20, 0.92),  # 0.88 if the first half does not learn
     "snntorch_tutorial": (8, 0.4),
     "norse_recurrent": (6, 0.5),
     "spikingjelly_conv": (8, 0.5),
@@ -41,9 +41,8 @@ def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if not (RECORDINGS / data).exists():
             pytest.skip(f"needs the recordings of {data}, under ULR_SNN_DATA or beside the repository")
         monkeypatch.setenv("ULR_SNN_DATA", str(RECORDINGS))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module(path.stem)  # by name, so that a process that it starts finds it, too
     if library is not None:
         whole = module.recordings()
         monkeypatch.setattr(module, "recordings", lambda: [part.subset(range(len(part))[::cut]) for part in whole])

@@ -82,7 +82,7 @@ def test_a_loss_without_gradient_trains_too():
     def errors(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.detach().argmax(1) != targets).float()
 
-    estimator = ULR(firing=Logistic(0.3), copies=8, noise={"3": None})
+    estimator = ULR(firing=Logistic(0.3), copies=8, noise={"3": None, "outputs": None})
     optimizer = partial(torch.optim.Adam, lr=0.05)
     with pytest.warns(UserWarning, match=r"no gradient reaches 3\.weight, 3\.bias"):  # the linear readout
         result = train(shallow(), epochs=10, estimator=estimator, loss=errors, optimizer=optimizer, scheduler=None)
