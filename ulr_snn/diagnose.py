@@ -112,7 +112,7 @@ def diagnose(
     direction; "variance": trace(cov) of a step's gradient over the square of the true gradient's norm; "step_cosine":
     of a single step's gradient, what both leave together, as <mean, true> / (|true| sqrt(|mean|² + trace(cov)));
     "passes": forward passes of a sample in a step. Noise in means and reference is taken out by products of independent
-    halves; None where the draws do not resolve a norm.
+    halves; None where the draws do not resolve a mean.
     """
     if draws < 4 or reference_draws < 4:
         raise UsageError(f"diagnose got draws={draws}, reference_draws={reference_draws}; give at least 4")
@@ -198,8 +198,9 @@ def compared(found: Moments, true: Moments, layer: str) -> dict[str, Any]:
     product = float((found.mean(layer) * true.mean(layer)).sum())
     variance = found.variance(layer)
     step = power + variance
+    resolved = power > variance / found.steps  # else the mean is mostly noise
     return {
-        "cosine": product / (norm * power) ** 0.5 if norm > 0 and power > 0 else None,
+        "cosine": product / (norm * power) ** 0.5 if norm > 0 and resolved else None,
         "variance": variance / norm if norm > 0 else None,
         "step_cosine": product / (norm * step) ** 0.5 if norm > 0 and step > 0 else None,
         "passes": found.passes,
