@@ -16,25 +16,27 @@ def drawn(model: nn.Module, name: str) -> dict:
     generator = torch.Generator().manual_seed(0)
     module = model.get_submodule(name) if name else model
     return {
-        (f"{name}." if name else "") + kind: flips(torch.randn_like(q), module, ROWS, generator)
+        (f"{name}." if name else "") + kind: flips(torch.randn_like(q), ROWS, generator)
         for kind, q in module.named_parameters()
     }
 
 
-@pytest.mark.parametrize("kind", ["linear", "folded", "convolution", "folded convolution"])
+@pytest.mark.parametrize("kind", ["linear", "folded", "a step as wide as long", "convolution", "folded convolution"])
 def test_every_row_sees_its_own_weights(kind):
     torch.manual_seed(0)
     model, x = {
         "linear": (nn.Sequential(nn.Linear(5, 2)), torch.rand(STEPS, ROWS, 5)),
         "folded": (Fold(nn.Linear(5, 2)), torch.rand(STEPS, ROWS, 5)),
+        "a step as wide as long": (nn.Sequential(nn.Linear(ROWS, 2)), torch.rand(STEPS, ROWS, ROWS)[:1].squeeze(0)),
         "convolution": (nn.Sequential(nn.Conv1d(2, 3, 3, padding=1)), torch.rand(ROWS, 2, 6)),
         "folded convolution": (Fold(nn.Conv2d(2, 3, 3, stride=2)), torch.rand(STEPS, ROWS, 2, 6, 5)),
     }[kind]
     found = drawn(model, "0")
     weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    with torch.no_grad(), disturbed_by_row(model, found, STEPS):
+    steps = ROWS if kind == "a step as wide as long" else STEPS
+    with torch.no_grad(), disturbed_by_row(model, found, steps):
         together = model(x)
-    rows = 0 if kind == "convolution" else 1
+    rows = 0 if kind in ("convolution", "a step as wide as long") else 1
     for b in range(ROWS):
         w, v = found["0.weight"], found["0.bias"]
         signs = torch.outer(w.outputs[b], w.inputs[b])

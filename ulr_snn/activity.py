@@ -19,7 +19,7 @@ CONNECTIONS = (nn.Linear, _ConvNd)
 @dataclass
 class Sums:
     """What one module saw or gave in a pass, over features, at every call: as if a call were one time step [rows], or
-    the whole sequence [T, rows]; None where its shape does not fit that."""
+    the whole sequence [T, rows], as far as its shape fits either."""
 
     steps: list[Tensor] = field(default_factory=list)
     whole: list[Tensor] = field(default_factory=list)

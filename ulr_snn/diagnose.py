@@ -103,10 +103,9 @@ def diagnose(
     batch: (x, y) or (x, y, lengths). estimators: by name, such as {"mine": ULR(copies=4)} (default: feedback, residual,
     global and, where it knows the model, surrogate-gradient BPTT). The true gradient is the mean over `reference_draws`
     steps of `reference`, an unbiased estimator (default ULR(credit="residual", copies=8), "global" for a loss without a
-    gradient, with the noise of the estimators); draws: steps of every
-    estimator, each with noise of its own, after `warm_up` steps in which feedback learns; progress: of the training,
-    which sets the level of the firing noise (the true gradient is that of the net with this noise). The model stays as
-    it is.
+    gradient, with the noise of the estimators); draws: steps of every estimator, each with noise of its own, after
+    `warm_up` steps in which feedback learns; progress: of the training, which sets the level of the firing noise (the
+    true gradient is that of the net with this noise). The model stays as it is.
 
     By layer (module with parameters) and estimator: "cosine" of the mean gradient with the true one: 1 means no bias in
     direction; "variance": trace(cov) of a step's gradient over the square of the true gradient's norm; "step_cosine":

@@ -240,9 +240,7 @@ class Attachment:
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
             check_flow(self.model, self.estimator.flow, self.layers)
         loss = self.loss if loss is None else loss
-        if (
-            loss is not self._structure_loss and loss != self._structure_loss
-        ):  # another loss may reach the outputs in another way
+        if loss != self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
         objective = resolve(loss)
         antithetic = self.estimator.antithetic
@@ -270,10 +268,6 @@ class Attachment:
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
         groups: list[Group] = [Group(None, passes)]
         if self.estimator.layerwise:
-            if self.structure.weights:
-                raise UsageError(
-                    "ULR got layerwise, but parameters have noise of their own (see plan); use one of them"
-                )
             run(range(len(passes), 1))
             groups = []
             for site in [r.site for r in passes[0].records if r.x.requires_grad]:
@@ -354,24 +348,19 @@ class Attachment:
                 own = [p.loss - baseline(losses, p.copies, self.estimator.group, self.mean_loss) for p in passes]
                 signals = torch.cat(own)
             weights.add_gradients(self.model, self.step - 1, signals)
-        parameters = [
-            q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
-        ]
+        parameters = {
+            name: q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
+        }
         if self.estimator.shrink:
-            self._add_shrunk(scored)
+            self._add_shrunk(scored, parameters)
             scored = []
-        wanted = parameters + list(self.level.factors.values())
+        wanted = [*parameters.values(), *self.level.factors.values()]
         if wanted and (predicted or scored):
             torch.autograd.backward(*zip(*predicted, *scored, strict=True), inputs=wanted)
         self.level.learn()
 
-    def _add_shrunk(self, scored: list[tuple[Tensor, Tensor]]) -> None:
+    def _add_shrunk(self, scored: list[tuple[Tensor, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
         """Adds λ times the gradient of the scores, λ of each parameter."""
-        parameters = {
-            name: q
-            for name, q in self.model.named_parameters()
-            if q.requires_grad and name not in self.structure.weights
-        }
         if not scored or not parameters:
             return
         tensors, gradients = zip(*scored, strict=True)

@@ -10,7 +10,7 @@ unbiased; and since signs are independent, what a sample's loss says about the o
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,15 @@ MODULES = (nn.Linear, Conv1d, Conv2d, Conv3d)
 
 @dataclass(frozen=True)
 class Flips:
-    """One parameter's draw for one copy. zeta: in its shape, times σ; outputs: r [rows, out]; inputs: s [rows, in]."""
+    """One parameter's draw for one copy. zeta: in its shape; outputs: r [rows, out]; inputs: s [rows, in]."""
 
     zeta: Tensor
     outputs: Tensor
     inputs: Tensor
+
+    def scaled(self, scale: float) -> "Flips":
+        """With σ ζ in the place of ζ."""
+        return replace(self, zeta=scale * self.zeta)
 
     def gradient(self, signals: Tensor) -> Tensor:
         """Mean over rows of signal ζ_b, signals [rows]; of a bias there are no inputs."""
@@ -52,7 +56,7 @@ def owner(model: nn.Module, parameter: str) -> nn.Module:
     return module
 
 
-def flips(zeta: Tensor, module: nn.Module, rows: int, generator: torch.Generator) -> Flips:
+def flips(zeta: Tensor, rows: int, generator: torch.Generator) -> Flips:
     """Signs of each row for a draw."""
     sizes = (len(zeta), zeta.shape[1] if zeta.ndim > 1 else 1)
     drawn = [torch.randint(0, 2, (rows, n), generator=generator, dtype=torch.int8) * 2 - 1 for n in sizes]
@@ -97,7 +101,7 @@ def placed(values: Tensor, sequence: Tensor, module: nn.Module, steps: int) -> T
     [T * rows, ...] or [rows, ...], features last, or before the positions of a convolution."""
     positions = 0 if isinstance(module, nn.Linear) else module.weight.ndim - 2
     rows = len(values)
-    if sequence.shape[:2] == (steps, rows):
+    if sequence.ndim >= 3 + positions and sequence.shape[:2] == (steps, rows):  # one step's may look alike
         lead = [1, rows]
     elif len(sequence) == steps * rows:
         values, lead = values.repeat(steps, 1), [steps * rows]

@@ -8,14 +8,9 @@ from torch import nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.noise import WeightNoise
-from ulr_snn.sites import Layers, spiking_layers
+from ulr_snn.sites import Layers, inside, spiking_layers
 
 FLOWS = ("ulr", "backprop", "frozen")
-
-
-def inside(name: str, module: str) -> bool:
-    """Whether the name of a module or parameter is that of the module, or of something in it."""
-    return name == module or name.startswith(f"{module}.")
 
 
 def check_flow(model: nn.Module, flow: Mapping[str, str], layers: Layers | None = None) -> None:

@@ -145,6 +145,11 @@ def own_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__module__.partition(".")[0] not in KNOWN]
 
 
+def inside(name: str, module: str) -> bool:
+    """Whether the name of a module or parameter is that of the module, or of something in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
 def unknown(model: nn.Module) -> list[str]:
     """Names of the modules inside a model that are of the user's own classes, and hold no known spiking layer."""
     own = {id(module) for module in own_modules(model)}
@@ -152,7 +157,7 @@ def unknown(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name and id(module) in own and not any(site == name or site.startswith(f"{name}.") for site in spiking)
+        if name and id(module) in own and not any(inside(site, name) for site in spiking)
     ]
 
 

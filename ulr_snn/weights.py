@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.flipout import Flips, disturbed_by_row, flips, owner
 from ulr_snn.noise import CurrentNoise, WeightNoise
+from ulr_snn.sites import inside
 
 SOURCE = "weight noise"  # in `Structure.parameters`
 FAR = 10.0  # scales by which a parameter is moved to see whether anything comes of it
@@ -44,22 +45,22 @@ class WeightSites:
             zeta = torch.outer(a, b).view(parameter.shape)
         return sign * zeta.to(parameter.device, parameter.dtype)
 
-    def _flips(self, model: nn.Module, name: str, q: Tensor, step: int, copy: int, rows: int) -> Flips:
-        """Of a parameter whose samples have noise of their own: σ ζ, and the signs, which a pair shares."""
+    def _flips(self, name: str, q: Tensor, step: int, copy: int, rows: int) -> Flips:
+        """Of a parameter whose samples have noise of their own: ζ, and the signs, which a pair shares."""
         stream = copy // 2 if self.antithetic else copy
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name} signs".encode()))
-        zeta = scale_of(self.sites[name], q) * self.draw(name, q, step, copy)
-        return flips(zeta, owner(model, name), rows, generator)
+        return flips(self.draw(name, q, step, copy), rows, generator)
 
     @contextmanager
     def disturbed(self, model: nn.Module, step: int, copy: int, steps: int, rows: int) -> Iterator[None]:
         """For a while, the model has this copy's weights, in a pass of `rows` samples over `steps` time steps."""
         moved, by_row = {}, {}
         for name, q in parameters_of(model, self.sites).items():
+            scale = scale_of(self.sites[name], q)
             if self.sites[name].per_sample:
-                by_row[name] = self._flips(model, name, q.detach(), step, copy, rows)
+                by_row[name] = self._flips(name, q.detach(), step, copy, rows).scaled(scale)
             else:
-                moved[name] = q.detach() + scale_of(self.sites[name], q) * self.draw(name, q, step, copy)
+                moved[name] = q.detach() + scale * self.draw(name, q, step, copy)
         with replaced_parameters(model, moved), disturbed_by_row(model, by_row, steps):
             yield
 
@@ -69,8 +70,7 @@ class WeightSites:
             noise, found = self.sites[name], torch.zeros_like(q)
             for copy, signal in enumerate(signals.to(q.dtype)):
                 if noise.per_sample:
-                    drawn = self._flips(model, name, q.detach(), step, copy, len(signal))
-                    found += drawn.gradient(signal) / scale_of(noise, q)
+                    found += self._flips(name, q.detach(), step, copy, len(signal)).gradient(signal)
                 else:
                     found += signal.mean() * self.draw(name, q, step, copy)
             found /= len(signals) * scale_of(noise, q)
@@ -132,7 +132,7 @@ def choose(
 
 def named(parameter: str, keys: list[str]) -> bool:
     """Whether one of the keys is the name of the parameter or of a module that holds it."""
-    return any(parameter == key or parameter.startswith(f"{key}.") for key in keys)
+    return any(inside(parameter, key) for key in keys)
 
 
 def check_names(model: nn.Module, noise: Mapping[str, Any]) -> None:

@@ -6,16 +6,16 @@ the local derivative of the membrane at fixed spikes. What comes after the last 
 
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import Estimate
-from ulr_snn.losses import LossSpec, resolve
+from ulr_snn.losses import LossSpec
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.passes import as_sequence, check_outputs, model_outputs
+from ulr_snn.passes import check_outputs, model_outputs
+from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.peers.surrogate import SurrogateBPTT, check_gradient
 from ulr_snn.sites import bind_sites, check_layers, spiking_layers
 
@@ -50,31 +50,23 @@ class _Layer:
         return spikes
 
 
-class AlignmentAttachment:
+class AlignmentAttachment(PeerAttachment):
     """Adds gradients by feedback alignment to `.grad`. The model is bound only inside `backward`."""
 
     def __init__(self, model: nn.Module, peer: FeedbackAlignment, loss: LossSpec, seed: int, time_first: bool) -> None:
+        super().__init__(model, peer, loss, time_first)
+        self.seed = seed
         layers = spiking_layers(model)
         check_layers(model, layers)
         for name, neuron in layers:
             if not isinstance(neuron, LIF):
                 raise UsageError(f"{name} is no LIF or RecurrentLIF; FeedbackAlignment knows these alone")
-        self.model, self.peer, self.loss, self.seed, self.time_first = model, peer, loss, seed, time_first
-        self.step, self.forward_passes = 0, 0
-
-    def __enter__(self) -> "AlignmentAttachment":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
         """One forward pass, then adds to every trainable `.grad`; see `SurrogateAttachment.backward`."""
-        x = as_sequence(x, targets, lengths, self.time_first, self.model)
-        targets, lengths = targets.to(x.device), None if lengths is None else lengths.to(x.device)
-        objective = resolve(loss if loss is not None else self.loss)
+        x, targets, lengths, objective = self.begun(x, targets, loss, lengths)
         if objective.costs:
             raise UsageError("FeedbackAlignment knows no costs of activity; leave SpikeBudget out")
         layers = [_Layer(name) for name, _ in spiking_layers(self.model)]
@@ -84,10 +76,7 @@ class AlignmentAttachment:
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
             value = objective(cut, targets, output_mask(lengths, outputs))
-        self.step += 1
-        self.forward_passes += x.shape[1]
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        self.counted(value, x.shape[1])
         check_gradient(value, self.peer)
         error = torch.autograd.grad(value.mean(), cut)[0]
         ends = [(outputs, error)] if outputs.requires_grad else []
@@ -107,9 +96,3 @@ class AlignmentAttachment:
             credit = credit / len(drive)  # an error of the mean or the sum over time
             credit = credit.expand(len(drive), *credit.shape)
         return credit.view(drive.shape) * self.peer.neuron.derivative(drive) * (1 if layer.mask is None else layer.mask)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "forward_passes": self.forward_passes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.forward_passes = state["step"], state["forward_passes"]

@@ -16,10 +16,11 @@ from ulr_snn.credit.global_ import baseline
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Estimate, moving
 from ulr_snn.evaluation import Runner
-from ulr_snn.losses import LossSpec, resolve
+from ulr_snn.losses import LossSpec
 from ulr_snn.neurons import output_mask
 from ulr_snn.noise import WeightNoise
-from ulr_snn.passes import as_sequence, check_outputs, generator_state, keep_traces, set_generator_state
+from ulr_snn.passes import check_outputs, generator_state, keep_traces, set_generator_state
+from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.weights import WeightSites
 
 
@@ -45,33 +46,24 @@ class EvolutionStrategies:
         return EvolutionAttachment(model, self, loss, seed, time_first)
 
 
-class EvolutionAttachment:
+class EvolutionAttachment(PeerAttachment):
     """Adds gradients by evolution strategies to `.grad`, from forward passes of the deterministic net alone."""
 
     def __init__(
         self, model: nn.Module, peer: EvolutionStrategies, loss: LossSpec, seed: int, time_first: bool
     ) -> None:
-        self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
+        super().__init__(model, peer, loss, time_first)
         names = [name for name, q in model.named_parameters() if q.requires_grad]
         self.sites = WeightSites(dict.fromkeys(names, peer.noise), seed, peer.antithetic)
-        self.step, self.forward_passes = 0, 0
         self.mean_loss: Tensor | None = None
         self.runner: Runner | None = None
-
-    def __enter__(self) -> "EvolutionAttachment":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     @torch.no_grad()
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
         """A forward pass a copy, then adds to every trainable `.grad`; see `Attachment.backward`."""
-        x = as_sequence(x, targets, lengths, self.time_first, self.model)
-        targets, lengths = targets.to(x.device), None if lengths is None else lengths.to(x.device)
-        objective = resolve(loss if loss is not None else self.loss)
+        x, targets, lengths, objective = self.begun(x, targets, loss, lengths)
         self.runner = self.runner or Runner.of(self.model, x, ULR())
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
@@ -85,20 +77,17 @@ class EvolutionAttachment:
             values.append(objective(outputs, targets, output_mask(lengths, outputs), activity))
             all_outputs.append(outputs)
         losses = torch.stack(values)
-        if not torch.isfinite(losses).all():
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        self.counted(losses, losses.numel())
         group = 2 if self.peer.antithetic else 1
         signals = losses - baseline(losses, list(range(len(losses))), group, self.mean_loss)
-        self.sites.add_gradients(self.model, self.step, signals)
+        self.sites.add_gradients(self.model, self.step - 1, signals)
         self.mean_loss = moving(self.mean_loss, losses)
-        self.step += 1
-        self.forward_passes += len(losses) * x.shape[1]
         return Estimate(losses.mean(0), torch.stack(all_outputs), {"copies": len(losses), "step": self.step})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "forward_passes": self.forward_passes, "mean_loss": self.mean_loss}
+        return super().state_dict() | {"mean_loss": self.mean_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.forward_passes = state["step"], state["forward_passes"]
+        super().load_state_dict(state)
         device = next(self.model.parameters()).device
         self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)

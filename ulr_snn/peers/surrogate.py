@@ -15,9 +15,10 @@ from ulr_snn.activity import counting
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import Estimate
-from ulr_snn.losses import LossSpec, resolve
+from ulr_snn.losses import LossSpec
 from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.passes import as_sequence, check_outputs, model_outputs, runs_by_step
+from ulr_snn.passes import check_outputs, model_outputs, runs_by_step
+from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.scan.reference import shift
 from ulr_snn.sites import Layers, bind_sites, check_layers, spiking_layers
 
@@ -164,13 +165,14 @@ def check_gradient(value: Tensor, peer: Any) -> None:
         raise UsageError(f"the loss has no gradient in the outputs, which {type(peer).__name__} needs")
 
 
-class SurrogateAttachment:
+class SurrogateAttachment(PeerAttachment):
     """Adds surrogate gradients to `.grad`, as `ulr_snn.estimator.Attachment` adds those of likelihood ratios.
 
     The model is bound only inside `backward`. `forward_passes` counts one a sample and step.
     """
 
     def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: LossSpec, time_first: bool = True) -> None:
+        super().__init__(model, peer, loss, time_first)
         layers = spiking_layers(model)
         check_layers(model, layers)
         self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
@@ -181,9 +183,6 @@ class SurrogateAttachment:
                 "SurrogateBPTT got options for a model of another library; give its neurons a surrogate there"
             )
         self.by_step: bool | None = None
-        self.model, self.peer, self.loss, self.time_first = model, peer, loss, time_first
-        self.step = 0
-        self.forward_passes = 0
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raises UsageError for a spiking layer that this method does not know."""
@@ -193,12 +192,6 @@ class SurrogateAttachment:
                 "library alone"
             )
 
-    def __enter__(self) -> "SurrogateAttachment":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
@@ -207,11 +200,10 @@ class SurrogateAttachment:
         x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype; lengths: [B], later steps are padding.
         Raises UsageError on wrong shapes, labels or losses, FloatingPointError on a loss that is not finite.
         """
-        x = as_sequence(x, targets, lengths, self.time_first, self.model)
-        targets, lengths = targets.to(x.device), None if lengths is None else lengths.to(x.device)
+        x, targets, lengths, objective = self.begun(x, targets, loss, lengths)
         if self.by_step is None:
             self.by_step = runs_by_step(self.model, x)
-        objective, layers = resolve(loss if loss is not None else self.loss), spiking_layers(self.model)
+        layers = spiking_layers(self.model)
         counted = counting(self.model, layers, objective.counts, *x.shape[:2], lengths)
         with torch.enable_grad(), bind_sites(self.model, self.sites(layers, x), lengths), counted as activity:
             outputs = model_outputs(self.model, x, self.by_step)
@@ -219,10 +211,7 @@ class SurrogateAttachment:
         mask = output_mask(lengths, outputs)
         with torch.enable_grad():
             value = objective(outputs, targets, mask, activity)
-        self.step += 1
-        self.forward_passes += x.shape[1]
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+        self.counted(value, x.shape[1])
         check_gradient(value, self.peer)
         value.mean().backward()
         return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
@@ -230,9 +219,3 @@ class SurrogateAttachment:
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:
         """One of each layer for this step; None: the layer's own firing."""
         return [None if self.theirs else self.peer] * len(layers)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "forward_passes": self.forward_passes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.forward_passes = state["step"], state["forward_passes"]
