@@ -427,8 +427,8 @@ def _no_prediction_of_current_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_reset_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ulr_snn.neurons.leaky_drive
 
-    def wrong(current, beta, threshold, reset="none", spikes=None, drive=None):
-        return right(current, beta, threshold, "none", spikes, drive)
+    def wrong(current, beta, threshold, reset="none", *known):
+        return right(current, beta, threshold, "none", *known)
 
     monkeypatch.setattr(ulr_snn.neurons, "leaky_drive", wrong)
 
@@ -436,8 +436,8 @@ def _no_reset_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_leak_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ulr_snn.neurons.leaky_drive
 
-    def wrong(current, beta, threshold, reset="none", spikes=None, drive=None):
-        return right(current, beta * 0, threshold, reset, spikes, drive)
+    def wrong(current, beta, *known):
+        return right(current, beta * 0, *known)
 
     monkeypatch.setattr(ulr_snn.neurons, "leaky_drive", wrong)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline, multi_sample_signals, multi_sample_weights, to_go
-from ulr_snn.credit.prediction import WARM_UP, Prediction
+from ulr_snn.credit.prediction import WARM_UP, Credit, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
@@ -378,7 +378,7 @@ class Attachment:
         share: of the exact one, that of this group among all."""
         structure, passes, losses = self.structure, group.passes, group.losses
         unbiased = structure.credit != "feedback"
-        predictions = self._predictions(passes)  # per pass and record: a [T, rows, ...] or None
+        predictions = self._predictions(passes)  # per pass and record
         if structure.credit == "residual":
             predictions = from_other_copies(predictions, passes, self.estimator.group)
         shares = multi_sample_weights(losses) if self.estimator.multi_sample else torch.ones_like(losses)
@@ -388,21 +388,24 @@ class Attachment:
             signal = None  # of the score, [rows] or, by time step, [rows, T]
             if unbiased:
                 signal = self._signal(group, p)
-                for record, a in sites:
-                    if a is not None:
-                        told = (a * record.innovation()).flatten(2).sum(2).T  # [rows, T]
+                for record, credit in sites:
+                    if credit.a is not None:
+                        told = (credit.a * record.innovation()).flatten(2).sum(2).T  # [rows, T]
                         signal = signal - (to_go(told) if signal.ndim == 2 else told.sum(1))
             elif structure.judging.blind:
                 signal = self._signal(group, p)
-            for record, a in sites:
+            for record, credit in sites:
                 if not record.x.requires_grad:
                     continue
                 if signal is not None:
                     in_time = signal.T if signal.ndim == 2 else signal[None]
                     by_row = in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2)))
                     yield record.x, record.score() * by_row / losses.numel(), True
-                if a is not None:
-                    yield record.x, a * record.slope * weight.view(-1, *[1] * (record.x.ndim - 2)), False
+                rows = weight.view(-1, *[1] * (record.x.ndim - 2))
+                if record.entry is not None and credit.current is not None:  # the filter inside the neuron is done
+                    yield record.entry, credit.current.mul_(rows), False  # it has no further use
+                elif credit.a is not None:
+                    yield record.x, credit.a * record.slope * rows, False
             for end, gradient in p.ends:  # the exact path that meets no spike
                 if end.requires_grad:
                     rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
@@ -425,10 +428,10 @@ class Attachment:
                 mean = to_go(mean.expand(steps))
         return (losses[p.copies] - baseline(losses, p.copies, size, mean)).flatten(0, 1)
 
-    def _predictions(self, passes: list[Pass]) -> list[list[Tensor | None]]:
-        """a [T, rows, ...] of each record, from its own copy: direct credit plus learned feedback."""
+    def _predictions(self, passes: list[Pass]) -> list[list[Credit]]:
+        """Of each record, from its own copy: direct credit plus learned feedback."""
         if self.structure.credit == "global":
-            return [[None] * len(p.records) for p in passes]
+            return [[Credit(None, None)] * len(p.records) for p in passes]
         return [self.prediction.credit(p) for p in passes]
 
     def advise_step_sizes(self) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.noise import Drawer
+from ulr_snn.scan import fused
+from ulr_snn.scan.fused import State
 from ulr_snn.scan.reference import RESETS, leaky_drive, scan, shift
 
 
@@ -29,7 +32,9 @@ class SpikingNeuron(Timed):
     site = None
     reset: str
 
-    def run(self, current: Tensor, fire: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def run(
+        self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """spikes, drive, recurrent current of one pass over time (see `ulr_snn.scan.scan`)."""
         raise NotImplementedError
 
@@ -37,13 +42,34 @@ class SpikingNeuron(Timed):
         """The known drive again, now differentiable in current and parameters with the spikes held fixed."""
         raise NotImplementedError
 
+    def fired(
+        self, current: Tensor, drawer: Drawer | None = None, state: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """spikes, standardised drive (drive, where nothing is drawn) and recurrent current of one pass over time; none
+        on padding fires."""
+        mask = None if self.lengths is None else step_mask(self.lengths, current)
+
+        def fire(t: int, drive: Tensor) -> Tensor:
+            spikes = heaviside(t, drive) if drawer is None else drawer(t, drive / drawer.scale)
+            return spikes if mask is None else spikes * mask[t]
+
+        spikes, drive, fed_back = self.run(current, fire, *() if state is None else (state,))
+        return spikes, drive if drawer is None else drive / drawer.scale, fed_back
+
+    def x_at(
+        self, current: Tensor, spikes: Tensor, x: Tensor, fed_back: Tensor | None, scale: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The known standardised drive again, now differentiable as in `drive_at`, and in the scale. And the current
+        with all that adds to it, if the drive depends on nothing else that learns."""
+        return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
+
     def forward(self, current: Tensor) -> Tensor:
         """current [T, B, ...] -> spikes [T, B, ...] (0 or 1, in the current's dtype)."""
         check_sequence(self, current)
         if self.site is not None:
             return self.site.fire_sequence(self, current)
         with torch.no_grad():
-            return self.run(current, heaviside)[0]
+            return self.fired(current)[0]
 
 
 def heaviside(t: int, drive: Tensor) -> Tensor:
@@ -92,13 +118,41 @@ class LIF(SpikingNeuron):
         _parameter(self, "beta", beta, learn_beta)
         _parameter(self, "threshold", threshold, learn_threshold)
 
-    def run(self, current: Tensor, fire: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, self.recurrent)
+    def run(
+        self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, self.recurrent, state)
+
+    def fired(
+        self, current: Tensor, drawer: Drawer | None = None, state: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        known = type(self) in (LIF, RecurrentLIF) and fused.kernels(current) is not None
+        draw = drawer.draw() if known and drawer is not None else None
+        if not known or (drawer is not None and draw is None):
+            return super().fired(current, drawer, state)
+        weight = None if self.recurrent is None else self.recurrent.weight
+        beta = self.beta.clamp(0, 1)
+        return fused.scan(current, weight, beta, self.threshold, self.reset, draw, self.lengths, state)
+
+    def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None) -> Tensor:
+        """The current with the recurrent one, of which the value is known."""
+        if fed_back is None:
+            return current
+        return current + _KnownLinear.apply(shift(spikes), self.recurrent.weight, fed_back)
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
-        if fed_back is not None:
-            current = current + _KnownLinear.apply(shift(spikes), self.recurrent.weight, fed_back)
-        return leaky_drive(current, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, drive)
+        total = self._total(current, spikes, fed_back)
+        return leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, drive)
+
+    def x_at(
+        self, current: Tensor, spikes: Tensor, x: Tensor, fed_back: Tensor | None, scale: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if scale.requires_grad:
+            return super().x_at(current, spikes, x, fed_back, scale)
+        total = self._total(current, spikes, fed_back)
+        x = leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, x, scale)
+        fixed = not (self.beta.requires_grad or self.threshold.requires_grad)
+        return x, total if fixed else None
 
     def extra_repr(self) -> str:
         return f"beta={_show(self.beta)}, threshold={_show(self.threshold)}, reset={self.reset!r}"

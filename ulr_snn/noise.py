@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.scan.fused import Draw
 
 LEVELS = (0.14, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
@@ -295,15 +296,10 @@ class Noise:
 
     def uniform(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1."""
-        if self.varied is not None and site != self.varied:
-            common = Noise(self.seed, self.step, self.sample, torch.zeros_like(self.stream))
-            return common.uniform(site, first_step, steps, shape, dtype)
+        if self.at(site) is not self:
+            return self.at(site).uniform(site, first_step, steps, shape, dtype)
         device = self.sample.device
-        key = _splitmix(self.seed, self.step, site)
-        time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=device)[:, None]
-        row1, row2 = (
-            _mix(_mix(_mix(self.sample + word) + self.stream)[None] + time) for word in (_int32(key), _int32(key >> 32))
-        )
+        row1, row2 = self.words(site, first_step, steps)
         neurons = math.prod(shape)
         counter = torch.arange(neurons, dtype=torch.int32, device=device) * _int32(_GOLDEN)
         out = torch.empty(steps, len(self.sample), neurons, dtype=dtype, device=device)
@@ -319,6 +315,21 @@ class Noise:
             rows = self.mirrored.view(1, -1, 1)
             out = torch.where(rows, 1 - out, out)
         return out.view(steps, len(self.sample), *shape)
+
+    def at(self, site: int) -> "Noise":
+        """The noise of a site: that which is common to all copies where they differ at another site alone."""
+        if self.varied is None or site == self.varied:
+            return self
+        return Noise(self.seed, self.step, self.sample, torch.zeros_like(self.stream))
+
+    def words(self, site: int, first_step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """The two random words of every row at every time, [steps, B] int32, that `_hash` mixes with the neurons."""
+        key = _splitmix(self.seed, self.step, site)
+        time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=self.sample.device)[:, None]
+        row1, row2 = (
+            _mix(_mix(_mix(self.sample + word) + self.stream)[None] + time) for word in (_int32(key), _int32(key >> 32))
+        )
+        return row1, row2
 
     def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normal z of the uniforms, -z in mirrored rows; same shape."""
@@ -354,10 +365,14 @@ def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:
 
 
 class Drawer:
-    """Draws the spikes of one layer in one pass, the steps of time in their order."""
+    """Draws the spikes of one layer in one pass, the steps of time in their order.
 
-    def __init__(self, noise: Noise, firing: Firing, site: int, steps: int) -> None:
-        self.noise, self.firing, self.site, self.steps = noise, firing, site, steps
+    scale: of the noise, broadcast against [...]. first: the step of time that the first one here is.
+    """
+
+    def __init__(self, noise: Noise, firing: Firing, site: int, steps: int, scale: Tensor, first: int = 0) -> None:
+        self.noise, self.firing, self.site, self.steps = noise.at(site), firing, site, steps
+        self.scale, self.first = scale, first
         self._start, self._uniforms = 0, None
 
     def __call__(self, t: int, x: Tensor) -> Tensor:
@@ -366,6 +381,19 @@ class Drawer:
         start = t - t % block
         if self._uniforms is None or start != self._start:
             steps = min(block, self.steps - start)
-            self._uniforms = self.noise.uniform(self.site, start, steps, x.shape[1:], x.dtype)
+            self._uniforms = self.noise.uniform(self.site, self.first + start, steps, x.shape[1:], x.dtype)
             self._start = start
         return (self._uniforms[t - start] < self.firing.probability(x)).to(x.dtype)
+
+    def draw(self) -> Draw | None:
+        """What a fused scan draws the same spikes by; None where none knows how."""
+        law = law_of(self.firing)
+        if law is None or self.noise.point is not None:
+            return None
+        words = self.noise.words(self.site, self.first, self.steps)
+        return Draw(law, self.scale, words, self.noise.mirrored)
+
+
+def law_of(firing: Firing) -> str | None:
+    """The name of a law that fused scans know; exactly of these classes, since others may have another probability."""
+    return {Logistic: "logistic", Gaussian: "gaussian"}.get(type(firing))

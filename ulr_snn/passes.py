@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ulr_snn.activity import counting
 from ulr_snn.adapters import BlackBox, copies_of_state
 from ulr_snn.errors import UsageError
+from ulr_snn.events import Events
 from ulr_snn.judgement import Judgement, Judging, judge
 from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
@@ -323,4 +324,4 @@ def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: 
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise UsageError("events contain NaN or infinite values; clean the recordings first")
     device = reference.device if reference is not None else x.device
-    return x.to(device, dtype)
+    return Events.of(x.to(device), dtype)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulr_snn.noise import Firing
+from ulr_snn.noise import Firing, law_of
+from ulr_snn.scan import fused
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Record:
     mask: Tensor | None
     fed_back: Tensor | None = None  # recurrent current, of a layer that has one
     trace: Trace | None = None  # of a layer of another library
+    entry: Tensor | None = None  # all of its current, in the graph, where x depends on nothing else that learns
 
     @property
     def whole(self) -> bool:
@@ -65,6 +67,14 @@ class Record:
     def slope(self) -> Tensor:
         """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
         return self._on_own_steps(self.firing.slope(self.x.detach()))
+
+    @cached_property
+    def slope_of_membrane(self) -> Tensor:
+        """∂p/∂u = p' / scale."""
+        lengths = None if self.mask is None else self.mask.sum(0).flatten()
+        law = law_of(self.firing)
+        done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, lengths)
+        return self.slope / self.scale if done is None else done
 
     def score(self) -> Tensor:
         """δ = ∂ log P(s) / ∂x."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ulr_snn.adapters import LIBRARIES, BlackBox, StepNeuron, adapt, fresh_memories
 from ulr_snn.currents import CurrentSite
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import SpikingNeuron, Timed, heaviside, own_spread, step_mask
+from ulr_snn.neurons import SpikingNeuron, Timed, own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Record
 from ulr_snn.steps import StepSite
@@ -30,25 +30,31 @@ class Site:
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         """Runs the neuron over time, drawing its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
-        mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
         call, self.calls = self.calls, self.calls + 1
-        name = call_name(self.name, self.calls)
-        draw = heaviside
-        if self.noise is not None:
-            scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
-            unit, index = scale.detach(), call_index(self.index, call)
-            drawer = Drawer(self.noise, self.level.firing, index, len(current))
-            draw = lambda t, drive: drawer(t, drive / unit)  # noqa: E731
-        fire = draw if mask is None else lambda t, drive: draw(t, drive) * mask[t]
-        with torch.no_grad():
-            spikes, drive, fed_back = neuron.run(current, fire)
         if self.noise is None:
-            return spikes
-        x = neuron.drive_at(current, spikes, drive, fed_back) / scale
+            with torch.no_grad():
+                return neuron.fired(current)[0]
+        mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+        name, index = call_name(self.name, self.calls), call_index(self.index, call)
+        scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
+        drawer = Drawer(self.noise, self.level.firing, index, len(current), scale.detach())
+        with torch.no_grad():
+            spikes, x, fed_back = neuron.fired(current, drawer)
+        x, entry = neuron.x_at(current, spikes, x, fed_back, scale)
         spikes.requires_grad_()
         self.records.append(
             Record(
-                name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], self.level.firing, mask, fed_back
+                name,
+                neuron,
+                current.detach(),
+                scale.detach(),
+                x,
+                spikes,
+                [spikes],
+                self.level.firing,
+                mask,
+                fed_back,
+                entry=entry,
             )
         )
         return spikes
@@ -116,7 +122,7 @@ def site_index(layers: "Layers", site: str) -> int:
 def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
     """Standard deviation of the membranes that the current charges under deterministic firing, padding left out."""
     with torch.no_grad():
-        return own_spread(neuron.run(current, heaviside)[1] + neuron.threshold, mask)
+        return own_spread(neuron.fired(current)[1] + neuron.threshold, mask)
 
 
 KNOWN = ("torch", "ulr_snn", *LIBRARIES)  # packages whose modules either fire as is known, or do not

@@ -55,7 +55,7 @@ class StepSite:
 
     def _start(self) -> None:
         self._scale = self.level.scale(self.name, self.neuron.threshold, None)
-        self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps)
+        self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps, self._scale)
 
     def fire(self, drive: Tensor) -> Tensor:
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)

@@ -1,7 +1,7 @@
 """What a spike does to the loss, as far as it is known: direct, learned, within the layer, together."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,10 +14,18 @@ from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
 from ulr_snn.credit.response import Response
 from ulr_snn.passes import Pass
 from ulr_snn.records import CurrentRecord, Record
-from ulr_snn.scan import shift
 from ulr_snn.structure import Structure
 
 WARM_UP = 8  # first steps, each of which refreshes the feedback that needs pairs, which starts from zero
+
+
+@dataclass(frozen=True)
+class Credit:
+    """a: prediction of ∂L/∂spike; current: of ∂L/∂J, all that the layer's own later steps add to it included; both
+    [T, rows, ...], None where nothing is known."""
+
+    a: Tensor | None
+    current: Tensor | None
 
 
 class Prediction:
@@ -27,12 +35,12 @@ class Prediction:
         self.feedback, self.seed = feedback, seed
         self.structure: Structure | None = None
 
-    def credit(self, p: Pass) -> list[Tensor | None]:
+    def credit(self, p: Pass) -> list[Credit]:
         """From the last layer to the first: what a layer's spikes do is known once that of the next layers is."""
         direct = direct_credit(p.ends, p.records)
         error = None if p.error is None else self.structure.summarise_error(p.error)
         currents: dict[str, Tensor] = {}  # ∂L/∂J of the layers done so far
-        predictions: list[Tensor | None] = []
+        predictions: list[Credit] = []
         for record, a in zip(reversed(p.records), reversed(direct), strict=True):
             for target, path in self.structure.feeds[record.site].items():
                 if target in currents:
@@ -48,7 +56,7 @@ class Prediction:
                 a = added(a, from_outputs)
                 if a is not None:
                     a, currents[record.site] = self._recurrence(record).credit(a)
-            predictions.append(a)
+            predictions.append(Credit(a, currents.get(record.site)))
         return predictions[::-1]
 
     def learn_layers(self, passes: list[Pass], step: int) -> None:
@@ -58,31 +66,43 @@ class Prediction:
         sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
         for target, records in sites.items():
-            valid = torch.cat([r.own_steps() for r in records], 1)  # [T, rows]
+            valid = joined([r.own_steps() for r in records])  # [T, rows]
             sources = [name for name in sites if target in structure.feeds[name]]
             paired = target in structure.paired
             if sources and (pairs or not paired):
                 paths = {edge(name, target): structure.feeds[name][target] for name in sources}
-                across = partial(contrast, batch=batch, valid=valid, paired=paired)
-                change = across([r.current for r in records])
-                left = self._learn(paths, [across(spikes[name]) for name in sources], change, valid, step)
+                seen = [spikes[name] for name in sources]
+                left = self._learn(paths, seen, [r.current for r in records], valid, batch if paired else None, step)
                 if left > UNEXPLAINED:  # weights that differ from place to place: what is shared cannot learn them
                     for name in sources:
                         structure.feeds[name][target] = structure.feeds[name][target].unshared(ENTRIES)
             if isinstance(records[0], CurrentRecord) and records[0].elementwise:
-                z = torch.cat([r.innovation() for r in records], 1)
-                self.feedback.learn_response(target, deviations(torch.cat(spikes[target], 1), valid), z, valid)
+                z = joined([r.innovation() for r in records])
+                self.feedback.learn_response(target, deviations(joined(spikes[target]), valid), z, valid)
             if target in structure.recurrent:
                 paths = {edge(target, target): structure.recurrent[target]}
-                across = partial(contrast, batch=batch, valid=valid, paired=False)
-                before = across([shift(s) for s in spikes[target]])
-                self._learn(paths, [before], across([r.fed_back for r in records]), valid, step)
+                before = [s[:-1] for s in spikes[target]]  # of the first step's current there is none
+                if len(valid) > 1:
+                    self._learn(paths, [before], [r.fed_back[1:] for r in records], valid[1:], None, step)
 
-    def _learn(self, paths: dict[str, Path], spikes: list[Tensor], change: Tensor, valid: Tensor, step: int) -> float:
+    def _learn(
+        self,
+        paths: dict[str, Path],
+        spikes: list[list[Tensor]],
+        current: list[Tensor],
+        valid: Tensor,
+        pairs: int | None,
+        step: int,
+    ) -> float:
         """A step of all C into one layer, from what a current [T, rows, *target] and the spikes [T, rows, *source] of
-        each path differ by; returns what they leave unexplained."""
-        pick = self._rows(list(paths.values()), valid[:, : change.shape[1]], step)
-        return self.feedback.refresh_layer(paths, dict(zip(paths, map(pick, spikes), strict=True)), pick(change))
+        each path differ by, of each pass; returns what they leave unexplained. pairs: samples of a pass, if it is the
+        copies of pairs that are compared; None: samples, with their mean."""
+        compared = valid if pairs is None else valid[:, : sum(x.shape[1] for x in current) // pairs // 2 * pairs]
+        rows = self._rows(list(paths.values()), compared, step)
+        across = partial(contrast, batch=pairs, valid=valid, rows=rows)
+        return self.feedback.refresh_layer(
+            paths, {name: across(seen) for name, seen in zip(paths, spikes, strict=True)}, across(current)
+        )
 
     def refresh(self, passes: list[Pass]) -> None:
         """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
@@ -133,17 +153,18 @@ class Prediction:
             return StepRecurrence(record)
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
-        slope = record.slope / record.scale
+        slope = record.slope_of_membrane
         return Recurrence(record.neuron, slope, record.spikes.detach(), record.membrane, path, weight)
 
-    def _rows(self, paths: list[Path], valid: Tensor, step: int) -> Callable[[Tensor], Tensor]:
-        """Picks what a step learns from: of samples and time steps [T, B, ...] as many rows [n, ...] as it can afford,
-        at random, no padding, those of one sample side by side."""
+    def _rows(self, paths: list[Path], valid: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What a step learns from: of time steps and samples [T, B] as many (t, b) as it can afford, at random, no
+        padding, those of one sample side by side."""
         rows = valid.T.flatten().nonzero().squeeze(1)
         count = min([len(rows), *(affordable_rows(path, PRODUCTS) for path in paths)])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        picked = rows[torch.randperm(len(rows), generator=generator)[:count].sort().values.to(rows.device)]
-        return lambda sequence: sequence[picked % len(valid), picked // len(valid)]
+        if count < len(rows):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            rows = rows[torch.randperm(len(rows), generator=generator)[:count].sort().values.to(rows.device)]
+        return rows % len(valid), rows // len(valid)
 
 
 def added(a: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -160,9 +181,19 @@ def affordable_rows(path: Path, budget: int) -> int:
     return max(1, int((few if few < inputs else many) / positions))
 
 
-def contrast(passes: list[Tensor], batch: int, valid: Tensor, paired: bool) -> Tensor:
-    """What rows [T, rows, ...] of all passes differ by: the copies of a pair, or else samples from their mean."""
-    return half_differences(passes, batch, 1) if paired else deviations(torch.cat(passes, 1), valid)
+def contrast(passes: list[Tensor], batch: int | None, valid: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """What these rows (t, b) of all passes [T, rows, ...] differ by: copies of a pair, of a batch of so many samples, or
+    else samples from their mean."""
+    if batch is not None:
+        return half_differences(passes, batch, 1)[rows]
+    sequence = joined(passes)
+    mean = means(sequence, valid)
+    return sequence[rows] - (mean[rows[0], 0] if len(mean) == len(sequence) else mean[0, rows[1]])
+
+
+def joined(passes: list[Tensor]) -> Tensor:
+    """Rows [T, rows, ...] of all passes side by side."""
+    return passes[0] if len(passes) == 1 else torch.cat(passes, 1)
 
 
 def half_differences(passes: list[Tensor], batch: int, dim: int) -> Tensor:
@@ -177,7 +208,14 @@ def half_differences(passes: list[Tensor], batch: int, dim: int) -> Tensor:
 
 
 def deviations(rows: Tensor, valid: Tensor) -> Tensor:
-    """Rows [T, B, ...] less the mean of all that are valid [T, B] at their time; of a single one, in time."""
+    """Rows [T, B, ...] less their mean, see `means`."""
+    return rows - means(rows, valid)
+
+
+def means(rows: Tensor, valid: Tensor) -> Tensor:
+    """Mean of rows [T, B, ...] that are valid [T, B], at each time [T, 1, ...]; of a single one, in time [1, 1, ...]."""
     dim = 1 if rows.shape[1] > 1 else 0
+    if valid.all():
+        return rows.mean(dim, keepdim=True)
     weight = valid.to(rows.dtype).view(*valid.shape, *[1] * (rows.ndim - 2))
-    return rows - (rows * weight).sum(dim, keepdim=True) / weight.sum(dim, keepdim=True).clamp(min=1)
+    return (rows * weight).sum(dim, keepdim=True) / weight.sum(dim, keepdim=True).clamp(min=1)

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulr_snn.credit.maps import Path
+from ulr_snn.credit.maps import Full, Path
 from ulr_snn.neurons import SpikingNeuron
 from ulr_snn.records import Record
+from ulr_snn.scan import fused
 
 
 @dataclass
@@ -56,14 +57,31 @@ class Recurrence:
 
     def credit(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """(a + h g + C g, g) [T, B, ...]: total credit of every spike, and credit ∂L/∂J of every input current."""
-        kept, h = self._steps()
-        total, currents = torch.empty_like(a), torch.empty_like(a)
+        neuron = self.neuron
+        beta, threshold = neuron.beta.detach().clamp(0, 1), neuron.threshold.detach()
         g = torch.zeros_like(a[0])
+        if self.weight is None:
+            membrane = self.membrane() if neuron.reset == "zero" else None
+            done = fused.credit(a, self.slope, membrane, self.spikes, beta, threshold, neuron.reset, g)
+            if done is not None:
+                return done
+        kept, h = self._steps()
+        weight = self.weight
+        uniform = neuron.reset == "none" or (neuron.reset == "subtract" and threshold.numel() == 1)
+        if weight is not None and isinstance(self.path, Full) and uniform and a.ndim == 3:
+            weight = (weight + torch.diag(h[0].expand(len(weight)))).T  # the reset acts as a weight on itself does
+            back = lambda a, g, out: torch.addmm(a, g, weight, out=out)  # noqa: E731
+        else:
+
+            def back(a: Tensor, g: Tensor, out: Tensor) -> None:
+                torch.addcmul(a, g, h[t], out=out)
+                if weight is not None:
+                    out += self.path.backward(weight, g)
+
+        total, currents = torch.empty_like(a), torch.empty_like(a)
         for t in range(len(a) - 1, -1, -1):
-            torch.addcmul(a[t], g, h[t], out=total[t])
-            if self.weight is not None:
-                total[t] += self.path.backward(self.weight, g)
-            g = torch.addcmul(kept[t] * g, total[t], self.slope[t], out=currents[t])
+            back(a[t], g, total[t])
+            g = torch.mul(kept[t], g, out=currents[t]).addcmul_(total[t], self.slope[t])
         return total, currents
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.losses import LossSpec
-from ulr_snn.neurons import LIF, heaviside, own_spread, step_mask
+from ulr_snn.neurons import LIF, own_spread, step_mask
 from ulr_snn.noise import Drawer, Firing, Logistic, Noise, NoiseLevel
 from ulr_snn.peers.surrogate import SurrogateAttachment, differentiable_spikes
 from ulr_snn.sites import Layers
@@ -87,9 +87,9 @@ class _Stochastic:
             self.scale = self.level.scale(
                 self.name,
                 neuron.threshold,
-                lambda: own_spread(neuron.run(current, heaviside)[1] + neuron.threshold, mask),
+                lambda: own_spread(neuron.fired(current)[1] + neuron.threshold, mask),
             )
-        self._draw = Drawer(self.noise, self.level.firing, self.index, len(current))
+        self._draw = Drawer(self.noise, self.level.firing, self.index, len(current), self.scale)
         return differentiable_spikes(neuron, current, self)
 
     def fire(self, t: int, drive: Tensor) -> Tensor:

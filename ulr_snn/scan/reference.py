@@ -16,6 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ulr_snn.scan import fused
+from ulr_snn.scan.fused import State
+
 RESETS = ("subtract", "zero", "none")
 
 
@@ -26,16 +29,19 @@ def scan(
     reset: str,
     fire: Callable[[int, Tensor], Tensor],
     recurrent: Callable[[Tensor], Tensor] | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs a layer over time.
 
     current: [T, B, ...]; beta, threshold: broadcast against [B, ...].
     fire: (t, drive [B, ...]) -> spikes [B, ...], called once a step.
     recurrent: spikes of the previous step [B, ...] -> recurrent current [B, ...].
+    state: to go on from, left at the last step; None: from rest.
     Returns spikes, drive and recurrent current (None without `recurrent`), each [T, B, ...].
     """
-    membrane = torch.zeros_like(current[0])
-    spike = torch.zeros_like(membrane)
+    membrane, spike = torch.zeros_like(current[0]), torch.zeros_like(current[0])
+    if state is not None:
+        membrane, spike = state.membrane.clone(), state.spikes.clone()
     spikes, drives, fed_back = [], [], []
     for t, total in enumerate(current):
         if recurrent is not None:
@@ -48,6 +54,9 @@ def scan(
         drives.append(membrane - threshold)
         spike = fire(t, drives[-1])
         spikes.append(spike)
+    if state is not None:
+        state.membrane.copy_(membrane)
+        state.spikes.copy_(spike)
     return torch.stack(spikes), torch.stack(drives), torch.stack(fed_back) if fed_back else None
 
 
@@ -62,40 +71,50 @@ def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 class _LeakyDrive(torch.autograd.Function):
-    """drive as a differentiable function of current, beta and threshold **with the spikes held fixed**.
+    """drive / scale as a differentiable function of current, beta and threshold **with the spikes held fixed**.
 
-    Its backward pass is the reverse filter inside the neuron,
-    g_t = c_t + beta * k_t * g_{t+1}: dL/dJ_t = g_t No derivative of a spike.
+    Its backward pass is the reverse filter inside the neuron. No derivative of a spike.
     """
 
     @staticmethod
-    def forward(ctx, current, beta, threshold, spikes, drive, reset):
-        if drive is None:
-            _, drive, _ = scan(current, beta, threshold, reset, lambda t, d: _spike_at(spikes, t, d))
-        ctx.save_for_backward(beta, threshold, spikes, drive)
+    def forward(ctx, current, beta, threshold, spikes, x, reset, scale):
+        if x is None:
+            _, x, _ = scan(current, beta, threshold, reset, lambda t, d: _spike_at(spikes, t, d))
+            x = x if scale is None else x / scale
+        ctx.save_for_backward(beta, threshold, spikes, x, scale)
         ctx.reset = reset
-        return drive
+        return x
 
     @staticmethod
     def backward(ctx, credit):
-        beta, threshold, spikes, drive = ctx.saved_tensors
-        carry = beta if ctx.reset != "zero" else beta * (1 - spikes)
-        g, reverse = torch.zeros_like(credit[0]), []
-        for t in range(credit.shape[0] - 1, -1, -1):
-            g = credit[t] + (carry[t] if ctx.reset == "zero" else carry) * g
-            reverse.append(g)
-        g = torch.stack(reverse[::-1])
+        beta, threshold, spikes, x, scale = ctx.saved_tensors
+        credit = credit if scale is None else credit / scale
+        g = leaky_filter(credit, spikes, beta, ctx.reset)
         _, needs_beta, needs_threshold = ctx.needs_input_grad[:3]
         d_beta = d_threshold = None
         if needs_beta:
-            before = drive + threshold
+            before = (x if scale is None else x * scale) + threshold
             before = before * (1 - spikes) if ctx.reset == "zero" else before
             d_beta = _sum_to(g * shift(before), beta)
         if needs_threshold:
             d_threshold = -_sum_to(credit, threshold)
             if ctx.reset == "subtract":
                 d_threshold = d_threshold - _sum_to(g * shift(spikes), threshold)
-        return g, d_beta, d_threshold, None, None, None
+        return g, d_beta, d_threshold, None, None, None, None
+
+
+def leaky_filter(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor:
+    """g_t = c_t + beta k_t g_{t+1} [T, B, ...]: from ∂L/∂u at fixed later membranes to ∂L/∂J, within a neuron."""
+    # Kernels have no derivative; where one of this filter is asked for, it is made of torch's operations.
+    done = None if torch.is_grad_enabled() and c.requires_grad else fused.leaky(c, spikes, beta, reset)
+    if done is not None:
+        return done
+    carry = beta * (1 - spikes) if reset == "zero" else beta
+    g, reverse = torch.zeros_like(c[0]), []
+    for t in range(len(c) - 1, -1, -1):
+        g = c[t] + (carry[t] if reset == "zero" else carry) * g
+        reverse.append(g)
+    return torch.stack(reverse[::-1])
 
 
 def _spike_at(spikes: Tensor | None, t: int, drive: Tensor) -> Tensor:
@@ -109,9 +128,11 @@ def leaky_drive(
     reset: str = "none",
     spikes: Tensor | None = None,
     drive: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Drive [T, B, ...] of given spikes, differentiable in current, beta and threshold at fixed spikes.
+    """Drive [T, B, ...] of given spikes, over `scale` if there is one; differentiable in current, beta and threshold at
+    fixed spikes.
 
-    drive: its value where it is already known (it is not computed again then).
+    drive: the result where it is already known (it is not computed again then).
     """
-    return _LeakyDrive.apply(current, beta, threshold, spikes, drive, reset)
+    return _LeakyDrive.apply(current, beta, threshold, spikes, drive, reset, scale)

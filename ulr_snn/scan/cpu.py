@@ -1,0 +1,252 @@
+"""The time scans on a CPU, fused by numba: one pass over a row's neurons and time steps draws, fires and resets.
+
+`reference.py` defines what these compute. Rows (samples, copies) run in parallel; the loops over neurons are short and
+without branches, so that they become vector instructions. All arrays are float32, [T, B, N] with features flattened.
+"""
+
+import math
+
+import numba
+import numpy as np
+
+LOGISTIC, GAUSSIAN, DETERMINISTIC = 0, 1, 2  # laws of firing
+SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
+
+_f, _u = np.float32, np.uint32
+_ONE, _HALF, _BIT = _f(1), _f(0.5), _f(2.0**-23)
+_LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
+_FARTHEST = _f(80)  # exp of no more than this, which float32 can hold
+_M1, _M2, _GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
+
+
+def _compiled(**options):
+    """numba.njit, cached on disk where there is a place for that."""
+
+    def decorate(function):
+        try:
+            return numba.njit(cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # no directory to write to
+            return numba.njit(error_model="numpy", **options)(function)
+
+    return decorate
+
+
+@_compiled(inline="always")
+def _exp(x):
+    """exp of -80 <= x <= 80 to the precision of float32 (Cephes' polynomial), in operations that vectorise."""
+    n = np.floor(x * _LOG2E + _HALF)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    y = _f(1.9875691500e-4) * r + _f(1.3981999507e-3)
+    y = y * r + _f(8.3334519073e-3)
+    y = y * r + _f(4.1665795894e-2)
+    y = y * r + _f(1.6666665459e-1)
+    y = y * r + _f(5.0000001201e-1)
+    y = y * r * r + r + _ONE
+    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_compiled(inline="always")
+def _sigmoid(x):
+    return _ONE / (_ONE + _exp(-min(max(x, -_FARTHEST), _FARTHEST)))
+
+
+@_compiled(inline="always")
+def _gaussian(x):
+    """Phi(x)."""
+    return _f(0.5 * math.erfc(-x * 0.7071067811865476))
+
+
+@_compiled()
+def _uniforms(row1, row2, mirrored, out):
+    """As `Noise.uniform` of one row at one time step."""
+    for n in range(len(out)):
+        h = _u(_u(n) * _GOLDEN + row1)  # numba widens products and sums: back to 32 bits each time
+        h = _u(_u(h ^ (h >> _u(16))) * _M1 + row2)
+        h = _u(_u(h ^ (h >> _u(15))) * _M2)
+        h = _u(h ^ (h >> _u(16)))
+        out[n] = (_f(np.int32(h >> _u(9))) + _HALF) * _BIT
+    if mirrored:
+        for n in range(len(out)):
+            out[n] = _ONE - out[n]
+
+
+@_compiled()
+def _fire(law, x, uniform, spikes):
+    """Spikes of one row at one time step, from its standardised drive."""
+    if law == LOGISTIC:
+        for n in range(len(x)):
+            spikes[n] = _ONE if uniform[n] < _sigmoid(x[n]) else _f(0)
+    elif law == GAUSSIAN:
+        for n in range(len(x)):
+            spikes[n] = _ONE if uniform[n] < _gaussian(x[n]) else _f(0)
+    else:
+        for n in range(len(x)):
+            spikes[n] = _ONE if x[n] > 0 else _f(0)
+
+
+@_compiled()
+def _charge(reset, membrane, before, current, beta, threshold):
+    """Membranes of one row, one time step on; before: spikes of the step before."""
+    if reset == SUBTRACT:
+        for n in range(len(membrane)):
+            membrane[n] = beta[n] * membrane[n] + current[n] - threshold[n] * before[n]
+    elif reset == ZERO:
+        for n in range(len(membrane)):
+            membrane[n] = beta[n] * (membrane[n] * (_ONE - before[n])) + current[n]
+    else:
+        for n in range(len(membrane)):
+            membrane[n] = beta[n] * membrane[n] + current[n]
+
+
+@_compiled(parallel=True)
+def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
+         spikes, x, fed_back):  # fmt: skip
+    """Runs a layer over time, from membrane and spikes [B, N] of the step before, both changed in place to the last.
+
+    current [T, B, N]; weight: recurrent, from each source to all targets [N, N], or [0, 0]; beta, threshold, scale [N];
+    row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
+    Writes spikes, standardised drives and, with recurrent weights, the recurrent current, all [T, B, N].
+    """
+    steps, rows, neurons = current.shape
+    for b in numba.prange(rows):
+        uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+        for t in range(steps):
+            arriving = current[t, b]
+            if len(weight):
+                recurrent = fed_back[t, b]
+                recurrent[:] = 0
+                for j in range(neurons):  # a spike costs a row of weights, silence nothing
+                    if before[b, j] != 0:
+                        recurrent += weight[j]
+                for n in range(neurons):
+                    total[n] = arriving[n] + recurrent[n]
+                arriving = total
+            _charge(reset, membrane[b], before[b], arriving, beta, threshold)
+            here = x[t, b]
+            for n in range(neurons):
+                here[n] = (membrane[b, n] - threshold[n]) / scale[n]
+            if law != DETERMINISTIC:
+                _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
+            _fire(law, here, uniform, spikes[t, b])
+            if t >= own[b]:
+                spikes[t, b] = 0
+            before[b] = spikes[t, b]
+
+
+@_compiled()
+def _slope(law, x, out):
+    if law == LOGISTIC:
+        for n in range(len(x)):
+            p = _sigmoid(x[n])
+            out[n] = p * (_ONE - p)
+    else:
+        for n in range(len(x)):
+            out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
+
+
+@_compiled(parallel=True)
+def slopes(law, x, scale, own, out):
+    """p' per unit of membrane [T, B, N] of standardised drives x; 0 on padding."""
+    steps, rows, neurons = x.shape
+    for b in numba.prange(rows):
+        for t in range(steps):
+            here = out[t, b]
+            if t >= own[b]:
+                here[:] = 0
+                continue
+            _slope(law, x[t, b], here)
+            for n in range(neurons):
+                here[n] /= scale[n]
+
+
+@_compiled(parallel=True)
+def credit(a, slope, membrane, spikes, beta, threshold, reset, later, total, currents):
+    """`Recurrence.credit` without recurrent weights: total_t = a_t + h_t g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
+    all [T, B, N], from g = later [B, N] on, which becomes the first step's. membrane, spikes: read for "zero" alone."""
+    steps, rows, neurons = a.shape
+    for b in numba.prange(rows):
+        g = later[b]
+        for back in range(steps):
+            t = steps - 1 - back
+            if reset == SUBTRACT:
+                for n in range(neurons):
+                    total[t, b, n] = a[t, b, n] - threshold[n] * g[n]
+                    g[n] = beta[n] * g[n] + total[t, b, n] * slope[t, b, n]
+            elif reset == ZERO:
+                for n in range(neurons):
+                    total[t, b, n] = a[t, b, n] - beta[n] * membrane[t, b, n] * g[n]
+                    g[n] = beta[n] * (_ONE - spikes[t, b, n]) * g[n] + total[t, b, n] * slope[t, b, n]
+            else:
+                for n in range(neurons):
+                    total[t, b, n] = a[t, b, n]
+                    g[n] = beta[n] * g[n] + total[t, b, n] * slope[t, b, n]
+            currents[t, b] = g
+
+
+@_compiled(parallel=True)
+def leaky(c, spikes, beta, reset, later, out):
+    """g_t = c_t + beta k_t g_{t+1} [T, B, N], from g = later [B, N] on, which becomes the first step's."""
+    steps, rows, neurons = c.shape
+    for b in numba.prange(rows):
+        g = later[b]
+        for back in range(steps):
+            t = steps - 1 - back
+            if reset == ZERO:
+                for n in range(neurons):
+                    g[n] = c[t, b, n] + beta[n] * (_ONE - spikes[t, b, n]) * g[n]
+            else:
+                for n in range(neurons):
+                    g[n] = c[t, b, n] + beta[n] * g[n]
+            out[t, b] = g
+
+
+# -- sparse events -----------------------------------------------------------------------------------------
+
+
+@_compiled(parallel=True)
+def count(frames, counts):
+    """Inputs that are not zero in each row of frames [n, inputs]."""
+    for r in numba.prange(len(frames)):
+        found = 0
+        for i in range(frames.shape[1]):
+            found += frames[r, i] != 0
+        counts[r] = found
+
+
+@_compiled(parallel=True)
+def collect(frames, starts, places, values):
+    """Where in its row each of them is, and its size; those of row r from starts[r] on."""
+    for r in numba.prange(len(frames)):
+        k, end = starts[r], starts[r + 1]
+        i = 0
+        while k < end:
+            if frames[r, i] != 0:
+                places[k], values[k] = i, frames[r, i]
+                k += 1
+            i += 1
+
+
+@_compiled(parallel=True)
+def gather(starts, places, values, columns, start, out):
+    """x W^T + b [n, outputs] of rows of events x. columns: W^T [inputs, outputs]; start: b."""
+    for r in numba.prange(len(out)):
+        here = out[r]
+        here[:] = start
+        for k in range(starts[r], starts[r + 1]):
+            column, value = columns[places[k]], values[k]
+            for n in range(len(here)):
+                here[n] += value * column[n]
+
+
+@_compiled(parallel=True)
+def scatter(starts, places, values, g, columns, parts):
+    """Adds x^T g to columns [inputs, outputs]. Each part of the outputs is for one thread: none meets another."""
+    outputs = g.shape[1]
+    for part in numba.prange(parts):
+        low, high = part * outputs // parts, (part + 1) * outputs // parts
+        for r in range(len(g)):
+            here = g[r, low:high]
+            for k in range(starts[r], starts[r + 1]):
+                column, value = columns[places[k], low:high], values[k]
+                for n in range(len(here)):
+                    column[n] += value * here[n]

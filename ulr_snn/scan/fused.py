@@ -1,0 +1,157 @@
+"""Fused kernels for the time scans, where there are some for a tensor; `reference.py` defines what they compute.
+
+One resolver, `kernels`, chooses by what a tensor is. An error in a kernel is an error: nothing falls back after one.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAWS = {"logistic": 0, "gaussian": 1}
+RESETS = {"subtract": 0, "zero": 1, "none": 2}
+
+
+@dataclass
+class State:
+    """Where a layer stands between two time steps: its membranes u and spikes, [B, ...]. Scans go on from it, and leave
+    it at their last step."""
+
+    membrane: Tensor
+    spikes: Tensor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a scan draws its spikes by. law: a key of `LAWS`; scale: of the noise, broadcast against [...]; words: of
+    the noise, [T, B] int32 each; mirrored: [B] bool, rows that see 1 - uniform."""
+
+    law: str
+    scale: Tensor
+    words: tuple[Tensor, Tensor]
+    mirrored: Tensor | None
+
+
+@lru_cache
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def choice(like: Tensor) -> tuple[str, str]:
+    """Which code scans tensors like this one, "cpu" (numba) or "reference", and why."""
+    if like.device.type != "cpu":
+        return "reference", f"no kernel for {like.device.type}"
+    if like.dtype != torch.float32:
+        return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
+    if not _installed("numba"):
+        return "reference", "numba is not installed"
+    return "cpu", "float32 on a CPU"
+
+
+def kernels(like: Tensor) -> ModuleType | None:
+    """The module of kernels for tensors like this one; None where the reference does it."""
+    if choice(like)[0] == "reference":
+        return None
+    import numba
+
+    from ulr_snn.scan import cpu
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    return cpu
+
+
+def scan(
+    current: Tensor,
+    weight: Tensor | None,
+    beta: Tensor,
+    threshold: Tensor,
+    reset: str,
+    draw: Draw | None,
+    lengths: Tensor | None,
+    state: State | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Spikes, standardised drives x (drives, where nothing is drawn) and recurrent current, [T, B, ...]; None where the
+    reference has to do it. weight: recurrent [N, N]; lengths [B]: steps of each row that are no padding."""
+    cpu = kernels(current)
+    if cpu is None or (weight is not None and weight.dtype != current.dtype):
+        return None
+    features, (steps, rows) = current.shape[2:], current.shape[:2]
+    scale = torch.ones(()) if draw is None else draw.scale
+    per_neuron = [_per_neuron(value, features) for value in (beta, threshold, scale)]
+    state = State(*torch.zeros(2, *current.shape[1:]).unbind()) if state is None else state
+    spikes, x = torch.empty_like(current, memory_format=torch.contiguous_format), torch.empty(current.shape)
+    fed_back = torch.empty(current.shape if weight is not None else (0, 0, 0))
+    sources = torch.empty(0, 0) if weight is None else weight.detach().T
+    zeros = torch.zeros(steps, rows, dtype=torch.int32)
+    row1, row2 = (zeros, zeros) if draw is None else draw.words
+    mirrored = torch.zeros(rows, dtype=torch.bool)
+    if draw is not None and draw.mirrored is not None:
+        mirrored = draw.mirrored
+    cpu.scan(
+        _array(current), sources.contiguous().numpy(), *per_neuron, RESETS[reset],
+        cpu.DETERMINISTIC if draw is None else LAWS[draw.law], row1.numpy().view("uint32"), row2.numpy().view("uint32"),
+        mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
+        _array(spikes), _array(x), fed_back.flatten(2).numpy(),
+    )  # fmt: skip
+    return spikes, x, None if weight is None else fed_back
+
+
+def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """p' per unit of membrane [T, B, ...] of standardised drives; None where the reference has to do it."""
+    cpu = kernels(x)
+    if cpu is None:
+        return None
+    out, (steps, rows) = torch.empty(x.shape), x.shape[:2]
+    cpu.slopes(LAWS[law], _array(x), _per_neuron(scale, x.shape[2:]), _own(lengths, steps, rows), _array(out))
+    return out
+
+
+def credit(
+    a: Tensor, slope: Tensor, membrane: Tensor | None, spikes: Tensor, beta: Tensor, threshold: Tensor, reset: str,
+    later: Tensor,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """`credit.recurrence.Recurrence.credit` without recurrent weights; None where the reference has to do it. membrane:
+    for reset "zero". later: g [B, ...] of the step after the last; becomes that of the first."""
+    cpu = kernels(a)
+    if cpu is None or slope.dtype != a.dtype:
+        return None
+    total, currents = torch.empty(a.shape), torch.empty(a.shape)
+    leak = [_per_neuron(value, a.shape[2:]) for value in (beta, threshold)]
+    unread = slope if membrane is None else membrane
+    arrays = [_array(value) for value in (a, slope, unread, spikes)]
+    cpu.credit(*arrays, *leak, RESETS[reset], _rows(later), _array(total), _array(currents))
+    return total, currents
+
+
+def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:
+    """g_t = c_t + beta k_t g_{t+1} [T, B, ...]; None where the reference has to do it."""
+    cpu = kernels(c)
+    if cpu is None or beta.ndim > c.ndim - 2:
+        return None
+    out, later = torch.empty(c.shape), torch.zeros(c.shape[1:])
+    arrays = [_array(c), _array(c if spikes is None else spikes)]
+    cpu.leaky(*arrays, _per_neuron(beta, c.shape[2:]), RESETS[reset], _rows(later), _array(out))
+    return out
+
+
+def _array(sequence: Tensor) -> Any:
+    """[T, B, N] of [T, B, ...], its own memory where it can be."""
+    return sequence.detach().contiguous().flatten(2).numpy()
+
+
+def _rows(state: Tensor) -> Any:
+    """[B, N] of [B, ...], its own memory."""
+    return state.view(len(state), -1).numpy()
+
+
+def _per_neuron(value: Tensor, features: torch.Size) -> Any:
+    """[N] float32 of what broadcasts against [...]."""
+    return value.detach().to(torch.float32).expand(features).reshape(-1).contiguous().numpy()
+
+
+def _own(lengths: Tensor | None, steps: int, rows: int) -> Any:
+    return (torch.full((rows,), steps) if lengths is None else lengths.to(torch.int64)).numpy()
