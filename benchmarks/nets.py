@@ -21,7 +21,7 @@ CLASSES = 10
 @dataclass(frozen=True)
 class Case:
     """kind: "dense", "recurrent", "conv" or "wide" (one linear layer and its neurons). sample: shape of one time step
-    of a sample. width: neurons of a hidden layer. density: part of the inputs that are active, where events are random."""
+    of a sample. width: neurons of a hidden layer. density: of active inputs, where events are random."""
 
     name: str
     kind: str

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn import parts
 from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.prediction import WARM_UP, Credit, Prediction
@@ -26,17 +27,21 @@ from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
+from ulr_snn.events import Events
 from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, Objective, resolve
 from ulr_snn.neurons import own_spread
-from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
-from ulr_snn.passes import Forward, Pass, as_sequence, runs_by_step
+from ulr_snn.noise import WIDENING, CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
+from ulr_snn.passes import Forward, Pass, as_frames, check_outputs, runs_by_step
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
 from ulr_snn.stepsize import StepSizes
 from ulr_snn.structure import Structure, judging_of
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
+MEMORY = ("auto", "bits", "replay")
+WHOLE = 1 << 29  # bytes that memory "auto" lets a step over the whole sequence keep
+KEPT = 40  # bytes that such a step keeps of every neuron at every time step, about
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
 
@@ -70,6 +75,11 @@ class ULR:
         pairs can teach: from the outputs (see `plan`), and into layers that see the events otherwise than by spikes.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
+    memory: what a step keeps. "bits": time goes by in parts, and only the spikes of all of them are kept, one bit each;
+        "replay": not even these, they are drawn again from the same noise, so that memory does not grow with the number
+        of time steps; both run every part twice (long replays three times), for credit "feedback" and models that run
+        their modules one after another. "auto": the whole sequence at once while that is small, else "bits" where it
+        can be.
     on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out.
     """
 
@@ -87,11 +97,14 @@ class ULR:
     refresh: int = 4
     time_functions: int = 8
     feedback_rate: float = 0.1
+    memory: str = "auto"
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
         if self.credit not in CREDITS:
             raise UsageError(f"ULR got credit={self.credit!r}; it is one of {', '.join(CREDITS)}")
+        if self.memory not in MEMORY:
+            raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UsageError(f"ULR got on_nonfinite={self.on_nonfinite!r}; it is 'stop' or 'skip'")
         for name in ("refresh", "time_functions") + ("copies",) * (self.copies is not None):
@@ -205,6 +218,7 @@ class Attachment:
         self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
+        self.neurons: int | None = None  # of a sample, once it is known; 0 where time does not go by in parts
         self.structure: Structure | None = None
         self._structure_loss: LossSpec | None = None
 
@@ -231,10 +245,12 @@ class Attachment:
     def _backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
-        x = as_sequence(x, targets, lengths, self.time_first, self.model)
-        targets = targets.to(x.device)
-        lengths = None if lengths is None else lengths.to(x.device)
+        frames, dtype = as_frames(x, targets, lengths, self.time_first, self.model)
+        targets = targets.to(frames.device)
+        lengths = None if lengths is None else lengths.to(frames.device)
         self.level.progress = self._progress()
+        few = self._few(frames, dtype, lengths)  # samples of which a step in parts of time sees the whole sequence
+        x = Events.of(frames if few is None else frames[:, :few], dtype)
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
@@ -246,6 +262,8 @@ class Attachment:
         antithetic = self.estimator.antithetic
         forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
         forward.points = self.estimator.group if self.estimator.quasi_monte_carlo else 0
+        if few is not None:
+            return self._backward_in_parts(forward, frames, dtype, targets, lengths, objective, few)
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
@@ -254,16 +272,10 @@ class Attachment:
 
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
-            self.structure = observed(forward, passes[0], self.estimator, x, targets, lengths, objective, self.driven)
-            check_layers(self.model, self.layers, self.structure.weights)
-            self.driven = self.structure.driven
-            self.prediction.structure = self.structure
+            self._observe(forward, passes[0], x, targets, lengths, objective)
             if self.structure.weights:  # that pass had no noise on them
                 passes.clear()
                 forward.extra_passes += 1
-            if self.structure.untrained:
-                names = ", ".join(self.structure.untrained)
-                warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=2)
         copies = self._copies(self.structure.credit)
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
         groups: list[Group] = [Group(None, passes)]
@@ -277,16 +289,142 @@ class Attachment:
             groups = groups or [Group(None, passes)]  # no layer has anything to learn
         else:
             run(range(len(passes), copies))
-        if torch.isfinite(passes[0].loss).all():
-            if self.step_sizes is not None:
-                self.step_sizes.measure(self.model, passes[0], self.step)
-            follow = not self.structure.has_readout and self.fixed_progress is None
-            for r in passes[0].records if follow else []:
-                if r.site not in self.level.currents:
-                    self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+        self._measure(passes[0])
         self.step += 1
         self.forward_passes += (sum(len(p.copies) for p in passes) + forward.extra_passes) * x.shape[1]
         return self._finish(passes, groups, copies)
+
+    def _observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
+        """Learns from the first pass what the loss and the layers are."""
+        self.structure = observed(forward, p, self.estimator, *batch, self.driven)
+        check_layers(self.model, self.layers, self.structure.weights)
+        self.driven = self.structure.driven
+        self.prediction.structure = self.structure
+        if self.structure.untrained:
+            names = ", ".join(self.structure.untrained)
+            warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=4)
+
+    def _measure(self, p: Pass) -> None:
+        """What a pass says about lengths of steps, and about the noise of layers that began at rest."""
+        if not torch.isfinite(p.loss).all():
+            return
+        if self.step_sizes is not None:
+            self.step_sizes.measure(self.model, p, self.step)
+        if not self.structure.has_readout and self.fixed_progress is None:
+            for r in p.records:
+                if r.site not in self.level.currents:
+                    self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+
+    # -- in parts of time ----------------------------------------------------------------------------------
+
+    def _few(self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> int | None:
+        """Samples whose whole sequence has about as many spikes as a part of time of the batch; None for steps over the
+        whole sequence. Raises UsageError where parts are asked for and cannot be."""
+        asked = self.estimator.memory != "auto"
+        try:
+            if self.neurons is None:
+                self.neurons = 0  # of a model that has to see all time steps at once
+                self.neurons = parts.neurons(self.model, frames, dtype)
+        except UsageError:
+            if asked:
+                raise
+        steps, batch = frames.shape[:2]
+        if not asked and KEPT * steps * batch * self.neurons <= WHOLE:
+            return None
+        if why := self._whole_only(batch, lengths):
+            if asked:
+                raise UsageError(f"ULR got memory={self.estimator.memory!r}, but {why}; use memory='auto'")
+            return None
+        return min(batch, max(2, parts.TOGETHER // (steps * max(1, self.neurons))))
+
+    def _whole_only(self, batch: int, lengths: Tensor | None) -> str | None:
+        """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
+        ulr, structure = self.estimator, self.structure
+        if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
+            return "parts of time are for credit 'feedback' with one copy"
+        if ulr.firing.learn or ulr.noise:
+            return "the scale of its noise is learned, or noise comes elsewhere than on firing"
+        if batch < 2:
+            return "the batch has a single sample"
+        if lengths is not None and self.neurons and parts.Split.of(self.model).readouts:
+            return "LeakyReadout holds its membranes through the padding"
+        if structure is not None and (structure.credit != "feedback" or structure.judging.blind):
+            return "the loss has no gradient in the outputs"
+        if structure is not None and (structure.needs_pairs or structure.weights):
+            return "there is feedback that only pairs of copies can teach, or noise on parameters"
+        return None
+
+    def _backward_in_parts(
+        self,
+        forward: Forward,
+        frames: Tensor,
+        dtype: torch.dtype,
+        targets: Tensor,
+        lengths: Tensor | None,
+        objective: Objective,
+        few: int,
+    ) -> Estimate:
+        """A step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
+        if objective.counts:
+            raise UsageError("costs of activity need memory='auto', and a sequence that is short enough for it")
+        steps, batch = frames.shape[:2]
+        first = self.structure is None
+        if first or self._wants_to_measure():
+            sample = Events.of(frames[:, :few], dtype), targets[:few], None if lengths is None else lengths[:few]
+            p = forward.run(*sample, objective, [0])
+            if first:
+                self._observe(forward, p, *sample, objective)
+                if why := self._whole_only(batch, lengths):
+                    raise UsageError(f"steps in parts of time cannot be, since {why}; use a shorter sequence")
+            self._measure(p)
+        forward.judging = self.structure.judging
+        size = max(1, min(steps, parts.TOGETHER // (batch * max(1, self.neurons))))
+        bits, noise = self.estimator.memory != "replay", forward._noise(batch, [0], frames.device)
+        run = parts.Parts(self.model, self.layers, self.level, noise, frames, dtype, lengths, size, bits)
+        sites = [name for name, _ in self.layers]
+        lessons = list(self.prediction.lessons(sites, run.valid, batch, self.step))
+        seen, learned = run.forward(lessons)
+        averaged, back = run.split.average is not None, run.split.back
+        if averaged:
+            seen = seen.requires_grad_()
+        outputs = seen
+        for module in back:
+            outputs = module(outputs)
+        check_outputs(outputs, steps, batch)
+        judgement = forward.judge(outputs, {}, targets, lengths, objective, [0])
+        self.step += 1
+        losses = judgement.loss[None]
+        if self._usable(losses):
+            for lesson, (spikes, current) in zip(lessons, learned, strict=True):
+                self.prediction.learn(lesson, spikes, current)
+            error, wanted = judgement.error, [q for q in self.model.parameters() if q.requires_grad]
+            if back and error is not None:
+                if wanted and outputs.requires_grad:
+                    torch.autograd.backward(outputs, error / batch, inputs=wanted, retain_graph=True)
+                (error,) = torch.autograd.grad(outputs, seen, error)
+            run.backward(error, self.prediction, wanted)
+            self.mean_loss = moving(self.mean_loss, losses)
+        passes = -(-run.steps_run // steps) * batch + forward.extra_passes * few
+        self.forward_passes += passes
+        stats = {"copies": 1, "step": self.step, "parts": len(run.parts)}
+        if not torch.isfinite(losses).all():
+            stats["skipped"] = True
+        return Estimate(losses.mean(0), outputs.detach()[None], stats)
+
+    def _wants_to_measure(self) -> bool:
+        """Whether `_measure` would do something at this step."""
+        due = self.step_sizes is not None and self.step_sizes.due(self.step)
+        at_rest = self.level.resting and not self.structure.has_readout and self.level.progress <= WIDENING
+        return bool(due or (at_rest and self.fixed_progress is None))
+
+    def _usable(self, losses: Tensor) -> bool:
+        """Whether the losses are finite. Raises FloatingPointError if they are not, unless such steps are left out."""
+        finite = bool(torch.isfinite(losses).all())
+        if not finite and self.estimator.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step}; lower the learning rate, or use on_nonfinite='skip'"
+            )
+        return finite
 
     def _weight_sites(self) -> WeightSites | None:
         """The draws of the parameters with noise of their own; None where there are none."""
@@ -311,11 +449,7 @@ class Attachment:
     def _finish(self, passes: list[Pass], groups: list[Group], copies: int) -> Estimate:
         losses = torch.cat([p.loss for p in passes])  # [K, B]
         estimate = Estimate(losses.mean(0), _stack_outputs(passes), {"copies": copies, "step": self.step})
-        if not torch.isfinite(losses).all():
-            if self.estimator.on_nonfinite == "stop":
-                raise FloatingPointError(
-                    f"the loss is not finite at step {self.step}; lower the learning rate, or use on_nonfinite='skip'"
-                )
+        if not self._usable(losses):
             estimate.stats["skipped"] = True
             return estimate
         self._add_gradients(passes, groups, losses)

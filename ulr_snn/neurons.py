@@ -9,7 +9,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.noise import Drawer
 from ulr_snn.scan import fused
 from ulr_snn.scan.fused import State
-from ulr_snn.scan.reference import RESETS, leaky_drive, scan, shift
+from ulr_snn.scan.reference import RESETS, leaky_drive, scan
 
 
 class Timed(nn.Module):
@@ -43,13 +43,19 @@ class SpikingNeuron(Timed):
         raise NotImplementedError
 
     def fired(
-        self, current: Tensor, drawer: Drawer | None = None, state: State | None = None
+        self,
+        current: Tensor,
+        drawer: Drawer | None = None,
+        state: State | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """spikes, standardised drive (drive, where nothing is drawn) and recurrent current of one pass over time; none
-        on padding fires."""
+        """spikes, standardised drive (drive, where nothing is drawn) and recurrent current of one pass over time, from
+        a state on; none on padding fires. known: the spikes, where they need not be drawn."""
         mask = None if self.lengths is None else step_mask(self.lengths, current)
 
         def fire(t: int, drive: Tensor) -> Tensor:
+            if known is not None:
+                return known[t]
             spikes = heaviside(t, drive) if drawer is None else drawer(t, drive / drawer.scale)
             return spikes if mask is None else spikes * mask[t]
 
@@ -57,10 +63,17 @@ class SpikingNeuron(Timed):
         return spikes, drive if drawer is None else drive / drawer.scale, fed_back
 
     def x_at(
-        self, current: Tensor, spikes: Tensor, x: Tensor, fed_back: Tensor | None, scale: Tensor
+        self,
+        current: Tensor,
+        spikes: Tensor,
+        x: Tensor,
+        fed_back: Tensor | None,
+        scale: Tensor,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The known standardised drive again, now differentiable as in `drive_at`, and in the scale. And the current
-        with all that adds to it, if the drive depends on nothing else that learns."""
+        with all that adds to it, if the drive depends on nothing else that learns. before: spikes of the step before
+        the first, if that is not the start."""
         return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
 
     def forward(self, current: Tensor) -> Tensor:
@@ -124,32 +137,40 @@ class LIF(SpikingNeuron):
         return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, self.recurrent, state)
 
     def fired(
-        self, current: Tensor, drawer: Drawer | None = None, state: State | None = None
+        self,
+        current: Tensor,
+        drawer: Drawer | None = None,
+        state: State | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        known = type(self) in (LIF, RecurrentLIF) and fused.kernels(current) is not None
-        draw = drawer.draw() if known and drawer is not None else None
-        if not known or (drawer is not None and draw is None):
-            return super().fired(current, drawer, state)
+        plain = type(self) in (LIF, RecurrentLIF) and fused.kernels(current) is not None
+        draw = drawer.draw() if plain and drawer is not None else None
+        if not plain or (drawer is not None and draw is None):
+            return super().fired(current, drawer, state, known)
         weight = None if self.recurrent is None else self.recurrent.weight
         beta = self.beta.clamp(0, 1)
-        return fused.scan(current, weight, beta, self.threshold, self.reset, draw, self.lengths, state)
+        return fused.scan(current, weight, beta, self.threshold, self.reset, draw, self.lengths, state, known)
 
-    def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None) -> Tensor:
-        """The current with the recurrent one, of which the value is known."""
-        if fed_back is None:
-            return current
-        return current + _KnownLinear.apply(shift(spikes), self.recurrent.weight, fed_back)
+    def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
+        """The current with the recurrent one in the graph; its numbers are those of the latter."""
+        return current if fed_back is None else _Total.apply(current, self.recurrent.weight, spikes, fed_back, before)
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
         total = self._total(current, spikes, fed_back)
         return leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, drive)
 
     def x_at(
-        self, current: Tensor, spikes: Tensor, x: Tensor, fed_back: Tensor | None, scale: Tensor
+        self,
+        current: Tensor,
+        spikes: Tensor,
+        x: Tensor,
+        fed_back: Tensor | None,
+        scale: Tensor,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if scale.requires_grad:
             return super().x_at(current, spikes, x, fed_back, scale)
-        total = self._total(current, spikes, fed_back)
+        total = self._total(current, spikes, fed_back, before)
         x = leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, x, scale)
         fixed = not (self.beta.requires_grad or self.threshold.requires_grad)
         return x, total if fixed else None
@@ -181,18 +202,24 @@ class RecurrentLIF(LIF):
         self.recurrent = nn.Linear(features, features, bias=False)
 
 
-class _KnownLinear(torch.autograd.Function):
-    """x W^T whose value is already known; gradient for W only (x are spikes: nothing flows through them)."""
+class _Total(torch.autograd.Function):
+    """The derivative of J_t + V s_{t-1} with respect to J and V (nothing flows through spikes). What comes of it knows
+    its own numbers, so that none are computed here."""
 
     @staticmethod
-    def forward(ctx, x, weight, value):
-        ctx.save_for_backward(x)
-        return value
+    def forward(ctx, current, weight, spikes, fed_back, before):
+        ctx.save_for_backward(spikes, before)
+        return fed_back.view_as(fed_back)
 
     @staticmethod
     def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return None, g.flatten(0, -2).T @ x.flatten(0, -2), None
+        spikes, before = ctx.saved_tensors
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = g[1:].flatten(0, 1).T @ spikes[:-1].flatten(0, 1)
+            if before is not None:
+                d_weight += g[0].T @ before
+        return g, d_weight, None, None, None
 
 
 class LeakyReadout(Timed):
@@ -205,9 +232,13 @@ class LeakyReadout(Timed):
         super().__init__()
         _parameter(self, "beta", beta, learn_beta)
 
-    def forward(self, current: Tensor) -> Tensor:
+    def forward(self, current: Tensor, before: Tensor | None = None) -> Tensor:
+        """before: membranes [B, ...] of the step before the first; None: from rest."""
         check_sequence(self, current)
-        membrane = leaky_drive(current, self.beta.clamp(0, 1), torch.zeros_like(self.beta))
+        beta = self.beta.clamp(0, 1)
+        if before is not None:
+            current = torch.cat([current[:1] + beta * before, current[1:]])
+        membrane = leaky_drive(current, beta, torch.zeros_like(self.beta))
         if self.lengths is None:
             return membrane
         steps = torch.arange(len(current), device=current.device)[:, None]

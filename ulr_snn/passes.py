@@ -301,6 +301,14 @@ def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
 
 def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: bool, model: nn.Module) -> Tensor:
     """x as a floating-point sequence [T, B, ...] in the model's dtype. Raises UsageError for what cannot be one."""
+    return Events.of(*as_frames(x, targets, lengths, time_first, model))
+
+
+def as_frames(
+    x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: bool, model: nn.Module
+) -> tuple[Tensor, torch.dtype]:
+    """x as frames [T, B, ...] of the type they came in, on the model's device; and the model's dtype. Raises UsageError
+    for what cannot be a sequence."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UsageError(
@@ -324,4 +332,4 @@ def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: 
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise UsageError("events contain NaN or infinite values; clean the recordings first")
     device = reference.device if reference is not None else x.device
-    return Events.of(x.to(device), dtype)
+    return x.to(device), dtype

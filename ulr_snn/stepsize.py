@@ -37,13 +37,17 @@ class StepSizes:
         """Takes τ from the first pass, and all G from one pass, where it is due at this step."""
         if self.summed is None and p.error is not None:
             self.summed = times_summed(p.judgement)
-        if step >= OFTEN and step % SELDOM:
+        if not self.due(step):
             return
         parameters = {name: q for name, q in model.named_parameters() if q.requires_grad}
         for r in p.records:
             if r.x.requires_grad:
                 unit = r.scale / r.neuron.threshold.detach() * (1 if r.mask is None else r.mask)
                 self.reach[r.site] = reach(r.x * unit.to(r.x.dtype) / r.x.numel(), parameters)
+
+    def due(self, step: int) -> bool:
+        """Whether this is a step to measure at."""
+        return step < OFTEN or step % SELDOM == 0
 
     def factor(self, parameter: str, sources: list[str]) -> float:
         """Of the learning rate, for a parameter whose gradient comes from these sites or "outputs"."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.response import learned
 
-PRODUCTS = 1 << 28  # multiply-adds that a step may spend on learning the feedback between two layers
+PRODUCTS = 1 << 27  # multiply-adds that a step may spend on learning the feedback between two layers
 RIDGE = 1e-3  # of the mean eigenvalue
 UNEXPLAINED = 0.5  # of a current's variance: more than this, and one kernel does not do for all positions
 EXACT_IN_TIME = 1 << 30  # multiply-adds up to which credit between layers takes every time step by itself
@@ -127,14 +127,18 @@ class Feedback:
             if self.weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
             left = left - path.forward(self.layers[name], spikes[name])
-        for name, path in paths.items():
+        for i, (name, path) in enumerate(paths.items(), 1):
             inputs, results = path.inputs(spikes[name]), path.results(left)
             known = len(inputs) - len(inputs) // 4
             move = ridge_solution(inputs[:known], results[:known])
-            move *= best_length(inputs[known:] @ move, results[known:])
+            effect = inputs[known:] @ move
+            length = best_length(effect, results[known:])
+            move *= length
             self.layers[name] += move
-            left = left - path.forward(move, spikes[name])
-        last, before = (path.results(rows)[known:].square().sum() for rows in (left, change))
+            if i < len(paths):
+                left = left - path.forward(move, spikes[name])
+        last = (results[known:] - length * effect).square().sum()
+        before = path.results(change)[known:].square().sum()
         return float(last / before) if before > 0 else 0.0
 
     def learn_response(self, site: str, spikes: Tensor, z: Tensor, valid: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What a spike does to the loss, as far as it is known: direct, learned, within the layer, together."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,19 @@ class Credit:
     current: Tensor | None
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a step learns all C into one layer from: its current, and the spikes of the sources along their paths, at
+    rows (t, b). before: 1 where spikes act a step later, so that row t is of the spikes at t and the current at t + 1.
+    paired: what is compared is the copies of pairs, not samples."""
+
+    target: str
+    paths: dict[str, Path]
+    before: int
+    paired: bool
+    rows: tuple[Tensor, Tensor]
+
+
 class Prediction:
     """The predictor a of a model's layers, and how it is learned. structure: set once the first pass has shown it."""
 
@@ -35,8 +49,11 @@ class Prediction:
         self.feedback, self.seed = feedback, seed
         self.structure: Structure | None = None
 
-    def credit(self, p: Pass) -> list[Credit]:
-        """From the last layer to the first: what a layer's spikes do is known once that of the next layers is."""
+    def credit(self, p: Pass, later: dict[str, Tensor] | None = None) -> list[Credit]:
+        """From the last layer to the first: what a layer's spikes do is known once that of the next layers is.
+
+        later: of a pass over a part of time, g [rows, ...] of each site at the step after it, which becomes that of its
+        first step."""
         direct = direct_credit(p.ends, p.records)
         error = None if p.error is None else self.structure.summarise_error(p.error)
         currents: dict[str, Tensor] = {}  # ∂L/∂J of the layers done so far
@@ -55,54 +72,54 @@ class Prediction:
             else:
                 a = added(a, from_outputs)
                 if a is not None:
-                    a, currents[record.site] = self._recurrence(record).credit(a)
+                    totals = self.structure.credit != "feedback" or record.entry is None
+                    after = None if later is None else later.setdefault(record.site, torch.zeros_like(a[0]))
+                    a, currents[record.site] = self._recurrence(record).credit(a, totals, after)
             predictions.append(Credit(a, currents.get(record.site)))
         return predictions[::-1]
 
     def learn_layers(self, passes: list[Pass], step: int) -> None:
         """Learns what the spikes of a layer do to the input currents of those that they feed, and to its own."""
-        structure, batch = self.structure, passes[0].loss.shape[1]
-        pairs = sum(len(p.copies) for p in passes) >= 2
         sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
+        if not sites:
+            return
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
+        valid = joined([p.records[0].own_steps() for p in passes])  # [T, rows]
+        batch = passes[0].loss.shape[1]
+        for lesson in self.lessons(list(sites), valid, batch, step):
+            records, size = sites[lesson.target], len(valid) - lesson.before
+            current = [r.fed_back[1:] if lesson.before else r.current for r in records]
+            pairs = batch if lesson.paired else None
+            across = partial(contrast, batch=pairs, valid=valid[lesson.before :], rows=lesson.rows)
+            seen = {name: across([s[:size] for s in spikes[name]]) for name in lesson.paths}
+            self.learn(lesson, seen, across(current))
         for target, records in sites.items():
-            valid = joined([r.own_steps() for r in records])  # [T, rows]
-            sources = [name for name in sites if target in structure.feeds[name]]
-            paired = target in structure.paired
-            if sources and (pairs or not paired):
-                paths = {edge(name, target): structure.feeds[name][target] for name in sources}
-                seen = [spikes[name] for name in sources]
-                left = self._learn(paths, seen, [r.current for r in records], valid, batch if paired else None, step)
-                if left > UNEXPLAINED:  # weights that differ from place to place: what is shared cannot learn them
-                    for name in sources:
-                        structure.feeds[name][target] = structure.feeds[name][target].unshared(ENTRIES)
             if isinstance(records[0], CurrentRecord) and records[0].elementwise:
                 z = joined([r.innovation() for r in records])
                 self.feedback.learn_response(target, deviations(joined(spikes[target]), valid), z, valid)
-            if target in structure.recurrent:
-                paths = {edge(target, target): structure.recurrent[target]}
-                before = [s[:-1] for s in spikes[target]]  # of the first step's current there is none
-                if len(valid) > 1:
-                    self._learn(paths, [before], [r.fed_back[1:] for r in records], valid[1:], None, step)
 
-    def _learn(
-        self,
-        paths: dict[str, Path],
-        spikes: list[list[Tensor]],
-        current: list[Tensor],
-        valid: Tensor,
-        pairs: int | None,
-        step: int,
-    ) -> float:
-        """A step of all C into one layer, from what a current [T, rows, *target] and the spikes [T, rows, *source] of
-        each path differ by, of each pass; returns what they leave unexplained. pairs: samples of a pass, if it is the
-        copies of pairs that are compared; None: samples, with their mean."""
-        compared = valid if pairs is None else valid[:, : sum(x.shape[1] for x in current) // pairs // 2 * pairs]
-        rows = self._rows(list(paths.values()), compared, step)
-        across = partial(contrast, batch=pairs, valid=valid, rows=rows)
-        return self.feedback.refresh_layer(
-            paths, {name: across(seen) for name, seen in zip(paths, spikes, strict=True)}, across(current)
-        )
+    def lessons(self, sites: list[str], valid: Tensor, batch: int, step: int) -> Iterator["Lesson"]:
+        """Those of a step whose rows are valid at [T, rows], of so many samples a copy; sites in order of execution."""
+        structure, pairs = self.structure, valid.shape[1] // batch // 2 * 2 * batch
+        for target in sites:
+            paths = {name: structure.feeds[name][target] for name in sites if target in structure.feeds[name]}
+            paired = target in structure.paired
+            if paths and (pairs or not paired):
+                compared = valid[:, : pairs // 2] if paired else valid
+                yield Lesson(target, paths, 0, paired, self._rows(paths, compared, step))
+            if target in structure.recurrent and len(valid) > 1:
+                paths = {target: structure.recurrent[target]}
+                yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step))
+
+    def learn(self, lesson: "Lesson", spikes: dict[str, Tensor], current: Tensor) -> None:
+        """A step of all C into one layer, from what its current [n, *target] and the spikes [n, *source] differ by."""
+        named = {edge(name, lesson.target): path for name, path in lesson.paths.items()}
+        spikes = {edge(name, lesson.target): rows for name, rows in spikes.items()}
+        left = self.feedback.refresh_layer(named, spikes, current)
+        if left > UNEXPLAINED and not lesson.before:  # what is shared cannot learn weights that differ
+            for name in lesson.paths:
+                paths = self.structure.feeds[name]
+                paths[lesson.target] = paths[lesson.target].unshared(ENTRIES)
 
     def refresh(self, passes: list[Pass]) -> None:
         """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
@@ -156,11 +173,11 @@ class Prediction:
         slope = record.slope_of_membrane
         return Recurrence(record.neuron, slope, record.spikes.detach(), record.membrane, path, weight)
 
-    def _rows(self, paths: list[Path], valid: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _rows(self, paths: dict[str, Path], valid: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """What a step learns from: of time steps and samples [T, B] as many (t, b) as it can afford, at random, no
         padding, those of one sample side by side."""
         rows = valid.T.flatten().nonzero().squeeze(1)
-        count = min([len(rows), *(affordable_rows(path, PRODUCTS) for path in paths)])
+        count = min([len(rows), *(affordable_rows(path, PRODUCTS) for path in paths.values())])
         if count < len(rows):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             rows = rows[torch.randperm(len(rows), generator=generator)[:count].sort().values.to(rows.device)]
@@ -182,8 +199,8 @@ def affordable_rows(path: Path, budget: int) -> int:
 
 
 def contrast(passes: list[Tensor], batch: int | None, valid: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
-    """What these rows (t, b) of all passes [T, rows, ...] differ by: copies of a pair, of a batch of so many samples, or
-    else samples from their mean."""
+    """What these rows (t, b) of all passes [T, rows, ...] differ by: copies of a pair, of a batch of so many samples,
+    or else samples from their mean."""
     if batch is not None:
         return half_differences(passes, batch, 1)[rows]
     sequence = joined(passes)
@@ -213,7 +230,7 @@ def deviations(rows: Tensor, valid: Tensor) -> Tensor:
 
 
 def means(rows: Tensor, valid: Tensor) -> Tensor:
-    """Mean of rows [T, B, ...] that are valid [T, B], at each time [T, 1, ...]; of a single one, in time [1, 1, ...]."""
+    """Mean of rows [T, B, ...] that are valid [T, B], at each time [T, 1, ...]; of a lone one, in time [1, 1, ...]."""
     dim = 1 if rows.shape[1] > 1 else 0
     if valid.all():
         return rows.mean(dim, keepdim=True)

@@ -55,34 +55,42 @@ class Recurrence:
         h = -self.neuron.threshold.detach() if self.neuron.reset == "subtract" else torch.zeros_like(beta)
         return beta.expand(steps, *beta.shape), h.expand(steps, *h.shape)
 
-    def credit(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """(a + h g + C g, g) [T, B, ...]: total credit of every spike, and credit ∂L/∂J of every input current."""
+    def credit(self, a: Tensor, totals: bool = True, later: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """(a + h g + C g, g) [T, B, ...]: total credit of every spike, if it is asked for, and credit ∂L/∂J of every
+        input current. later: g [B, ...] of the step after the last, which becomes that of the first."""
         neuron = self.neuron
         beta, threshold = neuron.beta.detach().clamp(0, 1), neuron.threshold.detach()
-        g = torch.zeros_like(a[0])
+        later = torch.zeros_like(a[0]) if later is None else later
         if self.weight is None:
             membrane = self.membrane() if neuron.reset == "zero" else None
-            done = fused.credit(a, self.slope, membrane, self.spikes, beta, threshold, neuron.reset, g)
+            done = fused.credit(a, self.slope, membrane, self.spikes, beta, threshold, neuron.reset, later, totals)
             if done is not None:
                 return done
         kept, h = self._steps()
-        weight = self.weight
-        uniform = neuron.reset == "none" or (neuron.reset == "subtract" and threshold.numel() == 1)
-        if weight is not None and isinstance(self.path, Full) and uniform and a.ndim == 3:
-            weight = (weight + torch.diag(h[0].expand(len(weight)))).T  # the reset acts as a weight on itself does
-            back = lambda a, g, out: torch.addmm(a, g, weight, out=out)  # noqa: E731
-        else:
-
-            def back(a: Tensor, g: Tensor, out: Tensor) -> None:
-                torch.addcmul(a, g, h[t], out=out)
-                if weight is not None:
-                    out += self.path.backward(weight, g)
-
-        total, currents = torch.empty_like(a), torch.empty_like(a)
+        through = self._through(h)
+        total, currents = torch.empty_like(a if totals else a[:1]), torch.empty_like(a)
+        g = later
         for t in range(len(a) - 1, -1, -1):
-            back(a[t], g, total[t])
-            g = torch.mul(kept[t], g, out=currents[t]).addcmul_(total[t], self.slope[t])
-        return total, currents
+            now = total[t] if totals else total[0]
+            through(t, a[t], g, now)
+            g = torch.mul(kept[t], g, out=currents[t]).addcmul_(now, self.slope[t])
+        later.copy_(g)
+        return total if totals else None, currents
+
+    def _through(self, h: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+        """(t, a, g, out) -> a + h_t g + C g, all [B, ...]."""
+        weight, threshold = self.weight, self.neuron.threshold
+        uniform = self.neuron.reset == "none" or (self.neuron.reset == "subtract" and threshold.numel() == 1)
+        if weight is not None and isinstance(self.path, Full) and uniform and self.spikes.ndim == 3:
+            both = (weight + torch.diag(h[0].expand(len(weight)))).T  # to itself a neuron's reset is one more weight
+            return lambda t, a, g, out: torch.addmm(a, g, both, out=out)
+
+        def through(t: int, a: Tensor, g: Tensor, out: Tensor) -> None:
+            torch.addcmul(a, g, h[t], out=out)
+            if weight is not None:
+                out += self.path.backward(weight, g)
+
+        return through
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
         """e [T, B, ...]: innovations and changes of the input currents, with what they do to the layer's spikes."""
@@ -105,8 +113,9 @@ class StepRecurrence:
 
     record: Record
 
-    def credit(self, a: Tensor, twice: bool = False) -> tuple[Tensor, Tensor]:
-        """As `Recurrence.credit`; twice: differentiable in a."""
+    def credit(self, a: Tensor, totals: bool = True, later: None = None, twice: bool = False) -> tuple[Tensor, Tensor]:
+        """As `Recurrence.credit`, always with totals, from the last step of the sequence on; twice: differentiable in
+        a."""
         trace, slope = self.record.trace, self.record.slope
         if self.record.whole:
             (current,) = gradients([(trace.x[0], a * slope)], trace.inputs, twice)

@@ -9,7 +9,7 @@ import math
 import numba
 import numpy as np
 
-LOGISTIC, GAUSSIAN, DETERMINISTIC = 0, 1, 2  # laws of firing
+LOGISTIC, GAUSSIAN, DETERMINISTIC, KNOWN = 0, 1, 2, 3  # laws of firing; spikes that are given
 SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32
@@ -79,7 +79,7 @@ def _fire(law, x, uniform, spikes):
     elif law == GAUSSIAN:
         for n in range(len(x)):
             spikes[n] = _ONE if uniform[n] < _gaussian(x[n]) else _f(0)
-    else:
+    elif law == DETERMINISTIC:
         for n in range(len(x)):
             spikes[n] = _ONE if x[n] > 0 else _f(0)
 
@@ -98,6 +98,30 @@ def _charge(reset, membrane, before, current, beta, threshold):
             membrane[n] = beta[n] * membrane[n] + current[n]
 
 
+@_compiled()
+def _recurrent(weight, before, sources, out):
+    """Sum of the rows of weights of the neurons that fired: silence costs nothing. Four rows at a time, since what is
+    dear is to read and write the sum. sources: room for a list."""
+    count = 0
+    for j in range(len(before)):
+        if before[j] != 0:
+            sources[count] = j
+            count += 1
+    out[:] = 0
+    k = 0
+    while k + 4 <= count:
+        first, second = weight[sources[k]], weight[sources[k + 1]]
+        third, fourth = weight[sources[k + 2]], weight[sources[k + 3]]
+        for n in range(len(out)):
+            out[n] += (first[n] + second[n]) + (third[n] + fourth[n])
+        k += 4
+    while k < count:
+        row = weight[sources[k]]
+        for n in range(len(out)):
+            out[n] += row[n]
+        k += 1
+
+
 @_compiled(parallel=True)
 def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
          spikes, x, fed_back):  # fmt: skip
@@ -105,19 +129,18 @@ def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirror
 
     current [T, B, N]; weight: recurrent, from each source to all targets [N, N], or [0, 0]; beta, threshold, scale [N];
     row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
-    Writes spikes, standardised drives and, with recurrent weights, the recurrent current, all [T, B, N].
+    Writes spikes (of law KNOWN, reads them), standardised drives and, with recurrent weights, the recurrent current,
+    all [T, B, N].
     """
     steps, rows, neurons = current.shape
     for b in numba.prange(rows):
         uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+        sources = np.empty(neurons, np.int32)
         for t in range(steps):
             arriving = current[t, b]
             if len(weight):
                 recurrent = fed_back[t, b]
-                recurrent[:] = 0
-                for j in range(neurons):  # a spike costs a row of weights, silence nothing
-                    if before[b, j] != 0:
-                        recurrent += weight[j]
+                _recurrent(weight, before[b], sources, recurrent)
                 for n in range(neurons):
                     total[n] = arriving[n] + recurrent[n]
                 arriving = total
@@ -125,7 +148,7 @@ def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirror
             here = x[t, b]
             for n in range(neurons):
                 here[n] = (membrane[b, n] - threshold[n]) / scale[n]
-            if law != DETERMINISTIC:
+            if law < DETERMINISTIC:
                 _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
             _fire(law, here, uniform, spikes[t, b])
             if t >= own[b]:
@@ -160,27 +183,30 @@ def slopes(law, x, scale, own, out):
 
 
 @_compiled(parallel=True)
-def credit(a, slope, membrane, spikes, beta, threshold, reset, later, total, currents):
+def credit(a, slope, membrane, spikes, beta, threshold, reset, later, totals, currents):
     """`Recurrence.credit` without recurrent weights: total_t = a_t + h_t g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
-    all [T, B, N], from g = later [B, N] on, which becomes the first step's. membrane, spikes: read for "zero" alone."""
+    all [T, B, N], from g = later [B, N] on, which becomes the first step's. membrane, spikes: read for "zero" alone;
+    totals: [T, B, N], or [0, 0, 0] where they are not asked for."""
     steps, rows, neurons = a.shape
     for b in numba.prange(rows):
-        g = later[b]
+        g, total = later[b], np.empty(neurons, np.float32)
         for back in range(steps):
             t = steps - 1 - back
             if reset == SUBTRACT:
                 for n in range(neurons):
-                    total[t, b, n] = a[t, b, n] - threshold[n] * g[n]
-                    g[n] = beta[n] * g[n] + total[t, b, n] * slope[t, b, n]
+                    total[n] = a[t, b, n] - threshold[n] * g[n]
+                    g[n] = beta[n] * g[n] + total[n] * slope[t, b, n]
             elif reset == ZERO:
                 for n in range(neurons):
-                    total[t, b, n] = a[t, b, n] - beta[n] * membrane[t, b, n] * g[n]
-                    g[n] = beta[n] * (_ONE - spikes[t, b, n]) * g[n] + total[t, b, n] * slope[t, b, n]
+                    total[n] = a[t, b, n] - beta[n] * membrane[t, b, n] * g[n]
+                    g[n] = beta[n] * (_ONE - spikes[t, b, n]) * g[n] + total[n] * slope[t, b, n]
             else:
                 for n in range(neurons):
-                    total[t, b, n] = a[t, b, n]
-                    g[n] = beta[n] * g[n] + total[t, b, n] * slope[t, b, n]
+                    total[n] = a[t, b, n]
+                    g[n] = beta[n] * g[n] + total[n] * slope[t, b, n]
             currents[t, b] = g
+            if len(totals):
+                totals[t, b] = total
 
 
 @_compiled(parallel=True)

@@ -24,6 +24,9 @@ class State:
     membrane: Tensor
     spikes: Tensor
 
+    def copy(self) -> "State":
+        return State(self.membrane.clone(), self.spikes.clone())
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -73,9 +76,11 @@ def scan(
     draw: Draw | None,
     lengths: Tensor | None,
     state: State | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Spikes, standardised drives x (drives, where nothing is drawn) and recurrent current, [T, B, ...]; None where the
-    reference has to do it. weight: recurrent [N, N]; lengths [B]: steps of each row that are no padding."""
+    reference has to do it. weight: recurrent [N, N]; lengths [B]: steps of each row that are no padding;
+    known: the spikes, where they are not drawn."""
     cpu = kernels(current)
     if cpu is None or (weight is not None and weight.dtype != current.dtype):
         return None
@@ -83,7 +88,7 @@ def scan(
     scale = torch.ones(()) if draw is None else draw.scale
     per_neuron = [_per_neuron(value, features) for value in (beta, threshold, scale)]
     state = State(*torch.zeros(2, *current.shape[1:]).unbind()) if state is None else state
-    spikes, x = torch.empty_like(current, memory_format=torch.contiguous_format), torch.empty(current.shape)
+    spikes, x = torch.empty(current.shape) if known is None else known.contiguous(), torch.empty(current.shape)
     fed_back = torch.empty(current.shape if weight is not None else (0, 0, 0))
     sources = torch.empty(0, 0) if weight is None else weight.detach().T
     zeros = torch.zeros(steps, rows, dtype=torch.int32)
@@ -91,9 +96,10 @@ def scan(
     mirrored = torch.zeros(rows, dtype=torch.bool)
     if draw is not None and draw.mirrored is not None:
         mirrored = draw.mirrored
+    law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     cpu.scan(
         _array(current), sources.contiguous().numpy(), *per_neuron, RESETS[reset],
-        cpu.DETERMINISTIC if draw is None else LAWS[draw.law], row1.numpy().view("uint32"), row2.numpy().view("uint32"),
+        law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
         _array(spikes), _array(x), fed_back.flatten(2).numpy(),
     )  # fmt: skip
@@ -112,19 +118,20 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor
 
 def credit(
     a: Tensor, slope: Tensor, membrane: Tensor | None, spikes: Tensor, beta: Tensor, threshold: Tensor, reset: str,
-    later: Tensor,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    later: Tensor, totals: bool,
+) -> tuple[Tensor | None, Tensor] | None:  # fmt: skip
     """`credit.recurrence.Recurrence.credit` without recurrent weights; None where the reference has to do it. membrane:
-    for reset "zero". later: g [B, ...] of the step after the last; becomes that of the first."""
+    for reset "zero". later: g [B, ...] of the step after the last; becomes that of the first. totals: whether they are
+    asked for."""
     cpu = kernels(a)
     if cpu is None or slope.dtype != a.dtype:
         return None
-    total, currents = torch.empty(a.shape), torch.empty(a.shape)
+    total, currents = torch.empty(a.shape if totals else (0, 0, 0)), torch.empty(a.shape)
     leak = [_per_neuron(value, a.shape[2:]) for value in (beta, threshold)]
     unread = slope if membrane is None else membrane
     arrays = [_array(value) for value in (a, slope, unread, spikes)]
     cpu.credit(*arrays, *leak, RESETS[reset], _rows(later), _array(total), _array(currents))
-    return total, currents
+    return total if totals else None, currents
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:

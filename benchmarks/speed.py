@@ -1,0 +1,215 @@
+"""How long a training step takes: likelihood ratios against surrogate-gradient BPTT in three libraries.
+
+    python -m benchmarks.speed [--cases dense recurrent conv] [--compiled] [--device cpu]
+    python -m benchmarks.speed --sweep steps | width | batch     # cases at growing sizes
+    python -m benchmarks.speed --roofline                        # what the machine could do, and what a step asks of it
+
+Every method sees the same uint8 events and does a whole step: conversion, passes, gradient, Adam. Methods take turns in
+one process; of each round the mean time of a step counts, over rounds the median, with the first and third quartile. A
+round is a multiple of four steps, so that those which refresh the feedback count in proportion. Rows go to results/.
+"""
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import machine
+from benchmarks.nets import CASES, CLASSES, NETS, Case, ours
+from ulr_snn import ULR, attach
+
+HERE = Path(__file__).resolve().parent
+WARM_UP, STEPS, ROUNDS = 12, 8, 9
+SWEEPS = {"steps": (10, 30, 100, 300, 1000), "width": (256, 1024, 4096), "batch": (8, 32, 128, 512)}
+Step = Callable[[Tensor, Tensor], None]
+
+
+def events_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
+    """Random events of the case's density, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.empty(case.steps, case.batch, *case.sample, dtype=torch.uint8)
+    for step in x:  # one at a time: what is measured is the memory of others
+        step.copy_(torch.rand(step.shape, generator=generator) < case.density)
+    y = torch.randint(0, case.width if case.kind == "wide" else CLASSES, (case.batch,), generator=generator)
+    return x.to(device), y.to(device)
+
+
+def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
+    torch.manual_seed(0)
+    model = ours(case).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    attached = attach(model, ULR(memory=memory), total_steps=1000)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        attached.backward(x, y)
+        optimizer.step()
+
+    return step
+
+
+def bptt(case: Case, device: str, library: str, compiled: bool = False) -> Step:
+    torch.manual_seed(0)
+    model = NETS[library](case).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    run = torch.compile(model) if compiled else model
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(run(x.float()), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def methods(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Step]]:
+    yield "ulr", likelihood_ratio(case, device)
+    for library in NETS:
+        try:
+            importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        yield f"{library} BPTT", bptt(case, device, library)
+        if compiled:
+            yield f"{library} BPTT, torch.compile", bptt(case, device, library, compiled=True)
+
+
+def rows_of(case: Case, device: str, compiled: bool, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Measures one case; prints the table."""
+    x, y = events_of(case, device)
+    steps = dict(methods(case, device, compiled))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+
+    def run(step: Step, count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step(x, y)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / count
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries
+        for step in steps.values():
+            run(step, WARM_UP)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(run(step, STEPS))
+    middle = {name: median(found) for name, found in times.items()}
+    fastest = min((name for name in times if name != "ulr"), key=middle.get)
+    rows = []
+    for name, found in times.items():
+        low, _, high = quantiles(found, n=4)
+        ratio = median(mine / other for mine, other in zip(found, times[fastest], strict=True))
+        rows.append(
+            {"case": case.name, "method": name, "steps": case.steps, "batch": case.batch, "width": case.width,
+             "density": case.density, "device": device, "threads": torch.get_num_threads(), "dtype": "float32",
+             "ms": round(middle[name], 2), "ms_low": round(low, 2), "ms_high": round(high, 2), "ratio": round(ratio, 3),
+             **about(name.split()[0], device)}
+        )  # fmt: skip
+        print(f"{case.name:10} T={case.steps:<5} B={case.batch:<4} N={case.width:<6} {name:32} {middle[name]:9.2f} ms "
+              f"({low:.2f} to {high:.2f}), {ratio:.2f} of {fastest}", flush=True)  # fmt: skip
+    return rows
+
+
+def about(library: str, device: str) -> dict[str, str]:
+    name = "ulr-snn" if library == "ulr" else library
+    where = machine() if device == "cpu" else torch.cuda.get_device_name()
+    return {"machine": where, "torch": torch.__version__, "library": f"{name} {importlib.metadata.version(name)}",
+            "date": datetime.date.today().isoformat()}  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+# -- roofline ----------------------------------------------------------------------------------------------
+
+
+def ceilings() -> tuple[float, float]:
+    """Multiply-adds and bytes a second of this machine: of a square product, and of a copy that no cache holds."""
+    a, big = torch.randn(1024, 1024), torch.ones(1 << 25)
+    target = torch.zeros_like(big)
+    products = min(timed(lambda: a @ a) for _ in range(20))
+    copies = min(timed(lambda: target.copy_(big)) for _ in range(10))
+    return 1024**3 / products, 2 * 4 * len(big) / copies
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def demand(case: Case) -> tuple[float, float]:
+    """Multiply-adds and bytes that a step cannot do without: products of the first layer with its events (forward and
+    weights), dense ones of all later layers (forward, weights, credit); current, drive, spikes, slope and credit of
+    every neuron at every time step, each written and read once."""
+    rows, n = case.steps * case.batch, case.width
+    if case.kind == "conv":
+        first, second, last = 50 * 12 * 17 * 17, 108 * 24 * 9 * 9, 24 * 9 * 9 * n
+        products, neurons = rows * (2 * first + 3 * second + 3 * last), 12 * 17 * 17 + 24 * 9 * 9 + n
+    else:
+        products = rows * 2 * case.density * case.inputs * n
+        products += rows * 3 * n * n * {"dense": 1, "recurrent": 1, "wide": 0}[case.kind]
+        neurons = n * {"dense": 2, "recurrent": 1, "wide": 1}[case.kind]
+    return products, 2 * 5 * 4 * rows * neurons
+
+
+def roofline(cases: list[Case]) -> list[dict[str, Any]]:
+    macs, moved = ceilings()
+    rows = []
+    for case in cases:
+        x, y = events_of(case, "cpu")
+        step = likelihood_ratio(case, "cpu")
+        for _ in range(WARM_UP):
+            step(x, y)
+        ms = 1e3 * median(timed(lambda step=step, x=x, y=y: step(x, y)) for _ in range(24))
+        products, size = demand(case)
+        bound = 1e3 * (products / macs + size / moved)
+        rows.append({"case": case.name, "products": products, "bytes": size, "machine_products_a_second": macs,
+                     "machine_bytes_a_second": moved, "bound_ms": round(bound, 2), "ms": round(ms, 2),
+                     "fraction": round(bound / ms, 3), **about("ulr", "cpu")})  # fmt: skip
+        print(f"{case.name}: {products / 1e6:.0f} M multiply-adds at {macs / 1e9:.0f} G/s, {size / 1e6:.0f} MB at "
+              f"{moved / 1e9:.1f} GB/s: {bound:.1f} ms; a step takes {ms:.1f} ms, {bound / ms:.0%}")  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["dense", "recurrent", "conv"])
+    parser.add_argument("--sweep", choices=SWEEPS)
+    parser.add_argument("--roofline", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="the peers by torch.compile as well")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    cases = [CASES[name] for name in arguments.cases]
+    if arguments.roofline:
+        write(arguments.results / "roofline.csv", roofline(cases))
+        return
+    rounds = 3 if arguments.sweep else ROUNDS
+    if arguments.sweep:
+        cases = [case.at(**{arguments.sweep: size}) for case in cases for size in SWEEPS[arguments.sweep]]
+    for case in cases:
+        write(arguments.results / "speed.csv", rows_of(case, arguments.device, arguments.compiled, rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Training steps in parts of time, so that what a step keeps does not grow with the number of time steps.
+
+A first pass goes through the parts and leaves the outputs, what the feedback is learned from, and how the layers stand
+before some of the parts. Then the parts run once more, last to first, each with its graph, and the credit of a part
+goes on from what the next one left: g of every layer at its first step. The second time the spikes are either known,
+one bit each ("bits"), or drawn again from the same noise ("replay"). Both give the gradient of the whole sequence.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.prediction import Lesson, Prediction, means
+from ulr_snn.errors import UsageError
+from ulr_snn.events import Events
+from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage, step_mask
+from ulr_snn.noise import Drawer, Noise, NoiseLevel
+from ulr_snn.passes import coupled_modules
+from ulr_snn.records import Record
+from ulr_snn.scan.bits import pack_bits, unpack_bits
+from ulr_snn.scan.fused import State
+from ulr_snn.sites import bind_sites, own_modules
+
+TOGETHER = 1 << 18  # spikes of a part
+SLOTS = 12  # parts before which it is kept how the layers stand; longer sequences have parts of parts
+TIMELESS = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
+
+
+def chain(model: nn.Module) -> list[nn.Module]:
+    """The modules that a model runs one after another."""
+    return [part for module in model for part in chain(module)] if type(model) is nn.Sequential else [model]
+
+
+@torch.no_grad()
+def neurons(model: nn.Module, frames: Tensor, dtype: torch.dtype) -> int:
+    """Those of a sample in all layers. Raises UsageError for a model that has to see all time steps at once."""
+    x, found = frames[:1, :2].to(dtype), 0
+    for module in Split.of(model).front:
+        x = module(x)
+        found += x[0, 0].numel() if isinstance(module, LIF) else 0
+    return found
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model in front: modules that see each time step by itself, or carry a state that is known; average: over time,
+    where there is one; back: what comes after it."""
+
+    front: list[nn.Module]
+    average: TimeAverage | None
+    back: list[nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Split":
+        """Raises UsageError for a model that has to see all time steps at once."""
+        modules = chain(model)
+        cut = next((i for i, module in enumerate(modules) if type(module) is TimeAverage), len(modules))
+        if bad := next((module for module in modules[:cut] if not local_in_time(module)), None):
+            raise UsageError(
+                f"{type(bad).__name__} is not known to see each time step by itself, which parts of time need; use "
+                "memory='auto', or nn.Sequential of Linear, Flatten, Fold and ulr_snn's neurons"
+            )
+        neurons = [module for module in modules[:cut] if isinstance(module, LIF)]
+        if len(set(map(id, neurons))) < len(neurons):
+            raise UsageError("parts of time need a neuron layer of its own at every place; use memory='auto'")
+        return cls(modules[:cut], modules[cut] if cut < len(modules) else None, modules[cut + 1 :])
+
+    @property
+    def readouts(self) -> list[LeakyReadout]:
+        return [module for module in self.front if isinstance(module, LeakyReadout)]
+
+
+def local_in_time(module: nn.Module) -> bool:
+    """Whether a module gives for a part of time what it gives there for the whole, from a state that is known."""
+    if type(module) is nn.Flatten:
+        return module.start_dim >= 2
+    if type(module) is nn.Unflatten:
+        return isinstance(module.dim, int) and module.dim >= 2
+    if type(module) in (LIF, RecurrentLIF):
+        return not any(q.requires_grad for q in (module.beta, module.threshold))
+    if type(module) is LeakyReadout:
+        return not module.beta.requires_grad
+    if type(module) is Fold:
+        return not coupled_modules(module) and not [m for m in own_modules(module) if m is not module]
+    return type(module) in TIMELESS
+
+
+@dataclass
+class PartSite:
+    """The firing site of a layer over a part of time from step `first` on. records: gets its record, if there is a
+    list; known: its spikes, where they need not be drawn. Afterwards it holds what it has seen, and `state` its last
+    step."""
+
+    name: str
+    index: int
+    level: NoiseLevel
+    noise: Noise
+    first: int
+    state: State | None
+    records: list[Record] | None
+    known: Tensor | None
+    before: Tensor | None = None  # spikes of the step before
+    current: Tensor | None = None
+    spikes: Tensor | None = None
+    fed_back: Tensor | None = None
+
+    def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
+        scale = self.level.scale(self.name, neuron.threshold, None).detach()
+        drawer = Drawer(self.noise, self.level.firing, self.index, len(current), scale, self.first)
+        if self.state is None:
+            self.state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
+        self.state = self.state.copy()
+        self.before = self.state.spikes.clone()
+        with torch.no_grad():
+            spikes, x, self.fed_back = neuron.fired(current, drawer, self.state, self.known)
+        self.current, self.spikes = current.detach(), spikes
+        if self.records is not None:
+            x, entry = neuron.x_at(current, spikes, x, self.fed_back, scale, self.before)
+            mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+            self.spikes = spikes = spikes.requires_grad_()
+            about = (self.name, neuron, self.current, scale, x, spikes, [spikes], self.level.firing, mask)
+            self.records.append(Record(*about, self.fed_back, entry=entry))
+        return spikes
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the layers stand between two time steps. states: by site; membranes: of the readouts; empty at the start."""
+
+    states: dict[str, State] = field(default_factory=dict)
+    membranes: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a part of time leaves for the credit, as a `Pass` does."""
+
+    ends: list[tuple[Tensor, Tensor]]
+    records: list[Record]
+    error: None = None
+
+
+class Parts:
+    """One training step of one copy of a batch, in parts of time.
+
+    frames [T, B, ...] as they came, dtype: of the model; layers: of the model, by name; size: time steps of a part;
+    bits: keep the spikes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[tuple[str, LIF]],
+        level: NoiseLevel,
+        noise: Noise,
+        frames: Tensor,
+        dtype: torch.dtype,
+        lengths: Tensor | None,
+        size: int,
+        bits: bool,
+    ) -> None:
+        self.model, self.layers, self.level, self.noise = model, layers, level, noise
+        self.frames, self.dtype, self.lengths = frames, dtype, lengths
+        self.split = Split.of(model)
+        steps = len(frames)
+        self.parts = [range(t, min(t + size, steps)) for t in range(0, steps, size)]
+        self.bits: dict[tuple[str, int], Tensor] | None = {} if bits else None
+        self.kept: list[tuple[list[range], Standing]] = []  # groups of parts, and how the layers stand before each
+        self.sizes: dict[str, torch.Size] = {}  # of a layer at one time step
+        self.steps_run = 0  # by all parts together
+        own = torch.arange(steps, device=frames.device)[:, None]
+        self.valid = own < (lengths if lengths is not None else torch.full(frames.shape[1:2], steps))
+
+    # -- forwards --------------------------------------------------------------------------------------------
+
+    def run(
+        self, part: range, standing: Standing, records: list[Record] | None = None
+    ) -> tuple[Tensor, Standing, dict[str, PartSite], list[Tensor]]:
+        """Front's outputs over a part, how the layers stand after it, the sites, and the readouts' last membranes."""
+        self.steps_run += len(part)
+        now = slice(part.start, part.stop)
+        x = Events.of(self.frames[now], self.dtype)
+        lengths = None if self.lengths is None else (self.lengths - part.start).clamp(0, len(part))
+        sites = {}
+        for index, (name, _) in enumerate(self.layers):
+            known = self.bits.get((name, part.start)) if self.bits is not None else None
+            if known is not None:
+                shape = self.sizes[name]
+                known = unpack_bits(known, shape.numel(), self.dtype).unflatten(-1, shape)
+            state = standing.states.get(name)
+            sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known)
+        membranes = iter(standing.membranes or [None] * len(self.split.readouts))
+        last = []
+        with bind_sites(self.model, list(sites.values()), lengths, self.layers):
+            for module in self.split.front:
+                if isinstance(module, LeakyReadout):
+                    x = module(x, next(membranes))
+                    last.append(x[-1])
+                else:
+                    x = module(x)
+        after = Standing({name: site.state for name, site in sites.items()}, [u.detach() for u in last])
+        return x, after, sites, last
+
+    @torch.no_grad()
+    def forward(self, lessons: list[Lesson]) -> tuple[Tensor, list[tuple[dict[str, Tensor], Tensor]]]:
+        """Front's outputs [T, B, ...] of all parts, or their average over time; and of every lesson what spikes of the
+        sources and currents deviate by, at its rows."""
+        standing, outputs, learned = Standing(), [], [Rows(lesson) for lesson in lessons]
+        share = self.share()
+        for group in grouped(self.parts):
+            self.kept.append((group, standing))
+            for part in group:
+                x, standing, sites, _ = self.run(part, standing)
+                for rows in learned:
+                    rows.see(part, sites, self.valid)
+                for name, site in sites.items():
+                    self.sizes[name] = site.spikes.shape[2:]
+                    if self.bits is not None:
+                        self.bits[name, part.start] = pack_bits(site.spikes.flatten(2))
+                if share is not None:
+                    x = (x * shaped(share[part.start : part.stop], x)).sum(0, keepdim=True)
+                    outputs = [x if not outputs else outputs[0] + x]
+                else:
+                    outputs.append(x)
+        found = torch.cat(outputs)
+        return found if share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
+
+    def share(self) -> Tensor | None:
+        """[T, B]: of each time step in the average; None where there is none."""
+        if self.split.average is None:
+            return None
+        return self.valid.to(self.dtype) / self.valid.sum(0)
+
+    # -- backwards -------------------------------------------------------------------------------------------
+
+    def backward(self, error: Tensor, prediction: Prediction, wanted: list[nn.Parameter]) -> None:
+        """Adds the gradient of the batch's mean loss. error: ∂L/∂ what `forward` gave, of each sample's own loss."""
+        self.later: dict[str, Tensor] = {}
+        self.membranes: list[Tensor | None] = [None] * len(self.split.readouts)
+        while self.kept:
+            self._group(*self.kept.pop(), error, prediction, wanted)
+
+    def _group(self, group: list[range], standing: Standing, *about: object) -> None:
+        """The parts of a group, last to first; of one that has more than one, how layers stand is found first."""
+        if len(group) == 1:
+            self._part(group[0], standing, *about)
+            return
+        kept = []
+        for smaller in grouped(group):
+            kept.append((smaller, standing))
+            with torch.no_grad():
+                for part in smaller if smaller[-1] != group[-1] else []:
+                    standing = self.run(part, standing)[1]
+        while kept:
+            self._group(*kept.pop(), *about)
+
+    def _part(
+        self, part: range, standing: Standing, error: Tensor, prediction: Prediction, wanted: list[nn.Parameter]
+    ) -> None:
+        before = [None if u is None else u.requires_grad_() for u in standing.membranes]
+        records: list[Record] = []
+        x, _, _, last = self.run(part, Standing(standing.states, before), records)
+        now, share = slice(part.start, part.stop), self.share()
+        arriving = error[now] if share is None else error[None] * shaped(share[now], x)
+        ends = [(x, arriving)]
+        ends += [(u, g) for u, g in zip(last, self.membranes, strict=True) if g is not None]
+        credits = prediction.credit(Piece(ends, records), self.later)
+        if before and before[0] is not None:
+            tensors, gradients = zip(*[(end, g) for end, g in ends if end.requires_grad], strict=True)
+            self.membranes = list(torch.autograd.grad(tensors, before, gradients, retain_graph=True))
+        weight = 1 / x.shape[1]
+        entries = [
+            (record.entry, credit.current.mul_(weight))
+            for record, credit in zip(records, credits, strict=True)
+            if record.x.requires_grad and credit.current is not None
+        ]
+        entries += [(end, g * weight) for end, g in ends if end.requires_grad]
+        if entries and wanted:
+            torch.autograd.backward(*zip(*entries, strict=True), inputs=wanted)
+
+
+class Rows:
+    """Collects what a lesson is learned from over the parts of a first pass: see `prediction.contrast`."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self.lesson = lesson
+        self.spikes: dict[str, Tensor] = {}
+        self.current: Tensor | None = None
+
+    def see(self, part: range, sites: dict[str, PartSite], valid: Tensor) -> None:
+        lesson, own = self.lesson, valid[part.start : part.stop]
+        now = lesson.rows[0] + lesson.before
+        here = (now >= part.start) & (now < part.stop)
+        rows = now[here] - part.start, lesson.rows[1][here]
+        target = sites[lesson.target]
+        current = target.fed_back if lesson.before else target.current
+        self.current = put(self.current, here, current, own, rows)
+        for name in lesson.paths:
+            spikes = sites[name].spikes
+            if lesson.before:
+                spikes = torch.cat([sites[name].before[None], spikes[:-1]])
+            self.spikes[name] = put(self.spikes.get(name), here, spikes, own, rows)
+
+
+def put(found: Tensor | None, here: Tensor, sequence: Tensor, valid: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """Deviations of rows (t, b) of a part's sequence [t, B, ...] from the mean over samples, at their places."""
+    if found is None:
+        found = sequence.new_empty(len(here), *sequence.shape[2:])
+    found[here] = sequence[rows] - means(sequence, valid)[rows[0], 0]
+    return found
+
+
+def grouped(parts: list[range]) -> list[list[range]]:
+    """Parts in `SLOTS` groups, or fewer."""
+    size = -(-len(parts) // SLOTS)
+    return [parts[i : i + size] for i in range(0, len(parts), size)]
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[t, B, 1, ...] of [t, B]."""
+    return rows.view(*rows.shape, *[1] * (like.ndim - 2))
