@@ -21,7 +21,8 @@ def path(reset: str, device: torch.device, seed: int = 0, neurons: tuple[int, ..
     beta = 0.3 + 0.6 * torch.rand(neurons, generator=generator)
     neuron = LIF(beta, 0.5 + torch.rand(neurons, generator=generator), reset).double().to(device)
     membrane = 2 * draw()
-    return Recurrence(neuron, draw(), (draw() < 0.4).double(), lambda: membrane)
+    slope = draw()
+    return Recurrence(neuron, lambda: slope, (draw() < 0.4).double(), lambda: membrane)
 
 
 # -- the reset ---------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_response_is_the_derivative_of_the_mean_field(reset, device):
     def spikes(size: Tensor) -> Tensor:
         moved, found = torch.zeros_like(u[0]), []
         for t in range(len(u)):
-            s = p.spikes[t] + size * innovations[t] + p.slope[t] * moved
+            s = p.spikes[t] + size * innovations[t] + p.slope()[t] * moved
             found.append(s)
             known, now = u[t], u[t] + moved
             if reset == "zero":
@@ -73,7 +74,7 @@ def test_credit_of_the_input_current(reset, device):
     beta = p.neuron.beta
     for t in range(9):
         kick = torch.zeros_like(a)
-        kick[t] = p.slope[t]  # the spike at t that a unit of current makes; what it leaves in the membrane:
+        kick[t] = p.slope()[t]  # the spike at t that a unit of current makes; what it leaves in the membrane:
         kept = beta * (1 - p.spikes[t]) if reset == "zero" else beta
         after = currents[t + 1] if t + 1 < 9 else torch.zeros_like(a[0])
         torch.testing.assert_close(currents[t], (total * kick).sum(0) + kept * after, rtol=1e-12, atol=1e-12)

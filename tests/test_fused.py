@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit.recurrence import Recurrence
-from ulr_snn.neurons import SpikingNeuron
+from ulr_snn.neurons import SpikingNeuron, step_mask
 from ulr_snn.noise import Drawer, Noise
+from ulr_snn.records import Record
 from ulr_snn.scan import fused, leaky_drive
 from ulr_snn.scan.fused import State
 
@@ -97,16 +98,24 @@ def test_two_parts_of_time_equal_the_whole(reset, kernels, reference):
 
 @each_shape
 @each_reset
-def test_credit_and_filter_equal_the_reference(shape, reset, reference):
+@pytest.mark.parametrize("law", [Logistic(), Gaussian()], ids=["logistic", "gaussian"])
+def test_credit_and_filter_equal_the_reference(shape, reset, law, reference):
     neuron = neuron_of(shape, reset, False)
-    a, slope, membrane = current_of(shape, 1), 0.1 * current_of(shape, 2).square(), current_of(shape, 3)
+    a, x, later = current_of(shape, 1), current_of(shape, 2), current_of(shape[1:], 3)
     spikes = (current_of(shape, 4) > 0.5).float()
+    mask = step_mask(torch.arange(shape[1]) % shape[0] + 1, x)
+    record = Record("", neuron, x, torch.tensor(1.3), x, spikes, [spikes], law, mask)
+    slope = mask * law.slope(x) / 1.3
+    recurrence = Recurrence(neuron, lambda: slope, spikes, record.membrane, fused=record.fused_credit)
     current = current_of(shape).requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
-        recurrence = Recurrence(neuron, slope, spikes, lambda: membrane)
+        after = later.clone()
         drive = leaky_drive(current, neuron.beta, neuron.threshold, reset, spikes)
-        return *recurrence.credit(a), torch.autograd.grad(drive, current, a)[0]
+        found = *recurrence.credit(a, later=after), torch.autograd.grad(drive, current, a)[0]
+        total, again = recurrence.credit(a.clone(), False, later.clone(), overwrite=True)
+        assert total is None and torch.equal(again, found[1]) and torch.equal(after, found[1][0])
+        return found
 
     ours = run()
     reference()

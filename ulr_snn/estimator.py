@@ -34,13 +34,13 @@ from ulr_snn.neurons import own_spread
 from ulr_snn.noise import WIDENING, CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
 from ulr_snn.passes import Forward, Pass, as_frames, check_outputs, runs_by_step
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
-from ulr_snn.stepsize import StepSizes
+from ulr_snn.stepsize import StepSizes, times_summed
 from ulr_snn.structure import Structure, judging_of
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
 MEMORY = ("auto", "bits", "replay")
-WHOLE = 1 << 29  # bytes that memory "auto" lets a step over the whole sequence keep
+WHOLE = 1 << 28  # bytes that memory "auto" lets a step over the whole sequence keep
 KEPT = 40  # bytes that such a step keeps of every neuron at every time step, about
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
@@ -249,8 +249,8 @@ class Attachment:
         targets = targets.to(frames.device)
         lengths = None if lengths is None else lengths.to(frames.device)
         self.level.progress = self._progress()
-        few = self._few(frames, dtype, lengths)  # samples of which a step in parts of time sees the whole sequence
-        x = Events.of(frames if few is None else frames[:, :few], dtype)
+        few = self._few(frames, dtype, lengths)
+        x = Events.of(frames if few is None else frames[few], dtype)
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
@@ -317,9 +317,10 @@ class Attachment:
 
     # -- in parts of time ----------------------------------------------------------------------------------
 
-    def _few(self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> int | None:
-        """Samples whose whole sequence has about as many spikes as a part of time of the batch; None for steps over the
-        whole sequence. Raises UsageError where parts are asked for and cannot be."""
+    def _few(self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> tuple[slice, slice] | None:
+        """First time steps, and samples, with about as many spikes as a part of time of the batch: what steps in parts
+        measure by; None for steps over the whole sequence. Raises UsageError where parts are asked for and cannot be.
+        """
         asked = self.estimator.memory != "auto"
         try:
             if self.neurons is None:
@@ -335,7 +336,8 @@ class Attachment:
             if asked:
                 raise UsageError(f"ULR got memory={self.estimator.memory!r}, but {why}; use memory='auto'")
             return None
-        return min(batch, max(2, parts.TOGETHER // (steps * max(1, self.neurons))))
+        size = parts.TOGETHER // max(1, self.neurons)  # time steps of samples
+        return slice(0, max(1, size // 2)), slice(0, max(2, size // steps))
 
     def _whole_only(self, batch: int, lengths: Tensor | None) -> str | None:
         """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
@@ -362,7 +364,7 @@ class Attachment:
         targets: Tensor,
         lengths: Tensor | None,
         objective: Objective,
-        few: int,
+        few: tuple[slice, slice],
     ) -> Estimate:
         """A step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
         if objective.counts:
@@ -370,7 +372,8 @@ class Attachment:
         steps, batch = frames.shape[:2]
         first = self.structure is None
         if first or self._wants_to_measure():
-            sample = Events.of(frames[:, :few], dtype), targets[:few], None if lengths is None else lengths[:few]
+            own = None if lengths is None else lengths[few[1]].clamp(max=few[0].stop)
+            sample = Events.of(frames[few], dtype), targets[few[1]], own
             p = forward.run(*sample, objective, [0])
             if first:
                 self._observe(forward, p, *sample, objective)
@@ -392,6 +395,8 @@ class Attachment:
             outputs = module(outputs)
         check_outputs(outputs, steps, batch)
         judgement = forward.judge(outputs, {}, targets, lengths, objective, [0])
+        if first and self.step_sizes is not None:
+            self.step_sizes.summed = times_summed(judgement)  # the whole sequence has more steps than were measured
         self.step += 1
         losses = judgement.loss[None]
         if self._usable(losses):
@@ -404,7 +409,7 @@ class Attachment:
                 (error,) = torch.autograd.grad(outputs, seen, error)
             run.backward(error, self.prediction, wanted)
             self.mean_loss = moving(self.mean_loss, losses)
-        passes = -(-run.steps_run // steps) * batch + forward.extra_passes * few
+        passes = -(-run.steps_run // steps) * batch + (forward.extra_passes + 1) * min(batch, few[1].stop)
         self.forward_passes += passes
         stats = {"copies": 1, "step": self.step, "parts": len(run.parts)}
         if not torch.isfinite(losses).all():

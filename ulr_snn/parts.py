@@ -23,7 +23,7 @@ from ulr_snn.scan.fused import State
 from ulr_snn.sites import bind_sites, own_modules
 
 TOGETHER = 1 << 18  # spikes of a part
-SLOTS = 12  # parts before which it is kept how the layers stand; longer sequences have parts of parts
+SLOTS = 6  # parts before which it is kept how the layers stand; longer sequences have parts of parts
 TIMELESS = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
@@ -110,8 +110,8 @@ class PartSite:
         drawer = Drawer(self.noise, self.level.firing, self.index, len(current), scale, self.first)
         if self.state is None:
             self.state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
-        self.state = self.state.copy()
-        self.before = self.state.spikes.clone()
+        self.before = self.state.spikes.to(current.dtype)
+        self.state = State(self.state.membrane.clone(), self.before.clone())
         with torch.no_grad():
             spikes, x, self.fed_back = neuron.fired(current, drawer, self.state, self.known)
         self.current, self.spikes = current.detach(), spikes
@@ -126,7 +126,8 @@ class PartSite:
 
 @dataclass(frozen=True)
 class Standing:
-    """How the layers stand between two time steps. states: by site; membranes: of the readouts; empty at the start."""
+    """How the layers stand between two time steps. states: by site, their spikes as bool; membranes: of the readouts;
+    empty at the start."""
 
     states: dict[str, State] = field(default_factory=dict)
     membranes: list[Tensor | None] = field(default_factory=list)
@@ -165,9 +166,10 @@ class Parts:
         self.split = Split.of(model)
         steps = len(frames)
         self.parts = [range(t, min(t + size, steps)) for t in range(0, steps, size)]
-        self.bits: dict[tuple[str, int], Tensor] | None = {} if bits else None
+        self.bits: dict[str, Tensor] | None = {} if bits else None  # [T, B, words] of each site
         self.kept: list[tuple[list[range], Standing]] = []  # groups of parts, and how the layers stand before each
         self.sizes: dict[str, torch.Size] = {}  # of a layer at one time step
+        self.known = False  # whether the first pass is over
         self.steps_run = 0  # by all parts together
         own = torch.arange(steps, device=frames.device)[:, None]
         self.valid = own < (lengths if lengths is not None else torch.full(frames.shape[1:2], steps))
@@ -184,10 +186,10 @@ class Parts:
         lengths = None if self.lengths is None else (self.lengths - part.start).clamp(0, len(part))
         sites = {}
         for index, (name, _) in enumerate(self.layers):
-            known = self.bits.get((name, part.start)) if self.bits is not None else None
-            if known is not None:
+            known = None
+            if self.bits is not None and self.known:
                 shape = self.sizes[name]
-                known = unpack_bits(known, shape.numel(), self.dtype).unflatten(-1, shape)
+                known = unpack_bits(self.bits[name][now], shape.numel(), self.dtype).unflatten(-1, shape)
             state = standing.states.get(name)
             sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known)
         membranes = iter(standing.membranes or [None] * len(self.split.readouts))
@@ -199,7 +201,8 @@ class Parts:
                     last.append(x[-1])
                 else:
                     x = module(x)
-        after = Standing({name: site.state for name, site in sites.items()}, [u.detach() for u in last])
+        states = {name: State(site.state.membrane, site.state.spikes.bool()) for name, site in sites.items()}
+        after = Standing(states, [u.detach() for u in last])
         return x, after, sites, last
 
     @torch.no_grad()
@@ -217,12 +220,16 @@ class Parts:
                 for name, site in sites.items():
                     self.sizes[name] = site.spikes.shape[2:]
                     if self.bits is not None:
-                        self.bits[name, part.start] = pack_bits(site.spikes.flatten(2))
+                        packed = pack_bits(site.spikes.flatten(2))
+                        if name not in self.bits:  # in one piece: many small ones would scatter over the heap
+                            self.bits[name] = packed.new_empty(len(self.frames), *packed.shape[1:])
+                        self.bits[name][part.start : part.stop] = packed
                 if share is not None:
                     x = (x * shaped(share[part.start : part.stop], x)).sum(0, keepdim=True)
                     outputs = [x if not outputs else outputs[0] + x]
                 else:
                     outputs.append(x)
+        self.known = True
         found = torch.cat(outputs)
         return found if share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
 

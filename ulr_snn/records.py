@@ -71,10 +71,25 @@ class Record:
     @cached_property
     def slope_of_membrane(self) -> Tensor:
         """∂p/∂u = p' / scale."""
-        lengths = None if self.mask is None else self.mask.sum(0).flatten()
         law = law_of(self.firing)
-        done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, lengths)
+        done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, self._lengths)
         return self.slope / self.scale if done is None else done
+
+    def fused_credit(
+        self, a: Tensor, later: Tensor, totals: bool, overwrite: bool
+    ) -> tuple[Tensor | None, Tensor] | None:
+        """See `scan.fused.credit`."""
+        law, neuron = law_of(self.firing), self.neuron
+        if law is None:
+            return None
+        beta, threshold = neuron.beta.detach().clamp(0, 1), neuron.threshold.detach()
+        of_pass = self.x.detach(), law, self.scale, self._lengths, self.spikes.detach()
+        return fused.credit(a, *of_pass, beta, threshold, neuron.reset, later, totals, overwrite)
+
+    @property
+    def _lengths(self) -> Tensor | None:
+        """Steps of each row that are no padding, [B]."""
+        return None if self.mask is None else self.mask.sum(0).flatten()
 
     def score(self) -> Tensor:
         """δ = ∂ log P(s) / ∂x."""

@@ -114,11 +114,17 @@ class Shared(Path):
 
     def backward(self, weight: Tensor, current: Tensor) -> Tensor:
         spread = self._convolve(current, weight, transposed=True)
-        return pad(spread, [-margin for margin in self._margins()])
+        margins = self._margins()
+        if min(margins) < 0:
+            return pad(spread, [-margin for margin in margins])
+        axes = zip(self.source[1:], reversed(margins[::2]), strict=True)  # a view, where nothing is to be added
+        return spread[(..., *(slice(before, before + width) for width, before in axes))]
 
     def _convolve(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         none, one = [0] * len(self.stride), [1] * len(self.stride)
         kernel = weight.T.unflatten(1, (self.source[0], *self.extent))
+        if x.ndim == 4:  # the order in memory for which the transposed convolution is fast
+            x, kernel = (value.contiguous(memory_format=torch.channels_last) for value in (x, kernel))
         return torch.convolution(x, kernel, None, self.stride, none, one, transposed, none, 1)
 
     def _margins(self) -> list[int]:

@@ -73,8 +73,9 @@ class Prediction:
                 a = added(a, from_outputs)
                 if a is not None:
                     totals = self.structure.credit != "feedback" or record.entry is None
-                    after = None if later is None else later.setdefault(record.site, torch.zeros_like(a[0]))
-                    a, currents[record.site] = self._recurrence(record).credit(a, totals, after)
+                    after = None if later is None else later.setdefault(record.site, a.new_zeros(a.shape[1:]))
+                    made_here = bool(self.structure.feeds[record.site]) and not totals  # nobody else sees it
+                    a, currents[record.site] = self._recurrence(record).credit(a, totals, after, made_here)
             predictions.append(Credit(a, currents.get(record.site)))
         return predictions[::-1]
 
@@ -170,17 +171,21 @@ class Prediction:
             return StepRecurrence(record)
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
-        slope = record.slope_of_membrane
-        return Recurrence(record.neuron, slope, record.spikes.detach(), record.membrane, path, weight)
+        spikes, slope = record.spikes.detach(), lambda: record.slope_of_membrane
+        return Recurrence(record.neuron, slope, spikes, record.membrane, path, weight, record.fused_credit)
 
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """What a step learns from: of time steps and samples [T, B] as many (t, b) as it can afford, at random, no
         padding, those of one sample side by side."""
-        rows = valid.T.flatten().nonzero().squeeze(1)
-        count = min([len(rows), *(affordable_rows(path, PRODUCTS) for path in paths.values())])
-        if count < len(rows):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            rows = rows[torch.randperm(len(rows), generator=generator)[:count].sort().values.to(rows.device)]
+        size, generator = int(valid.sum()), torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        count = min([size, *(affordable_rows(path, PRODUCTS) for path in paths.values())])
+        if 4 * count < size:  # in long sequences: no list of all rows; of the few that are drawn twice one is left out
+            rows = torch.randint(size, (count,), generator=generator).unique()
+        else:
+            rows = torch.randperm(size, generator=generator)[:count].sort().values
+        rows = rows.to(valid.device)
+        if size < valid.numel():
+            rows = valid.T.flatten().nonzero().squeeze(1)[rows]
         return rows % len(valid), rows // len(valid)
 
 

@@ -21,6 +21,7 @@ leads from the credit of x_t and of the states after t to that of J_t, of the sp
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from torch import Tensor
 from ulr_snn.credit.maps import Full, Path
 from ulr_snn.neurons import SpikingNeuron
 from ulr_snn.records import Record
-from ulr_snn.scan import fused
 
 
 @dataclass
@@ -37,14 +37,16 @@ class Recurrence:
 
     slope: p' per unit of membrane; membrane: gives u where the reset needs it; all [T, B, ...].
     path, weight: of the recurrent current, as learned; None where there is none, or nothing is learned yet.
+    fused: credit without recurrent weights at one go, where there is a kernel (`Record.fused_credit`).
     """
 
     neuron: SpikingNeuron
-    slope: Tensor
+    slope: Callable[[], Tensor]
     spikes: Tensor
     membrane: Callable[[], Tensor]
     path: Path | None = None
     weight: Tensor | None = None
+    fused: Callable[[Tensor, Tensor, bool, bool], Any] | None = None
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """beta k_t and h_t, broadcast over time where they are constant."""
@@ -55,25 +57,24 @@ class Recurrence:
         h = -self.neuron.threshold.detach() if self.neuron.reset == "subtract" else torch.zeros_like(beta)
         return beta.expand(steps, *beta.shape), h.expand(steps, *h.shape)
 
-    def credit(self, a: Tensor, totals: bool = True, later: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    def credit(
+        self, a: Tensor, totals: bool = True, later: Tensor | None = None, overwrite: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
         """(a + h g + C g, g) [T, B, ...]: total credit of every spike, if it is asked for, and credit ∂L/∂J of every
-        input current. later: g [B, ...] of the step after the last, which becomes that of the first."""
-        neuron = self.neuron
-        beta, threshold = neuron.beta.detach().clamp(0, 1), neuron.threshold.detach()
-        later = torch.zeros_like(a[0]) if later is None else later
-        if self.weight is None:
-            membrane = self.membrane() if neuron.reset == "zero" else None
-            done = fused.credit(a, self.slope, membrane, self.spikes, beta, threshold, neuron.reset, later, totals)
-            if done is not None:
-                return done
+        input current. later: g [B, ...] of the step after the last, which becomes that of the first. overwrite: a is
+        not needed any more."""
+        later = a.new_zeros(a.shape[1:]) if later is None else later
+        done = self.fused(a, later, totals, overwrite) if self.fused is not None and self.weight is None else None
+        if done is not None:
+            return done
         kept, h = self._steps()
-        through = self._through(h)
+        through, slope = self._through(h), self.slope()
         total, currents = torch.empty_like(a if totals else a[:1]), torch.empty_like(a)
         g = later
         for t in range(len(a) - 1, -1, -1):
             now = total[t] if totals else total[0]
             through(t, a[t], g, now)
-            g = torch.mul(kept[t], g, out=currents[t]).addcmul_(now, self.slope[t])
+            g = torch.mul(kept[t], g, out=currents[t]).addcmul_(now, slope[t])
         later.copy_(g)
         return total if totals else None, currents
 
@@ -95,12 +96,13 @@ class Recurrence:
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
         """e [T, B, ...]: innovations and changes of the input currents, with what they do to the layer's spikes."""
         kept, h = self._steps()
+        slope = self.slope()
         response = torch.empty_like(innovations)
         moved = torch.zeros_like(innovations[0])
         for t in range(len(innovations)):
             if currents is not None:
                 moved = moved + currents[t]
-            torch.addcmul(innovations[t], moved, self.slope[t], out=response[t])
+            torch.addcmul(innovations[t], moved, slope[t], out=response[t])
             moved = kept[t] * moved + h[t] * response[t]
             if self.weight is not None:
                 moved = moved + self.path.forward(self.weight, response[t])

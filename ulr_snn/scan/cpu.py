@@ -183,27 +183,32 @@ def slopes(law, x, scale, own, out):
 
 
 @_compiled(parallel=True)
-def credit(a, slope, membrane, spikes, beta, threshold, reset, later, totals, currents):
+def credit(a, x, law, scale, own, spikes, beta, threshold, reset, later, totals, currents):
     """`Recurrence.credit` without recurrent weights: total_t = a_t + h_t g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
-    all [T, B, N], from g = later [B, N] on, which becomes the first step's. membrane, spikes: read for "zero" alone;
-    totals: [T, B, N], or [0, 0, 0] where they are not asked for."""
+    all [T, B, N], from g = later [B, N] on, which becomes the first step's. x: standardised drives, of which p' is made
+    (see `slopes`); spikes: read for "zero" alone; totals: [T, B, N], or [0, 0, 0] where they are not asked for.
+    currents may be a."""
     steps, rows, neurons = a.shape
     for b in numba.prange(rows):
-        g, total = later[b], np.empty(neurons, np.float32)
+        g, total, slope = later[b], np.empty(neurons, np.float32), np.empty(neurons, np.float32)
         for back in range(steps):
             t = steps - 1 - back
+            here = x[t, b]
+            _slope(law, here, slope)
+            for n in range(neurons):
+                slope[n] = slope[n] / scale[n] if t < own[b] else _f(0)
             if reset == SUBTRACT:
                 for n in range(neurons):
                     total[n] = a[t, b, n] - threshold[n] * g[n]
-                    g[n] = beta[n] * g[n] + total[n] * slope[t, b, n]
+                    g[n] = beta[n] * g[n] + total[n] * slope[n]
             elif reset == ZERO:
                 for n in range(neurons):
-                    total[n] = a[t, b, n] - beta[n] * membrane[t, b, n] * g[n]
-                    g[n] = beta[n] * (_ONE - spikes[t, b, n]) * g[n] + total[n] * slope[t, b, n]
+                    total[n] = a[t, b, n] - beta[n] * (here[n] * scale[n] + threshold[n]) * g[n]
+                    g[n] = beta[n] * (_ONE - spikes[t, b, n]) * g[n] + total[n] * slope[n]
             else:
                 for n in range(neurons):
                     total[n] = a[t, b, n]
-                    g[n] = beta[n] * g[n] + total[n] * slope[t, b, n]
+                    g[n] = beta[n] * g[n] + total[n] * slope[n]
             currents[t, b] = g
             if len(totals):
                 totals[t, b] = total

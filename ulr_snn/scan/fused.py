@@ -24,9 +24,6 @@ class State:
     membrane: Tensor
     spikes: Tensor
 
-    def copy(self) -> "State":
-        return State(self.membrane.clone(), self.spikes.clone())
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -117,20 +114,32 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor
 
 
 def credit(
-    a: Tensor, slope: Tensor, membrane: Tensor | None, spikes: Tensor, beta: Tensor, threshold: Tensor, reset: str,
-    later: Tensor, totals: bool,
-) -> tuple[Tensor | None, Tensor] | None:  # fmt: skip
-    """`credit.recurrence.Recurrence.credit` without recurrent weights; None where the reference has to do it. membrane:
-    for reset "zero". later: g [B, ...] of the step after the last; becomes that of the first. totals: whether they are
-    asked for."""
+    a: Tensor,
+    x: Tensor,
+    law: str,
+    scale: Tensor,
+    lengths: Tensor | None,
+    spikes: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    reset: str,
+    later: Tensor,
+    totals: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor] | None:
+    """`credit.recurrence.Recurrence.credit` without recurrent weights, of standardised drives x; None where the
+    reference has to do it. later: g [B, ...] of the step after the last; becomes that of the first. totals: whether
+    they are asked for; overwrite: a is not needed any more."""
     cpu = kernels(a)
-    if cpu is None or slope.dtype != a.dtype:
+    if cpu is None or x.dtype != a.dtype:
         return None
-    total, currents = torch.empty(a.shape if totals else (0, 0, 0)), torch.empty(a.shape)
-    leak = [_per_neuron(value, a.shape[2:]) for value in (beta, threshold)]
-    unread = slope if membrane is None else membrane
-    arrays = [_array(value) for value in (a, slope, unread, spikes)]
-    cpu.credit(*arrays, *leak, RESETS[reset], _rows(later), _array(total), _array(currents))
+    total = torch.empty(a.shape if totals else (0, 0, 0))
+    currents = a if overwrite and a.is_contiguous() else torch.empty(a.shape)
+    scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
+    cpu.credit(
+        _array(a), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
+        RESETS[reset], _rows(later), _array(total), _array(currents),
+    )  # fmt: skip
     return total if totals else None, currents
 
 

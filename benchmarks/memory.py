@@ -1,0 +1,85 @@
+"""How much memory a training step takes: likelihood ratios against surrogate-gradient BPTT in three libraries.
+
+    python -m benchmarks.memory [--cases dense recurrent] [--steps 100 500 1000] [--repeats 5]
+
+Of every figure a fresh process: the peak of what is resident (VmHWM) after three steps at T time steps, less that after
+three steps at T = 1, less what the batch of uint8 events itself has more; median over repeats. Above weights, their
+gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all (its
+matrices are reported apart, in column feedback_mb). Rows go to results/memory.csv.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.nets import CASES, NETS
+from benchmarks.speed import HERE, about, bptt, events_of, likelihood_ratio, write
+
+METHODS = ("ulr bits", "ulr replay", "ulr auto", *(f"{library} BPTT" for library in NETS))
+MB = 1 << 20
+
+
+def peak() -> int:
+    """Of what this process had resident, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def measure(name: str, method: str, steps: int) -> dict[str, float]:
+    """In this process: peaks after steps at T = 1 and at T, in bytes, and the batch."""
+    torch.set_num_threads(2)
+    case = CASES[name].at(steps=steps)
+    found = {}
+    for label, now in (("first", case.at(steps=1)), ("peak", case)):
+        x, y = events_of(now, "cpu")
+        library, _, kind = method.partition(" ")
+        step = likelihood_ratio(now, "cpu", kind) if library == "ulr" else bptt(now, "cpu", library)
+        for _ in range(3):
+            step(x, y)
+        found[label] = peak()
+        found[f"{label}_batch"] = x.numel()
+    return found
+
+
+def fresh(name: str, method: str, steps: int) -> float:
+    """MB above what a step at T = 1 takes, and above the batch."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", name, method, str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return (found["peak"] - found["first"] - (found["peak_batch"] - found["first_batch"])) / MB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["dense", "recurrent"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[100, 500, 1000])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, method, steps = arguments.one
+        print(json.dumps(measure(name, method, int(steps))))
+        return
+    for name in arguments.cases:
+        for steps in arguments.steps:
+            rows: list[dict[str, Any]] = []
+            for method in arguments.methods:
+                found = sorted(fresh(name, method, steps) for _ in range(arguments.repeats))
+                rows.append({"case": name, "method": method, "steps": steps, "batch": CASES[name].batch,
+                             "width": CASES[name].width, "mb": round(median(found), 1), "mb_low": round(found[0], 1),
+                             "mb_high": round(found[-1], 1), **about(method.split()[0], "cpu")})  # fmt: skip
+                print(f"{name:10} T={steps:<5} {method:20} {median(found):8.1f} MB ({found[0]:.1f} to {found[-1]:.1f})",
+                      flush=True)  # fmt: skip
+            write(arguments.results / "memory.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
