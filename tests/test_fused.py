@@ -10,7 +10,7 @@ from ulr_snn.neurons import SpikingNeuron, step_mask
 from ulr_snn.noise import Drawer, Noise
 from ulr_snn.records import Record
 from ulr_snn.scan import fused, leaky_drive
-from ulr_snn.scan.fused import State
+from ulr_snn.scan.state import State
 
 pytest.importorskip("numba", reason="the fused scans on a CPU are made by numba")
 

@@ -134,3 +134,13 @@ def test_training_in_parts_learns(monkeypatch):
     result = ulr_snn.train(model, loader, epochs=15, estimator=ULR(memory="replay"), progress=False)
     assert ulr_snn.evaluate(model, loader)["accuracy"] > 0.95
     assert result.metrics["forward_passes"] >= 15 * 64 * 2
+
+
+def test_the_plan_says_what_a_step_keeps(monkeypatch):
+    monkeypatch.setattr(parts, "TOGETHER", BATCH * 17 * 5)
+    x, y = data()
+    for memory, says in (("auto", "the whole sequence"), ("bits", "parts of 5 time steps"), ("replay", "drawn again")):
+        text = str(ulr_snn.plan(nets()["dense"], (x, y), ULR(memory=memory)))
+        assert says in text and "scans over time of ulr_snn's neurons: " in text
+    with pytest.raises(UsageError, match="time step by itself"):
+        ulr_snn.plan(nets()["dense"].insert(0, Backwards()), (x, y), ULR(memory="bits"))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ulr_snn import LIF
+from ulr_snn import LIF, ULR, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit.recurrence import Recurrence
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import step_mask
 from ulr_snn.noise import Gaussian, Logistic, Noise
-from ulr_snn.scan import leaky_drive, scan
+from ulr_snn.scan import fused, leaky_drive, scan
 from ulr_snn.scan.bits import pack_bits, unpack_bits
-from ulr_snn.scan.reference import RESETS
+from ulr_snn.scan.state import RESETS
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -399,3 +399,30 @@ def test_what_the_kernels_do_not_take(place):
         kernels.leaky_filter(ok, 0.9, "zero")
     with pytest.raises(UsageError, match=r"\(3, 2, 4\) in a place of shape \(3, 2, 5\)"):
         kernels.leaky_filter(ok, 0.9, "zero", spikes=ok[..., :4])
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("options", [{}, {"credit": "residual"}, {"memory": "replay"}], ids=str)
+def test_gradients_by_the_kernels_are_those_of_the_reference(place, options, reset, monkeypatch):
+    x = (torch.rand(7, 4, 6, generator=torch.Generator().manual_seed(5)) < 0.4).float().to(place) * 3
+    y, lengths = torch.arange(4, device=place) % 3, torch.tensor([7, 2, 7, 5], device=place)
+    used = []
+    launch = kernels.lif_forward
+    monkeypatch.setattr(kernels, "lif_forward", lambda *given, **named: used.append(1) or launch(*given, **named))
+
+    def run(kind: str) -> list[Tensor]:
+        monkeypatch.setattr(fused, "choice", lambda like: (kind, "asked for"))
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(6, 5), LIF(reset=reset), torch.nn.Linear(5, 4), RecurrentLIF(4, reset=reset)
+        model = torch.nn.Sequential(*layers, TimeAverage(), torch.nn.Linear(4, 3)).to(place)
+        with attach(model, ULR(firing=Logistic(scale=0.3), **options), seed=1, total_steps=20) as ulr:
+            for _ in range(2):
+                model.zero_grad()
+                ulr.backward(x, y, lengths=lengths)
+        return [q.grad for q in model.parameters()]
+
+    expected = run("reference")
+    assert not used
+    for ours, other in zip(run("gpu"), expected, strict=True):
+        assert other.any() and (ours - other).norm() <= 1e-4 * other.norm()
+    assert used

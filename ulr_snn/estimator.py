@@ -249,7 +249,7 @@ class Attachment:
         targets = targets.to(frames.device)
         lengths = None if lengths is None else lengths.to(frames.device)
         self.level.progress = self._progress()
-        few = self._few(frames, dtype, lengths)
+        few = self.in_parts(frames, dtype, lengths)
         x = Events.of(frames if few is None else frames[few], dtype)
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
@@ -317,7 +317,7 @@ class Attachment:
 
     # -- in parts of time ----------------------------------------------------------------------------------
 
-    def _few(self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> tuple[slice, slice] | None:
+    def in_parts(self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> tuple[slice, slice] | None:
         """First time steps, and samples, with about as many spikes as a part of time of the batch: what steps in parts
         measure by; None for steps over the whole sequence. Raises UsageError where parts are asked for and cannot be.
         """
@@ -338,6 +338,10 @@ class Attachment:
             return None
         size = parts.TOGETHER // max(1, self.neurons)  # time steps of samples
         return slice(0, max(1, size // 2)), slice(0, max(2, size // steps))
+
+    def part_steps(self, frames: Tensor) -> int:
+        """Time steps of a part."""
+        return max(1, min(len(frames), parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))))
 
     def _whole_only(self, batch: int, lengths: Tensor | None) -> str | None:
         """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
@@ -381,7 +385,7 @@ class Attachment:
                     raise UsageError(f"steps in parts of time cannot be, since {why}; use a shorter sequence")
             self._measure(p)
         forward.judging = self.structure.judging
-        size = max(1, min(steps, parts.TOGETHER // (batch * max(1, self.neurons))))
+        size = self.part_steps(frames)
         bits, noise = self.estimator.memory != "replay", forward._noise(batch, [0], frames.device)
         run = parts.Parts(self.model, self.layers, self.level, noise, frames, dtype, lengths, size, bits)
         sites = [name for name, _ in self.layers]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.noise import Drawer
 from ulr_snn.scan import fused
-from ulr_snn.scan.fused import State
-from ulr_snn.scan.reference import RESETS, leaky_drive, scan
+from ulr_snn.scan.reference import leaky_drive, scan
+from ulr_snn.scan.state import RESETS, State
 
 
 class Timed(nn.Module):
@@ -143,13 +143,13 @@ class LIF(SpikingNeuron):
         state: State | None = None,
         known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        plain = type(self) in (LIF, RecurrentLIF) and fused.kernels(current) is not None
-        draw = drawer.draw() if plain and drawer is not None else None
-        if not plain or (drawer is not None and draw is None):
-            return super().fired(current, drawer, state, known)
-        weight = None if self.recurrent is None else self.recurrent.weight
-        beta = self.beta.clamp(0, 1)
-        return fused.scan(current, weight, beta, self.threshold, self.reset, draw, self.lengths, state, known)
+        draw = None if drawer is None else drawer.draw()
+        done = None
+        if type(self) in (LIF, RecurrentLIF) and (drawer is None or draw is not None):
+            weight = None if self.recurrent is None else self.recurrent.weight
+            leak = self.beta.clamp(0, 1), self.threshold, self.reset
+            done = fused.scan(current, weight, *leak, draw, self.lengths, state, known)
+        return super().fired(current, drawer, state, known) if done is None else done
 
     def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
         """The current with the recurrent one in the graph; its numbers are those of the latter."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.scan.fused import Draw
+from ulr_snn.scan.state import Draw
 
 LEVELS = (0.14, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured

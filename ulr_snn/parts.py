@@ -7,6 +7,7 @@ one bit each ("bits"), or drawn again from the same noise ("replay"). Both give 
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.passes import coupled_modules
 from ulr_snn.records import Record
 from ulr_snn.scan.bits import pack_bits, unpack_bits
-from ulr_snn.scan.fused import State
+from ulr_snn.scan.state import State
 from ulr_snn.sites import bind_sites, own_modules
 
 TOGETHER = 1 << 18  # spikes of a part
@@ -210,7 +211,7 @@ class Parts:
         """Front's outputs [T, B, ...] of all parts, or their average over time; and of every lesson what spikes of the
         sources and currents deviate by, at its rows."""
         standing, outputs, learned = Standing(), [], [Rows(lesson) for lesson in lessons]
-        share = self.share()
+        share = self.share
         for group in grouped(self.parts):
             self.kept.append((group, standing))
             for part in group:
@@ -233,6 +234,7 @@ class Parts:
         found = torch.cat(outputs)
         return found if share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
 
+    @cached_property
     def share(self) -> Tensor | None:
         """[T, B]: of each time step in the average; None where there is none."""
         if self.split.average is None:
@@ -268,7 +270,7 @@ class Parts:
         before = [None if u is None else u.requires_grad_() for u in standing.membranes]
         records: list[Record] = []
         x, _, _, last = self.run(part, Standing(standing.states, before), records)
-        now, share = slice(part.start, part.stop), self.share()
+        now, share = slice(part.start, part.stop), self.share
         arriving = error[now] if share is None else error[None] * shaped(share[now], x)
         ends = [(x, arriving)]
         ends += [(u, g) for u, g in zip(last, self.membranes, strict=True) if g is not None]

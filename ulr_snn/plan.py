@@ -10,11 +10,13 @@ from ulr_snn.credit.maps import Shared
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, default_copies, observed
+from ulr_snn.events import Events
 from ulr_snn.flow import check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, resolve
 from ulr_snn.noise import NoiseLevel
-from ulr_snn.passes import Forward, as_sequence, coupled_modules, keep_traces, runs_by_step
+from ulr_snn.passes import Forward, as_frames, coupled_modules, keep_traces, runs_by_step
 from ulr_snn.records import CurrentRecord, Record
+from ulr_snn.scan.fused import choice
 from ulr_snn.sites import check_layers, own_modules
 from ulr_snn.structure import Structure
 from ulr_snn.weights import SOURCE, check_names
@@ -22,7 +24,8 @@ from ulr_snn.weights import SOURCE, check_names
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found; print it. rows: (parameter, shape, gradient); untrained: parameters that get none."""
+    """What `plan` found; print it. rows: (parameter, shape, gradient); untrained: parameters that get none; engine:
+    which code runs, and what a step keeps."""
 
     credit: str
     copies: int
@@ -30,6 +33,7 @@ class Plan:
     sites: list[tuple[str, str, str]]
     untrained: list[str]
     notes: list[str]
+    engine: list[str]
 
     def __str__(self) -> str:
         lines = [
@@ -38,6 +42,7 @@ class Plan:
         lines += ["", *_table(("site", "noise", "credit of its spikes"), self.sites)]
         lines += ["", *_table(("parameter", "shape", "gradient"), self.rows)]
         lines += [f"\nnot trained: {name}" for name in self.untrained]
+        lines += ["", *self.engine]
         return "\n".join(lines + [f"\nnote: {note}" for note in self.notes])
 
 
@@ -58,7 +63,8 @@ def plan(
     if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
         raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")
     x, targets, lengths = (*(torch.as_tensor(item).to(device) for item in example_batch), None)[:3]
-    x = as_sequence(x, targets, lengths, time_first, model)
+    frames, dtype = as_frames(x, targets, lengths, time_first, model)
+    x = Events.of(frames, dtype)
     level = NoiseLevel(estimator.firing, progress=0.0)
     check_names(model, estimator.noise)
     check_flow(model, estimator.flow)
@@ -74,6 +80,10 @@ def plan(
         structure = observed(forward, p, estimator, x, targets, lengths, objective)
         check_layers(model, layers, structure.weights)
         check_flow(model, estimator.flow, layers)
+    attached = estimator.attach(model, loss, 0, time_first)
+    attached.structure = structure
+    few = attached.in_parts(frames, dtype, lengths)
+    steps = None if few is None else attached.part_steps(frames)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()
@@ -86,6 +96,7 @@ def plan(
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
         left_alone + _notes(model, structure, estimator) + _dimensions(model, structure, p.records),
+        _engine(x, steps, estimator.memory),
     )
 
 
@@ -153,6 +164,21 @@ def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
             f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned"
         )
     return notes
+
+
+def _engine(x: Tensor, steps: int | None, memory: str) -> list[str]:
+    """Which code runs the scans over time, and what a step keeps. steps: of a part of time; None: of no part."""
+    kind, why = choice(x)
+    by = {"cpu": "fused, by numba", "gpu": "fused, by Triton", "reference": "in plain torch"}[kind]
+    found = [f"scans over time of ulr_snn's neurons: {by} ({why})"]
+    if isinstance(x, Events):
+        found.append("events are sparse: a linear layer that reads them costs in proportion to the events")
+    if steps is None:
+        found.append("memory: the whole sequence at once")
+    else:
+        kept = "drawn again" if memory == "replay" else "kept as bits"
+        found.append(f"memory: parts of {steps} time steps, each run twice or more; spikes are {kept}")
+    return found
 
 
 def _dimensions(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:

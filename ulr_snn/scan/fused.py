@@ -4,7 +4,6 @@ One resolver, `kernels`, chooses by what a tensor is. An error in a kernel is an
 """
 
 import importlib.util
-from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -12,28 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulr_snn.scan.state import RESETS, Draw, State
+
 LAWS = {"logistic": 0, "gaussian": 1}
-RESETS = {"subtract": 0, "zero": 1, "none": 2}
-
-
-@dataclass
-class State:
-    """Where a layer stands between two time steps: its membranes u and spikes, [B, ...]. Scans go on from it, and leave
-    it at their last step."""
-
-    membrane: Tensor
-    spikes: Tensor
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What a scan draws its spikes by. law: a key of `LAWS`; scale: of the noise, broadcast against [...]; words: of
-    the noise, [T, B] int32 each; mirrored: [B] bool, rows that see 1 - uniform."""
-
-    law: str
-    scale: Tensor
-    words: tuple[Tensor, Tensor]
-    mirrored: Tensor | None
 
 
 @lru_cache
@@ -42,19 +22,19 @@ def _installed(name: str) -> bool:
 
 
 def choice(like: Tensor) -> tuple[str, str]:
-    """Which code scans tensors like this one, "cpu" (numba) or "reference", and why."""
-    if like.device.type != "cpu":
-        return "reference", f"no kernel for {like.device.type}"
+    """Which code scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
     if like.dtype != torch.float32:
         return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
-    if not _installed("numba"):
-        return "reference", "numba is not installed"
-    return "cpu", "float32 on a CPU"
+    if like.device.type == "cpu":
+        return ("cpu", "float32 on a CPU") if _installed("numba") else ("reference", "numba is not installed")
+    if like.device.type == "cuda":
+        return ("gpu", "float32 on a GPU") if _installed("triton") else ("reference", "triton is not installed")
+    return "reference", f"no kernel for {like.device.type}"
 
 
 def kernels(like: Tensor) -> ModuleType | None:
-    """The module of kernels for tensors like this one; None where the reference does it."""
-    if choice(like)[0] == "reference":
+    """The module of kernels for tensors like this one on a CPU; None elsewhere."""
+    if choice(like)[0] != "cpu":
         return None
     import numba
 
@@ -62,6 +42,15 @@ def kernels(like: Tensor) -> ModuleType | None:
 
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     return cpu
+
+
+def _gpu(like: Tensor) -> ModuleType | None:
+    """The module of kernels for tensors like this one on a GPU; None elsewhere."""
+    if choice(like)[0] != "gpu":
+        return None
+    from ulr_snn.scan import gpu
+
+    return gpu
 
 
 def scan(
@@ -78,6 +67,10 @@ def scan(
     """Spikes, standardised drives x (drives, where nothing is drawn) and recurrent current, [T, B, ...]; None where the
     reference has to do it. weight: recurrent [N, N]; lengths [B]: steps of each row that are no padding;
     known: the spikes, where they are not drawn."""
+    gpu = _gpu(current)
+    if gpu is not None:
+        alone = weight is None and known is None
+        return gpu.scan(current, beta, threshold, reset, draw, lengths, state) if alone else None
     cpu = kernels(current)
     if cpu is None or (weight is not None and weight.dtype != current.dtype):
         return None
@@ -95,7 +88,7 @@ def scan(
         mirrored = draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     cpu.scan(
-        _array(current), sources.contiguous().numpy(), *per_neuron, RESETS[reset],
+        _array(current), sources.contiguous().numpy(), *per_neuron, RESETS.index(reset),
         law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
         _array(spikes), _array(x), fed_back.flatten(2).numpy(),
@@ -130,6 +123,9 @@ def credit(
     """`credit.recurrence.Recurrence.credit` without recurrent weights, of standardised drives x; None where the
     reference has to do it. later: g [B, ...] of the step after the last; becomes that of the first. totals: whether
     they are asked for; overwrite: a is not needed any more."""
+    gpu = _gpu(a)
+    if gpu is not None:
+        return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals)
     cpu = kernels(a)
     if cpu is None or x.dtype != a.dtype:
         return None
@@ -138,19 +134,23 @@ def credit(
     scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
     cpu.credit(
         _array(a), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
-        RESETS[reset], _rows(later), _array(total), _array(currents),
+        RESETS.index(reset), _rows(later), _array(total), _array(currents),
     )  # fmt: skip
     return total if totals else None, currents
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:
     """g_t = c_t + beta k_t g_{t+1} [T, B, ...]; None where the reference has to do it."""
-    cpu = kernels(c)
-    if cpu is None or beta.ndim > c.ndim - 2:
+    if beta.ndim > c.ndim - 2:
+        return None
+    gpu, cpu = _gpu(c), kernels(c)
+    if gpu is not None:
+        return gpu.leaky(c, spikes, beta, reset)
+    if cpu is None:
         return None
     out, later = torch.empty(c.shape), torch.zeros(c.shape[1:])
     arrays = [_array(c), _array(c if spikes is None else spikes)]
-    cpu.leaky(*arrays, _per_neuron(beta, c.shape[2:]), RESETS[reset], _rows(later), _array(out))
+    cpu.leaky(*arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out))
     return out
 
 

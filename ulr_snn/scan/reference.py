@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.scan import fused
-from ulr_snn.scan.fused import State
-
-RESETS = ("subtract", "zero", "none")
+from ulr_snn.scan.state import State
 
 
 def scan(

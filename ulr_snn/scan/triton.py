@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.scan.bits import WORD
-from ulr_snn.scan.reference import RESETS
+from ulr_snn.scan.state import RESETS
 
 LAWS = ("logistic", "gaussian")
 MOST = 256  # neurons of a program
