@@ -34,6 +34,7 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
     """Of the third step, when the feedback is learned. Constant scale: that at the start is measured by fewer samples.
     together: of `parts`."""
     monkeypatch.setattr(parts, "TOGETHER", together)
+    monkeypatch.setattr(parts, "LEAST", 1)
     x, y = data()
     model, x = (model.double(), x.double()) if double else (model, x)
     with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1, total_steps=20) as ulr:
@@ -86,12 +87,31 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
     with attach(model) as ulr:
         assert "parts" not in ulr.backward(x, y).stats
     monkeypatch.setattr(ulr_snn.estimator, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.estimator, "SHORT", 1)
     with attach(model) as ulr:
         assert ulr.backward(x, y).stats["parts"] > 1
     with attach(nn.Sequential(Backwards(), *model)) as ulr:  # has to see all
         assert "parts" not in ulr.backward(x, y).stats
     with attach(nn.Sequential(*model, Backwards())) as ulr:  # but not what comes after the average
         assert ulr.backward(x, y).stats["parts"] > 1
+
+
+def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.sum(0).argmax(-1) != targets).float()
+
+
+@pytest.mark.parametrize("loss", [wrong, {"ce_count": 1.0, ulr_snn.SpikeBudget(5): 0.1}], ids=["no gradient", "costs"])
+def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
+    monkeypatch.setattr(ulr_snn.estimator, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.estimator, "SHORT", 1)
+    monkeypatch.setattr(parts, "TOGETHER", 1000)
+    for memory in ("auto", "bits"):
+        with attach(nets()["spikes"], ULR(memory=memory), loss=loss) as ulr:
+            if memory == "auto":
+                assert all("parts" not in ulr.backward(*data()).stats for _ in range(2))
+            else:
+                with pytest.raises(UsageError, match="use memory='auto'"):
+                    ulr.backward(*data())
 
 
 class Backwards(nn.Module):

@@ -40,7 +40,8 @@ from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
 MEMORY = ("auto", "bits", "replay")
-WHOLE = 1 << 28  # bytes that memory "auto" lets a step over the whole sequence keep
+WHOLE = 1 << 29  # bytes that memory "auto" lets a step over the whole sequence keep
+SHORT = 1 << 10  # time steps of samples, below which it is not looked whether that is so
 KEPT = 40  # bytes that such a step keeps of every neuron at every time step, about
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
@@ -249,21 +250,24 @@ class Attachment:
         targets = targets.to(frames.device)
         lengths = None if lengths is None else lengths.to(frames.device)
         self.level.progress = self._progress()
-        few = self.in_parts(frames, dtype, lengths)
+        loss = self.loss if loss is None else loss
+        if loss != self._structure_loss:  # another loss may reach the outputs in another way
+            self.structure, self._structure_loss = None, loss
+        objective = resolve(loss)
+        few = self.in_parts(frames, dtype, lengths, objective)
         x = Events.of(frames if few is None else frames[few], dtype)
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
             check_flow(self.model, self.estimator.flow, self.layers)
-        loss = self.loss if loss is None else loss
-        if loss != self._structure_loss:  # another loss may reach the outputs in another way
-            self.structure, self._structure_loss = None, loss
-        objective = resolve(loss)
         antithetic = self.estimator.antithetic
         forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
         forward.points = self.estimator.group if self.estimator.quasi_monte_carlo else 0
         if few is not None:
-            return self._backward_in_parts(forward, frames, dtype, targets, lengths, objective, few)
+            estimate = self._backward_in_parts(forward, frames, dtype, targets, lengths, objective, few)
+            if estimate is not None:
+                return estimate
+            x = Events.of(frames, dtype)  # the sample has shown that it has to be the whole
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
@@ -317,11 +321,15 @@ class Attachment:
 
     # -- in parts of time ----------------------------------------------------------------------------------
 
-    def in_parts(self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None) -> tuple[slice, slice] | None:
+    def in_parts(
+        self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None, objective: Objective
+    ) -> tuple[slice, slice] | None:
         """First time steps, and samples, with about as many spikes as a part of time of the batch: what steps in parts
         measure by; None for steps over the whole sequence. Raises UsageError where parts are asked for and cannot be.
         """
         asked = self.estimator.memory != "auto"
+        if not asked and frames.shape[0] * frames.shape[1] < SHORT:
+            return None
         try:
             if self.neurons is None:
                 self.neurons = 0  # of a model that has to see all time steps at once
@@ -332,7 +340,7 @@ class Attachment:
         steps, batch = frames.shape[:2]
         if not asked and KEPT * steps * batch * self.neurons <= WHOLE:
             return None
-        if why := self._whole_only(batch, lengths):
+        if why := self._whole_only(batch, lengths, objective):
             if asked:
                 raise UsageError(f"ULR got memory={self.estimator.memory!r}, but {why}; use memory='auto'")
             return None
@@ -341,9 +349,10 @@ class Attachment:
 
     def part_steps(self, frames: Tensor) -> int:
         """Time steps of a part."""
-        return max(1, min(len(frames), parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))))
+        fitting = parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))
+        return min(len(frames), max(parts.LEAST, fitting))
 
-    def _whole_only(self, batch: int, lengths: Tensor | None) -> str | None:
+    def _whole_only(self, batch: int, lengths: Tensor | None, objective: Objective) -> str | None:
         """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
         ulr, structure = self.estimator, self.structure
         if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
@@ -352,6 +361,8 @@ class Attachment:
             return "the scale of its noise is learned, or noise comes elsewhere than on firing"
         if batch < 2:
             return "the batch has a single sample"
+        if objective.counts:
+            return "the objective has costs of activity"
         if lengths is not None and self.neurons and parts.Split.of(self.model).readouts:
             return "LeakyReadout holds its membranes through the padding"
         if structure is not None and (structure.credit != "feedback" or structure.judging.blind):
@@ -369,10 +380,9 @@ class Attachment:
         lengths: Tensor | None,
         objective: Objective,
         few: tuple[slice, slice],
-    ) -> Estimate:
-        """A step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
-        if objective.counts:
-            raise UsageError("costs of activity need memory='auto', and a sequence that is short enough for it")
+    ) -> Estimate | None:
+        """A step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py); None where the first
+        one shows that it cannot be."""
         steps, batch = frames.shape[:2]
         first = self.structure is None
         if first or self._wants_to_measure():
@@ -381,8 +391,10 @@ class Attachment:
             p = forward.run(*sample, objective, [0])
             if first:
                 self._observe(forward, p, *sample, objective)
-                if why := self._whole_only(batch, lengths):
-                    raise UsageError(f"steps in parts of time cannot be, since {why}; use a shorter sequence")
+                if why := self._whole_only(batch, lengths, objective):
+                    if self.estimator.memory != "auto":
+                        raise UsageError(f"ULR got memory={self.estimator.memory!r}, but {why}; use memory='auto'")
+                    return None
             self._measure(p)
         forward.judging = self.structure.judging
         size = self.part_steps(frames)

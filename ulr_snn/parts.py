@@ -24,6 +24,7 @@ from ulr_snn.scan.state import State
 from ulr_snn.sites import bind_sites, own_modules
 
 TOGETHER = 1 << 18  # spikes of a part
+LEAST = 4  # time steps of a part, however many spikes that makes: each part has a cost of its own
 SLOTS = 6  # parts before which it is kept how the layers stand; longer sequences have parts of parts
 TIMELESS = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 

@@ -82,7 +82,7 @@ def plan(
         check_flow(model, estimator.flow, layers)
     attached = estimator.attach(model, loss, 0, time_first)
     attached.structure = structure
-    few = attached.in_parts(frames, dtype, lengths)
+    few = attached.in_parts(frames, dtype, lengths, objective)
     steps = None if few is None else attached.part_steps(frames)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
