@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import ulr_snn
+from benchmarks import memory, speed
+from benchmarks.nets import ours
 from benchmarks.search import Block, key, search
 from benchmarks.table import summarise
 from benchmarks.tasks import TASKS, Rows
@@ -183,3 +185,31 @@ def test_attacks_stay_within_their_strength_and_lower_accuracy():
         assert ulr_snn.evaluate(model, [(moved, y)], device="cpu")["accuracy"] < before - 0.2
     share = (pruned(model, 0.75)[0].weight == 0).float().mean()
     assert share == pytest.approx(0.75, abs=0.02) and (model[0].weight != 0).all()
+
+
+@pytest.mark.parametrize("name", ["dense", "recurrent", "conv"])
+def test_speed_is_measured_in_turn(name, monkeypatch, capsys):
+    pytest.importorskip("snntorch", reason="snntorch is what likelihood ratios are measured against here")
+    monkeypatch.setattr(speed, "NETS", {"snntorch": speed.NETS["snntorch"]})
+    monkeypatch.setattr(speed, "WARM_UP", 1)
+    rows = speed.rows_of(speed.CASES[name].at(steps=3, batch=4, width=8), "cpu", compiled=False, rounds=2)
+    assert [row["method"] for row in rows] == ["ulr", "snntorch BPTT"]
+    assert rows[1]["ratio"] == 1 and 0 < rows[0]["ms_low"] <= rows[0]["ms"] <= rows[0]["ms_high"]
+    assert "of snntorch BPTT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", ["snntorch", "norse", "spikingjelly"])
+@pytest.mark.parametrize("name", ["dense", "recurrent", "conv"])
+def test_the_peers_nets_have_the_same_shapes_and_gradients(name, library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    case = speed.CASES[name].at(steps=3, batch=4, width=8)
+    model, (x, _) = speed.NETS[library](case), speed.events_of(case, "cpu")
+    outputs = model(x.float())
+    outputs.sum().backward()
+    assert outputs.shape == (4, 10) == ours(case)(x.float()).shape
+    assert all(q.grad is not None for q in model.parameters() if q.ndim == 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_is_measured_in_a_fresh_process():
+    assert abs(memory.fresh("recurrent", "ulr replay", 20)) < 200  # MB
