@@ -255,7 +255,8 @@ class Attachment:
             self.structure, self._structure_loss = None, loss
         objective = resolve(loss)
         few = self.in_parts(frames, dtype, lengths, objective)
-        x = Events.of(frames if few is None else frames[few], dtype)
+        if few is None or self.layers is None:
+            x = Events.of(frames if few is None else frames[few], dtype)
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
@@ -415,7 +416,8 @@ class Attachment:
             self.step_sizes.summed = times_summed(judgement)  # the whole sequence has more steps than were measured
         self.step += 1
         losses = judgement.loss[None]
-        if self._usable(losses):
+        usable = self._usable(losses)
+        if usable:
             for lesson, (spikes, current) in zip(lessons, learned, strict=True):
                 self.prediction.learn(lesson, spikes, current)
             error, wanted = judgement.error, [q for q in self.model.parameters() if q.requires_grad]
@@ -428,7 +430,7 @@ class Attachment:
         passes = -(-run.steps_run // steps) * batch + (forward.extra_passes + 1) * min(batch, few[1].stop)
         self.forward_passes += passes
         stats = {"copies": 1, "step": self.step, "parts": len(run.parts)}
-        if not torch.isfinite(losses).all():
+        if not usable:
             stats["skipped"] = True
         return Estimate(losses.mean(0), outputs.detach()[None], stats)
 

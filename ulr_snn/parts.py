@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ulr_snn.credit.prediction import Lesson, Prediction, means
 from ulr_snn.errors import UsageError
 from ulr_snn.events import Events
-from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage, step_mask
+from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.passes import coupled_modules
 from ulr_snn.records import Record
 from ulr_snn.scan.bits import pack_bits, unpack_bits
 from ulr_snn.scan.state import State
-from ulr_snn.sites import bind_sites, own_modules
+from ulr_snn.sites import bind_sites, own_modules, record_of
 
 TOGETHER = 1 << 18  # spikes of a part
 LEAST = 4  # time steps of a part, however many spikes that makes: each part has a cost of its own
@@ -115,15 +115,12 @@ class PartSite:
         self.before = self.state.spikes.to(current.dtype)
         self.state = State(self.state.membrane.clone(), self.before.clone())
         with torch.no_grad():
-            spikes, x, self.fed_back = neuron.fired(current, drawer, self.state, self.known)
-        self.current, self.spikes = current.detach(), spikes
+            fired = neuron.fired(current, drawer, self.state, self.known)
+        self.current = current.detach()
+        self.spikes, _, self.fed_back = fired
         if self.records is not None:
-            x, entry = neuron.x_at(current, spikes, x, self.fed_back, scale, self.before)
-            mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-            self.spikes = spikes = spikes.requires_grad_()
-            about = (self.name, neuron, self.current, scale, x, spikes, [spikes], self.level.firing, mask)
-            self.records.append(Record(*about, self.fed_back, entry=entry))
-        return spikes
+            self.records.append(record_of(self.name, neuron, current, scale, fired, self.level.firing, self.before))
+        return self.spikes
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,8 @@ class Parts:
         self.known = False  # whether the first pass is over
         self.steps_run = 0  # by all parts together
         own = torch.arange(steps, device=frames.device)[:, None]
-        self.valid = own < (lengths if lengths is not None else torch.full(frames.shape[1:2], steps))
+        rows = torch.full(frames.shape[1:2], steps, device=frames.device) if lengths is None else lengths
+        self.valid = own < rows
 
     # -- forwards --------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from ulr_snn.adapters import LIBRARIES, BlackBox, StepNeuron, adapt, fresh_memor
 from ulr_snn.currents import CurrentSite
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, own_spread, step_mask
-from ulr_snn.noise import Drawer, Noise, NoiseLevel
+from ulr_snn.noise import Drawer, Firing, Noise, NoiseLevel
 from ulr_snn.records import Record
 from ulr_snn.steps import StepSite
 
@@ -39,25 +39,27 @@ class Site:
         scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
         drawer = Drawer(self.noise, self.level.firing, index, len(current), scale.detach())
         with torch.no_grad():
-            spikes, x, fed_back = neuron.fired(current, drawer)
-        x, entry = neuron.x_at(current, spikes, x, fed_back, scale)
-        spikes.requires_grad_()
-        self.records.append(
-            Record(
-                name,
-                neuron,
-                current.detach(),
-                scale.detach(),
-                x,
-                spikes,
-                [spikes],
-                self.level.firing,
-                mask,
-                fed_back,
-                entry=entry,
-            )
-        )
-        return spikes
+            fired = neuron.fired(current, drawer)
+        self.records.append(record_of(name, neuron, current, scale, fired, self.level.firing))
+        return self.records[-1].spikes
+
+
+def record_of(
+    name: str,
+    neuron: SpikingNeuron,
+    current: Tensor,
+    scale: Tensor,
+    fired: tuple[Tensor, Tensor, Tensor | None],
+    firing: Firing,
+    before: Tensor | None = None,
+) -> Record:
+    """Of a layer that has fired (see `SpikingNeuron.fired`); its spikes become leaves of the graph. before: spikes of
+    the step before the first, if that is not the start."""
+    spikes, x, fed_back = fired
+    x, entry = neuron.x_at(current, spikes, x, fed_back, scale, before)
+    mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+    about = (name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), [spikes], firing, mask)
+    return Record(*about, fed_back, entry=entry)
 
 
 @dataclass

@@ -99,7 +99,7 @@ class Prediction:
                 z = joined([r.innovation() for r in records])
                 self.feedback.learn_response(target, deviations(joined(spikes[target]), valid), z, valid)
 
-    def lessons(self, sites: list[str], valid: Tensor, batch: int, step: int) -> Iterator["Lesson"]:
+    def lessons(self, sites: list[str], valid: Tensor, batch: int, step: int) -> Iterator[Lesson]:
         """Those of a step whose rows are valid at [T, rows], of so many samples a copy; sites in order of execution."""
         structure, pairs = self.structure, valid.shape[1] // batch // 2 * 2 * batch
         for target in sites:
@@ -112,7 +112,7 @@ class Prediction:
                 paths = {target: structure.recurrent[target]}
                 yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step))
 
-    def learn(self, lesson: "Lesson", spikes: dict[str, Tensor], current: Tensor) -> None:
+    def learn(self, lesson: Lesson, spikes: dict[str, Tensor], current: Tensor) -> None:
         """A step of all C into one layer, from what its current [n, *target] and the spikes [n, *source] differ by."""
         named = {edge(name, lesson.target): path for name, path in lesson.paths.items()}
         spikes = {edge(name, lesson.target): rows for name, rows in spikes.items()}

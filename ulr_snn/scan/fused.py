@@ -1,6 +1,6 @@
 """Fused kernels for the time scans, where there are some for a tensor; `reference.py` defines what they compute.
 
-One resolver, `kernels`, chooses by what a tensor is. An error in a kernel is an error: nothing falls back after one.
+One resolver, `choice`, chooses by what a tensor is. An error in a kernel is an error: nothing falls back after one.
 """
 
 import importlib.util
@@ -143,6 +143,7 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
     """g_t = c_t + beta k_t g_{t+1} [T, B, ...]; None where the reference has to do it."""
     if beta.ndim > c.ndim - 2:
         return None
+    reset = "none" if spikes is None else reset  # without spikes nothing is reset
     gpu, cpu = _gpu(c), kernels(c)
     if gpu is not None:
         return gpu.leaky(c, spikes, beta, reset)

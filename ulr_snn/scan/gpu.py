@@ -1,6 +1,5 @@
 """The fused scans on a GPU: what `fused` asks for, by the kernels of `triton.py`."""
 
-import torch
 from torch import Tensor
 
 from ulr_snn.scan import triton
@@ -47,6 +46,4 @@ def credit(
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor:
-    if spikes is None:  # which only reset "zero" looks at
-        spikes = torch.zeros_like(c) if reset == "zero" else None
     return triton.leaky_filter(c, beta, reset, spikes)[0]
