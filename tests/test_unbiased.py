@@ -19,7 +19,19 @@ import ulr_snn.neurons
 import ulr_snn.noise
 from tests.enumeration import Layer, exact_gradient, expected_bound_of_four, expected_bound_of_two, expected_loss
 from tests.statistics import Verdict, compare_means, gradient_draws
-from ulr_snn import LIF, ULR, CurrentNoise, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn import (
+    LIF,
+    ULR,
+    AdaptiveCopies,
+    CurrentNoise,
+    Fold,
+    Gaussian,
+    LeakyReadout,
+    Logistic,
+    RecurrentLIF,
+    TimeAverage,
+    attach,
+)
 from ulr_snn.losses import ce_rate
 from ulr_snn.records import CurrentRecord
 
@@ -491,6 +503,7 @@ RESIDUAL = ULR(credit="residual", copies=4)
 RESIDUAL_INDEPENDENT = ULR(credit="residual", copies=2, antithetic=False)
 
 LAYERWISE = dataclasses.replace(GLOBAL, layerwise=True)
+ADAPTIVE = dataclasses.replace(GLOBAL, copies=AdaptiveCopies(variance=0.064, most=16))  # 4, 8, 12 or 16
 SOBOL = dataclasses.replace(GLOBAL_INDEPENDENT, copies=8, quasi_monte_carlo=True)
 BOUND = dataclasses.replace(GLOBAL_INDEPENDENT, copies=2, multi_sample=True)
 
@@ -548,6 +561,8 @@ PLAN: list[tuple[str, ULR, str]] = [
     ("two layers", dataclasses.replace(RESIDUAL, layerwise=True), "own copy's prediction"),
     ("two recurrent layers", dataclasses.replace(LAYERWISE, antithetic=False), "own loss in the baseline"),
     ("spike counts", dataclasses.replace(LAYERWISE, antithetic=False, quasi_monte_carlo=True), "sign of the score"),
+    ("two layers", ADAPTIVE, "partner as baseline"),
+    ("two layers", dataclasses.replace(ADAPTIVE, credit="residual", layerwise=True), "own copy's prediction"),
     ("subtract", SOBOL, "own loss in the baseline"),
     ("two layers", dataclasses.replace(SOBOL, credit="residual"), "own copy's prediction"),
     ("loss in time", dataclasses.replace(GLOBAL, reward_to_go=True), "past in place of future"),
@@ -581,7 +596,8 @@ def label(value: object) -> str | None:
     if isinstance(value, ULR):
         ways = ("layerwise", "quasi_monte_carlo", "reward_to_go", "multi_sample")
         pairs = "pairs" if value.antithetic else "independent"
-        return "-".join([value.credit, str(value.copies), pairs, *(way for way in ways if getattr(value, way))])
+        copies = "adaptive" if isinstance(value.copies, AdaptiveCopies) else str(value.copies)
+        return "-".join([value.credit, copies, pairs, *(way for way in ways if getattr(value, way))])
     return None
 
 

@@ -2,6 +2,7 @@
 
 from ulr_snn import data
 from ulr_snn.compare import Comparison, compare
+from ulr_snn.copies import AdaptiveCopies
 from ulr_snn.diagnose import Diagnosis, diagnose
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR, Attachment, Estimate, attach
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LIF",
     "ULR",
+    "AdaptiveCopies",
     "Attachment",
     "Comparison",
     "CurrentNoise",

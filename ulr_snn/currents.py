@@ -8,6 +8,7 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import own_spread
 from ulr_snn.records import CurrentRecord
+from ulr_snn.scan.bits import pack_bits
 from ulr_snn.steps import StepSite
 
 
@@ -39,9 +40,10 @@ class CurrentSite(StepSite):
         self._scale = self._scale.to(current.dtype)
         steps, shape = (len(now), now.shape[2:]) if self.neuron.whole else (1, now.shape[1:])
         z = self.noise.normal(self.index, self.calls, steps, shape, now.dtype)
-        self.drawn.append(z if self.neuron.whole else z[0])
+        kept = pack_bits((z > 0).flatten(2)) if self.neuron.noise.signs else z
+        self.drawn.append(kept if self.neuron.whole else kept[0])
         self.trace.x.append(current / self._scale)
-        return now + self._scale * self.drawn[-1]
+        return now + self._scale * (z if self.neuron.whole else z[0])
 
     def release(self, spikes: Tensor) -> Tensor:
         """What the module gave, as a tensor from which the graph starts anew."""
@@ -63,4 +65,5 @@ class CurrentSite(StepSite):
         self.level.current_scale(self.name, partial(own_spread, current, self._mask(current)))
 
     def record(self) -> CurrentRecord:
-        return CurrentRecord(**vars(super().record()), z=self._joined(self.drawn))
+        kept = {"signs" if self.neuron.noise.signs else "z": self._joined(self.drawn)}
+        return CurrentRecord(**vars(super().record()), **kept)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import parts
+from ulr_snn.copies import AdaptiveCopies, CopyBudget
 from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.prediction import WARM_UP, Credit, Prediction
@@ -52,7 +53,8 @@ class ULR:
 
     credit: "auto" is feedback where the loss is differentiable in the outputs, or noise on these makes it so, otherwise
         global. Of a mix of losses, those without a gradient then get the credit of "global".
-    copies: runs of every sample a step; None: 1 for feedback, 8 for global and such mixes, 4 for residual.
+    copies: runs of every sample a step; None: 1 for feedback, 8 for global and such mixes, 4 for residual. With credit
+        "global" or "residual" also AdaptiveCopies(): as many as the measured variance of the gradient asks for.
     antithetic: copies come in pairs from mirrored uniforms.
     quasi_monte_carlo: copies come in two randomly shifted Sobol sets in place of pairs, copies: 2, 4, 8, ... to 128.
     layerwise: one layer after another has copies of its own, all others see the same noise in each; unbiased all the
@@ -80,12 +82,13 @@ class ULR:
         "replay": not even these, they are drawn again from the same noise, so that memory does not grow with the number
         of time steps; both run every part twice (long replays three times), for credit "feedback" and models that run
         their modules one after another. "auto": the whole sequence at once while that is small, else "bits" where it
-        can be.
+        can be. With credit "global", "replay" runs one copy after another, each of them once for its loss and once more
+        for its gradient, so that memory does not grow with the number of copies.
     on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out.
     """
 
     credit: str = "auto"
-    copies: int | None = None
+    copies: int | AdaptiveCopies | None = None
     antithetic: bool = True
     quasi_monte_carlo: bool = False
     layerwise: bool = False
@@ -108,7 +111,8 @@ class ULR:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UsageError(f"ULR got on_nonfinite={self.on_nonfinite!r}; it is 'stop' or 'skip'")
-        for name in ("refresh", "time_functions") + ("copies",) * (self.copies is not None):
+        adaptive = isinstance(self.copies, AdaptiveCopies)
+        for name in ("refresh", "time_functions") + ("copies",) * (self.copies is not None and not adaptive):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise UsageError(f"ULR got {name}={getattr(self, name)!r}; it must be a whole number, at least 1")
         for name, site in self.noise.items():
@@ -121,11 +125,16 @@ class ULR:
                 raise UsageError(f"ULR got flow={kind!r} for {name!r}; it is one of {', '.join(FLOWS)}")
         if not self.feedback_rate > 0:
             raise UsageError(f"ULR got feedback_rate={self.feedback_rate}; it must be positive")
+        if adaptive:
+            self._check_adaptive()
+            return
         if self.antithetic and self.copies is not None and self.copies > 1 and self.copies % 2:
             raise UsageError(
                 f"ULR got copies={self.copies} in antithetic pairs; use an even number or antithetic=False"
             )
         self._check_reductions()
+        if self.memory == "replay" and self.credit == "global" and self.layerwise:
+            raise UsageError("ULR got memory='replay' with layerwise; copies in turn are for all layers together")
         if self.credit == "residual" and self.copies is not None and self.copies < 2 * self.group:
             raise UsageError(
                 f"ULR got credit='residual' with copies={self.copies}; its predictions come from independent copies, "
@@ -137,6 +146,17 @@ class ULR:
     ) -> "Attachment":
         """What `train` steps with; see `attach`."""
         return Attachment(model, self, loss, seed, time_first, total_steps)
+
+    def _check_adaptive(self) -> None:
+        if self.credit not in ("global", "residual") or self.quasi_monte_carlo or self.multi_sample or self.shrink:
+            raise UsageError(
+                "ULR got AdaptiveCopies; it takes credit 'global' or 'residual', and no quasi_monte_carlo, "
+                "multi_sample or shrink"
+            )
+        if self.memory == "replay":
+            raise UsageError("ULR got memory='replay' with AdaptiveCopies; give it a number of copies")
+        self.copies.check(self.group)
+        self._check_reductions()
 
     def _check_reductions(self) -> None:
         if self.quasi_monte_carlo and (
@@ -177,15 +197,32 @@ class Estimate:
 
 @dataclass
 class Group:
-    """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone."""
+    """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone. judged: all
+    passes whose losses count, if they are more than these."""
 
     site: str | None
     passes: list[Pass]
+    judged: list[Pass] | None = None
+
+    def joined(self, kind: str) -> Tensor:
+        """[K, B, ...] of all copies: their "loss", "blind" or "loss_in_time"."""
+        return torch.cat([getattr(p, kind) for p in self.judged or self.passes])
 
     @property
     def losses(self) -> Tensor:
         """[K, B]."""
-        return torch.cat([p.loss for p in self.passes])
+        return self.joined("loss")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A gradient [T, rows, ...] and the tensor at which it enters the graph. copies: of the rows; None: exact, at the
+    outputs. by_score: whether it is the summand of the score."""
+
+    tensor: Tensor
+    gradient: Tensor
+    copies: list[int] | None
+    by_score: bool = False
 
 
 class Attachment:
@@ -209,6 +246,9 @@ class Attachment:
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
         self.prediction = Prediction(self.feedback, seed)
         self.shrinkage = Shrinkage()
+        self.budget: CopyBudget | None = None  # of copies, where their number follows the variance
+        if isinstance(estimator.copies, AdaptiveCopies):
+            self.budget = CopyBudget(estimator.copies, estimator.group)
         self.step = 0
         self.forward_passes = 0
         self.fixed_progress: float | None = None  # of the training, where it does not follow from the step
@@ -254,7 +294,8 @@ class Attachment:
         if loss != self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
         objective = resolve(loss)
-        few = self.in_parts(frames, dtype, lengths, objective)
+        in_turn = self.estimator.memory == "replay" and self.estimator.credit == "global"
+        few = None if in_turn else self.in_parts(frames, dtype, lengths, objective)
         if few is None or self.layers is None:
             x = Events.of(frames if few is None else frames[few], dtype)
         if self.layers is None:
@@ -283,13 +324,15 @@ class Attachment:
                 forward.extra_passes += 1
         copies = self._copies(self.structure.credit)
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
+        if in_turn:
+            return self._backward_in_turn(forward, copies, passes, x, targets, lengths, objective)
         groups: list[Group] = [Group(None, passes)]
         if self.estimator.layerwise:
             run(range(len(passes), 1))
             groups = []
             for site in [r.site for r in passes[0].records if r.x.requires_grad]:
                 forward.varied, first = site, len(passes)
-                run(range(1, copies))
+                run(range(1, self._copies(self.structure.credit, site)))
                 groups.append(Group(site, [passes[0], *passes[first:]]))
             groups = groups or [Group(None, passes)]  # no layer has anything to learn
         else:
@@ -460,14 +503,41 @@ class Attachment:
             return self.fixed_progress
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
 
-    def _copies(self, credit: str) -> int:
-        copies = default_copies(self.estimator, self.structure)
+    def _copies(self, credit: str, site: str | None = None) -> int:
+        """Of this step; site: of one alone, where each has copies of its own."""
+        copies = default_copies(self.estimator, self.structure) if self.budget is None else self.budget.copies(site)
         refreshes = (
             credit == "feedback"
             and self.structure.needs_pairs
             and (self.step < WARM_UP or self.step % self.estimator.refresh == 0)
         )
         return max(copies, 2) if refreshes or self.structure.weights else copies
+
+    def _backward_in_turn(self, forward: Forward, copies: int, passes: list[Pass], x: Tensor, *about: Any) -> Estimate:
+        """A step of credit "global" that holds the graph of one copy at a time. passes: of the first step, the one that
+        has been seen. about: targets, lengths and objective."""
+        seen = len(passes)
+        with torch.no_grad():
+            judged = [forward.run(x, *about, [copy]).judged() for copy in range(copies)]
+        self.step += 1
+        self.forward_passes += (2 * copies + seen + forward.extra_passes) * x.shape[1]
+        losses = torch.cat([p.loss for p in judged])
+        estimate = Estimate(losses.mean(0), _stack_outputs(judged), {"copies": copies, "step": self.step})
+        if not self._usable(losses):
+            estimate.stats["skipped"] = True
+            return estimate
+        wanted = self._wanted()
+        for copy in range(copies):
+            p = forward.run(x, *about, [copy])
+            if copy == 0:
+                self._measure(p)
+            entries = self._gradients(Group(None, [p], judged), 1.0)
+            enter([(entry.tensor, entry.gradient) for entry in entries], wanted)
+        self._add_weight_gradients(judged, losses)
+        self.level.learn()
+        self.mean_loss = moving(self.mean_loss, losses)
+        self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in judged]))
+        return estimate
 
     def _finish(self, passes: list[Pass], groups: list[Group], copies: int) -> Estimate:
         losses = torch.cat([p.loss for p in passes])  # [K, B]
@@ -488,8 +558,11 @@ class Attachment:
             self.prediction.learn_layers(passes, self.step - 1)
         predicted, scored = [], []  # pairs of tensors in the graph, and the gradients that enter there
         for group in groups:
-            for tensor, gradient, by_score in self._gradients(group, 1 / len(groups)):
-                (scored if by_score else predicted).append((tensor, gradient))
+            entries = list(self._gradients(group, 1 / len(groups)))
+            if self.budget is not None and self.budget.due(self.step - 1):
+                self._see_variance(group, entries)
+            for entry in entries:
+                (scored if entry.by_score else predicted).append((entry.tensor, entry.gradient))
         # After use: what is learned from this step's draws must not enter the unbiased estimators, nor feedback from
         # the outputs its own regression. What spikes do to the next layer is no matter of chance.
         for group in groups:
@@ -497,24 +570,58 @@ class Attachment:
                 self.prediction.refresh(group.passes)
             if structure.credit == "residual":
                 self.prediction.learn_layers(group.passes, self.step - 1)
+        self._add_weight_gradients(passes, losses)
+        if self.estimator.shrink:
+            self._add_shrunk(scored, self._parameters())
+            scored = []
+        enter([*predicted, *scored], self._wanted())
+        self.level.learn()
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Those without noise of their own, by name."""
+        named = self.model.named_parameters()
+        return {name: q for name, q in named if q.requires_grad and name not in self.structure.weights}
+
+    def _wanted(self) -> list[Tensor]:
+        return [*self._parameters().values(), *self.level.factors.values()]
+
+    def _add_weight_gradients(self, passes: list[Pass], losses: Tensor) -> None:
         weights = self._weight_sites()
         if weights is not None:
-            if self.estimator.multi_sample:
-                signals = multi_sample_signals(losses)
-            else:
-                own = [p.loss - baseline(losses, p.copies, self.estimator.group, self.mean_loss) for p in passes]
-                signals = torch.cat(own)
-            weights.add_gradients(self.model, self.step - 1, signals)
-        parameters = {
-            name: q for name, q in self.model.named_parameters() if q.requires_grad and name not in structure.weights
-        }
-        if self.estimator.shrink:
-            self._add_shrunk(scored, parameters)
-            scored = []
-        wanted = [*parameters.values(), *self.level.factors.values()]
-        if wanted and (predicted or scored):
-            torch.autograd.backward(*zip(*predicted, *scored, strict=True), inputs=wanted)
-        self.level.learn()
+            weights.add_gradients(self.model, self.step - 1, self._weight_signals(passes, losses))
+
+    def _weight_signals(self, passes: list[Pass], losses: Tensor) -> Tensor:
+        """What the scores of weight noise are weighted by, [K, B]."""
+        if self.estimator.multi_sample:
+            return multi_sample_signals(losses)
+        return torch.cat([p.loss - baseline(losses, p.copies, self.estimator.group, self.mean_loss) for p in passes])
+
+    def _see_variance(self, group: Group, entries: list[Entry]) -> None:
+        """Measures what the two halves of a group's copies give to the parameters that its noise reaches."""
+        noisy = [e for e in entries if e.copies is not None]
+        reached = {name for name, sources in self.structure.parameters.items() if set(sources) - {"outputs", SOURCE}}
+        parameters = [q for name, q in self.model.named_parameters() if q.requires_grad and name in reached]
+        halves = [self._half(group, noisy, parameters, half) for half in (0, 1)]
+        self.budget.see(group.site, list(zip(*halves, strict=True)), len(group.losses))
+
+    def _half(self, group: Group, entries: list[Entry], parameters: list[nn.Parameter], half: int) -> list[Tensor]:
+        """Gradients by every other group of copies that are not independent."""
+        found = []
+        if entries and parameters:
+            tensors, gradients = [], []
+            for e in entries:
+                own = torch.tensor([copy // self.estimator.group % 2 == half for copy in e.copies])
+                rows = own.repeat_interleave(e.gradient.shape[1] // len(e.copies)).to(e.gradient)
+                tensors.append(e.tensor)
+                gradients.append(e.gradient * rows.view(-1, *[1] * (e.gradient.ndim - 2)))
+            given = torch.autograd.grad(tensors, parameters, gradients, retain_graph=True, allow_unused=True)
+            found = [torch.zeros_like(q) if g is None else g for q, g in zip(parameters, given, strict=True)]
+        weights = self._weight_sites()
+        if weights is not None:
+            signals = self._weight_signals(group.passes, group.losses)
+            own = torch.arange(len(signals), device=signals.device) // self.estimator.group % 2 == half
+            found += weights.gradients(self.model, self.step - 1, signals * own[:, None]).values()
+        return found
 
     def _add_shrunk(self, scored: list[tuple[Tensor, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
         """Adds λ times the gradient of the scores, λ of each parameter."""
@@ -528,9 +635,8 @@ class Attachment:
                 q.grad = shrunk if q.grad is None else q.grad + shrunk
                 self.shrinkage.see(name, g)
 
-    def _gradients(self, group: Group, share: float) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """Tensors, the gradients that enter the graph there, and whether these are by the score: the two summands of
-        credit at each site, the exact gradient at the outputs.
+    def _gradients(self, group: Group, share: float) -> Iterator[Entry]:
+        """The two summands of credit at each site, the exact gradient at the outputs.
 
         share: of the exact one, that of this group among all."""
         structure, passes, losses = self.structure, group.passes, group.losses
@@ -557,27 +663,27 @@ class Attachment:
                 if signal is not None:
                     in_time = signal.T if signal.ndim == 2 else signal[None]
                     by_row = in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2)))
-                    yield record.x, record.score() * by_row / losses.numel(), True
+                    yield Entry(record.x, record.score() * by_row / losses.numel(), p.copies, True)
                 rows = weight.view(-1, *[1] * (record.x.ndim - 2))
                 if record.entry is not None and credit.current is not None:  # the filter inside the neuron is done
-                    yield record.entry, credit.current.mul_(rows), False  # it has no further use
+                    yield Entry(record.entry, credit.current.mul_(rows), p.copies)  # it has no further use
                 elif credit.a is not None:
-                    yield record.x, credit.a * record.slope * rows, False
+                    yield Entry(record.x, credit.a * record.slope * rows, p.copies)
             for end, gradient in p.ends:  # the exact path that meets no spike
                 if end.requires_grad:
                     rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
-                    yield end, gradient * rows * share, False
+                    yield Entry(end, gradient * rows * share, None)
 
     def _signal(self, group: Group, p: Pass) -> Tensor:
         """What the scores of a pass are weighted by, [rows]; by time step [rows, T] with reward-to-go. Of credit
         "feedback" that of the losses without a gradient alone."""
         size, losses, mean = self.estimator.group, group.losses, self.mean_loss
         if self.structure.credit == "feedback":
-            losses, mean = torch.cat([q.blind for q in group.passes]), self.mean_blind
+            losses, mean = group.joined("blind"), self.mean_blind
         if self.estimator.multi_sample:
             return multi_sample_signals(losses)[p.copies].flatten()
         if self.estimator.reward_to_go:
-            losses = torch.cat([q.loss_in_time for q in group.passes])  # [K, B, T]
+            losses = group.joined("loss_in_time")  # [K, B, T]
             steps = losses.shape[-1]
             mean = None if mean is None else mean / steps
             losses = to_go(losses)
@@ -616,6 +722,7 @@ class Attachment:
             "driven": None if self.driven is None else sorted(self.driven),
             "feedback": self.feedback.state_dict(),
             "shrinkage": self.shrinkage.state_dict(),
+            "budget": None if self.budget is None else self.budget.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -633,10 +740,14 @@ class Attachment:
         self.driven = None if state["driven"] is None else set(state["driven"])
         self.feedback.load_state_dict(state["feedback"], device)
         self.shrinkage.load_state_dict(state["shrinkage"], device)
+        if self.budget is not None and state["budget"] is not None:
+            self.budget.load_state_dict(state["budget"])
 
 
 def default_copies(estimator: ULR, structure: Structure) -> int:
-    """Copies of a step that refreshes nothing."""
+    """Copies of a step that refreshes nothing; the least, where their number follows the variance."""
+    if isinstance(estimator.copies, AdaptiveCopies):
+        return estimator.copies.least
     return estimator.copies or DEFAULT_COPIES["global" if structure.judging.blind else structure.credit]
 
 
@@ -686,6 +797,12 @@ def observed(
     if estimator.multi_sample and structure.judging.blind and structure.credit == "feedback":
         raise UsageError("ULR got multi_sample, and of the mix a loss has no gradient; use credit='global'")
     return structure
+
+
+def enter(entries: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
+    """Adds to the `.grad` of what is wanted the gradients that enter the graph at these tensors."""
+    if wanted and entries:
+        torch.autograd.backward(*zip(*entries, strict=True), inputs=wanted)
 
 
 def _stack_outputs(passes: list[Pass]) -> Tensor:

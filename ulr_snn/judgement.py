@@ -103,7 +103,8 @@ def judge(
         counted = activity[cost.counts].detach().requires_grad_()
         with torch.enable_grad():
             value = weight * cost({cost.counts: counted})
-        costs.append((activity[cost.counts], torch.autograd.grad(value.sum(), counted)[0], value.detach()))
+        (gradient,) = torch.autograd.grad(value, counted, torch.ones_like(value))
+        costs.append((activity[cost.counts], gradient, value.detach()))
     steps = in_time(objective, outputs, targets, mask) if judging.in_time else None
     return Judgement(values, errors, costs, judging, tuple(weight for weight, _ in objective.losses), steps)
 
@@ -129,7 +130,9 @@ def with_gradient(
         if "requires grad" not in str(error):  # what NumPy says of a tensor that does
             raise
         value = loss(outputs, targets, mask)
-    error = torch.autograd.grad(value.sum(), cut, allow_unused=True)[0] if value.requires_grad else None
+    error = (
+        torch.autograd.grad(value, cut, torch.ones_like(value), allow_unused=True)[0] if value.requires_grad else None
+    )
     return value.detach(), error
 
 

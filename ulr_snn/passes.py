@@ -38,6 +38,10 @@ class Pass:
         """[copies, B]."""
         return self.judgement.loss.view(len(self.copies), -1)
 
+    def judged(self) -> "Pass":
+        """Its outputs and losses alone."""
+        return Pass(self.copies, self.outputs.detach(), [], {}, self.judgement)
+
     @property
     def blind(self) -> Tensor:
         """[copies, B]: the part of the loss that has no gradient in the outputs, nor is a cost of activity."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.copies import AdaptiveCopies
 from ulr_snn.credit.maps import Shared
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
@@ -146,6 +147,12 @@ def _why(structure: Structure) -> str:
 def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
     notes = []
     judging = structure.judging
+    if isinstance(estimator.copies, AdaptiveCopies):
+        each = "layer" if estimator.layerwise else "step"
+        notes.append(
+            f"copies follow the measured variance of the gradient, {estimator.copies.least} to {estimator.copies.most} "
+            f"for each {each}"
+        )
     if estimator.layerwise:
         notes.append("layerwise: a pass for all, and copies - 1 more for each layer, in which it alone has other draws")
     for site in judging.smoothed.values():

@@ -1,5 +1,6 @@
 """What one forward pass leaves at one firing site."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ulr_snn.noise import Firing, law_of
 from ulr_snn.scan import fused
+from ulr_snn.scan.bits import unpack_bits
 
 
 @dataclass
@@ -100,9 +102,11 @@ class Record:
 class CurrentRecord(Record):
     """What a pass leaves at a site with Gaussian noise on the input current: x = J / scale [T, B, ...], noise z of the
     same shape, and what the module gave for J + scale z in the place of spikes, [T, B, ...] of any shape. Everything
-    is as of a site that draws z: its innovation is z, its score z, and the prediction a is that of ∂L/∂z."""
+    is as of a site that draws z: its innovation is z, its score z, and the prediction a is that of ∂L/∂z. signs: where
+    only these are kept of z, as bits [T, B, words]; sqrt(π/2) sign(z) takes its place, which has E[z sign(z)] right."""
 
     z: Tensor | None = None
+    signs: Tensor | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -110,11 +114,17 @@ class CurrentRecord(Record):
         return self.neuron.elementwise and self.spikes.shape == self.x.shape
 
     def innovation(self) -> Tensor:
-        return self._on_own_steps(self.z)
+        return self._on_own_steps(self._drawn())
 
     @cached_property
     def slope(self) -> Tensor:
-        return self._on_own_steps(torch.ones_like(self.z))
+        return self._on_own_steps(torch.ones_like(self.x))
 
     def score(self) -> Tensor:
-        return self._on_own_steps(self.z)
+        return self._on_own_steps(self._drawn())
+
+    def _drawn(self) -> Tensor:
+        if self.signs is None:
+            return self.z
+        positive = unpack_bits(self.signs, self.x[0, 0].numel(), self.x.dtype).view(self.x.shape)
+        return math.sqrt(math.pi / 2) * (2 * positive - 1)

@@ -66,6 +66,13 @@ class WeightSites:
 
     def add_gradients(self, model: nn.Module, step: int, signals: Tensor) -> None:
         """Adds to `.grad` what copies with these losses less baselines [K, B] tell."""
+        found = self.gradients(model, step, signals)
+        for name, q in parameters_of(model, self.sites).items():
+            q.grad = found[name] if q.grad is None else q.grad + found[name]
+
+    def gradients(self, model: nn.Module, step: int, signals: Tensor) -> dict[str, Tensor]:
+        """The same, by parameter."""
+        gradients = {}
         for name, q in parameters_of(model, self.sites).items():
             noise, found = self.sites[name], torch.zeros_like(q)
             for copy, signal in enumerate(signals.to(q.dtype)):
@@ -73,8 +80,8 @@ class WeightSites:
                     found += self._flips(name, q.detach(), step, copy, len(signal)).gradient(signal)
                 else:
                     found += signal.mean() * self.draw(name, q, step, copy)
-            found /= len(signals) * scale_of(noise, q)
-            q.grad = found if q.grad is None else q.grad + found
+            gradients[name] = found / (len(signals) * scale_of(noise, q))
+        return gradients
 
 
 def parameters_of(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
