@@ -1,10 +1,12 @@
 """Sparse events: the same numbers as the frames that they stand for, whatever a model does with them."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import LIF, TimeAverage, attach
+from ulr_snn import LIF, Fold, TimeAverage, attach, sparse
 from ulr_snn.events import DENSITY, SMALLEST, Events
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
@@ -38,6 +40,130 @@ def test_a_linear_layer_gives_what_it_gives_for_frames(dtype, bias, outputs):
     assert isinstance(Events.of(frames, torch.float32), Events)
     for ours, other in zip(*found, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-4)
+
+
+CONVOLUTIONS = {  # channels, height, width; outputs, kernel; options
+    "as in the benchmark": ((2, 34, 34), 12, 5, {"stride": 2, "padding": 2}),
+    "plain": ((2, 20, 20), 8, 3, {"bias": False}),
+    "odd": ((1, 13, 29), 7, (3, 5), {"stride": (2, 3), "padding": (2, 0)}),
+    "a stride beyond the kernel": ((2, 17, 19), 5, 2, {"stride": 3, "padding": 1}),
+    "padding beyond the kernel": ((2, 11, 12), 3, 3, {"stride": 2, "padding": 7}),
+    "dilation": ((2, 20, 23), 16, 3, {"dilation": 2, "padding": 2}),
+    "dilation and stride": (
+        (3, 19, 18),
+        4,
+        (4, 3),
+        {"dilation": (2, 3), "stride": (3, 2), "padding": (1, 4)},
+    ),
+    "same": ((2, 15, 16), 6, 3, {"padding": "same"}),
+    "valid": ((2, 15, 16), 6, 4, {"padding": "valid", "stride": 2}),
+    "one pixel": ((4, 12, 12), 33, 1, {}),
+    "one output": ((2, 9, 9), 1, 9, {}),
+}
+BEYOND = {
+    "groups": ((2, 20, 20), 8, 3, {"groups": 2}),
+    "other padding": ((2, 20, 20), 8, 3, {"padding": 1, "padding_mode": "circular"}),
+    "sides padded unlike": ((2, 20, 20), 8, 4, {"padding": "same"}),
+}
+
+
+def events_in(shape: tuple[int, ...], density: float = 0.02) -> Tensor:
+    """uint8 counts of this density, with frames that have no event first and last."""
+    generator = torch.Generator().manual_seed(1)
+    active = torch.rand(shape, generator=generator) < density
+    frames = (active * torch.randint(1, 4, shape, generator=generator)).to(torch.uint8)
+    frames[0, 0] = frames[-1, -1] = 0
+    return frames
+
+
+def convolved(module: nn.Conv2d, x: Tensor) -> list[Tensor]:
+    """What a convolution of events [T, B, C, H, W] gives, and the gradients of its parameters."""
+    module.zero_grad()
+    y = module(x.flatten(0, 1))
+    assert type(y) is Tensor and y.is_contiguous()
+    (y * torch.rand(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return [y.detach(), *(q.grad for q in module.parameters())]
+
+
+def in_double(module: nn.Conv2d, frames: Tensor) -> list[Tensor]:
+    """The same of torch's own, in float64: in float32 its gradient of the bias is right to four digits alone."""
+    return [found.float() for found in convolved(copy.deepcopy(module).double(), frames.double())]
+
+
+def apart(ours: list[Tensor], others: list[Tensor]) -> float:
+    """The greatest error, relative to the size of what it is in."""
+    assert all(mine.shape == other.shape for mine, other in zip(ours, others, strict=True))
+    return max(((mine - other).norm() / other.norm()).item() for mine, other in zip(ours, others, strict=True))
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[Events]:
+    """Events of which the frames were made, as it happens."""
+    found: list[Events] = []
+    monkeypatch.setattr(Events, "dense", lambda self, own=Events.dense: found.append(self) or own(self))
+    return found
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_convolution_gives_what_torch_gives(name, threads, made, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # as many parts of the rows
+    monkeypatch.setattr(sparse, "SHARE", 1.0)
+    frame, outputs, kernel, options = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    module = nn.Conv2d(frame[0], outputs, kernel, **options)
+    frames = events_in((5, 31, *frame))
+    monkeypatch.setattr("ulr_snn.events.SMALLEST", 0)
+    events = Events.of(frames, torch.float32)
+    ours = convolved(module, events)
+    assert not made
+    assert apart(ours, in_double(module, frames)) <= 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(ours, convolved(module, events), strict=True))
+    if not isinstance(module.padding, str):  # a wrong variant
+        module.padding = (module.padding[0], module.padding[1] + 1)
+        shifted = in_double(module, frames)
+        shifted[0] = shifted[0][..., : ours[0].shape[-1]]
+        assert apart(ours, shifted) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Using padding")
+@pytest.mark.parametrize("name", BEYOND)
+def test_convolutions_that_are_not_for_events_go_the_dense_way(name, made):
+    frame, outputs, kernel, options = BEYOND[name]
+    module = nn.Conv2d(frame[0], outputs, kernel, **options)
+    frames = events_in((8, 16, *frame))
+    events = Events.of(frames, torch.float32).flatten(0, 1)
+    assert isinstance(events, Events)
+    assert apart([module(events)], [module(frames.flatten(0, 1).float())]) <= 1e-6 and made
+
+
+def test_a_convolution_is_dense_where_that_is_faster(made):
+    nn.Conv2d(2, 8, 3)(Events.of(frames_of(density=0.09), torch.float32).flatten(0, 1))
+    assert not made
+    nn.Conv2d(2, 8, 3, dilation=4)(Events.of(frames_of(density=0.09), torch.float32).flatten(0, 1))
+    assert len(made) == 1
+    with pytest.raises(RuntimeError, match="channels"):  # torch's own word
+        nn.Conv2d(3, 8, 3)(Events.of(frames_of(), torch.float32).flatten(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 2, 20, 20), (100, 1, 2, 20, 20)], ids=["", "one sample"])
+@pytest.mark.parametrize("density", [0.03, 0], ids=["", "no events"])
+@pytest.mark.parametrize("reshaped", [False, True], ids=["", "reshaped"])
+def test_events_stay_sparse_up_to_a_convolution(shape, density, reshaped, made):
+    frames = events_in(shape, density)
+    module = nn.Conv2d(2, 6, 3, padding=1)
+    before = [nn.Flatten(2), nn.Unflatten(2, (2, 20, 20))] if reshaped else []
+    events = Events.of(frames, torch.float32)
+    y = nn.Sequential(*before, Fold(module))(events)
+    y.square().sum().backward()
+    assert type(y) is Tensor and isinstance(events, Events) and not made
+    ours = [y.detach().flatten(0, 1), *(q.grad for q in module.parameters())]
+    module = copy.deepcopy(module).double()
+    module.zero_grad()
+    expected = module(frames.flatten(0, 1).double())
+    expected.square().sum().backward()
+    for mine, other in zip(ours, [expected.detach(), *(q.grad for q in module.parameters())], strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
 
 
 def test_dense_frames_small_ones_and_other_types_stay_what_they_are():
@@ -76,19 +202,43 @@ def test_whatever_is_done_with_them_is_done_with_the_frames(name):
     assert torch.equal(frames, frames_of())  # they are the loader's
 
 
-def test_training_steps_do_not_depend_on_how_events_come(monkeypatch):
+def dense_net() -> list[nn.Module]:
+    return [nn.Flatten(2), nn.Linear(800, 24), LIF(), nn.Linear(24, 16), LIF(), TimeAverage()]
+
+
+def conv_net() -> list[nn.Module]:
+    return [
+        Fold(nn.Conv2d(2, 6, 5, stride=2, padding=2)),
+        LIF(),
+        nn.Flatten(2),
+        nn.Linear(600, 16),
+        LIF(),
+        TimeAverage(),
+    ]
+
+
+@pytest.mark.parametrize("net", [dense_net, conv_net])
+def test_training_steps_do_not_depend_on_how_events_come(net, made, monkeypatch):
     frames, y = frames_of(), torch.arange(16) % 4
 
-    def run() -> list[Tensor]:
+    def run() -> tuple[list[Tensor], list[Tensor]]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(2), nn.Linear(800, 24), LIF(), nn.Linear(24, 16), LIF(), TimeAverage())
+        model, spikes = nn.Sequential(*net()), []
+        for module in model:
+            if isinstance(module, LIF):
+                module.register_forward_hook(lambda module, inputs, output: spikes.append(output.detach().clone()))
         with attach(model, seed=1, total_steps=20) as ulr:
-            for _ in range(3):
+            for step in range(3):
                 model.zero_grad()
                 ulr.backward(frames, y)
-        return [q.grad for q in model.parameters()]
+                if step == 0:
+                    made.clear()  # to see what the events drive
+        assert not made
+        return [q.grad for q in model.parameters()], spikes
 
-    sparse = run()
+    sparse, spikes = run()
     monkeypatch.setattr(Events, "of", classmethod(lambda cls, frames, dtype: frames.to(dtype)))
-    for ours, other in zip(sparse, run(), strict=True):
+    expected, others = run()
+    assert all(torch.equal(a, b) for a, b in zip(spikes, others, strict=True)) and spikes[0].any()
+    for ours, other in zip(sparse, expected, strict=True):
         assert other.any() and (ours - other).norm() <= 1e-4 * other.norm()

@@ -19,7 +19,7 @@ LAYERS = (
     "scan",
     "noise",
     "neurons/adapters",
-    "records/steps/sites/events",
+    "records/steps/sites/events/sparse",
     "passes",
     "credit/structure",
     "estimator",

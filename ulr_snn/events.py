@@ -1,11 +1,10 @@
-"""Sparse events as the input of a model: a linear layer that reads them costs in proportion to the events.
+"""Sparse events as the input of a model: a layer that reads them costs in proportion to the events (see sparse.py).
 
 To the model they are a tensor like any other. Changes of shape keep them sparse; whatever else is done with them is
 done with the frames that they stand for, which are made then.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,49 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ulr_snn.scan import fused
+from ulr_snn.sparse import Rows, convolution, linear
 
 DENSITY = 0.1  # of active inputs, beyond which a dense product is the faster one
 SMALLEST = 1 << 16  # inputs, below which it hardly matters
-
-
-@dataclass
-class Rows:
-    """Events in rows [n, inputs]: row r has those from starts[r] to starts[r + 1], at `places`, of size `values`."""
-
-    starts: Tensor
-    places: Tensor
-    values: Tensor
-    inputs: int
-
-
-class _SparseLinear(torch.autograd.Function):
-    """x W^T + b of events x; gradient for W and b alone."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, rows):
-        ctx.rows = rows
-        out = torch.empty(len(rows.starts) - 1, len(weight))
-        start = torch.zeros(len(weight)) if bias is None else bias.detach()
-        columns = weight.detach().T.contiguous()
-        fused.kernels(out).gather(*_arrays(rows), columns.numpy(), start.contiguous().numpy(), out.numpy())
-        return out
-
-    @staticmethod
-    def backward(ctx, g):
-        g = g.contiguous()
-        d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            columns = torch.zeros(ctx.rows.inputs, g.shape[1])
-            parts = min(torch.get_num_threads(), g.shape[1])
-            fused.kernels(g).scatter(*_arrays(ctx.rows), g.detach().numpy(), columns.numpy(), parts)
-            d_weight = columns.T.contiguous()
-        if ctx.needs_input_grad[1]:
-            d_bias = g.sum(0)
-        return d_weight, d_bias, None
-
-
-def _arrays(rows: Rows) -> tuple[Any, ...]:
-    return rows.starts.numpy(), rows.places.numpy(), rows.values.numpy()
 
 
 class Events(Tensor):
@@ -119,17 +79,24 @@ class Events(Tensor):
                     return Events(shaped, events.dtype, events._found if name != "repeat" else None)
                 if function in COPIES and len(arguments) == 1 and not named:
                     return Events(events._frames, events.dtype, events._found)
-                if function is functional.linear and not torch.is_autocast_enabled("cpu"):
-                    return events._linear(*arguments[1:], **named)
+                if function in LAYERS and not torch.is_autocast_enabled("cpu"):
+                    found = LAYERS[function](events, *arguments[1:], **named)
+                    if found is not None:
+                        return found
                 if function is Tensor.__getitem__:
                     return function(events._frames, *arguments[1:]).to(events.dtype)
             return function(*map(_dense, arguments), **{name: _dense(item) for name, item in named.items()})
 
-    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.dtype != torch.float32 or self.shape[-1] != weight.shape[1]:
-            return functional.linear(self.dense(), weight, bias)  # which says what is wrong
-        out = _SparseLinear.apply(weight, bias, self.rows(self.shape[-1]))
-        return out.view(*self.shape[:-1], len(weight))
+    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if not float32(weight, bias) or self.shape[-1] != weight.shape[1]:
+            return None  # the dense one, which says what is wrong
+        return linear(self.rows(self.shape[-1]), weight, bias).view(*self.shape[:-1], len(weight))
+
+    def _convolution(self, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> Tensor | None:
+        if not float32(weight, bias) or self.ndim != 4 or weight.ndim != 4:
+            return None
+        frame = self.shape[1:]
+        return convolution(frame, self.rows(frame.numel()), weight, bias, *options, **named)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
@@ -142,6 +109,12 @@ def _dense(item: Any) -> Any:
     return type(item)(map(_dense, item)) if type(item) in (list, tuple) else item
 
 
+def float32(*parameters: Tensor | None) -> bool:
+    """Whether parameters are what the kernels take."""
+    return all(q is None or (q.dtype == torch.float32 and q.device.type == "cpu") for q in parameters)
+
+
+LAYERS = {functional.linear: Events._linear, torch.conv2d: Events._convolution}  # None of what they leave to the dense
 KINDS = (torch.uint8, torch.bool, torch.float32)
 SHAPES = (Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.unflatten, Tensor.repeat, torch.flatten, torch.reshape)
 COPIES = (Tensor.clone, Tensor.detach, Tensor.contiguous, torch.clone)

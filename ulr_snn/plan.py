@@ -179,7 +179,7 @@ def _engine(x: Tensor, steps: int | None, memory: str) -> list[str]:
     by = {"cpu": "fused, by numba", "gpu": "fused, by Triton", "reference": "in plain torch"}[kind]
     found = [f"scans over time of ulr_snn's neurons: {by} ({why})"]
     if isinstance(x, Events):
-        found.append("events are sparse: a linear layer that reads them costs in proportion to the events")
+        found.append("events are sparse: a linear layer or convolution costs in proportion to those that it reads")
     if steps is None:
         found.append("memory: the whole sequence at once")
     else:

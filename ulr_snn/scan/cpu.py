@@ -8,6 +8,8 @@ import math
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 LOGISTIC, GAUSSIAN, DETERMINISTIC, KNOWN = 0, 1, 2, 3  # laws of firing; spikes that are given
 SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
@@ -281,3 +283,131 @@ def scatter(starts, places, values, g, columns, parts):
                 column, value = columns[places[k], low:high], values[k]
                 for n in range(len(here)):
                     column[n] += value * here[n]
+
+
+def _vector(array, context, builder, kind, at, width):
+    """Pointer to `width` numbers of an array of this type, from the place `at` on."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), ir.VectorType(ir.FloatType(), width).as_pointer())
+
+
+def _mask(*places):
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+
+
+def _adder(width):
+    """add(to, t, source, s, value): to[t : t + width] += value * source[s : s + width], of flat arrays, as one vector.
+    What the compiler makes of a loop this short is ten times as slow."""
+
+    @intrinsic
+    def add(typing, to, t, source, s, value):
+        def code(context, builder, signature, arguments):
+            to, t, source, s, value = arguments
+            kind = ir.VectorType(ir.FloatType(), width)
+            at = _vector(to, context, builder, signature.args[0], t, width)
+            numbers = builder.load(_vector(source, context, builder, signature.args[2], s, width), align=4)
+            blank = ir.Constant(kind, ir.Undefined)
+            single = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
+            product = builder.fmul(numbers, builder.shuffle_vector(single, blank, _mask(*[0] * width)))
+            builder.store(builder.fadd(builder.load(at, align=4), product), at, align=4)
+            return context.get_dummy_value()
+
+        return numba.void(to, t, source, s, value), code
+
+    return add
+
+
+_add4, _add16 = _adder(4), _adder(16)
+
+
+@intrinsic
+def _turn4(typing, to, t, to_step, source, s, step):
+    """to[t + j to_step + i] = source[s + i step + j] for i, j < 4, of flat arrays."""
+
+    def code(context, builder, signature, arguments):
+        to, t, to_step, source, s, step = arguments
+
+        def row(array, kind, start, by, i):
+            at = builder.add(start, builder.mul(by, ir.Constant(by.type, i)))
+            return _vector(array, context, builder, kind, at, 4)
+
+        a, b, c, d = (builder.load(row(source, signature.args[3], s, step, i), align=4) for i in range(4))
+        low, high = _mask(0, 4, 1, 5), _mask(2, 6, 3, 7)
+        for i, half in enumerate((low, high)):
+            above, below = builder.shuffle_vector(a, b, half), builder.shuffle_vector(c, d, half)
+            for j, places in enumerate((_mask(0, 1, 4, 5), _mask(2, 3, 6, 7))):
+                found = builder.shuffle_vector(above, below, places)
+                builder.store(found, row(to, signature.args[0], t, to_step, 2 * i + j), align=4)
+        return context.get_dummy_value()
+
+    return numba.void(to, t, to_step, source, s, step), code
+
+
+@_compiled(inline="always")
+def _turn(to, t, to_step, source, s, step, rows, columns):
+    """to[t + j to_step + i] = source[s + i step + j] for i < rows, j < columns, of flat arrays."""
+    if rows < 4 or columns < 4:
+        for i in range(rows):
+            for j in range(columns):
+                to[t + j * to_step + i] = source[s + i * step + j]
+        return
+    for column in range(0, columns, 4):
+        j = min(column, columns - 4)  # the last four once more, where they are fewer
+        for row in range(0, rows, 4):
+            i = min(row, rows - 4)
+            _turn4(to, t + j * to_step + i, to_step, source, s + i * step + j, step)
+
+
+@_compiled(inline="always")
+def _add(to, t, source, s, value, count):
+    """to[t : t + count] += value * source[s : s + count], of a count in fours."""
+    wide = count & ~15
+    for n in range(0, wide, 16):
+        _add16(to, t + n, source, s + n, value)
+    for n in range(wide, count, 4):
+        _add4(to, t + n, source, s + n, value)
+
+
+@_compiled(parallel=True)
+def spread(starts, places, values, to, which, patches, blank, steps, wide, shape, out, parts):
+    """Convolution [n, outputs, high, across] of rows of events: see `sparse.Patches`. blank: the grid before any event;
+    steps: `Patches.steps`; parts: of the rows, one for each thread."""
+    rows, outputs, high, across = shape
+    lines, length, step, lead = steps
+    for part in numba.prange(parts):
+        grid = np.empty(len(blank), np.float32)  # outputs last, where a frame of it stays in the cache
+        for r in range(part * rows // parts, (part + 1) * rows // parts):
+            grid[:] = blank
+            for k in range(starts[r], starts[r + 1]):
+                t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
+                for _ in range(lines):
+                    _add(grid, t, patches, s, value, length)
+                    t += step
+                    s += length
+            for y in range(high):
+                at = (r * outputs * high + y) * across
+                _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
+
+
+@_compiled(parallel=True)
+def spread_weight(starts, places, values, to, which, sums, steps, wide, size, shape, g):
+    """Adds the gradient of the patches to sums, one for each thread and its part of the rows, from that of the outputs
+    g, flat. size: outputs in the grid."""
+    rows, outputs, high, across = shape
+    lines, length, step, lead = steps
+    parts = len(sums)
+    for part in numba.prange(parts):
+        grid, own = np.zeros(size * wide, np.float32), np.zeros(sums.shape[1], np.float32)
+        for r in range(part * rows // parts, (part + 1) * rows // parts):
+            if starts[r] == starts[r + 1]:
+                continue
+            for y in range(high):
+                at = (r * outputs * high + y) * across
+                _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)
+            for k in range(starts[r], starts[r + 1]):
+                t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
+                for _ in range(lines):
+                    _add(own, s, grid, t, value, length)
+                    t += step
+                    s += length
+        sums[part] += own

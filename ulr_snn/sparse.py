@@ -1,0 +1,246 @@
+"""Layers that read sparse events, in float32 on a CPU: a linear one and a convolution, whose cost goes with the events.
+
+A convolution scatters: around the place that an event reaches, it adds a patch of the kernel to the outputs. Patches
+of one convolution are all of one size, zeros in them where the stride leaves a weight out, so that the loop over them
+does not branch; and the outputs are a grid with room for all of them, of which the edges are left away.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_snn.scan import fused
+
+WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
+SHARE = 0.1  # of a dense convolution's multiply-adds: with more than that (measured: 0.08 to above 0.2) it is faster
+
+Pair = tuple[int, int]
+
+
+@dataclass
+class Rows:
+    """Events in rows [n, inputs]: row r has those from starts[r] to starts[r + 1], at `places`, of size `values`."""
+
+    starts: Tensor
+    places: Tensor
+    values: Tensor
+    inputs: int
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return self.starts.numpy(), self.places.numpy(), self.values.numpy()
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b of events x; gradient for W and b alone."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, rows):
+        ctx.rows = rows
+        out = torch.empty(len(rows.starts) - 1, len(weight))
+        start = torch.zeros(len(weight)) if bias is None else bias.detach()
+        columns = weight.detach().T.contiguous()
+        fused.kernels(out).gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.contiguous()
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            columns = torch.zeros(ctx.rows.inputs, g.shape[1])
+            parts = min(torch.get_num_threads(), g.shape[1])
+            fused.kernels(g).scatter(*ctx.rows.arrays, g.detach().numpy(), columns.numpy(), parts)
+            d_weight = columns.T.contiguous()
+        if ctx.needs_input_grad[1]:
+            d_bias = g.sum(0)
+        return d_weight, d_bias, None
+
+
+def linear(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[n, outputs] of events in rows [n, inputs]."""
+    return _Linear.apply(weight, bias, rows)
+
+
+# -- convolution -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a convolution. Input i reaches the outputs from first[i] on, in a grid that begins `lead` before them
+    and is `grid` long; patch phase[i] has `reach` of them, and weight k is in patch at[k] at place[k]."""
+
+    outputs: int
+    reach: int
+    lead: int
+    grid: int
+    first: Tensor
+    phase: Tensor
+    at: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, inputs: int, kernel: int, stride: int, padding: int, dilation: int) -> "Axis":
+        """Weight k takes input i to output (i + padding - k dilation) / stride, where that is a whole number."""
+        outputs = (inputs + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        reach = dilation * (kernel - 1) // stride + 1
+        lead = max(0, reach - 1 - padding // stride)
+        last, phase = (torch.arange(inputs) + padding).div(stride, rounding_mode="floor"), torch.arange(inputs)
+        phase = (phase + padding) % stride
+        grid = lead + max(outputs, int(last[-1]) + 1)
+        offsets = dilation * torch.arange(kernel)
+        place = reach - 1 - offsets.div(stride, rounding_mode="floor")
+        return cls(outputs, reach, lead, grid, last - (reach - 1) + lead, phase, offsets % stride, place)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A convolution's patches [C, phases, phases, reach, reach, wide], and where that of input j [C * H * W] begins, in
+    flat numbers: at which[j] among the patches, and at to[j] in the grid."""
+
+    high: Axis
+    across: Axis
+    strides: Pair
+    channels: int
+    wide: int
+    which: Tensor
+    to: Tensor
+
+    @classmethod
+    def of(cls, frame: torch.Size, outputs: int, kernel: Pair, stride: Pair, *geometry: Pair) -> "Patches":
+        """frame: [C, H, W]; geometry: padding and dilation."""
+        each = zip(frame[1:], kernel, stride, *geometry, strict=True)
+        high, across = (Axis.of(*about) for about in each)
+        wide = -(-outputs // WIDTH) * WIDTH
+        channel = torch.arange(frame[0])[:, None, None] * math.prod(stride)
+        which = channel + high.phase[:, None] * stride[1] + across.phase
+        to = (high.first[:, None] * across.grid + across.first).expand(frame)
+        which, to = which * (high.reach * across.reach * wide), to * wide
+        return cls(high, across, stride, frame[0], wide, which.flatten().int(), to.flatten().int())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is an output at all."""
+        return self.high.outputs > 0 and self.across.outputs > 0
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.channels, *self.strides, self.high.reach, self.across.reach, self.wide
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """Where in the patches the weights [C, kernel, kernel, outputs] are."""
+        high, across = self.high, self.across
+        return slice(None), high.at[:, None], across.at, high.place[:, None], across.place
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of a patch, its lines, the length of one, and from one to the next in the grid; and where in that the outputs
+        begin."""
+        high, across, wide = self.high, self.across, self.wide
+        step = across.grid * wide
+        return high.reach, across.reach * wide, step, high.lead * step + across.lead * wide
+
+    def made(self, weight: Tensor) -> Tensor:
+        """Patches of a weight [outputs, C, kernel, kernel]."""
+        patches = torch.zeros(self.size)
+        patches[(*self.weights, slice(len(weight)))] = weight.detach().permute(1, 2, 3, 0)
+        return patches
+
+    def taken(self, patches: Tensor, outputs: int) -> Tensor:
+        """The weight [outputs, C, kernel, kernel] of flat patches."""
+        return patches.view(self.size)[(*self.weights, slice(outputs))].permute(3, 0, 1, 2).contiguous()
+
+
+class _Convolution(torch.autograd.Function):
+    """Convolution of events, [n, outputs, ...]; gradient for weight and bias alone."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, rows, patches):
+        ctx.rows, ctx.patches = rows, patches
+        n, outputs, (high, across) = len(rows.starts) - 1, len(weight), (patches.high, patches.across)
+        out = torch.empty(n, outputs, high.outputs, across.outputs)
+        start = torch.zeros(patches.wide)
+        if bias is not None:
+            start[:outputs] = bias.detach()
+        blank = start.repeat(high.grid * across.grid)
+        fused.kernels(out).spread(
+            *rows.arrays, patches.to.numpy(), patches.which.numpy(), patches.made(weight).flatten().numpy(),
+            blank.numpy(), patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy(), threads(n),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        rows, patches = ctx.rows, ctx.patches
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            g = g.contiguous()
+            sums = torch.zeros(threads(len(g)), math.prod(patches.size))
+            fused.kernels(g).spread_weight(
+                *rows.arrays, patches.to.numpy(), patches.which.numpy(), sums.numpy(), patches.steps, patches.wide,
+                patches.high.grid * patches.across.grid, tuple(g.shape), g.detach().flatten().numpy(),
+            )  # fmt: skip
+            d_weight = patches.taken(sums.sum(0), g.shape[1])
+        if ctx.needs_input_grad[1]:
+            d_bias = g.sum((0, 2, 3))
+        return d_weight, d_bias, None, None
+
+
+def threads(rows: int) -> int:
+    """That share rows."""
+    return max(1, min(torch.get_num_threads(), rows))
+
+
+def pair(value: Any) -> Pair | None:
+    """(high, across) of what a convolution takes for both; None of what is none."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if len(values) not in (1, 2) or not all(isinstance(item, int) for item in values):
+        return None
+    return values[0], values[-1]
+
+
+@lru_cache(maxsize=64)
+def patches_of(frame: torch.Size, weight: torch.Size, *geometry: Pair) -> Patches | None:
+    """The patches of events [C, H, W] and a weight [outputs, C, kernel, kernel], whose geometry is stride, padding and
+    dilation; None where the convolution is not possible."""
+    possible = weight[1] == frame[0] and 0 not in (*frame, *weight)
+    stride, padding, dilation = geometry
+    if not possible or min(*stride, *dilation) < 1 or min(padding) < 0:
+        return None
+    patches = Patches.of(frame, weight[0], (weight[2], weight[3]), *geometry)
+    return patches if patches.fits else None
+
+
+def geometry(
+    kernel: torch.Size, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> tuple[Pair, Pair, Pair] | None:
+    """Stride, padding and dilation of a convolution in pairs; None where it has groups, or pads its sides unlike."""
+    stride, dilation = pair(stride), pair(dilation)
+    if padding == "valid":
+        padding = 0
+    if padding == "same" and dilation:
+        total = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
+        padding = None if any(size % 2 for size in total) else [size // 2 for size in total]
+    padding = pair(padding)
+    return None if groups != 1 or None in (stride, padding, dilation) else (stride, padding, dilation)
+
+
+def convolution(
+    frame: torch.Size, rows: Rows, weight: Tensor, bias: Tensor | None, *options: Any, **named: Any
+) -> Tensor | None:
+    """[n, outputs, ...] of events in rows of frames [C, H, W]; None where a dense one has to do it, or is faster.
+    options: as of torch's own."""
+    about = geometry(weight.shape[2:], *options, **named)
+    patches = None if about is None else patches_of(frame, weight.shape, *about)
+    if patches is None:
+        return None
+    density = len(rows.places) / max(1, (len(rows.starts) - 1) * rows.inputs)
+    numbers = math.prod(patches.size[1:5])  # of a patch in all its phases, where a dense one has those of the kernel
+    if density * numbers > SHARE * math.prod(weight.shape[2:]):
+        return None
+    return _Convolution.apply(weight, bias, rows, patches)
