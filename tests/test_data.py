@@ -197,14 +197,20 @@ def test_too_many_cells_are_refused():
 @pytest.mark.parametrize("time_bins", [7, "full"])
 @pytest.mark.parametrize("binary", [True, False])
 def test_quick_batches_equal_collated_items(time_bins, binary):
-    dataset = data.EventDataset(bin_recordings([random_recordings()], 6, time_bins, 70), (6,), 3, binary)
+    dataset = data.EventDataset(bin_recordings([random_recordings()], 6, time_bins, 70), (3, 2), 3, binary)
     indices = [3, 3, 0, 11, 5]
     quick = data.collate(dataset.__getitems__(indices))
     plain = data.collate([dataset[i] for i in indices])
     assert len(quick) == len(plain) == (3 if time_bins == "full" else 2)
     for a, b in zip(quick, plain, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
-    assert quick[0].shape == (int(dataset.lengths[indices].max()), 5, 6)
+    for items in (dataset.__getitems__(indices), [dataset[i] for i in indices]):
+        x, *others = data.collate(items, sparse=True)
+        assert x.is_sparse and x.is_coalesced() and x.dtype == torch.uint8 and torch.equal(x.to_dense(), quick[0])
+        again = torch.sparse_coo_tensor(x.indices(), x.values(), x.shape, check_invariants=True).coalesce()
+        assert torch.equal(again.indices(), x.indices()) and torch.equal(again.values(), x.values())  # in order
+        assert all(torch.equal(a, b) for a, b in zip(others, quick[1:], strict=True))
+    assert quick[0].shape == (int(dataset.lengths[indices].max()), 5, 3, 2)
 
 
 def test_collate_pads_and_tells_lengths():
@@ -241,11 +247,13 @@ def test_loader_repeats_its_order_for_a_seed():
     assert [len(y) for _, y in data.loader(dataset, batch_size=5, drop_last=True)] == [5, 5]
 
 
-def test_a_batch_survives_a_worker():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_batch_survives_a_worker(sparse):
     dataset = data.EventDataset(bin_recordings([random_recordings()], 6, 7, 70), (6,), 3, True)
     (here,) = list(data.loader(dataset, batch_size=12))
-    (there,) = list(data.loader(pickle.loads(pickle.dumps(dataset)), batch_size=12, num_workers=1))
-    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+    (there,) = list(data.loader(pickle.loads(pickle.dumps(dataset)), batch_size=12, num_workers=1, sparse=sparse))
+    assert there[0].is_sparse == sparse
+    assert torch.equal(here[0], there[0].to_dense()) and torch.equal(here[1], there[1])
 
 
 def test_split_is_stratified_and_disjoint(digit_sets):

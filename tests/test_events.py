@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import LIF, Fold, TimeAverage, attach, sparse
+import ulr_snn
+from ulr_snn import LIF, ULR, Fold, TimeAverage, UsageError, attach, parts, sparse
+from ulr_snn.event_list import EventList
 from ulr_snn.events import DENSITY, SMALLEST, Events
+from ulr_snn.passes import as_sequence
+from ulr_snn.peers import SurrogateBPTT
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
 
@@ -242,3 +246,141 @@ def test_training_steps_do_not_depend_on_how_events_come(net, made, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(spikes, others, strict=True)) and spikes[0].any()
     for ours, other in zip(sparse, expected, strict=True):
         assert other.any() and (ours - other).norm() <= 1e-4 * other.norm()
+
+
+# -- lists of events ---------------------------------------------------------------------------------------
+
+
+def listed(frames: Tensor, seed: int = 0) -> Tensor:
+    """A sparse COO tensor that lists each event of uint8 frames by itself, in no order."""
+    indices = frames.nonzero().repeat_interleave(frames[frames != 0].long(), dim=0).T
+    order = torch.randperm(indices.shape[1], generator=torch.Generator().manual_seed(seed))
+    ones = torch.ones(len(order), dtype=torch.uint8)
+    return torch.sparse_coo_tensor(indices[:, order], ones, frames.shape, check_invariants=True)
+
+
+ON_LISTS = {
+    "part of time": lambda x: x[3:5],
+    "parts": lambda x: x[:3, 2:9],
+    "nothing": lambda x: x[2:2],
+    "repeat": lambda x: x.repeat(1, 3, 1, 1, 1),
+    "repeat, new axis": lambda x: x.repeat((2, 1, 2, 1, 1, 3)),
+    "roll": lambda x: x.roll((1, 1), (0, 1)),
+    "roll back": lambda x: x.roll((-3, 5), (-1, 2)),
+    "roll an axis": lambda x: x.roll(2, 1),
+    "roll flat": lambda x: x.roll(7),
+}
+
+
+@pytest.mark.parametrize("name", ON_LISTS)
+def test_what_is_done_to_a_list_is_done_to_its_frames(name):
+    frames = frames_of()
+    operation, found = ON_LISTS[name], EventList.of(listed(frames))
+    sliced = name.startswith(("part", "nothing"))
+    ours = operation(found) if sliced else operation(Events(found, torch.float32))._frames
+    expected = operation(frames)
+    assert isinstance(ours, EventList) and ours.shape == expected.shape and len(ours) == len(expected)
+    assert ours.equal(EventList.of(expected.to_sparse())) and torch.equal(ours.to(torch.uint8), expected)
+    assert (ours.places.diff() > 0).all()
+    rows, same = ours.rows(20), Events(expected, torch.float32).rows(20)
+    for mine, other in zip(rows.arrays, same.arrays, strict=True):
+        assert mine.dtype == other.dtype and (mine == other).all()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_whatever_is_done_with_listed_events_is_done_with_the_frames(name):
+    frames = frames_of()
+    ours = OPERATIONS[name](Events.of(EventList.of(listed(frames)), torch.float32))
+    assert torch.equal(ours + torch.zeros(()), OPERATIONS[name](Events.of(frames, torch.float32)) + torch.zeros(()))
+
+
+ESTIMATORS = {
+    "": ULR(),
+    "bits": ULR(memory="bits"),
+    "replay": ULR(memory="replay"),
+    "copies": ULR(credit="residual", copies=4),
+    "surrogate": SurrogateBPTT(),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("net", [dense_net, conv_net])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, made, monkeypatch):
+    monkeypatch.setattr("ulr_snn.events.SMALLEST", 0)
+    monkeypatch.setattr(parts, "TOGETHER", 1000)  # several parts
+    frames, y = frames_of(), torch.arange(16) % 4
+    lengths = torch.arange(16) % 8 + 1 if padded else None
+
+    def run(x: Tensor, time_first: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*net())
+        for q in model.parameters():
+            q.data *= 3  # so that all layers fire
+        with ESTIMATORS[name].attach(model, "ce_count", 1, time_first, 20) as ulr:
+            found = [ulr.backward(x, y, lengths=lengths) for _ in range(3)]
+        return [*(q.grad for q in model.parameters()), *(estimate.outputs for estimate in found)]
+
+    ours, expected = run(listed(frames), True), run(frames, True)
+    assert not made  # at no step
+    turned = run(listed(frames.transpose(0, 1)), False)
+    for mine, third, other in zip(ours, turned, expected, strict=True):
+        assert other.any() and torch.equal(mine, other) and torch.equal(third, other)
+    lost = frames.clone()
+    lost.view(-1)[frames.flatten().nonzero()[0]] = 0  # a wrong variant: the first event is lost
+    assert not all(torch.equal(mine, other) for mine, other in zip(run(listed(lost), True), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64], ids=str)
+def test_values_of_any_type_and_models_of_any_type(dtype, model_dtype):
+    frames = frames_of(torch.bool if dtype == torch.bool else torch.uint8).to(dtype)
+    model = nn.Linear(3, 2, dtype=model_dtype)
+    about = torch.zeros(16, dtype=torch.int64), None, True, model
+    ours, expected = (as_sequence(x, *about) for x in (frames.to_sparse(), frames))
+    assert ours.dtype == expected.dtype == model_dtype
+    assert torch.equal(ours * 1, expected * 1)
+    indices, ones = torch.zeros(5, 300), torch.ones(300, dtype=torch.uint8)
+    twice = torch.sparse_coo_tensor(indices, ones, SHAPE, check_invariants=True)
+    assert as_sequence(twice, *about).sum() == 300  # more than a byte holds
+
+
+def test_lists_that_are_dense_or_hold_more_than_numbers():
+    about = torch.zeros(16, dtype=torch.int64), None, True, nn.Linear(3, 2)
+    dense = frames_of(density=2 * DENSITY)
+    assert type(as_sequence(dense.to_sparse(), *about)) is Tensor
+    assert torch.equal(as_sequence(dense.to_sparse(), *about), dense.float())
+    assert torch.equal(as_sequence(frames_of().to_sparse(2), *about) * 1, frames_of().float())
+    assert not as_sequence(torch.zeros(SHAPE).to_sparse(), *about).any()  # no event at all
+
+
+def test_errors_of_lists():
+    model, y = nn.Linear(3, 2), torch.zeros(16, dtype=torch.int64)
+    for value in (float("nan"), float("inf")):
+        x = frames_of().float()
+        x[2, 3, 0, 1, 1] = value
+        with pytest.raises(UsageError, match="NaN or infinite"):
+            as_sequence(x.to_sparse(), y, None, True, model)
+    with pytest.raises(UsageError, match="time_first=False"):
+        as_sequence(frames_of().transpose(0, 1).to_sparse(), y, None, True, model)
+    with pytest.raises(UsageError, match="without a step"):
+        as_sequence(torch.zeros(0, 16, 3).to_sparse(), y, None, True, model)
+
+
+def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
+    monkeypatch.setattr("ulr_snn.events.SMALLEST", 0)
+    train_set, _ = ulr_snn.data.load("digits")
+    part = train_set.subset(range(100))
+    found = []
+    for sparse_too in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(2), nn.Linear(512, 32), LIF(), nn.Linear(32, 10))
+        loader = ulr_snn.data.loader(part, 25, shuffle=True, sparse=sparse_too)
+        assert next(iter(loader))[0].is_sparse == sparse_too
+        result = ulr_snn.train(model, loader, 2, val_loader=loader, progress=False)
+        says = str(ulr_snn.plan(model, next(iter(loader))))
+        kept = [entry | {"seconds": 0} for entry in result.history]
+        found.append((kept, says, ulr_snn.evaluate(model, loader, samples=2), [*model.parameters()]))
+    assert "sparse" in found[0][1]
+    assert found[0][:3] == found[1][:3]
+    assert all(torch.equal(mine, other) for mine, other in zip(found[0][3], found[1][3], strict=True))

@@ -19,7 +19,7 @@ LAYERS = (
     "scan",
     "noise",
     "neurons/adapters",
-    "records/steps/sites/events/sparse",
+    "records/steps/sites/events/event_list/sparse",
     "passes",
     "credit/structure",
     "estimator",

@@ -28,7 +28,7 @@ from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
-from ulr_snn.events import Events
+from ulr_snn.events import Events, Frames
 from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, Objective, resolve
 from ulr_snn.neurons import own_spread
@@ -277,7 +277,8 @@ class Attachment:
     ) -> Estimate:
         """Forward passes, then adds the gradient of the batch's mean expected loss to every trainable `.grad`.
 
-        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype; lengths: [B], steps past them are padding.
+        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype, dense or a sparse COO tensor, which lists the
+        events; lengths: [B], steps past them are padding.
         Raises UsageError on wrong shapes, labels, losses, or events that are not finite.
         """
         with frozen(self.model, self.estimator.flow):
@@ -366,7 +367,7 @@ class Attachment:
     # -- in parts of time ----------------------------------------------------------------------------------
 
     def in_parts(
-        self, frames: Tensor, dtype: torch.dtype, lengths: Tensor | None, objective: Objective
+        self, frames: Frames, dtype: torch.dtype, lengths: Tensor | None, objective: Objective
     ) -> tuple[slice, slice] | None:
         """First time steps, and samples, with about as many spikes as a part of time of the batch: what steps in parts
         measure by; None for steps over the whole sequence. Raises UsageError where parts are asked for and cannot be.
@@ -391,7 +392,7 @@ class Attachment:
         size = parts.TOGETHER // max(1, self.neurons)  # time steps of samples
         return slice(0, max(1, size // 2)), slice(0, max(2, size // steps))
 
-    def part_steps(self, frames: Tensor) -> int:
+    def part_steps(self, frames: Frames) -> int:
         """Time steps of a part."""
         fitting = parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))
         return min(len(frames), max(parts.LEAST, fitting))
@@ -418,7 +419,7 @@ class Attachment:
     def _backward_in_parts(
         self,
         forward: Forward,
-        frames: Tensor,
+        frames: Frames,
         dtype: torch.dtype,
         targets: Tensor,
         lengths: Tensor | None,

@@ -4,6 +4,7 @@ To the model they are a tensor like any other. Changes of shape keep them sparse
 done with the frames that they stand for, which are made then.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,32 +12,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ulr_snn.event_list import EventList
 from ulr_snn.scan import fused
 from ulr_snn.sparse import Rows, convolution, linear
 
 DENSITY = 0.1  # of active inputs, beyond which a dense product is the faster one
 SMALLEST = 1 << 16  # inputs, below which it hardly matters
 
+Frames = Tensor | EventList  # [T, B, ...], as they came
+
 
 class Events(Tensor):
     """Frames [T, B, ...] that are zero nearly everywhere, as a tensor of `dtype`."""
 
     @staticmethod
-    def __new__(cls, frames: Tensor, dtype: torch.dtype, found: dict[int, Rows] | None = None) -> "Events":
+    def __new__(cls, frames: Frames, dtype: torch.dtype, found: dict[int, Rows] | None = None) -> "Events":
         return Tensor._make_wrapper_subclass(cls, frames.shape, dtype=dtype, device=frames.device)
 
-    def __init__(self, frames: Tensor, dtype: torch.dtype, found: dict[int, Rows] | None = None) -> None:
+    def __init__(self, frames: Frames, dtype: torch.dtype, found: dict[int, Rows] | None = None) -> None:
         self._frames, self._dense = frames, None
         self._found = {} if found is None else found  # by width of a row; the same for all shapes of the same frames
 
     @classmethod
-    def of(cls, frames: Tensor, dtype: torch.dtype) -> Tensor:
+    def of(cls, frames: Frames, dtype: torch.dtype) -> Tensor:
         """Events of frames [T, B, ...] on a CPU, if they are sparse enough; else the frames, as a tensor of `dtype`."""
-        known = frames.device.type == "cpu" and dtype == torch.float32 and frames.dtype in KINDS
+        known = isinstance(frames, EventList) or frames.dtype in KINDS
+        known = known and frames.device.type == "cpu" and dtype == torch.float32
         if known and frames.numel() >= SMALLEST and fused.kernels(torch.empty(0)) is not None:
             frames = frames.contiguous()
             events = cls(frames, dtype)
-            if len(events.rows(frames[0, 0].numel()).places) <= DENSITY * frames.numel():
+            if len(events.rows(math.prod(frames.shape[2:])).places) <= DENSITY * frames.numel():
                 return events
         return frames.to(dtype)
 
@@ -45,6 +50,8 @@ class Events(Tensor):
 
     def rows(self, width: int) -> Rows:
         """The events in rows of this many inputs."""
+        if width not in self._found and isinstance(self._frames, EventList):
+            self._found[width] = self._frames.rows(width)
         if width not in self._found:
             frames = self._frames.reshape(-1, width)
             frames = frames.view(torch.uint8) if frames.dtype == torch.bool else frames
@@ -73,19 +80,30 @@ class Events(Tensor):
             if function in PLAIN:
                 return function(*arguments, **named)
             if events is not None and events._dense is None:
-                if function in SHAPES:
-                    name = function.__name__
-                    shaped = getattr(events._frames, name)(*arguments[1:], **named)
-                    return Events(shaped, events.dtype, events._found if name != "repeat" else None)
+                if function in SHAPES or function in MOVES:
+                    changed = events._changed(function.__name__, *arguments[1:], **named)
+                    return Events(changed, events.dtype, events._found if function in SHAPES else None)
                 if function in COPIES and len(arguments) == 1 and not named:
                     return Events(events._frames, events.dtype, events._found)
-                if function in LAYERS and not torch.is_autocast_enabled("cpu"):
-                    found = LAYERS[function](events, *arguments[1:], **named)
+                if function in OWN and not torch.is_autocast_enabled("cpu"):
+                    found = OWN[function](events, *arguments[1:], **named)
                     if found is not None:
                         return found
-                if function is Tensor.__getitem__:
+                if function is Tensor.__getitem__ and isinstance(events._frames, Tensor):
                     return function(events._frames, *arguments[1:]).to(events.dtype)
             return function(*map(_dense, arguments), **{name: _dense(item) for name, item in named.items()})
+
+    def _changed(self, name: str, *arguments: Any, **named: Any) -> Frames:
+        if isinstance(self._frames, EventList):
+            return self._frames.changed(name, *arguments, **named)
+        return getattr(self._frames, name)(*arguments, **named)
+
+    def _equal(self, other: Any) -> bool | None:
+        if not isinstance(other, Events) or other._dense is not None or type(self._frames) is not type(other._frames):
+            return None
+        if isinstance(self._frames, Tensor) and self._frames.dtype != other._frames.dtype:
+            return None
+        return self._frames.equal(other._frames)
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if not float32(weight, bias) or self.shape[-1] != weight.shape[1]:
@@ -114,9 +132,11 @@ def float32(*parameters: Tensor | None) -> bool:
     return all(q is None or (q.dtype == torch.float32 and q.device.type == "cpu") for q in parameters)
 
 
-LAYERS = {functional.linear: Events._linear, torch.conv2d: Events._convolution}  # None of what they leave to the dense
+# What events do themselves; it gives None where it is to be done with frames.
+OWN = {functional.linear: Events._linear, torch.conv2d: Events._convolution, torch.equal: Events._equal}
 KINDS = (torch.uint8, torch.bool, torch.float32)
-SHAPES = (Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.unflatten, Tensor.repeat, torch.flatten, torch.reshape)
+SHAPES = (Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.unflatten, torch.flatten, torch.reshape)
+MOVES = (Tensor.repeat, Tensor.roll)
 COPIES = (Tensor.clone, Tensor.detach, Tensor.contiguous, torch.clone)
 PLAIN = (
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),

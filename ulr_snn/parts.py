@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.prediction import Lesson, Prediction, means
 from ulr_snn.errors import UsageError
-from ulr_snn.events import Events
+from ulr_snn.events import Events, Frames
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.passes import coupled_modules
@@ -35,7 +35,7 @@ def chain(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def neurons(model: nn.Module, frames: Tensor, dtype: torch.dtype) -> int:
+def neurons(model: nn.Module, frames: Frames, dtype: torch.dtype) -> int:
     """Those of a sample in all layers. Raises UsageError for a model that has to see all time steps at once."""
     x, found = frames[:1, :2].to(dtype), 0
     for module in Split.of(model).front:
@@ -154,7 +154,7 @@ class Parts:
         layers: list[tuple[str, LIF]],
         level: NoiseLevel,
         noise: Noise,
-        frames: Tensor,
+        frames: Frames,
         dtype: torch.dtype,
         lengths: Tensor | None,
         size: int,

@@ -13,7 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from ulr_snn.activity import counting
 from ulr_snn.adapters import BlackBox, copies_of_state
 from ulr_snn.errors import UsageError
-from ulr_snn.events import Events
+from ulr_snn.event_list import EventList
+from ulr_snn.events import Events, Frames
 from ulr_snn.judgement import Judgement, Judging, judge
 from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
@@ -310,14 +311,16 @@ def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: 
 
 def as_frames(
     x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: bool, model: nn.Module
-) -> tuple[Tensor, torch.dtype]:
-    """x as frames [T, B, ...] of the type they came in, on the model's device; and the model's dtype. Raises UsageError
-    for what cannot be a sequence."""
+) -> tuple[Frames, torch.dtype]:
+    """x as frames [T, B, ...] of the type they came in, or as a list of events if it is a sparse tensor, on the model's
+    device; and the model's dtype. Raises UsageError for what cannot be a sequence."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UsageError(
             f"events have shape {shape}; they must be a tensor [T, B, ...] (or [B, T, ...], time_first=False)"
         )
+    if x.layout is torch.sparse_coo and x.dense_dim():
+        x = x.to_dense()  # whose values are no single events
     x = x if time_first else x.transpose(0, 1)
     if 0 in x.shape[:2]:
         raise UsageError(f"events have shape {tuple(x.shape)}, without a step or a sample; leave empty batches out")
@@ -333,7 +336,9 @@ def as_frames(
         raise UsageError(f"lengths must be [B], each from 1 to the {len(x)} steps of the batch")
     reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
     dtype = reference.dtype if reference is not None else torch.get_default_dtype()
-    if x.is_floating_point() and not torch.isfinite(x).all():
+    x = EventList.of(x) if x.layout is torch.sparse_coo else x
+    values = x.values if isinstance(x, EventList) else x
+    if values.is_floating_point() and not torch.isfinite(values).all():
         raise UsageError("events contain NaN or infinite values; clean the recordings first")
     device = reference.device if reference is not None else x.device
     return x.to(device), dtype

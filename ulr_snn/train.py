@@ -64,7 +64,8 @@ def train(
 ) -> Result:
     """Trains the model in place.
 
-    loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), y [B].
+    loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), dense or a sparse COO
+    tensor, which lists the events, y [B].
     val_loader: evaluated with deterministic firing after every epoch.
     optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2), which it
     takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout.

@@ -1,6 +1,7 @@
 """The event data set: recordings kept as lists of occupied cells, made dense a batch at a time."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,29 @@ class EventDataset(Dataset):
 
         T is the longest of their lengths; x is zero past a recording's own.
         """
+        place, counts, shape = self._placed(indices)
+        x = np.zeros(shape.numel(), np.uint8)
+        x[place] = counts
+        return torch.from_numpy(x).view(shape), *self._about(indices)
+
+    def sparse(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with x as a sparse COO tensor, coalesced: the list of the occupied cells, without frames."""
+        place, counts, shape = self._placed(indices)
+        order = np.argsort(place, kind="stable")
+        cells = torch.from_numpy(np.stack(np.unravel_index(place[order], shape)))
+        counts = torch.from_numpy(counts[order])
+        x = torch.sparse_coo_tensor(cells, counts, shape, is_coalesced=True, check_invariants=False)
+        return x, *self._about(indices)
+
+    def _about(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[chosen]
+        return self.targets[chosen], self.lengths[chosen]
+
+    def _placed(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, torch.Size]:
+        """Where occupied cells are in the flattened batch [T, B, *sample_shape], what is in them, and its shape."""
+        chosen = np.asarray(indices, dtype=np.int64)
         features = int(np.prod(self.sample_shape))
-        batch, steps = len(chosen), int(lengths.max())
+        batch, steps = len(chosen), int(self.lengths[chosen].max())
         sizes = self._sizes[chosen]
         # One index for all events of the batch: each recording's run in the flat list, one run after another.
         run_start = np.cumsum(sizes) - sizes
@@ -66,9 +86,8 @@ class EventDataset(Dataset):
         # Cell t * features + f of sample b lies at (t * batch + b) * features + f in [T, B, features].
         place = cells + (cells // features).astype(np.int64) * ((batch - 1) * features)
         place += np.repeat(np.arange(batch) * features, sizes)
-        x = np.zeros(steps * batch * features, np.uint8)
-        x[place] = 1 if self.binary else self._counts[source]
-        return torch.from_numpy(x).view(steps, batch, *self.sample_shape), self.targets[chosen], lengths
+        counts = np.ones(len(place), np.uint8) if self.binary else self._counts[source]
+        return place, counts, torch.Size((steps, batch, *self.sample_shape))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "EventDataset":
         """The recordings at `indices`, in that order, as a data set of its own that shares the events."""
@@ -95,21 +114,23 @@ class EventBatch(Sequence):
         return self.dataset[self.indices[index]]
 
 
-def collate(items: Sequence[tuple[Any, int]]) -> Collated:
+def collate(items: Sequence[tuple[Any, int]], sparse: bool = False) -> Collated:
     """Recordings into a batch, time first.
 
     items: `(x, y)` pairs, x `[T_i, ...]` (tensor or array, the same `...` for all), y a class index.
     Returns `(x [T, B, ...], y [B])` where all recordings are equally long, and
     `(x [T, B, ...], y [B], lengths [B])` where not: x is zero past a recording's length.
-    x keeps its type (uint8 for the sets of this package), y and lengths are int64.
+    x keeps its type (uint8 for the sets of this package), y and lengths are int64. sparse: x is a sparse COO tensor,
+    which lists the events; of this package's sets it is made without frames.
     Raises UsageError for an empty batch and for recordings whose time steps differ in shape.
     """
     if len(items) == 0:
         raise UsageError("collate got an empty batch; give it at least one (x, y) item.")
     if isinstance(items, EventBatch):
-        x, y, lengths = items.dataset.dense(items.indices)
+        x, y, lengths = (items.dataset.sparse if sparse else items.dataset.dense)(items.indices)
     else:
         x, y, lengths = _pad([torch.as_tensor(item[0]) for item in items], [item[1] for item in items])
+        x = x.to_sparse() if sparse else x
     return (x, y) if bool((lengths == len(x)).all()) else (x, y, lengths)
 
 
@@ -131,10 +152,11 @@ def loader(
     seed: int = 0,
     drop_last: bool = False,
     num_workers: int = 0,
+    sparse: bool = False,
 ) -> DataLoader:
     """A DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
-    With `shuffle=True` every epoch has an order of its own.
+    With `shuffle=True` every epoch has an order of its own. sparse: batches are lists of events.
     """
     return DataLoader(
         dataset,
@@ -142,6 +164,6 @@ def loader(
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, sparse=sparse),
         generator=torch.Generator().manual_seed(seed),
     )
