@@ -89,8 +89,8 @@ class Axis:
         outputs = (inputs + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         reach = dilation * (kernel - 1) // stride + 1
         lead = max(0, reach - 1 - padding // stride)
-        last, phase = (torch.arange(inputs) + padding).div(stride, rounding_mode="floor"), torch.arange(inputs)
-        phase = (phase + padding) % stride
+        arriving = torch.arange(inputs) + padding
+        last, phase = arriving.div(stride, rounding_mode="floor"), arriving % stride
         grid = lead + max(outputs, int(last[-1]) + 1)
         offsets = dilation * torch.arange(kernel)
         place = reach - 1 - offsets.div(stride, rounding_mode="floor")
