@@ -101,10 +101,16 @@ def apart(ours: list[Tensor], others: list[Tensor]) -> float:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[Events]:
-    """Events of which the frames were made, as it happens."""
-    found: list[Events] = []
+def made(monkeypatch) -> list[Events | EventList]:
+    """Events of which the frames were made, as it happens; of lists, more than those of a single step."""
+    found: list[Events | EventList] = []
+
+    def to(self: EventList, target: torch.dtype | torch.device, own=EventList.to) -> Tensor | EventList:
+        found.extend([self] * (isinstance(target, torch.dtype) and len(self) > 1))
+        return own(self, target)
+
     monkeypatch.setattr(Events, "dense", lambda self, own=Events.dense: found.append(self) or own(self))
+    monkeypatch.setattr(EventList, "to", to)
     return found
 
 
@@ -299,6 +305,7 @@ ESTIMATORS = {
     "bits": ULR(memory="bits"),
     "replay": ULR(memory="replay"),
     "copies": ULR(credit="residual", copies=4),
+    "copies in turn": ULR(credit="global", copies=4, memory="replay"),
     "surrogate": SurrogateBPTT(),
 }
 
