@@ -22,6 +22,7 @@ from benchmarks.tasks import TASKS
 from ulr_snn import (
     LIF,
     ULR,
+    AdaptiveCopies,
     CurrentNoise,
     Fold,
     TimeAverage,
@@ -45,6 +46,7 @@ REDUCTIONS = {
     "8 in pairs": ULR(credit="global", copies=8),
     "8, Sobol": ULR(credit="global", copies=8, antithetic=False, quasi_monte_carlo=True),
     "layerwise, 4": ULR(credit="global", copies=4, layerwise=True),
+    "4 to 32, adaptive": ULR(credit="global", copies=AdaptiveCopies(most=32)),
     "residual, 8": ULR(credit="residual", copies=8),
     "feedback": ULR(),
 }
@@ -107,6 +109,7 @@ def sites(seed: int) -> Iterator[Row]:
         "firing, global": ULR(credit="global"),
         "firing, feedback": ULR(),
         "currents, global": ULR(credit="global", noise={"1": CurrentNoise()}),
+        "currents, signs, global": ULR(credit="global", noise={"1": CurrentNoise(signs=True)}),
         "currents, feedback": ULR(noise={"1": CurrentNoise()}),
         "kernels": ULR(noise={"0": WeightNoise()}, copies=8),
         "kernels, per sample": ULR(noise={"0": WeightNoise(per_sample=True)}, copies=8),

@@ -1,6 +1,7 @@
 """plan says how every parameter gets its gradient, and leaves no trace."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -296,7 +297,7 @@ def test_a_bound_model_is_refused_and_stays_bound():
     plan(model, (X, Y))
 
 
-def test_dimensions_of_the_noise_where_they_make_the_variance():
+def test_expected_variance_of_the_noise_where_losses_weight_it():
     torch.manual_seed(0)
     model = nn.Sequential(
         ulr_snn.Fold(nn.Conv1d(1, 2, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(2 * PIXELS, 3), LIF()
@@ -304,9 +305,20 @@ def test_dimensions_of_the_noise_where_they_make_the_variance():
     x, y = data()
     assert not any(note.startswith("site") for note in plan(model, (x.unsqueeze(2), y)).notes)
     notes = plan(model, (x.unsqueeze(2), y), ULR(credit="global")).notes
-    draws = len(x) * 2 * PIXELS
-    assert notes == [
-        f"site 1: {draws} draws of noise a sample, 8 weights that it alone trains; noise on these, "
-        "noise={'0.0': WeightNoise(per_sample=True)}, may vary less",
-        f"site 4: {3 * len(x)} draws of noise a sample, {3 * (2 * PIXELS + 1)} weights that it alone trains",
-    ]
+    draws = {"1": len(x) * 2 * PIXELS, "4": 3 * len(x)}
+    weights = {"1": 8, "4": 3 * (2 * PIXELS + 1)}
+    expected = {}
+    for note in notes:
+        site, rest = note.removeprefix("site ").split(": ", 1)
+        said = re.fullmatch(
+            r"(\d+) draws of noise a sample, (\d+) weights that it alone trains, expected variance (\S+) "
+            r"\((\S+) with WeightNoise\(per_sample=True\) on these\)",
+            rest,
+        )
+        assert (int(said[1]), int(said[2])) == (draws[site], weights[site])
+        expected[site] = float(said[3])
+        own = list(model[int(site) - 1].parameters())
+        assert float(said[4]) == pytest.approx(
+            sum(q.numel() / (0.01 * float(q.detach().square().mean())) for q in own), rel=0.06
+        )
+    assert list(expected.values()) == sorted(expected.values(), reverse=True) and len(expected) == 2

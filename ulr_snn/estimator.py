@@ -13,7 +13,7 @@ residual    1   the same, from independent copies                    unbiased, a
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from ulr_snn.passes import Forward, Pass, as_frames, check_outputs, runs_by_step
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
 from ulr_snn.stepsize import StepSizes, times_summed
 from ulr_snn.structure import Structure, judging_of
+from ulr_snn.variance import BY_SAMPLE, calmer_weights
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
@@ -70,7 +71,7 @@ class ULR:
         WeightNoise()} on parameters, {parameter or module: None} none on parameters, {"outputs": OutputNoise()} on the
         outputs where a loss has no gradient, {"outputs": None} none there. Of its own accord noise comes on the current
         of modules that cut the graph, on parameters that no other noise reaches, and with credit "auto" on outputs that
-        are no spikes.
+        are no spikes, or else on weights where that is expected to vary less than the firing (see `plan`).
     flow: by name, how a module or parameter learns: "ulr" by a likelihood ratio even where a derivative would do (noise
         on the parameters, unless it fires), "backprop" by the exact gradient of what is differentiable alone, and never
         by noise of its own, "frozen" not at all. What is not named learns by whichever of the first two it can.
@@ -255,6 +256,7 @@ class Attachment:
         self.mean_loss: Tensor | None = None  # moving baseline
         self.mean_blind: Tensor | None = None  # that of the losses without a gradient
         self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
+        self.chosen: dict[str, WeightNoise] | None = None  # of parameters, where a checkpoint says so
         self.by_step: bool | None = None  # whether the model takes one time step a call, once it is known
         self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
@@ -345,7 +347,8 @@ class Attachment:
 
     def _observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
         """Learns from the first pass what the loss and the layers are."""
-        self.structure = observed(forward, p, self.estimator, *batch, self.driven)
+        self.structure = observed(forward, p, self.estimator, *batch, self.driven, self.chosen)
+        self.chosen = None
         check_layers(self.model, self.layers, self.structure.weights)
         self.driven = self.structure.driven
         self.prediction.structure = self.structure
@@ -721,6 +724,7 @@ class Attachment:
             "noise_factors": {site: (w.detach().clone(), self.level.powers[site]) for site, w in factors},
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
+            "weights": None if self.structure is None else {q: asdict(n) for q, n in self.structure.weights.items()},
             "feedback": self.feedback.state_dict(),
             "shrinkage": self.shrinkage.state_dict(),
             "budget": None if self.budget is None else self.budget.state_dict(),
@@ -739,6 +743,7 @@ class Attachment:
             self.advise_step_sizes()
             self.step_sizes.load_state_dict(state["step_sizes"])
         self.driven = None if state["driven"] is None else set(state["driven"])
+        self.chosen = None if state["weights"] is None else {q: WeightNoise(**n) for q, n in state["weights"].items()}
         self.feedback.load_state_dict(state["feedback"], device)
         self.shrinkage.load_state_dict(state["shrinkage"], device)
         if self.budget is not None and state["budget"] is not None:
@@ -766,10 +771,12 @@ def observed(
     lengths: Tensor | None,
     objective: Objective,
     driven: set[str] | None = None,
+    weights: Mapping[str, WeightNoise] | None = None,
 ) -> Structure:
-    """What the pass p of one copy, made by `forward`, shows, and which parameters need noise of their own.
+    """What the pass p of one copy, made by `forward`, shows, and which parameters get noise of their own.
 
-    driven: sites that see the events otherwise than by spikes, where it is known.
+    driven: sites that see the events otherwise than by spikes, where it is known; weights: the noise of these
+    parameters, where it has been chosen.
     """
     model = forward.model
     forward.judging = judging_of(objective, p, estimator.credit, estimator.noise, model)
@@ -791,7 +798,13 @@ def observed(
         return forward.run(x, targets, lengths, objective, p.copies).outputs.detach()
 
     structure.judging = forward.judging
-    structure.weights = choose(model, estimator.noise, structure.untrained, outcome)
+    if weights is None:
+        weights = choose(model, estimator.noise, structure.untrained, outcome)
+        if estimator.credit == "auto" and structure.credit == "global":
+            for record in p.records:
+                calmer = calmer_weights(model, record, structure.parameters, estimator.noise)
+                weights |= dict.fromkeys(calmer, BY_SAMPLE)
+    structure.weights = dict(weights)
     structure.parameters |= {name: [SOURCE] for name in structure.weights}
     if estimator.layerwise and structure.weights:
         raise UsageError("ULR got layerwise, but parameters have noise of their own (see plan); use one alone")

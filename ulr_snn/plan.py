@@ -20,6 +20,7 @@ from ulr_snn.records import CurrentRecord, Record
 from ulr_snn.scan.fused import choice
 from ulr_snn.sites import check_layers, own_modules
 from ulr_snn.structure import Structure
+from ulr_snn.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
 from ulr_snn.weights import SOURCE, check_names
 
 
@@ -96,7 +97,7 @@ def plan(
         rows,
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
-        left_alone + _notes(model, structure, estimator) + _dimensions(model, structure, p.records),
+        left_alone + _notes(model, structure, estimator) + _variances(model, structure, p.records),
         _engine(x, steps, estimator.memory),
     )
 
@@ -188,22 +189,24 @@ def _engine(x: Tensor, steps: int | None, memory: str) -> list[str]:
     return found
 
 
-def _dimensions(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:
-    """Where scores are weighted by whole losses, variance grows with the dimensions of the noise: which site has how
-    many, and where its weights have fewer."""
+def _variances(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:
+    """Where scores are weighted by whole losses, variance goes by the length of the scores: the sites with the longest
+    first, and what noise on their weights would give in their place."""
     if structure.credit == "feedback" and not structure.judging.blind:
         return []
-    sizes = {name: q.numel() for name, q in model.named_parameters()}
     found = []
-    for r in sorted(records, key=lambda r: -r.x[:, 0].numel()):
-        own = [name for name, sources in structure.parameters.items() if sources == [r.site]]
-        draws, weights = r.x[:, 0].numel(), sum(sizes[name] for name in own)
+    for r in records:
+        own = own_weights(model, r, structure.parameters)
+        draws, weights = r.x[:, 0].numel(), sum(q.numel() for q in own.values())
         line = f"site {r.site}: {draws:,} draws of noise a sample, {weights:,} weights that it alone trains"
-        if 0 < weights < draws:
-            modules = sorted({name.rpartition(".")[0] for name in own})
-            line += f"; noise on these, noise={{{modules[0]!r}: WeightNoise(per_sample=True)}}, may vary less"
-        found.append(line)
-    return found
+        expected = of_firing(r, own) if own else 0.0
+        if own:
+            line += f", expected variance {expected:.1e}"
+        if by_sample(model, own):
+            other = of_weights(BY_SAMPLE, own)
+            line += f" ({other:.1e} with WeightNoise(per_sample=True) on these)"
+        found.append((expected, line))
+    return [line for _, line in sorted(found, key=lambda pair: -pair[0])]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,0 +1,93 @@
+"""How much memory many copies of a step take: whole, one after another, and with the signs of the noise alone.
+
+    python -m benchmarks.copies [--copies 2 8 32] [--repeats 3]
+
+Of every figure a fresh process: the peak of what is resident (VmHWM) after a step of K copies, less that after a step
+of one; median over repeats. "firing": the dense saccade-mnist net, credit "global"; "in turn": with memory="replay";
+"currents": threshold units in the place of neurons, with noise on their currents; "signs": of which only the signs are
+kept (Approximated LR, arXiv 2403.12320). stored: bytes that the noise or score of a neuron and time step takes. Rows go
+to results/copies.csv.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.memory import MB, peak
+from benchmarks.nets import CASES
+from benchmarks.speed import HERE, about, events_of, write
+from ulr_snn import LIF, ULR, CurrentNoise, TimeAverage, attach
+
+KINDS = {"firing": 4, "firing, in turn": 0, "currents": 4, "currents, signs": 1 / 8, "currents, in turn": 0}
+
+
+class Hard(nn.Module):
+    """[..., N] -> 0 or 1."""
+
+    def forward(self, current: Tensor) -> Tensor:
+        return (current.detach() > 0).to(current.dtype)
+
+
+def net(kind: str) -> nn.Sequential:
+    unit = LIF if kind.startswith("firing") else Hard
+    layers = [nn.Linear(2312, 256), unit(), nn.Linear(256, 256), unit(), TimeAverage(), nn.Linear(256, 10)]
+    return nn.Sequential(nn.Flatten(2), *layers)
+
+
+def estimator(kind: str, copies: int) -> ULR:
+    noise = {} if kind.startswith("firing") else dict.fromkeys(("2", "4"), CurrentNoise(signs=kind.endswith("signs")))
+    memory = "replay" if kind.endswith("in turn") else "auto"
+    return ULR(credit="global", copies=copies, antithetic=copies > 1, noise=noise, memory=memory)
+
+
+def measure(kind: str, copies: int) -> float:
+    """In this process: MB above what a step of one copy takes."""
+    torch.set_num_threads(2)
+    x, y = events_of(CASES["dense"], "cpu")
+    found = []
+    for k in (1, copies):
+        torch.manual_seed(0)
+        model = net(kind)
+        with attach(model, estimator(kind, k), seed=0) as ulr:
+            for _ in range(2):
+                model.zero_grad()
+                ulr.backward(x, y)
+        found.append(peak())
+    return (found[1] - found[0]) / MB
+
+
+def fresh(kind: str, copies: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.copies", "--one", kind, str(copies)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--copies", nargs="+", type=int, default=[2, 8, 32])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one[0], int(arguments.one[1]))))
+        return
+    rows = []
+    for kind, stored in KINDS.items():
+        for copies in arguments.copies:
+            found = sorted(fresh(kind, copies) for _ in range(arguments.repeats))
+            low, middle, high = (round(value, 1) for value in (found[0], median(found), found[-1]))
+            row = {"kind": kind, "copies": copies, "stored": stored, "mb": middle, "mb_low": low, "mb_high": high}
+            rows.append(row | about("ulr", "cpu"))
+            print(f"{kind:20} K={copies:<4} {median(found):8.1f} MB ({found[0]:.1f} to {found[-1]:.1f})", flush=True)
+    write(arguments.results / "copies.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
