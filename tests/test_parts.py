@@ -124,7 +124,7 @@ WRONG = {
         nn.Sequential(nn.Flatten(2), nn.Linear(12, 4), Backwards(), LIF(), TimeAverage()),
         {},
     ),
-    "one copy": lambda: (nets()["dense"], {"credit": "global"}),
+    "one copy": lambda: (nets()["dense"], {"credit": "residual"}),
     "learned": lambda: (nets()["dense"], {"firing": Logistic(learn=0.1)}),
     "one of": lambda: (nets()["dense"], {"memory": "little"}),
 }
