@@ -13,9 +13,10 @@ from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR
 from ulr_snn.losses import LossSpec, resolve, total
-from ulr_snn.neurons import output_mask
+from ulr_snn.neurons import output_mask, widened
 from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.passes import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
+from ulr_snn.precision import reduced_precision
 from ulr_snn.sites import Layers, bind, check_layers, own_modules, spiking_layers
 
 Run = tuple[Tensor, Mapping[str, Tensor]]  # outputs, and activity [B] by name
@@ -35,6 +36,7 @@ def evaluate(
     seed: int = 0,
     samples: int | None = None,
     activity: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Loss and accuracy over a loader: {"loss", "accuracy" (None for regression), "samples"}.
 
@@ -43,7 +45,8 @@ def evaluate(
     over time); "loss" is then that of the single ones, "bound" the multi-sample one, -log mean exp(-loss), and with
     "calibration_error" (expected calibration error, 15 bins) and "disagreement" (how often two of them differ) they say
     what the average knows of its own mistakes (arXiv 2102.03280). activity: also "spikes" and "operations" of a sample,
-    those of all layers over time (see `ulr_snn.SpikeBudget`). Raises UsageError as `train` does.
+    those of all layers over time (see `ulr_snn.SpikeBudget`). autocast: as of `train`. Raises UsageError as
+    `train` does.
     """
     if mode not in ("deterministic", "stochastic"):
         raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
@@ -67,7 +70,8 @@ def evaluate(
                 if runs:  # as they stand, models without a spiking layer run, too
                     check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
                 runner = Runner.of(model, x, estimator)
-            found = runner.runs(x, lengths, step, runs, seed, counts)
+            with reduced_precision(device, autocast):
+                found = runner.runs(x, lengths, step, runs, seed, counts)
             mask = output_mask(lengths, found[0][0])
             each = found if samples else [mean_of(found)]
             losses = torch.stack([objective(outputs, targets, mask, counted) for outputs, counted in each])
@@ -124,7 +128,7 @@ class Runner:
 
     def _run(self, x: Tensor, lengths: Tensor | None, noise: Noise | None) -> Tensor:
         with bind(self.model, self.level, noise, lengths, len(x), self.layers):
-            return model_outputs(self.model, x, self.by_step)
+            return widened(model_outputs(self.model, x, self.by_step))
 
 
 def mean_of(runs: list[Run]) -> Run:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.losses import Objective, total
+from ulr_snn.neurons import widened
 from ulr_snn.noise import Noise, OutputNoise
+from ulr_snn.precision import full_precision
 
 SITE = 1 << 40  # of the output noise, among the sites that draw
 ELEMENTS = 1 << 22  # of disturbed outputs held at a time
@@ -71,6 +73,7 @@ def added(tensors: list[Tensor]) -> Tensor:
     return sum(tensors[1:], tensors[0])
 
 
+@full_precision()
 def judge(
     objective: Objective,
     judging: Judging,
@@ -80,8 +83,9 @@ def judge(
     mask: Tensor | None,
     noise: Noise,
 ) -> Judgement:
-    """The objective of outputs [T, rows, ...] or [rows, C], and of the activity of their spikes."""
-    outputs = outputs.detach()
+    """The objective of outputs [T, rows, ...] or [rows, C], in single precision at least, and of the activity of their
+    spikes."""
+    outputs = widened(outputs.detach())
     errors: list[Tensor | None] = []
     values: list[Tensor] = []
     for i, (weight, loss) in enumerate(objective.losses):

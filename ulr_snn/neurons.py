@@ -1,12 +1,15 @@
 """Our own neurons, on whole sequences [T, B, ...]: LIF, RecurrentLIF, LeakyReadout; and two small helpers for time."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ulr_snn.errors import UsageError
 from ulr_snn.noise import Drawer
+from ulr_snn.precision import full_precision
 from ulr_snn.scan import fused
 from ulr_snn.scan.reference import leaky_drive, scan
 from ulr_snn.scan.state import RESETS, State
@@ -16,6 +19,11 @@ class Timed(nn.Module):
     """A module that runs over time. While it is bound, `lengths` [B] marks the steps that are padding."""
 
     lengths: Tensor | None = None
+
+
+def widened(sequence: Tensor) -> Tensor:
+    """The sequence in single precision, if it comes in less."""
+    return sequence.to(torch.promote_types(sequence.dtype, torch.float32))
 
 
 def check_sequence(module: nn.Module, current: Tensor) -> None:
@@ -77,12 +85,15 @@ class SpikingNeuron(Timed):
         return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
 
     def forward(self, current: Tensor) -> Tensor:
-        """current [T, B, ...] -> spikes [T, B, ...] (0 or 1, in the current's dtype)."""
+        """current [T, B, ...] -> spikes [T, B, ...] (0 or 1, in the current's dtype). Membranes are summed in single
+        precision at least."""
         check_sequence(self, current)
-        if self.site is not None:
-            return self.site.fire_sequence(self, current)
-        with torch.no_grad():
-            return self.fired(current)[0]
+        with full_precision():
+            wide = widened(current)
+            if self.site is not None:
+                return self.site.fire_sequence(self, wide).to(current.dtype)
+            with torch.no_grad():
+                return self.fired(wide)[0].to(current.dtype)
 
 
 def heaviside(t: int, drive: Tensor) -> Tensor:
@@ -134,7 +145,13 @@ class LIF(SpikingNeuron):
     def run(
         self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, self.recurrent, state)
+        weight = self._weight(current)
+        fed_back = None if weight is None else partial(linear, weight=weight)
+        return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, fed_back, state)
+
+    def _weight(self, current: Tensor) -> Tensor | None:
+        """V in the precision of the current; None where there is none."""
+        return None if self.recurrent is None else self.recurrent.weight.to(current.dtype)
 
     def fired(
         self,
@@ -146,14 +163,13 @@ class LIF(SpikingNeuron):
         draw = None if drawer is None else drawer.draw()
         done = None
         if type(self) in (LIF, RecurrentLIF) and (drawer is None or draw is not None):
-            weight = None if self.recurrent is None else self.recurrent.weight
             leak = self.beta.clamp(0, 1), self.threshold, self.reset
-            done = fused.scan(current, weight, *leak, draw, self.lengths, state, known)
+            done = fused.scan(current, self._weight(current), *leak, draw, self.lengths, state, known)
         return super().fired(current, drawer, state, known) if done is None else done
 
     def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
         """The current with the recurrent one in the graph; its numbers are those of the latter."""
-        return current if fed_back is None else _Total.apply(current, self.recurrent.weight, spikes, fed_back, before)
+        return current if fed_back is None else _Total.apply(current, self._weight(current), spikes, fed_back, before)
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
         total = self._total(current, spikes, fed_back)
@@ -235,6 +251,10 @@ class LeakyReadout(Timed):
     def forward(self, current: Tensor, before: Tensor | None = None) -> Tensor:
         """before: membranes [B, ...] of the step before the first; None: from rest."""
         check_sequence(self, current)
+        with full_precision():
+            return self._integrated(widened(current), before).to(current.dtype)
+
+    def _integrated(self, current: Tensor, before: Tensor | None) -> Tensor:
         beta = self.beta.clamp(0, 1)
         if before is not None:
             current = torch.cat([current[:1] + beta * before, current[1:]])

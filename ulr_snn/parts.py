@@ -109,13 +109,14 @@ class PartSite:
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
         scale = self.level.scale(self.name, neuron.threshold, None).detach()
+        known = None if self.known is None else self.known.to(current.dtype)
         drawer = Drawer(self.noise, self.level.firing, self.index, len(current), scale, self.first)
         if self.state is None:
             self.state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
         self.before = self.state.spikes.to(current.dtype)
         self.state = State(self.state.membrane.clone(), self.before.clone())
         with torch.no_grad():
-            fired = neuron.fired(current, drawer, self.state, self.known)
+            fired = neuron.fired(current, drawer, self.state, known)
         self.current = current.detach()
         self.spikes, _, self.fed_back = fired
         if self.records is not None:

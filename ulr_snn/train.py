@@ -18,6 +18,7 @@ from ulr_snn.estimator import ULR, Estimate
 from ulr_snn.evaluation import Tally, evaluate, mode_of, pick_device, unpack
 from ulr_snn.losses import LossSpec, total
 from ulr_snn.neurons import output_mask
+from ulr_snn.precision import reduced_precision
 from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
 
 DEFAULT_LR = 1e-2
@@ -57,6 +58,7 @@ def train(
     max_steps: int | None = None,
     accumulate: int = 1,
     clip: float | None = None,
+    autocast: torch.dtype | None = None,
     callbacks: Iterable[Callable[[dict[str, Any], nn.Module], None]] = (),
     run_dir: str | PathLike[str] | RunDirectory | None = None,
     resume: bool = False,
@@ -71,7 +73,8 @@ def train(
     takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout.
     scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory
     optimizer -> scheduler; stepped once per optimizer step. accumulate: batches per optimizer step. clip: bound of
-    the gradient's norm.
+    the gradient's norm. autocast: torch.bfloat16 or torch.float16, the type in which the model's own layers run
+    (weights, membranes, credit and losses stay as they are; no scaling of losses is needed).
     callbacks: called after every epoch with its history entry and the model.
     run_dir: receives a checkpoint an epoch, and metrics.json and curves.png at the end; resume goes on from there.
     Raises UsageError for a wrong use, before the first step where it can be seen there.
@@ -86,7 +89,9 @@ def train(
     run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     total = total_steps(loader, epochs, accumulate=1, max_steps=None if max_steps is None else max_steps * accumulate)
     with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first, total) as attached:
-        session = Session(model, loader, attached, optimizer, schedule, device, accumulate, clip, max_steps, own)
+        session = Session(
+            model, loader, attached, optimizer, schedule, device, accumulate, clip, max_steps, own, autocast
+        )
         if run is not None and resume:
             session.load_state_dict(run.load_checkpoint(model))
         for epoch in range(session.epoch + 1, epochs + 1):
@@ -94,7 +99,9 @@ def train(
                 break
             entry = session.run_epoch(epoch, epochs, progress)
             if val_loader is not None:
-                measured = evaluate(model, val_loader, loss=loss, device=device, time_first=time_first)
+                measured = evaluate(
+                    model, val_loader, loss=loss, device=device, time_first=time_first, autocast=autocast
+                )
                 entry["val_loss"], entry["val_accuracy"] = measured["loss"], measured["accuracy"]
             for callback in callbacks:
                 callback(entry, model)
@@ -120,6 +127,7 @@ class Session:
     clip: float | None
     max_steps: int | None
     own_optimizer: bool  # which takes steps of the sizes that the attachment advises, if it does
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.advised = self.own_optimizer and hasattr(self.attached, "advise_step_sizes")
@@ -141,7 +149,8 @@ class Session:
         with progress_bar(self.loader, f"epoch {epoch}/{epochs}", progress) as batches:
             for batch in batches:
                 x, targets, lengths = unpack(batch, self.device)
-                estimate = self.attached.backward(x, targets, lengths=lengths)
+                with reduced_precision(self.device, self.autocast):
+                    estimate = self.attached.backward(x, targets, lengths=lengths)
                 if estimate.stats.get("skipped"):
                     continue
                 waiting += 1

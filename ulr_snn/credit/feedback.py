@@ -174,14 +174,13 @@ def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
     Zero where nothing deviates. In at least single precision, whatever the model's is.
     """
     dtype = torch.promote_types(results.dtype, torch.float32)
-    with torch.autocast(results.device.type, enabled=False):
-        z, y = inputs.to(dtype), results.to(dtype)
-        wide = len(z) < z.shape[1]
-        gram = z @ z.T if wide else z.T @ z
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        move = z.T @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(z.T @ y, factor)
-        return torch.where(failed == 0, move, 0.0).to(results.dtype)
+    z, y = inputs.to(dtype), results.to(dtype)
+    wide = len(z) < z.shape[1]
+    gram = z @ z.T if wide else z.T @ z
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    move = z.T @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(z.T @ y, factor)
+    return torch.where(failed == 0, move, 0.0).to(results.dtype)
 
 
 def best_length(effect: Tensor, wanted: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ulr_snn.credit.maps import Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
 from ulr_snn.credit.response import Response
 from ulr_snn.passes import Pass
+from ulr_snn.precision import full_precision
 from ulr_snn.records import CurrentRecord, Record
 from ulr_snn.structure import Structure
 
@@ -49,6 +50,7 @@ class Prediction:
         self.feedback, self.seed = feedback, seed
         self.structure: Structure | None = None
 
+    @full_precision()
     def credit(self, p: Pass, later: dict[str, Tensor] | None = None) -> list[Credit]:
         """From the last layer to the first: what a layer's spikes do is known once that of the next layers is.
 
@@ -79,6 +81,7 @@ class Prediction:
             predictions.append(Credit(a, currents.get(record.site)))
         return predictions[::-1]
 
+    @full_precision()
     def learn_layers(self, passes: list[Pass], step: int) -> None:
         """Learns what the spikes of a layer do to the input currents of those that they feed, and to its own."""
         sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
@@ -112,6 +115,7 @@ class Prediction:
                 paths = {target: structure.recurrent[target]}
                 yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step))
 
+    @full_precision()
     def learn(self, lesson: Lesson, spikes: dict[str, Tensor], current: Tensor) -> None:
         """A step of all C into one layer, from what its current [n, *target] and the spikes [n, *source] differ by."""
         named = {edge(name, lesson.target): path for name, path in lesson.paths.items()}
@@ -122,6 +126,7 @@ class Prediction:
                 paths = self.structure.feeds[name]
                 paths[lesson.target] = paths[lesson.target].unshared(ENTRIES)
 
+    @full_precision()
     def refresh(self, passes: list[Pass]) -> None:
         """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
         batch = passes[0].loss.shape[1]

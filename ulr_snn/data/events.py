@@ -153,17 +153,24 @@ def loader(
     drop_last: bool = False,
     num_workers: int = 0,
     sparse: bool = False,
+    pin_memory: bool | None = None,
 ) -> DataLoader:
     """A DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
-    With `shuffle=True` every epoch has an order of its own. sparse: batches are lists of events.
+    With `shuffle=True` every epoch has an order of its own. num_workers: processes that fetch batches ahead, kept from
+    epoch to epoch. sparse: batches are lists of events. pin_memory: batches lie where a GPU can fetch them while it
+    computes; None: if there is a GPU.
     """
+    if pin_memory is None:
+        pin_memory = torch.cuda.is_available() and not sparse
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
         collate_fn=partial(collate, sparse=sparse),
         generator=torch.Generator().manual_seed(seed),
     )

@@ -1,0 +1,33 @@
+"""Mixed precision: what autocast makes of a model's own layers, and what it leaves alone."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ulr_snn.errors import UsageError
+
+REDUCED = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within it (or in a function that it decorates) autocast changes nothing, on no device."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def reduced_precision(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it the model's own layers run in this type (torch.autocast); None: in their own. Raises UsageError for a
+    type that is none of these."""
+    if dtype is None:
+        yield
+        return
+    if dtype not in REDUCED:
+        raise UsageError(f"autocast={dtype} is no reduced precision; use torch.bfloat16, torch.float16 or None")
+    with torch.autocast(device.type, dtype):
+        yield
