@@ -16,10 +16,10 @@ from ulr_snn.adapters import LIBRARIES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ulr_snn"
 LAYERS = (
-    "scan",
+    "scan/sparse",
     "noise",
     "neurons/adapters",
-    "records/steps/sites/events/event_list/sparse",
+    "records/steps/sites/events/event_list",
     "passes",
     "credit/structure",
     "estimator",

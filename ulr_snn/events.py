@@ -53,15 +53,7 @@ class Events(Tensor):
         if width not in self._found and isinstance(self._frames, EventList):
             self._found[width] = self._frames.rows(width)
         if width not in self._found:
-            frames = self._frames.reshape(-1, width)
-            frames = frames.view(torch.uint8) if frames.dtype == torch.bool else frames
-            cpu = fused.kernels(torch.empty(0))
-            starts = torch.zeros(len(frames) + 1, dtype=torch.int64)
-            cpu.count(frames.numpy(), starts[1:].numpy())
-            starts = starts.cumsum(0)
-            places, values = torch.empty(int(starts[-1]), dtype=torch.int32), torch.empty(int(starts[-1]))
-            cpu.collect(frames.numpy(), starts.numpy(), places.numpy(), values.numpy())
-            self._found[width] = Rows(starts, places, values, width)
+            self._found[width] = Rows.of(self._frames.reshape(-1, width))
         return self._found[width]
 
     def dense(self) -> Tensor:

@@ -30,6 +30,26 @@ class Rows:
     values: Tensor
     inputs: int
 
+    @classmethod
+    def of(cls, frames: Tensor) -> "Rows":
+        """Those in frames [n, inputs] on a CPU."""
+        frames = frames.detach().contiguous()
+        frames = frames.view(torch.uint8) if frames.dtype == torch.bool else frames
+        cpu = fused.kernels(torch.empty(0))
+        starts = torch.zeros(len(frames) + 1, dtype=torch.int64)
+        cpu.count(frames.numpy(), starts[1:].numpy())
+        starts = starts.cumsum(0)
+        places, values = torch.empty(int(starts[-1]), dtype=torch.int32), torch.empty(int(starts[-1]))
+        cpu.collect(frames.numpy(), starts.numpy(), places.numpy(), values.numpy())
+        return cls(starts, places, values, frames.shape[1])
+
+    def times(self, g: Tensor) -> Tensor:
+        """x^T g [inputs, outputs] of these events x and g [n, outputs]."""
+        columns = torch.zeros(self.inputs, g.shape[1])
+        parts = min(torch.get_num_threads(), g.shape[1])
+        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), columns.numpy(), parts)
+        return columns
+
     @property
     def arrays(self) -> tuple[Any, ...]:
         return self.starts.numpy(), self.places.numpy(), self.values.numpy()
@@ -49,13 +69,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        g = g.contiguous()
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            columns = torch.zeros(ctx.rows.inputs, g.shape[1])
-            parts = min(torch.get_num_threads(), g.shape[1])
-            fused.kernels(g).scatter(*ctx.rows.arrays, g.detach().numpy(), columns.numpy(), parts)
-            d_weight = columns.T.contiguous()
+            d_weight = ctx.rows.times(g).T.contiguous()
         if ctx.needs_input_grad[1]:
             d_bias = g.sum(0)
         return d_weight, d_bias, None
