@@ -114,6 +114,31 @@ def snntorch_net(case: Case) -> nn.Module:
     return Folded(parts, neurons, over_time)
 
 
+def snntorch_loop(case: Case) -> nn.Module:
+    """As in snnTorch's tutorials: one loop over time, in which every layer takes a step."""
+    import snntorch
+
+    folded = snntorch_net(case)
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.neurons = folded.parts, folded.neurons
+
+        def forward(self, x: Tensor) -> Tensor:
+            recurrent = isinstance(self.neurons[0], snntorch.RLeaky)
+            states = [n.init_rleaky() if recurrent else (n.init_leaky(),) for n in self.neurons]
+            found = []
+            for spike in x:
+                for i, (layer, neuron) in enumerate(zip(self.parts, self.neurons, strict=False)):
+                    spike, membrane = neuron(layer(spike), *states[i])
+                    states[i] = (spike, membrane) if recurrent else (membrane,)
+                found.append(spike)
+            return self.parts[-1](torch.stack(found).mean(0))
+
+    return Loop()
+
+
 def norse_net(case: Case) -> nn.Module:
     """LIFBox lifted over time, which like ours has no filter on its current; recurrent, LIFRecurrent."""
     import norse.torch as norse
@@ -162,4 +187,5 @@ def quiet(make: Callable[[Case], nn.Module]) -> Callable[[Case], nn.Module]:
     return made
 
 
+LOOPS = {"snntorch": quiet(snntorch_loop)}  # as its own tutorials write it
 NETS = {"snntorch": quiet(snntorch_net), "norse": quiet(norse_net), "spikingjelly": quiet(spikingjelly_net)}

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import machine
-from benchmarks.nets import CASES, CLASSES, NETS, Case, ours
+from benchmarks.nets import CASES, CLASSES, LOOPS, NETS, Case, ours
 from ulr_snn import ULR, attach
 
 HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS, ROUNDS = 12, 8, 9
 SWEEPS = {"steps": (10, 30, 100, 300, 1000), "width": (256, 1024, 4096), "batch": (8, 32, 128, 512)}
 Step = Callable[[Tensor, Tensor], None]
+Nets = dict[str, Callable[[Case], torch.nn.Module]]
 
 
 def events_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
@@ -57,9 +58,9 @@ def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
     return step
 
 
-def bptt(case: Case, device: str, library: str, compiled: bool = False) -> Step:
+def bptt(case: Case, device: str, library: str, compiled: bool = False, nets: Nets = NETS) -> Step:
     torch.manual_seed(0)
-    model = NETS[library](case).to(device)
+    model = nets[library](case).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     run = torch.compile(model) if compiled else model
 
@@ -79,6 +80,8 @@ def methods(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Step
         except importlib.metadata.PackageNotFoundError:
             continue
         yield f"{library} BPTT", bptt(case, device, library)
+        if library in LOOPS and case.kind == "recurrent":
+            yield f"{library} BPTT, own loop", bptt(case, device, library, nets=LOOPS)
         if compiled:
             yield f"{library} BPTT, torch.compile", bptt(case, device, library, compiled=True)
 
