@@ -180,3 +180,19 @@ def test_the_reference_does_what_has_no_kernel():
     current = current_of((5, 3, 4))
     assert torch.equal(Own()(current), LIF()(2 * current)) and not torch.equal(Own()(current), LIF()(current))
     assert SpikingNeuron.fired(LIF(), current)[0].any()
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7, 12), (1, 1, 1, 1), (2, 1, 24, 81), (4, 17, 17, 3), (2, 3, 5, 4), (0, 2, 2, 2)]
+)
+@pytest.mark.parametrize("cut", [False, True])
+def test_turned_is_a_permutation(shape: tuple[int, ...], cut: bool):
+    """Also of a part of a larger tensor, whose lines do not lie side by side."""
+    n, high, across, channels = shape
+    whole = torch.randn(n + 1, high + 2, across + 3, channels)
+    x = whole[1:, 1 : high + 1, 2 : across + 2] if cut else torch.randn(shape)
+    found = fused.turned(x)
+    assert found.is_contiguous()
+    assert torch.equal(found, x.permute(0, 3, 1, 2))
+    assert not shape[0] or not torch.equal(found.flatten(), x.flatten()) or min(across * high, channels) == 1
+    assert torch.equal(fused.turned(x.double()), x.double().permute(0, 3, 1, 2))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ulr_snn.scan.fused import turned
+
 Shape = tuple[int, ...]
 
 
@@ -118,13 +120,15 @@ class Shared(Path):
         if min(margins) < 0:
             return pad(spread, [-margin for margin in margins])
         axes = zip(self.source[1:], reversed(margins[::2]), strict=True)  # a view, where nothing is to be added
-        return spread[(..., *(slice(before, before + width) for width, before in axes))]
+        spread = spread[(..., *(slice(before, before + width) for width, before in axes))]
+        return turned(spread.permute(0, 2, 3, 1)) if spread.ndim == 4 else spread
 
     def _convolve(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         none, one = [0] * len(self.stride), [1] * len(self.stride)
         kernel = weight.T.unflatten(1, (self.source[0], *self.extent))
         if x.ndim == 4:  # the order in memory for which the transposed convolution is fast
-            x, kernel = (value.contiguous(memory_format=torch.channels_last) for value in (x, kernel))
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
+            x = turned(x.contiguous().flatten(2)[:, None]).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         return torch.convolution(x, kernel, None, self.stride, none, one, transposed, none, 1)
 
     def _margins(self) -> list[int]:

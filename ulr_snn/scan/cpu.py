@@ -411,3 +411,15 @@ def spread_weight(starts, places, values, to, which, sums, steps, wide, size, sh
                     t += step
                     s += length
         sums[part] += own
+
+
+@_compiled(parallel=True)
+def turn(source, start, steps, shape, out):
+    """Turns [n, high, across, channels], of which only the last two axes lie side by side, to [n, channels, high,
+    across]. source, out: flat; start, steps: where the first number is, and those from one n and from one line to the
+    next."""
+    rows, high, across, channels = shape
+    for r in numba.prange(rows):
+        for y in range(high):
+            at = (r * channels * high + y) * across
+            _turn(out, at, high * across, source, start + r * steps[0] + y * steps[1], channels, across, channels)

@@ -155,6 +155,20 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
     return out
 
 
+def turned(x: Tensor) -> Tensor:
+    """[n, high, across, channels] -> [n, channels, high, across], its own memory: what channels last are put in order
+    by, and, of [n, 1, channels, positions], the other way round."""
+    cpu = kernels(x)
+    if cpu is None or x.stride()[2:] != (x.shape[3], 1) or 0 in x.shape:
+        return x.permute(0, 3, 1, 2).contiguous()
+    n, high, across, channels = x.shape
+    out = torch.empty(n, channels, high, across)
+    x = x.detach()
+    flat = x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0).numpy()
+    cpu.turn(flat, x.storage_offset(), x.stride()[:2], (n, high, across, channels), out.view(-1).numpy())
+    return out
+
+
 def _array(sequence: Tensor) -> Any:
     """[T, B, N] of [T, B, ...], its own memory where it can be."""
     return sequence.detach().contiguous().flatten(2).numpy()
