@@ -41,7 +41,8 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
         for _ in range(3):
             model.zero_grad()
             estimate = ulr.backward(x, y, lengths=lengths)
-    assert memory == "auto" or estimate.stats["parts"] == -(-STEPS // max(1, together // (BATCH * ulr.neurons)))
+    size = max(1, together // (BATCH * ulr.in_parts.neurons)) if memory != "auto" else STEPS
+    assert memory == "auto" or estimate.stats["parts"] == -(-STEPS // size)
     return [q.grad for q in model.parameters()]
 
 
@@ -86,8 +87,8 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
     monkeypatch.setattr(parts, "TOGETHER", 1000)
     with attach(model) as ulr:
         assert "parts" not in ulr.backward(x, y).stats
-    monkeypatch.setattr(ulr_snn.estimator, "WHOLE", 1000)
-    monkeypatch.setattr(ulr_snn.estimator, "SHORT", 1)
+    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
     with attach(model) as ulr:
         assert ulr.backward(x, y).stats["parts"] > 1
     with attach(nn.Sequential(Backwards(), *model)) as ulr:  # has to see all
@@ -102,8 +103,8 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss", [wrong, {"ce_count": 1.0, ulr_snn.SpikeBudget(5): 0.1}], ids=["no gradient", "costs"])
 def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
-    monkeypatch.setattr(ulr_snn.estimator, "WHOLE", 1000)
-    monkeypatch.setattr(ulr_snn.estimator, "SHORT", 1)
+    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
     monkeypatch.setattr(parts, "TOGETHER", 1000)
     for memory in ("auto", "bits"):
         with attach(nets()["spikes"], ULR(memory=memory), loss=loss) as ulr:

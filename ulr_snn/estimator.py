@@ -19,32 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import parts
 from ulr_snn.copies import AdaptiveCopies, CopyBudget
 from ulr_snn.credit.feedback import Feedback
-from ulr_snn.credit.global_ import baseline, multi_sample_signals, multi_sample_weights, to_go
+from ulr_snn.credit.global_ import baseline, moving, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.prediction import WARM_UP, Credit, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
-from ulr_snn.events import Events, Frames
+from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, Objective, resolve
 from ulr_snn.neurons import own_spread
-from ulr_snn.noise import WIDENING, CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
-from ulr_snn.passes import Forward, Pass, as_frames, check_outputs, runs_by_step
+from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
+from ulr_snn.passes import Forward, Pass, as_frames, runs_by_step
+from ulr_snn.piecewise import InParts
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
-from ulr_snn.stepsize import StepSizes, times_summed
+from ulr_snn.stepsize import StepSizes
 from ulr_snn.structure import Structure, judging_of
 from ulr_snn.variance import BY_SAMPLE, calmer_weights
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
 MEMORY = ("auto", "bits", "replay")
-WHOLE = 1 << 29  # bytes that memory "auto" lets a step over the whole sequence keep
-SHORT = 1 << 10  # time steps of samples, below which it is not looked whether that is so
-KEPT = 40  # bytes that such a step keeps of every neuron at every time step, about
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
 
@@ -188,15 +185,6 @@ class ULR:
 
 
 @dataclass
-class Estimate:
-    """What one step gave. loss: [B], mean over copies; outputs: [K, ...model's output...]; stats: plain numbers."""
-
-    loss: Tensor
-    outputs: Tensor
-    stats: dict[str, Any]
-
-
-@dataclass
 class Group:
     """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone. judged: all
     passes whose losses count, if they are more than these."""
@@ -261,7 +249,7 @@ class Attachment:
         self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
-        self.neurons: int | None = None  # of a sample, once it is known; 0 where time does not go by in parts
+        self.in_parts = InParts(self)
         self.structure: Structure | None = None
         self._structure_loss: LossSpec | None = None
 
@@ -297,10 +285,11 @@ class Attachment:
         if loss != self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
         objective = resolve(loss)
+        batch = Batch(frames, dtype, targets, lengths, objective)
         in_turn = self.estimator.memory == "replay" and self.estimator.credit == "global"
-        few = None if in_turn else self.in_parts(frames, dtype, lengths, objective)
+        few = None if in_turn else self.in_parts.few(batch)
         if few is None or self.layers is None:
-            x = Events.of(frames if few is None else frames[few], dtype)
+            x = batch.x if few is None else batch.part(few).x
         if self.layers is None:
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
@@ -309,10 +298,10 @@ class Attachment:
         forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
         forward.points = self.estimator.group if self.estimator.quasi_monte_carlo else 0
         if few is not None:
-            estimate = self._backward_in_parts(forward, frames, dtype, targets, lengths, objective, few)
+            estimate = self.in_parts.step(forward, batch, few)
             if estimate is not None:
                 return estimate
-            x = Events.of(frames, dtype)  # the sample has shown that it has to be the whole
+            x = batch.x  # the sample has shown that it has to be the whole
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
@@ -321,7 +310,7 @@ class Attachment:
 
         if self.structure is None:  # the first pass shows what the loss and the layers are
             run(range(1))
-            self._observe(forward, passes[0], x, targets, lengths, objective)
+            self.observe(forward, passes[0], x, targets, lengths, objective)
             if self.structure.weights:  # that pass had no noise on them
                 passes.clear()
                 forward.extra_passes += 1
@@ -340,12 +329,12 @@ class Attachment:
             groups = groups or [Group(None, passes)]  # no layer has anything to learn
         else:
             run(range(len(passes), copies))
-        self._measure(passes[0])
+        self.measure(passes[0])
         self.step += 1
         self.forward_passes += (sum(len(p.copies) for p in passes) + forward.extra_passes) * x.shape[1]
         return self._finish(passes, groups, copies)
 
-    def _observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
+    def observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
         """Learns from the first pass what the loss and the layers are."""
         self.structure = observed(forward, p, self.estimator, *batch, self.driven, self.chosen)
         self.chosen = None
@@ -356,7 +345,7 @@ class Attachment:
             names = ", ".join(self.structure.untrained)
             warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=4)
 
-    def _measure(self, p: Pass) -> None:
+    def measure(self, p: Pass) -> None:
         """What a pass says about lengths of steps, and about the noise of layers that began at rest."""
         if not torch.isfinite(p.loss).all():
             return
@@ -367,127 +356,7 @@ class Attachment:
                 if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
 
-    # -- in parts of time ----------------------------------------------------------------------------------
-
-    def in_parts(
-        self, frames: Frames, dtype: torch.dtype, lengths: Tensor | None, objective: Objective
-    ) -> tuple[slice, slice] | None:
-        """First time steps, and samples, with about as many spikes as a part of time of the batch: what steps in parts
-        measure by; None for steps over the whole sequence. Raises UsageError where parts are asked for and cannot be.
-        """
-        asked = self.estimator.memory != "auto"
-        if not asked and frames.shape[0] * frames.shape[1] < SHORT:
-            return None
-        try:
-            if self.neurons is None:
-                self.neurons = 0  # of a model that has to see all time steps at once
-                self.neurons = parts.neurons(self.model, frames, dtype)
-        except UsageError:
-            if asked:
-                raise
-        steps, batch = frames.shape[:2]
-        if not asked and KEPT * steps * batch * self.neurons <= WHOLE:
-            return None
-        if why := self._whole_only(batch, lengths, objective):
-            if asked:
-                raise UsageError(f"ULR got memory={self.estimator.memory!r}, but {why}; use memory='auto'")
-            return None
-        size = parts.TOGETHER // max(1, self.neurons)  # time steps of samples
-        return slice(0, max(1, size // 2)), slice(0, max(2, size // steps))
-
-    def part_steps(self, frames: Frames) -> int:
-        """Time steps of a part."""
-        fitting = parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))
-        return min(len(frames), max(parts.LEAST, fitting))
-
-    def _whole_only(self, batch: int, lengths: Tensor | None, objective: Objective) -> str | None:
-        """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
-        ulr, structure = self.estimator, self.structure
-        if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
-            return "parts of time are for credit 'feedback' with one copy"
-        if ulr.firing.learn or ulr.noise:
-            return "the scale of its noise is learned, or noise comes elsewhere than on firing"
-        if batch < 2:
-            return "the batch has a single sample"
-        if objective.counts:
-            return "the objective has costs of activity"
-        if lengths is not None and self.neurons and parts.Split.of(self.model).readouts:
-            return "LeakyReadout holds its membranes through the padding"
-        if structure is not None and (structure.credit != "feedback" or structure.judging.blind):
-            return "the loss has no gradient in the outputs"
-        if structure is not None and (structure.needs_pairs or structure.weights):
-            return "there is feedback that only pairs of copies can teach, or noise on parameters"
-        return None
-
-    def _backward_in_parts(
-        self,
-        forward: Forward,
-        frames: Frames,
-        dtype: torch.dtype,
-        targets: Tensor,
-        lengths: Tensor | None,
-        objective: Objective,
-        few: tuple[slice, slice],
-    ) -> Estimate | None:
-        """A step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py); None where the first
-        one shows that it cannot be."""
-        steps, batch = frames.shape[:2]
-        first = self.structure is None
-        if first or self._wants_to_measure():
-            own = None if lengths is None else lengths[few[1]].clamp(max=few[0].stop)
-            sample = Events.of(frames[few], dtype), targets[few[1]], own
-            p = forward.run(*sample, objective, [0])
-            if first:
-                self._observe(forward, p, *sample, objective)
-                if why := self._whole_only(batch, lengths, objective):
-                    if self.estimator.memory != "auto":
-                        raise UsageError(f"ULR got memory={self.estimator.memory!r}, but {why}; use memory='auto'")
-                    return None
-            self._measure(p)
-        forward.judging = self.structure.judging
-        size = self.part_steps(frames)
-        bits, noise = self.estimator.memory != "replay", forward._noise(batch, [0], frames.device)
-        run = parts.Parts(self.model, self.layers, self.level, noise, frames, dtype, lengths, size, bits)
-        sites = [name for name, _ in self.layers]
-        lessons = list(self.prediction.lessons(sites, run.valid, batch, self.step))
-        seen, learned = run.forward(lessons)
-        averaged, back = run.split.average is not None, run.split.back
-        if averaged:
-            seen = seen.requires_grad_()
-        outputs = seen
-        for module in back:
-            outputs = module(outputs)
-        check_outputs(outputs, steps, batch)
-        judgement = forward.judge(outputs, {}, targets, lengths, objective, [0])
-        if first and self.step_sizes is not None:
-            self.step_sizes.summed = times_summed(judgement)  # the whole sequence has more steps than were measured
-        self.step += 1
-        losses = judgement.loss[None]
-        usable = self._usable(losses)
-        if usable:
-            for lesson, (spikes, current) in zip(lessons, learned, strict=True):
-                self.prediction.learn(lesson, spikes, current)
-            error, wanted = judgement.error, [q for q in self.model.parameters() if q.requires_grad]
-            if back and error is not None:
-                if wanted and outputs.requires_grad:
-                    torch.autograd.backward(outputs, error / batch, inputs=wanted, retain_graph=True)
-                (error,) = torch.autograd.grad(outputs, seen, error)
-            run.backward(error, self.prediction, wanted)
-            self.mean_loss = moving(self.mean_loss, losses)
-        passes = -(-run.steps_run // steps) * batch + (forward.extra_passes + 1) * min(batch, few[1].stop)
-        self.forward_passes += passes
-        stats = {"copies": 1, "step": self.step, "parts": len(run.parts)}
-        if not usable:
-            stats["skipped"] = True
-        return Estimate(losses.mean(0), outputs.detach()[None], stats)
-
-    def _wants_to_measure(self) -> bool:
-        """Whether `_measure` would do something at this step."""
-        due = self.step_sizes is not None and self.step_sizes.due(self.step)
-        at_rest = self.level.resting and not self.structure.has_readout and self.level.progress <= WIDENING
-        return bool(due or (at_rest and self.fixed_progress is None))
-
-    def _usable(self, losses: Tensor) -> bool:
+    def usable(self, losses: Tensor) -> bool:
         """Whether the losses are finite. Raises FloatingPointError if they are not, unless such steps are left out."""
         finite = bool(torch.isfinite(losses).all())
         if not finite and self.estimator.on_nonfinite == "stop":
@@ -527,14 +396,14 @@ class Attachment:
         self.forward_passes += (2 * copies + seen + forward.extra_passes) * x.shape[1]
         losses = torch.cat([p.loss for p in judged])
         estimate = Estimate(losses.mean(0), _stack_outputs(judged), {"copies": copies, "step": self.step})
-        if not self._usable(losses):
+        if not self.usable(losses):
             estimate.stats["skipped"] = True
             return estimate
         wanted = self._wanted()
         for copy in range(copies):
             p = forward.run(x, *about, [copy])
             if copy == 0:
-                self._measure(p)
+                self.measure(p)
             entries = self._gradients(Group(None, [p], judged), 1.0)
             enter([(entry.tensor, entry.gradient) for entry in entries], wanted)
         self._add_weight_gradients(judged, losses)
@@ -546,7 +415,7 @@ class Attachment:
     def _finish(self, passes: list[Pass], groups: list[Group], copies: int) -> Estimate:
         losses = torch.cat([p.loss for p in passes])  # [K, B]
         estimate = Estimate(losses.mean(0), _stack_outputs(passes), {"copies": copies, "step": self.step})
-        if not self._usable(losses):
+        if not self.usable(losses):
             estimate.stats["skipped"] = True
             return estimate
         self._add_gradients(passes, groups, losses)
@@ -755,11 +624,6 @@ def default_copies(estimator: ULR, structure: Structure) -> int:
     if isinstance(estimator.copies, AdaptiveCopies):
         return estimator.copies.least
     return estimator.copies or DEFAULT_COPIES["global" if structure.judging.blind else structure.credit]
-
-
-def moving(mean: Tensor | None, losses: Tensor) -> Tensor:
-    """A mean of the losses of all steps, of the last ones above all."""
-    return losses.mean() if mean is None else mean.lerp(losses.mean(), 0.05)
 
 
 def observed(

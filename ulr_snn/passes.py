@@ -123,7 +123,7 @@ class Forward:
         batch, k = x.shape[1], len(copies)
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
         row_lengths = lengths.repeat(k) if lengths is not None else None
-        noise = self._noise(batch, copies, x.device)
+        noise = self.noise(batch, copies, x.device)
 
         def outputs_of() -> tuple[Tensor, list[Record]]:
             with bind(self.model, self.level, noise, row_lengths, len(x), self.layers) as records:
@@ -156,7 +156,7 @@ class Forward:
         """What the objective says about outputs and activity of a pass of these copies."""
         k = len(copies)
         mask = output_mask(lengths.repeat(k) if lengths is not None else None, outputs)
-        noise = self._noise(len(targets), copies, outputs.device)
+        noise = self.noise(len(targets), copies, outputs.device)
         repeated = targets.repeat(k, *[1] * (targets.ndim - 1))
         return judge(objective, self.judging, outputs, activity, repeated, mask, noise)
 
@@ -173,7 +173,8 @@ class Forward:
             model_outputs(self.model, others, self.by_step)
         return {r.site for r in p.records if not torch.equal(currents[r.site], r.current)}
 
-    def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
+    def noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
+        """That of these copies of a batch of so many samples."""
         copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
         sample = torch.arange(batch, dtype=torch.int32, device=device).repeat(len(copies))
         varied = None if self.varied is None else site_index(self.layers, self.varied)

@@ -10,6 +10,7 @@ from ulr_snn.copies import AdaptiveCopies
 from ulr_snn.credit.maps import Shared
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
+from ulr_snn.estimate import Batch
 from ulr_snn.estimator import ULR, default_copies, observed
 from ulr_snn.events import Events
 from ulr_snn.flow import check_flow, frozen, with_flow
@@ -84,8 +85,8 @@ def plan(
         check_flow(model, estimator.flow, layers)
     attached = estimator.attach(model, loss, 0, time_first)
     attached.structure = structure
-    few = attached.in_parts(frames, dtype, lengths, objective)
-    steps = None if few is None else attached.part_steps(frames)
+    few = attached.in_parts.few(Batch(frames, dtype, targets, lengths, objective))
+    steps = None if few is None else attached.in_parts.part_steps(frames)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()

@@ -17,6 +17,11 @@ def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | Non
     return others[torch.tensor(copies, device=losses.device) // group]
 
 
+def moving(mean: Tensor | None, losses: Tensor) -> Tensor:
+    """A mean of the losses of all steps, of the last ones above all."""
+    return losses.mean() if mean is None else mean.lerp(losses.mean(), 0.05)
+
+
 def to_go(losses: Tensor) -> Tensor:
     """Reward-to-go: what a loss that is a sum over time steps adds up from each step on, [..., T]."""
     return losses.flip(-1).cumsum(-1).flip(-1)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.credit.global_ import baseline
+from ulr_snn.credit.global_ import baseline, moving
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR, Estimate, moving
+from ulr_snn.estimator import ULR, Estimate
 from ulr_snn.evaluation import Runner
 from ulr_snn.losses import LossSpec
 from ulr_snn.neurons import output_mask

@@ -1,0 +1,50 @@
+"""What a training step is given, and what it gave."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_snn.events import Events, Frames
+from ulr_snn.losses import Objective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """frames [T, B, ...] as they came; dtype: of the model; targets [B, ...]; lengths [B], steps past them are padding,
+    or None."""
+
+    frames: Frames
+    dtype: torch.dtype
+    targets: Tensor
+    lengths: Tensor | None
+    objective: Objective
+
+    @property
+    def steps(self) -> int:
+        return self.frames.shape[0]
+
+    @property
+    def samples(self) -> int:
+        return self.frames.shape[1]
+
+    @property
+    def x(self) -> Tensor:
+        """The frames as a model sees them."""
+        return Events.of(self.frames, self.dtype)
+
+    def part(self, first: tuple[slice, slice]) -> "Batch":
+        """First time steps, and samples."""
+        steps, samples = first
+        lengths = None if self.lengths is None else self.lengths[samples].clamp(max=steps.stop)
+        return replace(self, frames=self.frames[first], targets=self.targets[samples], lengths=lengths)
+
+
+@dataclass
+class Estimate:
+    """What one step gave. loss: [B], mean over copies; outputs: [K, ...model's output...]; stats: plain numbers."""
+
+    loss: Tensor
+    outputs: Tensor
+    stats: dict[str, Any]

@@ -1,0 +1,165 @@
+"""Training steps that do not see the whole sequence at once: what they measure by, why some models and objectives have
+to be seen whole, and the step in parts of time (parts.py)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ulr_snn import parts
+from ulr_snn.credit.global_ import moving
+from ulr_snn.errors import UsageError
+from ulr_snn.estimate import Batch, Estimate
+from ulr_snn.events import Frames
+from ulr_snn.noise import WIDENING
+from ulr_snn.passes import Forward, check_outputs
+from ulr_snn.stepsize import times_summed
+
+if TYPE_CHECKING:
+    from ulr_snn.estimator import Attachment
+
+WHOLE = 1 << 29  # bytes that memory "auto" lets a step over the whole sequence keep
+SHORT = 1 << 10  # time steps of samples, below which it is not looked whether that is so
+KEPT = 40  # bytes that such a step keeps of every neuron at every time step, about
+
+
+class Piecewise:
+    """What such steps of an attachment share. neurons: of a sample, once it is known; 0 where the model has to see all
+    time steps at once."""
+
+    def __init__(self, attached: "Attachment") -> None:
+        self.attached = attached
+        self.neurons: int | None = None
+
+    def few(self, batch: Batch) -> tuple[slice, slice] | None:
+        """First time steps, and samples, with about as many spikes as a part of time of the batch: what such steps
+        measure by; None for steps over the whole sequence. Raises UsageError where others are asked for and cannot be.
+        """
+        asked = self.attached.estimator.memory != "auto"
+        if not asked and batch.steps * batch.samples < SHORT:
+            return None
+        try:
+            if self.neurons is None:
+                self.neurons = 0
+                self.neurons = parts.neurons(self.attached.model, batch.frames, batch.dtype)
+        except UsageError:
+            if asked:
+                raise
+        if not asked and KEPT * batch.steps * batch.samples * self.neurons <= WHOLE:
+            return None
+        if not self.possible(batch):
+            return None
+        size = parts.TOGETHER // max(1, self.neurons)  # time steps of samples
+        return slice(0, max(1, size // 2)), slice(0, max(2, size // batch.steps))
+
+    def possible(self, batch: Batch) -> bool:
+        """Whether steps need not see the whole sequence at once, as far as is known. Raises UsageError where they must
+        and should not."""
+        why = self.why_whole(batch)
+        if why and self.attached.estimator.memory != "auto":
+            raise UsageError(f"ULR got memory={self.attached.estimator.memory!r}, but {why}; use memory='auto'")
+        return why is None
+
+    def why_whole(self, batch: Batch) -> str | None:
+        """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
+        ulr, structure = self.attached.estimator, self.attached.structure
+        if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
+            return "parts of time are for credit 'feedback' with one copy"
+        if ulr.firing.learn or ulr.noise:
+            return "the scale of its noise is learned, or noise comes elsewhere than on firing"
+        if batch.samples < 2:
+            return "the batch has a single sample"
+        if batch.objective.counts:
+            return "the objective has costs of activity"
+        if structure is not None and (structure.credit != "feedback" or structure.judging.blind):
+            return "the loss has no gradient in the outputs"
+        if structure is not None and (structure.needs_pairs or structure.weights):
+            return "there is feedback that only pairs of copies can teach, or noise on parameters"
+        return None
+
+    def begin(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> bool:
+        """Learns from a pass over a sample what the model is and what steps measure by, where that is due; False where
+        the first one shows that steps have to see the whole."""
+        attached = self.attached
+        first = attached.structure is None
+        if first or self._wants_to_measure():
+            sample = batch.part(few)
+            given = sample.x, sample.targets, sample.lengths, sample.objective
+            p = forward.run(*given, [0])
+            if first:
+                attached.observe(forward, p, *given)
+                if not self.possible(batch):
+                    return False
+            attached.measure(p)
+        forward.judging = attached.structure.judging
+        return True
+
+    def _wants_to_measure(self) -> bool:
+        """Whether `Attachment.measure` would do something at this step."""
+        attached = self.attached
+        due = attached.step_sizes is not None and attached.step_sizes.due(attached.step)
+        at_rest = attached.level.resting and not attached.structure.has_readout and attached.level.progress <= WIDENING
+        return bool(due or (at_rest and attached.fixed_progress is None))
+
+
+class InParts(Piecewise):
+    """The step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
+
+    def part_steps(self, frames: Frames) -> int:
+        """Time steps of a part."""
+        fitting = parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))
+        return min(len(frames), max(parts.LEAST, fitting))
+
+    def why_whole(self, batch: Batch) -> str | None:
+        if batch.lengths is not None and self.neurons and parts.Split.of(self.attached.model).readouts:
+            return "LeakyReadout holds its membranes through the padding"
+        return super().why_whole(batch)
+
+    def step(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Estimate | None:
+        """None where the first step shows that it has to see the whole sequence."""
+        attached, first = self.attached, self.attached.structure is None
+        if not self.begin(forward, batch, few):
+            return None
+        run = self._parts(forward, batch)
+        sites = [name for name, _ in attached.layers]
+        lessons = list(attached.prediction.lessons(sites, run.valid, batch.samples, attached.step))
+        seen, learned = run.forward(lessons)
+        if run.split.average is not None:
+            seen = seen.requires_grad_()
+        outputs = seen
+        for module in run.split.back:
+            outputs = module(outputs)
+        check_outputs(outputs, batch.steps, batch.samples)
+        judgement = forward.judge(outputs, {}, batch.targets, batch.lengths, batch.objective, [0])
+        if first and attached.step_sizes is not None:
+            attached.step_sizes.summed = times_summed(judgement)  # all have more time steps than were measured
+        attached.step += 1
+        losses = judgement.loss[None]
+        stats = {"copies": 1, "step": attached.step, "parts": len(run.parts)}
+        if attached.usable(losses):
+            for lesson, (spikes, current) in zip(lessons, learned, strict=True):
+                attached.prediction.learn(lesson, spikes, current)
+            self._backward(run, seen, outputs, judgement.error)
+            attached.mean_loss = moving(attached.mean_loss, losses)
+        else:
+            stats["skipped"] = True
+        passes = -(-run.steps_run // batch.steps) * batch.samples
+        attached.forward_passes += passes + (forward.extra_passes + 1) * min(batch.samples, few[1].stop)
+        return Estimate(losses.mean(0), outputs.detach()[None], stats)
+
+    def _parts(self, forward: Forward, batch: Batch) -> parts.Parts:
+        attached, size = self.attached, self.part_steps(batch.frames)
+        bits, noise = attached.estimator.memory != "replay", forward.noise(batch.samples, [0], batch.frames.device)
+        about = attached.level, noise, batch.frames, batch.dtype, batch.lengths
+        return parts.Parts(attached.model, attached.layers, *about, size, bits)
+
+    def _backward(self, run: parts.Parts, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
+        """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the parts."""
+        attached = self.attached
+        wanted = [q for q in attached.model.parameters() if q.requires_grad]
+        if run.split.back and error is not None:
+            if wanted and outputs.requires_grad:
+                batch = run.frames.shape[1]
+                torch.autograd.backward(outputs, error / batch, inputs=wanted, retain_graph=True)
+            (error,) = torch.autograd.grad(outputs, seen, error)
+        run.backward(error, attached.prediction, wanted)
