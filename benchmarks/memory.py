@@ -21,7 +21,7 @@ import torch
 from benchmarks.nets import CASES, NETS
 from benchmarks.speed import HERE, about, bptt, events_of, likelihood_ratio, write
 
-METHODS = ("ulr bits", "ulr replay", "ulr auto", *(f"{library} BPTT" for library in NETS))
+METHODS = ("ulr bits", "ulr replay", "ulr stream", "ulr auto", *(f"{library} BPTT" for library in NETS))
 MB = 1 << 20
 
 

@@ -64,14 +64,14 @@ def stateless(case: Case, flatten: Callable[[], nn.Module]) -> list[list[nn.Modu
     return [[convolutions[0]], [convolutions[1]], [flatten(), nn.Linear(24 * 9 * 9, n)], readout]
 
 
-def ours(case: Case) -> nn.Module:
-    """Our own neurons, for `ulr_snn.attach`."""
+def ours(case: Case, averaged: bool = True) -> nn.Module:
+    """Our own neurons, for `ulr_snn.attach`. averaged: else its outputs are those of every time step."""
     parts = stateless(case, lambda: nn.Flatten(2))
     modules: list[nn.Module] = []
     for layer in parts[:-1]:
         modules += [Fold(m) if isinstance(m, nn.Conv2d) else m for m in layer]
         modules.append(RecurrentLIF(case.width, BETA) if case.kind == "recurrent" else LIF(BETA))
-    return nn.Sequential(*modules, TimeAverage(), *parts[-1])
+    return nn.Sequential(*modules, *[TimeAverage()] * averaged, *parts[-1])
 
 
 class Folded(nn.Module):

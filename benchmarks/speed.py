@@ -45,13 +45,20 @@ def events_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 
 def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
+    """memory: of `ULR`; "stream" updates at every time step, by a loss of each."""
     torch.manual_seed(0)
-    model = ours(case).to(device)
+    streams = memory == "stream"
+    model = ours(case, averaged=not streams).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    attached = attach(model, ULR(memory=memory), total_steps=1000)
+    attached = attach(model, ULR(memory=memory), "ce_rate" if streams else "ce_count", total_steps=1000)
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
+        if streams:
+            for _ in attached.stream(x, y):
+                optimizer.step()
+                optimizer.zero_grad()
+            return
         attached.backward(x, y)
         optimizer.step()
 

@@ -236,6 +236,11 @@ def test_copies_in_turn_see_one_dropout_mask():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_copies_in_turn_are_planned():
+    found = str(ulr_snn.plan(net(), data(), ULR(credit="global", memory="replay")))
+    assert "memory: the whole sequence at once, of one copy after another, each run twice" in found
+
+
 @pytest.mark.parametrize("options", [{"copies": AdaptiveCopies()}, {"layerwise": True}])
 def test_copies_in_turn_are_refused(options):
     with pytest.raises(UsageError, match="memory='replay' with"):

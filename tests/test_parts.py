@@ -41,8 +41,8 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
         for _ in range(3):
             model.zero_grad()
             estimate = ulr.backward(x, y, lengths=lengths)
-    size = max(1, together // (BATCH * ulr.in_parts.neurons)) if memory != "auto" else STEPS
-    assert memory == "auto" or estimate.stats["parts"] == -(-STEPS // size)
+    if memory != "auto":
+        assert estimate.stats["parts"] == -(-STEPS // max(1, together // (BATCH * ulr.piecewise.neurons)))
     return [q.grad for q in model.parameters()]
 
 

@@ -36,12 +36,13 @@ from ulr_snn.passes import Forward, Pass, as_frames, runs_by_step
 from ulr_snn.piecewise import InParts
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
 from ulr_snn.stepsize import StepSizes
+from ulr_snn.stream import Stream, Streaming
 from ulr_snn.structure import Structure, judging_of
 from ulr_snn.variance import BY_SAMPLE, calmer_weights
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
-MEMORY = ("auto", "bits", "replay")
+MEMORY = ("auto", "bits", "replay", "stream")
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
 
@@ -81,8 +82,10 @@ class ULR:
         of time steps; both run every part twice (long replays three times), for credit "feedback" and models that run
         their modules one after another. "auto": the whole sequence at once while that is small, else "bits" where it
         can be. With credit "global", "replay" runs one copy after another, each of them once for its loss and once more
-        for its gradient, so that memory does not grow with the number of copies.
-    on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out.
+        for its gradient, so that memory does not grow with the number of copies. "stream": one time step, for an update
+        after each (`Attachment.stream`; `train` makes them), where the loss is a sum over time; another gradient,
+        without what spikes do to later time steps (see stream.py).
+    on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out (of "stream", the time step).
     """
 
     credit: str = "auto"
@@ -249,9 +252,14 @@ class Attachment:
         self.layers: Layers | None = None  # those that get noise, once they are known
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
-        self.in_parts = InParts(self)
+        self.piecewise = (Streaming if self.streams else InParts)(self)
         self.structure: Structure | None = None
         self._structure_loss: LossSpec | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether copies run one after another, each twice."""
+        return self.estimator.memory == "replay" and self.estimator.credit == "global"
 
     def __enter__(self) -> "Attachment":
         return self
@@ -271,12 +279,44 @@ class Attachment:
         events; lengths: [B], steps past them are padding.
         Raises UsageError on wrong shapes, labels, losses, or events that are not finite.
         """
+        if self.streams:
+            return in_sum(list(self.stream(x, targets, loss, lengths)))
         with frozen(self.model, self.estimator.flow):
             return self._backward(x, targets, loss, lengths)
 
-    def _backward(
+    @property
+    def streams(self) -> bool:
+        """Whether it is made for updates at every time step."""
+        return self.estimator.memory == "stream"
+
+    def stream(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
-    ) -> Estimate:
+    ) -> Iterator[Estimate]:
+        """The time steps of a batch one after another, for an update after each: `for _ in ulr.stream(x, y): ...`. Each
+        adds the gradient of the batch's mean of what it adds to the loss, without what its spikes do to later ones (see
+        stream.py); its estimate has that part of the loss [B] and the outputs of this time step [1, 1, B, ...].
+
+        For memory "stream". Takes and raises what `backward` does.
+        """
+        if not self.streams:
+            raise UsageError(
+                f"ulr.stream is for updates at every time step, and ULR got memory={self.estimator.memory!r}; attach "
+                "with ULR(memory='stream')"
+            )
+        with frozen(self.model, self.estimator.flow), torch.enable_grad():
+            stream = self.piecewise.start(*self._begin(x, targets, loss, lengths))
+        return self._each(stream)
+
+    def _each(self, stream: Stream) -> Iterator[Estimate]:
+        for t in range(stream.batch.steps):
+            with frozen(self.model, self.estimator.flow), torch.enable_grad():
+                estimate = stream.step(t)
+            yield estimate
+
+    def _begin(
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None
+    ) -> tuple[Forward, Batch, tuple[slice, slice] | None]:
+        """Of one step; last, what it measures by, where it does not see the whole sequence at once."""
         frames, dtype = as_frames(x, targets, lengths, self.time_first, self.model)
         targets = targets.to(frames.device)
         lengths = None if lengths is None else lengths.to(frames.device)
@@ -284,24 +324,25 @@ class Attachment:
         loss = self.loss if loss is None else loss
         if loss != self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
-        objective = resolve(loss)
-        batch = Batch(frames, dtype, targets, lengths, objective)
-        in_turn = self.estimator.memory == "replay" and self.estimator.credit == "global"
-        few = None if in_turn else self.in_parts.few(batch)
-        if few is None or self.layers is None:
-            x = batch.x if few is None else batch.part(few).x
+        batch = Batch(frames, dtype, targets, lengths, resolve(loss))
+        few = None if self.in_turn else self.piecewise.few(batch)
         if self.layers is None:
+            x = batch.x if few is None else batch.part(few).x
             self.by_step = runs_by_step(self.model, x)
             self.layers = find_layers(self.model, x, self.by_step, self.estimator.noise)
             check_flow(self.model, self.estimator.flow, self.layers)
         antithetic = self.estimator.antithetic
         forward = Forward(self.model, self.level, self.seed, self.step, antithetic, self.by_step, self.layers)
         forward.points = self.estimator.group if self.estimator.quasi_monte_carlo else 0
+        return forward, batch, few
+
+    def _backward(self, *given: Any) -> Estimate:
+        forward, batch, few = self._begin(*given)
         if few is not None:
-            estimate = self.in_parts.step(forward, batch, few)
+            estimate = self.piecewise.step(forward, batch, few)
             if estimate is not None:
-                return estimate
-            x = batch.x  # the sample has shown that it has to be the whole
+                return estimate  # else the sample has shown that it has to be the whole
+        x, targets, lengths, objective = batch.x, batch.targets, batch.lengths, batch.objective
         passes: list[Pass] = []
 
         def run(copies: range) -> None:
@@ -316,7 +357,7 @@ class Attachment:
                 forward.extra_passes += 1
         copies = self._copies(self.structure.credit)
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
-        if in_turn:
+        if self.in_turn:
             return self._backward_in_turn(forward, copies, passes, x, targets, lengths, objective)
         groups: list[Group] = [Group(None, passes)]
         if self.estimator.layerwise:
@@ -617,6 +658,15 @@ class Attachment:
         self.shrinkage.load_state_dict(state["shrinkage"], device)
         if self.budget is not None and state["budget"] is not None:
             self.budget.load_state_dict(state["budget"])
+
+
+def in_sum(estimates: list[Estimate]) -> Estimate:
+    """Of a whole sequence, from those of its time steps."""
+    loss = torch.stack([estimate.loss for estimate in estimates]).sum(0)
+    outputs = torch.cat([estimate.outputs for estimate in estimates], 1)
+    stats = {name: value for name, value in estimates[-1].stats.items() if name != "time"}
+    skipped = any(estimate.stats.get("skipped") for estimate in estimates)
+    return Estimate(loss, outputs, stats | ({"skipped": True} if skipped else {}))
 
 
 def default_copies(estimator: ULR, structure: Structure) -> int:

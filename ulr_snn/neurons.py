@@ -262,7 +262,7 @@ class LeakyReadout(Timed):
         if self.lengths is None:
             return membrane
         steps = torch.arange(len(current), device=current.device)[:, None]
-        last = torch.minimum(steps, self.lengths[None] - 1)
+        last = torch.minimum(steps, (self.lengths[None] - 1).clamp(min=0))
         return membrane.gather(0, last.view(*last.shape, *[1] * (current.ndim - 2)).expand_as(membrane))
 
 

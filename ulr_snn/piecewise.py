@@ -12,7 +12,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.events import Frames
 from ulr_snn.noise import WIDENING
-from ulr_snn.passes import Forward, check_outputs
+from ulr_snn.passes import Forward, Pass, check_outputs
 from ulr_snn.stepsize import times_summed
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Piecewise:
         """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
         ulr, structure = self.attached.estimator, self.attached.structure
         if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
-            return "parts of time are for credit 'feedback' with one copy"
+            return "it is for credit 'feedback' with one copy"
         if ulr.firing.learn or ulr.noise:
             return "the scale of its noise is learned, or noise comes elsewhere than on firing"
         if batch.samples < 2:
@@ -77,22 +77,19 @@ class Piecewise:
             return "there is feedback that only pairs of copies can teach, or noise on parameters"
         return None
 
-    def begin(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> bool:
-        """Learns from a pass over a sample what the model is and what steps measure by, where that is due; False where
-        the first one shows that steps have to see the whole."""
-        attached = self.attached
-        first = attached.structure is None
-        if first or self._wants_to_measure():
-            sample = batch.part(few)
-            given = sample.x, sample.targets, sample.lengths, sample.objective
-            p = forward.run(*given, [0])
-            if first:
-                attached.observe(forward, p, *given)
-                if not self.possible(batch):
-                    return False
-            attached.measure(p)
-        forward.judging = attached.structure.judging
-        return True
+    def sample(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Pass | None:
+        """A pass over a sample, where one is due: the first shows what the model is, others are to be measured."""
+        attached, first = self.attached, self.attached.structure is None
+        if not first and not self._wants_to_measure():
+            return None
+        part = batch.part(few)
+        given = part.x, part.targets, part.lengths, part.objective
+        p = forward.run(*given, [0])
+        if first:
+            attached.observe(forward, p, *given)
+        attached.forward_passes += (forward.extra_passes + 1) * part.samples
+        forward.extra_passes = 0
+        return p
 
     def _wants_to_measure(self) -> bool:
         """Whether `Attachment.measure` would do something at this step."""
@@ -104,6 +101,11 @@ class Piecewise:
 
 class InParts(Piecewise):
     """The step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
+
+    def kept(self, batch: Batch) -> str:
+        """What a step keeps, for `plan`."""
+        spikes = "drawn again" if self.attached.estimator.memory == "replay" else "kept as bits"
+        return f"parts of {self.part_steps(batch.frames)} time steps, each run twice or more; spikes are {spikes}"
 
     def part_steps(self, frames: Frames) -> int:
         """Time steps of a part."""
@@ -118,8 +120,12 @@ class InParts(Piecewise):
     def step(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Estimate | None:
         """None where the first step shows that it has to see the whole sequence."""
         attached, first = self.attached, self.attached.structure is None
-        if not self.begin(forward, batch, few):
+        p = self.sample(forward, batch, few)
+        if first and not self.possible(batch):
             return None
+        if p is not None:
+            attached.measure(p)
+        forward.judging = attached.structure.judging
         run = self._parts(forward, batch)
         sites = [name for name, _ in attached.layers]
         lessons = list(attached.prediction.lessons(sites, run.valid, batch.samples, attached.step))
@@ -143,8 +149,7 @@ class InParts(Piecewise):
             attached.mean_loss = moving(attached.mean_loss, losses)
         else:
             stats["skipped"] = True
-        passes = -(-run.steps_run // batch.steps) * batch.samples
-        attached.forward_passes += passes + (forward.extra_passes + 1) * min(batch.samples, few[1].stop)
+        attached.forward_passes += -(-run.steps_run // batch.steps) * batch.samples
         return Estimate(losses.mean(0), outputs.detach()[None], stats)
 
     def _parts(self, forward: Forward, batch: Batch) -> parts.Parts:

@@ -85,8 +85,10 @@ def plan(
         check_flow(model, estimator.flow, layers)
     attached = estimator.attach(model, loss, 0, time_first)
     attached.structure = structure
-    few = attached.in_parts.few(Batch(frames, dtype, targets, lengths, objective))
-    steps = None if few is None else attached.in_parts.part_steps(frames)
+    batch = Batch(frames, dtype, targets, lengths, objective)
+    kept = "the whole sequence at once" + ", of one copy after another, each run twice" * attached.in_turn
+    if not attached.in_turn and attached.piecewise.few(batch) is not None:
+        kept = attached.piecewise.kept(batch)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()
@@ -99,7 +101,7 @@ def plan(
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
         left_alone + _notes(model, structure, estimator) + _variances(model, structure, p.records),
-        _engine(x, steps, estimator.memory),
+        _engine(x, kept),
     )
 
 
@@ -175,19 +177,14 @@ def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
     return notes
 
 
-def _engine(x: Tensor, steps: int | None, memory: str) -> list[str]:
-    """Which code runs the scans over time, and what a step keeps. steps: of a part of time; None: of no part."""
+def _engine(x: Tensor, kept: str) -> list[str]:
+    """Which code runs the scans over time, and what a step keeps."""
     kind, why = choice(x)
     by = {"cpu": "fused, by numba", "gpu": "fused, by Triton", "reference": "in plain torch"}[kind]
     found = [f"scans over time of ulr_snn's neurons: {by} ({why})"]
     if isinstance(x, Events):
         found.append("events are sparse: a linear layer or convolution costs in proportion to those that it reads")
-    if steps is None:
-        found.append("memory: the whole sequence at once")
-    else:
-        kept = "drawn again" if memory == "replay" else "kept as bits"
-        found.append(f"memory: parts of {steps} time steps, each run twice or more; spikes are {kept}")
-    return found
+    return [*found, f"memory: {kept}"]
 
 
 def _variances(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:

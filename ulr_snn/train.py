@@ -71,6 +71,8 @@ def train(
     val_loader: evaluated with deterministic firing after every epoch.
     optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2), which it
     takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout.
+    With ULR(memory="stream") the optimizer steps at every time step, the default one by `lr` over their number;
+    schedule and max_steps go on counting batches.
     scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory
     optimizer -> scheduler; stepped once per optimizer step. accumulate: batches per optimizer step. clip: bound of
     the gradient's norm. autocast: torch.bfloat16 or torch.float16, the type in which the model's own layers run
@@ -133,6 +135,11 @@ class Session:
         self.advised = self.own_optimizer and hasattr(self.attached, "advise_step_sizes")
         if self.advised:
             self.attached.advise_step_sizes()
+        self.streams = getattr(self.attached, "streams", False)
+        if self.streams and self.accumulate > 1:
+            raise UsageError(
+                f"train got accumulate={self.accumulate} with memory='stream', which updates at every time step; use 1"
+            )
         self.epoch, self.steps, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
 
@@ -150,11 +157,11 @@ class Session:
             for batch in batches:
                 x, targets, lengths = unpack(batch, self.device)
                 with reduced_precision(self.device, self.autocast):
-                    estimate = self.attached.backward(x, targets, lengths=lengths)
-                if estimate.stats.get("skipped"):
+                    found = (self.stream if self.streams else self.backward)(x, targets, lengths)
+                if found is None:
                     continue
                 waiting += 1
-                tally.add(estimate.loss, mean_total(estimate, lengths), targets)
+                tally.add(*found, targets)
                 batches.set_postfix(tally.means(), refresh=False)
                 if waiting == self.accumulate:
                     self.update(waiting)
@@ -187,8 +194,34 @@ class Session:
         self.optimizer.zero_grad()
         self.model.zero_grad()
 
+    def backward(self, x: Tensor, targets: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Loss [B] and outputs in total [B, C] of a batch whose gradient is added; None if it was left out."""
+        estimate = self.attached.backward(x, targets, lengths=lengths)
+        return None if estimate.stats.get("skipped") else (estimate.loss, mean_total(estimate, lengths))
+
+    def stream(self, x: Tensor, targets: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The same of a batch with an optimizer step at every time step; None if some time steps were left out."""
+        found, skipped = None, False
+        for t, estimate in enumerate(self.attached.stream(x, targets, lengths=lengths)):
+            if estimate.stats.get("skipped"):
+                skipped = True
+                continue
+            self.move(1, estimate.stats["times"])
+            left = None if lengths is None else (lengths - t).clamp(min=0)
+            now = estimate.loss, mean_total(estimate, left)
+            found = now if found is None else (found[0] + now[0], found[1] + now[1])
+        return None if skipped else found
+
     def update(self, batches: int) -> None:
-        """One optimizer step on the mean gradient of some batches."""
+        """One step on the mean gradient of some batches; the schedule counts it."""
+        if not self.streams:
+            self.move(batches)
+        if self.schedule is not None:
+            self.schedule.step()
+        self.steps += 1
+
+    def move(self, batches: int, times: int = 1) -> None:
+        """One optimizer step on the mean gradient of some batches, or of one of so many time steps of a batch."""
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         if batches > 1:
@@ -196,16 +229,14 @@ class Session:
                 p.grad /= batches
         if self.clip is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip)
-        with self.step_sizes():
+        with self.step_sizes(times):
             self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
         self.zero_grad()
-        self.steps += 1
 
     @contextmanager
-    def step_sizes(self) -> Iterator[None]:
-        """While the own optimizer steps, the learning rate of each parameter is what the attachment advises."""
+    def step_sizes(self, times: int) -> Iterator[None]:
+        """While the own optimizer steps, the learning rate of each parameter is what the attachment advises. times: of
+        a batch, if each has a step of its own: Adam's are as long as the rate says, whatever the gradient."""
         if not self.advised:
             yield
             return
@@ -214,7 +245,7 @@ class Session:
         groups, rates = self.optimizer.param_groups, [group["lr"] for group in self.optimizer.param_groups]
         try:
             for group in groups:  # of one parameter each
-                group["lr"] *= factors.get(names[id(group["params"][0])], 1.0)
+                group["lr"] *= factors.get(names[id(group["params"][0])], 1.0) / times
             yield
         finally:
             for group, rate in zip(groups, rates, strict=True):

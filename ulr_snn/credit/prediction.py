@@ -82,6 +82,19 @@ class Prediction:
         return predictions[::-1]
 
     @full_precision()
+    def credit_at_once(self, p: Pass) -> dict[str, Tensor]:
+        """∂L/∂J [T, B, ...] by site, of what spikes do within their own time step alone."""
+        found: dict[str, Tensor] = {}
+        direct = direct_credit(p.ends, p.records)
+        for record, a in zip(reversed(p.records), reversed(direct), strict=True):
+            for target, path in self.structure.feeds[record.site].items():
+                if target in found:
+                    a = added(a, self.feedback.from_layer(edge(record.site, target), path, found[target]))
+            if a is not None:
+                found[record.site] = a * record.slope_of_membrane
+        return found
+
+    @full_precision()
     def learn_layers(self, passes: list[Pass], step: int) -> None:
         """Learns what the spikes of a layer do to the input currents of those that they feed, and to its own."""
         sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
