@@ -26,6 +26,7 @@ from ulr_snn.credit.prediction import WARM_UP, Credit, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
+from ulr_snn.engine import Engine
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
@@ -234,6 +235,7 @@ class Attachment:
         estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
         check_layers(model, spiking_layers(model), [*own_modules(model), *estimator.noise])
         self.model, self.estimator, self.loss = model, estimator, loss
+        self.engine = Engine(model, estimator.noise)  # its `running` is the model here, once the events are known
         self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
         self.prediction = Prediction(self.feedback, seed)
@@ -325,6 +327,8 @@ class Attachment:
         if loss != self._structure_loss:  # another loss may reach the outputs in another way
             self.structure, self._structure_loss = None, loss
         batch = Batch(frames, dtype, targets, lengths, resolve(loss))
+        if self.engine.changes(frames, dtype, batch.objective):
+            self.model, self.layers, self.piecewise.neurons, self.structure = self.engine.running, None, None, None
         few = None if self.in_turn else self.piecewise.few(batch)
         if self.layers is None:
             x = batch.x if few is None else batch.part(few).x

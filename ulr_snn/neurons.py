@@ -124,6 +124,8 @@ class LIF(SpikingNeuron):
     Raises UsageError for an unknown reset or a threshold that is not positive.
     """
 
+    learns_recurrence = True  # what recurrent weights do is learned by watching; else they are read
+
     def __init__(
         self,
         beta: float | Tensor = 0.9,
@@ -141,6 +143,16 @@ class LIF(SpikingNeuron):
         self.register_module("recurrent", None)
         _parameter(self, "beta", beta, learn_beta)
         _parameter(self, "threshold", threshold, learn_threshold)
+
+    @classmethod
+    def sharing(cls, module: nn.Module, reset: str, recurrent: "Weighted | None" = None, **values: Tensor) -> "LIF":
+        """Neurons with the equations above and with the parameters of another library's module, by the same names, in
+        the very same dictionaries: what is moved or replaced there is so here. values: `beta` and `threshold`, where
+        the module has no such tensors."""
+        neuron = cls(reset=reset)
+        shared = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
+        neuron.__dict__.update(shared, recurrent=recurrent, learns_recurrence=False, **values)
+        return neuron
 
     def run(
         self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
@@ -236,6 +248,42 @@ class _Total(torch.autograd.Function):
             if before is not None:
                 d_weight += g[0].T @ before
         return g, d_weight, None, None, None
+
+
+class Weighted:
+    """The weights of another library's recurrent module, without its bias, which `Biased` adds to the current."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def __call__(self, spikes: Tensor) -> Tensor:
+        return nn.functional.linear(spikes, self.weight)
+
+
+class Biased(nn.Module):
+    """Adds the bias of a module to rows."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows + self.module.bias
+
+
+class Scaled(nn.Module):
+    """Rows times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.factor * rows
 
 
 class LeakyReadout(Timed):

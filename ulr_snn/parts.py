@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.prediction import Lesson, Prediction, means
+from ulr_snn.engine import Chain, EachStep
 from ulr_snn.errors import UsageError
 from ulr_snn.events import Events, Frames
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
@@ -26,11 +27,13 @@ from ulr_snn.sites import bind_sites, own_modules, record_of
 TOGETHER = 1 << 18  # spikes of a part
 LEAST = 4  # time steps of a part, however many spikes that makes: each part has a cost of its own
 SLOTS = 6  # parts before which it is kept how the layers stand; longer sequences have parts of parts
-TIMELESS = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
+TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
 def chain(model: nn.Module) -> list[nn.Module]:
     """The modules that a model runs one after another."""
+    if isinstance(model, Chain):
+        return model.stages
     return [part for module in model for part in chain(module)] if type(model) is nn.Sequential else [model]
 
 

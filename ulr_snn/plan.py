@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ulr_snn.copies import AdaptiveCopies
 from ulr_snn.credit.maps import Shared
 from ulr_snn.discovery import find_layers
+from ulr_snn.engine import Engine
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch
 from ulr_snn.estimator import ULR, default_copies, observed
@@ -72,19 +73,22 @@ def plan(
     check_names(model, estimator.noise)
     check_flow(model, estimator.flow)
     estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
+    objective = resolve(loss)
+    engine = Engine(model, estimator.noise)
+    if engine.changes(frames, dtype, objective):
+        model = engine.running
     with keep_traces(model), frozen(model, estimator.flow):
         by_step = runs_by_step(model, x)
         left_alone: list[str] = []
         layers = find_layers(model, x, by_step, estimator.noise, left_alone)
         check_layers(model, layers, [*own_modules(model), *estimator.noise])
         forward = Forward(model, level, seed=0, step=0, antithetic=False, by_step=by_step, layers=layers)
-        objective = resolve(loss)
         p = forward.run(x, targets, lengths, objective, [0])
         structure = observed(forward, p, estimator, x, targets, lengths, objective)
         check_layers(model, layers, structure.weights)
         check_flow(model, estimator.flow, layers)
-    attached = estimator.attach(model, loss, 0, time_first)
-    attached.structure = structure
+    attached = estimator.attach(engine.model, loss, 0, time_first)
+    attached.model, attached.structure = model, structure
     batch = Batch(frames, dtype, targets, lengths, objective)
     kept = "the whole sequence at once" + ", of one copy after another, each run twice" * attached.in_turn
     if not attached.in_turn and attached.piecewise.few(batch) is not None:
@@ -101,7 +105,7 @@ def plan(
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
         left_alone + _notes(model, structure, estimator) + _variances(model, structure, p.records),
-        _engine(x, kept),
+        engine.line() + _engine(x, kept),
     )
 
 

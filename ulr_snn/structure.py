@@ -144,11 +144,12 @@ def learned_paths(
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
         leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
-        if r.fed_back is not None:
+        learns = r.fed_back is not None and r.neuron.learns_recurrence
+        if learns:
             path = Full(tuple(r.spikes.shape[2:]), tuple(r.fed_back.shape[2:]))
             if math.prod(path.size) <= ENTRIES:
                 recurrent[r.site] = path
-        too_wide = len(feeds[r.site]) < len(targets) or (r.fed_back is not None and r.site not in recurrent)
+        too_wide = len(feeds[r.site]) < len(targets) or (learns and r.site not in recurrent)
         if too_wide or leads_nowhere or mixed:
             from_outputs.append(r.site)
     return feeds, recurrent, from_outputs

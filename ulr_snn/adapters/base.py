@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ulr_snn.neurons import SpikingNeuron
+
 
 class Step(Protocol):
     """A site as a module of another library sees it. Once a time step (or once, of a module that runs a whole sequence
@@ -48,6 +50,19 @@ class StepNeuron:
     def patches(self, site: Step) -> dict[str, Any]:
         """Attributes of the module, by name, that make it run the site."""
         raise NotImplementedError
+
+    def states(self) -> list[Tensor]:
+        """What the module carries to the next step, where `ours` may ask for a scan."""
+        return []
+
+    def options(self) -> tuple[Any, ...]:
+        """What `ours` depends on, other than parameters and buffers."""
+        return ()
+
+    def ours(self, like: Tensor) -> tuple[list[nn.Module], SpikingNeuron] | str:
+        """A neuron of `ulr_snn` with the module's equations and its very parameters, and modules that its current goes
+        through before; or why there is none. like: a current's dtype and device."""
+        return "its equations are no scan of ulr_snn's"
 
     def unsupported(self) -> str | None:
         """Why this module, as it is configured, cannot be trained; None where it can."""

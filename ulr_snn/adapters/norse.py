@@ -29,6 +29,9 @@ class Layer(StepNeuron):
         rest = getattr(p, "v_reset", getattr(p, "c", 0.0))
         return torch.as_tensor(p.v_th) - torch.as_tensor(rest)
 
+    def ours(self, like: Tensor) -> str:
+        return "Norse's step filters the current in a synapse, and resets by value at once"
+
     def patches(self, site: Step) -> dict[str, Any]:
         run = rebound(self.module.activation, lambda x, method, alpha: site.fire(x))
 

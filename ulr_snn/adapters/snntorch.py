@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Step, StepNeuron
+from ulr_snn.neurons import LIF, Biased, Weighted
 
 STATES = {
     snntorch.Leaky: ("mem",),
@@ -45,6 +46,36 @@ class Neuron(StepNeuron):
         if type(self.module) is snntorch.RSynaptic and not self.module.reset_delay:
             return "reset_delay=False fails in snnTorch itself; use reset_delay=True"
         return None
+
+    def states(self) -> list[Tensor]:
+        return [getattr(self.module, name) for name in STATES[type(self.module)]]
+
+    def options(self) -> tuple[Any, ...]:
+        module = self.module
+        names = ("reset_mechanism", "reset_delay", "inhibition", "state_quant", "all_to_all", "graded_spikes_factor")
+        found = [getattr(module, name, None) for name in names]
+        return tuple((id(v), v._version) if isinstance(v, Tensor) else v for v in found)
+
+    def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
+        module = self.module
+        recurrent = module.recurrent if type(module) is snntorch.RLeaky else None
+        if type(module) not in (snntorch.Leaky, snntorch.RLeaky):
+            return "its equations are not those of a LIF neuron"
+        if not module.reset_delay:
+            return "it resets at once, by a second look at its membrane"
+        if module.inhibition or module.state_quant:
+            return "of inhibition and quantised states there is no scan"
+        factor = module.graded_spikes_factor
+        if factor.requires_grad or bool((factor != 1).any()):
+            return "its spikes are graded"
+        if not (module.beta.is_floating_point() and module.threshold.is_floating_point()):
+            return "its leak or threshold is a whole number"
+        if recurrent is not None and type(recurrent) is not nn.Linear:
+            return "its recurrent weights are not all to all"
+        if recurrent is not None and module.reset_mechanism == "zero":
+            return "its reset to zero takes the current with it"
+        entry = [Biased(recurrent)] if recurrent is not None and recurrent.bias is not None else []
+        return entry, LIF.sharing(module, module.reset_mechanism, None if recurrent is None else Weighted(recurrent))
 
     def patches(self, site: Step) -> dict[str, Any]:
         module, states = self.module, STATES[type(self.module)]

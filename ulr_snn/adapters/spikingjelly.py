@@ -12,6 +12,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Step, StepNeuron
+from ulr_snn.neurons import LIF, Scaled
 
 KINDS = (
     neuron.IFNode,
@@ -32,6 +33,27 @@ class Node(StepNeuron):
     def threshold(self) -> Tensor:
         rest = self.module.v_reset or 0.0
         return torch.tensor(self.module.v_threshold - rest, dtype=torch.float64)
+
+    def states(self) -> list[Tensor]:
+        return [state for state in self.module._memories.values() if isinstance(state, Tensor)]
+
+    def options(self) -> tuple[Any, ...]:
+        names = ("tau", "decay_input", "v_threshold", "v_reset", "step_mode", "store_v_seq")
+        return tuple(getattr(self.module, name, None) for name in names)
+
+    def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
+        """The membrane counts from v_reset, where there is one: it decays to it, and is set to it."""
+        module, leaks = self.module, type(self.module) is neuron.LIFNode
+        if type(module) not in (neuron.IFNode, neuron.LIFNode):
+            return "its equations are not those of a LIF neuron with fixed leak"
+        if leaks and module.v_reset is None:
+            return "what its soft reset takes away has leaked by the next step"
+        if module.store_v_seq:
+            return "it keeps its membranes"
+        beta = torch.tensor(1 - 1 / module.tau if leaks else 1.0).to(like)
+        entry = [Scaled(1 / module.tau)] if leaks and module.decay_input else []
+        reset = "subtract" if module.v_reset is None else "zero"
+        return entry, LIF.sharing(module, reset, None, beta=beta, threshold=self.threshold.to(like))
 
     def patches(self, site: Step) -> dict[str, Any]:
         module = self.module

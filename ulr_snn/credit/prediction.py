@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ulr_snn.credit.direct import direct_credit, direct_effect
 from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, UNEXPLAINED, Feedback, edge
-from ulr_snn.credit.maps import Path
+from ulr_snn.credit.maps import Full, Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
 from ulr_snn.credit.response import Response
 from ulr_snn.passes import Pass
@@ -189,6 +189,9 @@ class Prediction:
             return StepRecurrence(record)
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
+        if record.fed_back is not None and not record.neuron.learns_recurrence:
+            path = Full(*[tuple(record.spikes.shape[2:])] * 2)
+            weight = record.neuron.recurrent.weight.detach().T
         spikes, slope = record.spikes.detach(), lambda: record.slope_of_membrane
         return Recurrence(record.neuron, slope, spikes, record.membrane, path, weight, record.fused_credit)
 

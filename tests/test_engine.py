@@ -1,0 +1,497 @@
+"""Models of other libraries run as chains of our scans where they can: the same spikes and gradients as by their own
+code; whatever does not fit is found, and runs by its own code."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ulr_snn import LIF, ULR, CurrentNoise, Logistic, SpikeBudget, attach, plan, train
+from ulr_snn.adapters import adapt
+from ulr_snn.engine import Chain
+
+STEPS, BATCH = 9, 16
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Libraries make their states in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def snntorch() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("snntorch")
+
+
+def norse() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("norse.torch")
+
+
+def spikingjelly(part: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(f"spikingjelly.activation_based.{part}")
+
+
+class Loop(nn.Module):
+    """As in snnTorch's tutorials: a time loop, states passed by hand. between: what comes before the second neuron."""
+
+    def __init__(self, neuron: Callable[[], nn.Module], readout: bool = True, tail: str = "stack") -> None:
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(5, 8), neuron()
+        self.fc2, self.lif2 = nn.Linear(8, 8), neuron()
+        self.fc3 = nn.Linear(8, 3) if readout else nn.Identity()
+        self.tail = tail
+
+    def between(self, t: int, current: Tensor) -> Tensor:
+        return current
+
+    def forward(self, x: Tensor) -> Any:
+        one, two = [list(as_tuple(lif.reset_mem())) for lif in (self.lif1, self.lif2)]
+        outputs, membranes = [], []
+        for t in range(len(x)):
+            spk, *one = self.lif1(self.fc1(x[t].flatten(1)), *one)
+            one = [spk, *one] if hasattr(self.lif1, "recurrent") else one
+            spk, *two = self.lif2(self.between(t, self.fc2(spk)), *two)
+            two = [spk, *two] if hasattr(self.lif1, "recurrent") else two
+            outputs.append(self.fc3(spk))
+            membranes.append(two[-1])
+        if self.tail == "mean":
+            return torch.stack(outputs).mean(0)
+        if self.tail == "membranes":
+            return torch.stack(membranes)
+        return torch.stack(outputs), torch.stack(membranes)
+
+
+def as_tuple(item: Any) -> tuple[Any, ...]:
+    return item if isinstance(item, tuple) else (item,)
+
+
+def leaky(**options: Any) -> nn.Module:
+    return Loop(lambda: snntorch().Leaky(0.8, **options))
+
+
+def hidden() -> nn.Module:
+    snn = snntorch()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(5, 8), snn.Leaky(0.8, init_hidden=True),
+        nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.0).eval()), snn.Leaky(0.7, init_hidden=True, output=True),
+    )  # fmt: skip
+
+
+def jelly(kind: str, mode: str = "s", **options: Any) -> nn.Module:
+    neuron = spikingjelly("neuron")
+    fire = lambda: getattr(neuron, kind)(step_mode=mode, **options)  # noqa: E731
+    return nn.Sequential(nn.Linear(5, 8), fire(), nn.Linear(8, 6), fire(), nn.Linear(6, 3))
+
+
+def lifted() -> nn.Module:
+    neuron, layer = spikingjelly("neuron"), spikingjelly("layer")
+    return nn.Sequential(
+        nn.Unflatten(2, (1, 1, 5)), layer.Conv2d(1, 3, (1, 3), padding=(0, 1), step_mode="m"),
+        neuron.LIFNode(2.0, decay_input=False, step_mode="m"), layer.MaxPool2d((1, 2), step_mode="m"),
+        layer.Flatten(step_mode="m"), layer.Linear(6, 3, step_mode="m"),
+    )  # fmt: skip
+
+
+def convolution() -> nn.Module:
+    snn = snntorch()
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 3, 3, padding=1), snn.Leaky(0.8, init_hidden=True), nn.AvgPool1d(2),
+        nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def recurrent(**options: Any) -> nn.Module:
+    return Loop(lambda: snntorch().RLeaky(0.8, linear_features=8, **options))
+
+
+CHAINS: dict[str, Callable[[], nn.Module]] = {
+    "Leaky, subtract": leaky,
+    "Leaky, zero": lambda: leaky(reset_mechanism="zero"),
+    "Leaky, none": lambda: leaky(reset_mechanism="none"),
+    "Leaky, learned": lambda: leaky(learn_beta=True, learn_threshold=True),
+    "Leaky, by neuron": lambda: Loop(
+        lambda: snntorch().Leaky(0.8, threshold=torch.linspace(0.5, 1.5, 8), learn_threshold=True)
+    ),
+    "Leaky, leak above 1": lambda: Loop(lambda: snntorch().Leaky(1.3)),
+    "Leaky, mean over time": lambda: Loop(lambda: snntorch().Leaky(0.8), tail="mean"),
+    "Leaky, spikes": lambda: Loop(lambda: snntorch().Leaky(0.8), readout=False),
+    "Leaky, a step a call": hidden,
+    "Leaky, convolution": convolution,
+    "RLeaky, subtract": recurrent,
+    "RLeaky, none": lambda: recurrent(reset_mechanism="none", learn_beta=True),
+    "IFNode, hard reset": lambda: jelly("IFNode"),
+    "IFNode, soft reset": lambda: jelly("IFNode", "m", v_reset=None),
+    "LIFNode, decaying input": lambda: jelly("LIFNode", "m", tau=3.0),
+    "LIFNode": lambda: jelly("LIFNode", decay_input=False, v_threshold=0.7),
+    "LIFNode, rest": lambda: jelly("LIFNode", v_reset=-0.3, v_threshold=0.5),
+    "SpikingJelly's layers": lifted,
+}
+ESTIMATORS = {
+    "feedback": ULR(),
+    "a pair": ULR(credit="feedback", copies=2),
+    "residual": ULR(credit="residual", copies=4),
+    "global": ULR(credit="global", copies=2),
+}
+
+LAYERWISE = ULR(credit="residual", layerwise=True, copies=4)
+
+
+def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.rand(STEPS, BATCH, 5, generator=generator) < 0.5).to(dtype) * 3
+    return x, torch.randint(0, 3, (BATCH,), generator=generator)
+
+
+def steps_of(
+    model: nn.Module, estimator: ULR, data: tuple[Tensor, Tensor], own_code: bool, **options: Any
+) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tensor]]:
+    """Outputs and gradients of five steps that learn, and the weights afterwards."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)  # long ones make more of a difference in rounding
+    outputs: list[Tensor] = []
+    gradients: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    with attach(model, estimator, seed=5, total_steps=8, **options.pop("attach", {})) as ulr:
+        ulr.engine.own_code = own_code
+        for _ in range(5):
+            optimizer.zero_grad()
+            outputs.append(ulr.backward(*data, **options).outputs)
+            for name, q in model.named_parameters():
+                gradients[name].append(torch.zeros_like(q) if q.grad is None else q.grad.clone())
+            optimizer.step()
+        assert isinstance(ulr.model, Chain) is not own_code, ulr.engine.why
+    return outputs, gradients, [q.detach() for q in model.parameters()]
+
+
+def assert_same(model: nn.Module, estimator: ULR, data: tuple[Tensor, Tensor], rtol: float, **options: Any) -> None:
+    theirs = steps_of(copy.deepcopy(model), estimator, data, True, **options)
+    ours = steps_of(model, estimator, data, False, **options)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+    for name in ours[1]:
+        for a, b in zip(ours[1][name], theirs[1][name], strict=True):
+            scale = float(b.abs().max())
+            assert float((a - b).abs().max()) <= rtol * scale + 1e-14, name
+    assert any(float(g.abs().max()) > 0 for found in ours[1].values() for g in found)
+    for a, b in zip(ours[2], theirs[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_has_the_spikes_and_gradients_of_the_models_own_code(name, estimator, double):
+    torch.manual_seed(0)
+    assert_same(CHAINS[name]().double(), estimator, batch(), 1e-9)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_in_single_precision(name):
+    torch.manual_seed(0)
+    assert_same(CHAINS[name](), ULR(), batch(torch.float32), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["Leaky, subtract", "RLeaky, subtract", "LIFNode, decaying input"])
+@pytest.mark.parametrize("estimator", ["feedback", "residual"])
+def test_with_padding(name, estimator, double):
+    torch.manual_seed(0)
+    lengths = torch.tensor([9, 3, 5, 1] * 4)
+    assert_same(CHAINS[name]().double(), ESTIMATORS[estimator], batch(), 1e-9, lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [ULR(flow={"fc1": "frozen"}), ULR(flow={"fc3": "ulr"}), ULR(firing=Logistic(learn=True)), LAYERWISE],
+    ids=["frozen", "noise on weights", "learned scale", "layerwise"],
+)  # fmt: skip
+def test_other_ways_to_learn(estimator, double):
+    torch.manual_seed(0)
+    assert_same(leaky().double(), estimator, batch(), 1e-9)
+
+
+def test_costs_of_activity(double):
+    torch.manual_seed(0)
+    for counted in (SpikeBudget(5), SpikeBudget(40, operations=True)):
+        assert_same(leaky().double(), ULR(), batch(), 1e-9, attach={"loss": {"ce_count": 1, counted: 0.1}})
+
+
+def test_operations_of_recurrent_weights_are_counted_by_the_models_own_code():
+    """These count a spike where it is read, a step later; the last step's is not."""
+    with attach(recurrent(), loss={"ce_count": 1, SpikeBudget(40, operations=True): 0.1}) as ulr:
+        ulr.backward(*batch(torch.float32))
+        assert ulr.model is ulr.engine.model
+        ulr.backward(*batch(torch.float32), loss="ce_count")
+        assert isinstance(ulr.model, Chain)
+
+
+@pytest.mark.parametrize("memory", ["bits", "replay"])
+def test_parts_of_time_have_the_gradient_of_the_whole(memory, double, monkeypatch):
+    monkeypatch.setattr("ulr_snn.parts.TOGETHER", 4 * BATCH * 16)
+    for make in (leaky, recurrent, lambda: jelly("LIFNode", "m")):
+        torch.manual_seed(0)
+        model = make().double()
+        firing = Logistic(0.3)  # what is measured at the start is measured on a part
+        whole = steps_of(copy.deepcopy(model), ULR(firing=firing), batch(), False)
+        few = steps_of(model, ULR(firing=firing, memory=memory), batch(), False)
+        with attach(model, ULR(firing=firing, memory=memory), seed=5) as ulr:
+            assert ulr.backward(*batch()).stats["parts"] > 1 and isinstance(ulr.model, Chain)
+        for name, found in whole[1].items():
+            torch.testing.assert_close(few[1][name], found, rtol=1e-9, atol=1e-12)
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------
+
+
+class Between(Loop):
+    def __init__(self, between: Callable[[Loop, int, Tensor], Tensor]) -> None:
+        super().__init__(lambda: snntorch().Leaky(0.8))
+        self.how = between
+
+    def between(self, t: int, current: Tensor) -> Tensor:
+        return self.how(self, t, current)
+
+
+class HiddenLoop(nn.Module):
+    """States kept by the neuron; changed: what is done to its membrane in the middle."""
+
+    def __init__(self, changed: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.fc, self.lif, self.changed = nn.Linear(5, 3), snntorch().Leaky(0.8, init_hidden=True), changed
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for t, step in enumerate(x):
+            if t == 5:
+                self.changed(self.lif)
+            outputs.append(self.lif(self.fc(step)))
+        return torch.stack(outputs)
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        snn = snntorch()
+        self.fc1, self.lif1 = nn.Linear(5, 5), snn.Leaky(0.8, init_hidden=True)
+        self.fc2, self.lif2 = nn.Linear(5, 3), snn.Leaky(0.8, init_hidden=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, outputs = torch.zeros_like(x[0]), []
+        for step in x:
+            outputs.append(self.lif2(self.fc2(before)))
+            before = self.lif1(self.fc1(step))
+        return torch.stack(outputs)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "reset at once": (lambda: leaky(reset_delay=False), "resets at once"),
+    "graded": (lambda: leaky(graded_spikes_factor=0.5), "graded"),
+    "inhibition": (lambda: leaky(inhibition=True), "inhibition"),
+    "recurrent, zero": (lambda: recurrent(reset_mechanism="zero"), "takes the current with it"),
+    "one to one": (lambda: Loop(lambda: snntorch().RLeaky(0.8, all_to_all=False)), "not all to all"),
+    "synaptic": (lambda: nn.Sequential(nn.Linear(5, 3), snntorch().Synaptic(0.8, 0.7, init_hidden=True)), "equations"),
+    "Norse": (
+        lambda: norse().SequentialState(nn.Linear(5, 8), norse().LIFCell(), nn.Linear(8, 3)), "filters the current"
+    ),
+    "soft reset of a leaky node": (lambda: jelly("LIFNode", v_reset=None), "has leaked by the next step"),
+    "learned leak of a node": (lambda: jelly("ParametricLIFNode"), "fixed leak"),
+    "membranes": (lambda: Loop(lambda: snntorch().Leaky(0.8), tail="membranes"), "outputs are something else"),
+    "detached": (lambda: Between(lambda m, t, x: x.detach() + 0 * x), "lif2 reads something else"),
+    "cut": (lambda: Between(lambda m, t, x: x.detach()), "lif2 reads something else"),
+    "rectified": (lambda: Between(lambda m, t, x: x.relu()), "lif2 reads something else"),
+    "in place": (lambda: Between(lambda m, t, x: x.view_as(x).data.mul_(1) + x), "lif2 reads something else"),
+    "turned round": (lambda: Between(lambda m, t, x: x.flip(1)), "lif2 reads something else"),
+    "state detached": (lambda: HiddenLoop(lambda lif: lif.mem.detach_()), "is changed between"),
+    "state scaled": (lambda: HiddenLoop(lambda lif: setattr(lif, "mem", lif.mem * 0.5)), "is changed between"),
+    "late": (Late, "reads something else|runs"),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), snntorch().Leaky(0.8, init_hidden=True)),
+        "BatchNorm1d in training mode",
+    ),
+    "unknown": (
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.Softmax(-1), snntorch().Leaky(0.8, init_hidden=True)), "a Softmax"
+    ),
+}  # fmt: skip
+
+
+def engine_of(model: nn.Module, estimator: ULR | None = None) -> Any:
+    with attach(model, estimator, seed=5) as ulr:
+        ulr.backward(*batch(torch.float32))
+    return ulr.engine
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_runs_by_its_own_code_with_the_reason(name):
+    torch.manual_seed(0)
+    make, why = REFUSED[name]
+    engine = engine_of(make())
+    assert engine.running is engine.model
+    assert re.search(why, engine.why), engine.why
+    assert engine.line() == [f"engine: the model's own code, a time step a call ({engine.why})"]
+
+
+def test_a_state_that_begins_elsewhere_or_is_set_anew_is_found():
+    snn = snntorch()
+
+    class Set(nn.Module):
+        def __init__(self, first: float, at: int) -> None:
+            super().__init__()
+            self.fc, self.lif, self.first, self.at = nn.Linear(5, 3), snn.Leaky(0.8), first, at
+
+        def forward(self, x: Tensor) -> Tensor:
+            mem, outputs = torch.full((x.shape[1], 3), self.first), []
+            for t, step in enumerate(x):
+                mem = torch.zeros_like(mem) if t == self.at else mem
+                spk, mem = self.lif(self.fc(step), mem)
+                outputs.append(spk)
+            return torch.stack(outputs)
+
+    torch.manual_seed(0)
+    assert "does not begin at zero" in engine_of(Set(0.5, -1)).why
+    assert "is changed between two time steps" in engine_of(Set(0.0, 4)).why
+    assert not engine_of(Set(0.0, -1)).why
+
+
+def test_noise_on_a_current_keeps_the_models_own_code():
+    engine = engine_of(leaky(), ULR(noise={"fc2": CurrentNoise()}, credit="global"))
+    assert engine.why == "there is noise of its own at fc2"
+
+
+# -- wrong equations are found by the recogniser -----------------------------------------------------------------------
+
+
+def wrong(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model, and what the neurons put in place of its own are made with."""
+    if name == "reset at once":
+        return leaky(reset_delay=False), {"reset": "subtract"}
+    if name == "another reset":
+        return leaky(), {"reset": "zero"}
+    if name == "no reset":
+        return leaky(reset_mechanism="zero"), {"reset": "none"}
+    if name == "recurrent reset to zero":
+        return recurrent(reset_mechanism="zero"), {"reset": "zero"}
+    if name == "leak not clamped":
+        return Loop(lambda: snntorch().Leaky(1.3)), {"reset": "subtract", "beta": torch.tensor(0.9)}
+    if name == "another threshold":
+        return leaky(), {"reset": "subtract", "threshold": torch.tensor(0.9)}
+    if name == "soft reset that leaks":
+        values = {"beta": torch.tensor(0.5), "threshold": torch.tensor(1.0)}
+        return jelly("LIFNode", v_reset=None, decay_input=False), {"reset": "subtract", **values}
+    values = {"beta": torch.tensor(0.5), "threshold": torch.tensor(1.0)}
+    return jelly("LIFNode"), {"reset": "zero", **values}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reset at once", "another reset", "no reset", "recurrent reset to zero", "leak not clamped", "another threshold",
+     "soft reset that leaks", "input not scaled"],
+)  # fmt: skip
+def test_a_wrong_equivalence_is_found(name, monkeypatch):
+    torch.manual_seed(0)
+    model, options = wrong(name)
+    firing = next(neuron for module in model.modules() if (neuron := adapt(module, "")) is not None)
+    before = type(firing).ours
+
+    def ours(neuron: Any, like: Tensor) -> Any:
+        found = before(neuron, like)
+        recurrent = None if isinstance(found, str) else found[1].recurrent
+        values = {name: value for name, value in options.items() if name != "reset"}
+        return [], LIF.sharing(neuron.module, options["reset"], recurrent, **values)
+
+    monkeypatch.setattr(type(firing), "ours", ours)
+    engine = engine_of(model)
+    assert engine.running is model and "fires otherwise than LIF" in engine.why
+
+
+# -- the model stays what it is --------------------------------------------------------------------------------
+
+
+def test_training_is_the_same_and_leaves_the_model_as_it_was(monkeypatch):
+    torch.manual_seed(0)
+    model = leaky(learn_beta=True)
+    keys, modules, attributes = list(model.state_dict()), list(model.modules()), dict(model.lif1.__dict__)
+    other, data = copy.deepcopy(model), [batch(torch.float32)]
+    train(model, data, 10, seed=0, progress=False)
+    monkeypatch.setattr("ulr_snn.engine.Engine.own_code", True)
+    train(other, data, 10, seed=0, progress=False)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert list(model.state_dict()) == keys and list(model.modules()) == modules
+    assert all(model.lif1.__dict__[name] is value for name, value in attributes.items())
+    copy.deepcopy(model)
+
+
+def test_what_is_replaced_after_attaching_is_noticed(double):
+    """Parameters, modules, options, and modes; compared with an attachment that began with them."""
+    torch.manual_seed(0)
+    model, snn = leaky(learn_beta=True).double(), snntorch()
+
+    def replace_parameter() -> None:
+        model.fc1.weight = nn.Parameter(model.fc1.weight.detach() * 0.5)
+        model.lif1.beta = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def replace_module() -> None:
+        model.fc2 = nn.Linear(8, 8).double()
+        model.lif2 = snn.Leaky(0.6).double()
+
+    def change_option() -> None:
+        model.lif1 = snn.Leaky(0.6, reset_delay=False).double()
+
+    scale = Logistic(0.3)  # fixed: a level that is measured once stays
+    with attach(model, ULR(credit="global", firing=scale), seed=5) as ulr:
+        for change, chain in ((replace_parameter, True), (replace_module, True), (change_option, False)):
+            ulr.backward(*batch())
+            change()
+            model.zero_grad()
+            ulr.mean_loss = None
+            ulr.backward(*batch())
+            found = [q.grad.clone() for q in model.parameters()]
+            assert isinstance(ulr.model, Chain) is chain
+            model.zero_grad()
+            with attach(model, ULR(credit="global", firing=scale), seed=5) as fresh:
+                fresh.engine.own_code, fresh.step = True, ulr.step - 1
+                fresh.backward(*batch())
+            torch.testing.assert_close(found, [q.grad for q in model.parameters()], rtol=1e-9, atol=1e-12)
+
+
+def test_plan_says_which_code_runs():
+    torch.manual_seed(0)
+    lines = plan(leaky(), batch(torch.float32)).engine
+    assert lines[0] == "engine: runs as a chain fc1 -> lif1 -> fc2 -> lif2 -> fc3, neurons as scans over time"
+    lines = plan(leaky(reset_delay=False), batch(torch.float32)).engine
+    assert lines[0].startswith("engine: the model's own code, a time step a call (lif1 (Leaky): it resets at once")
+    own = nn.Sequential(nn.Linear(5, 8), LIF(), nn.Linear(8, 3))
+    assert not any(line.startswith("engine") for line in plan(own, batch(torch.float32)).engine)
+
+
+def test_lists_of_events_and_frames_are_the_same():
+    torch.manual_seed(0)
+    model = leaky()
+    x, y = batch(torch.float32)
+    frames = steps_of(copy.deepcopy(model), ULR(), (x, y), False)
+    lists = steps_of(model, ULR(), (x.to_sparse_coo(), y), False)
+    for name, found in frames[1].items():
+        torch.testing.assert_close(lists[1][name], found, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_does_not_keep_a_chain_from_being_seen():
+    torch.manual_seed(0)
+    model, data = leaky(), batch(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps_of(model, ULR(), data, False)
