@@ -255,21 +255,36 @@ def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Ch
         raise NoChain(f"{idle[0]} does not run")
     steps, rows = x.shape[:2]
     links = recorder.links(steps, rows)
-    before: Link | None = None
-    for link in links:
+    for before, link in zip([None, *links], links, strict=False):
         check_link(start, before, link, steps)
-        before = link
-    stages, swapped, features, row_wise, currents = [], {}, x.shape[2:], [], []
+    kind = check_end(links[-1], outputs, steps)
+    stages, swapped, currents = assembled(links, recorder.neurons, x)
+    stages += [OverTime(kind)] if kind else []
+    chain = Chain(model, stages, swapped, [link.name for link in links])
+    fired = [link.sequence(True) for link in links if id(link.module) in swapped]
+    check_numbers(chain, x, [*currents, outputs.detach()], fired)
+    return chain
+
+
+def assembled(
+    links: list[Link], neurons: Mapping[str, StepNeuron], x: Tensor
+) -> tuple[list[nn.Module], dict[int, LIF], list[Tensor]]:
+    """Stages of a chain; our neurons in it, by the id of the module whose place they take; the current [T, B, ...] of
+    each as it was recorded. Modules that see each row by itself wait in `row_wise` for one `Fold`. Raises NoChain."""
+    steps, rows, *features = x.shape
+    stages: list[nn.Module] = []
+    swapped: dict[int, LIF] = {}
+    row_wise: list[nn.Module] = []
+    currents = []
     for link in links:
-        if link.features(False, steps, rows) != features:
+        if link.features(False, steps, rows) != torch.Size(features):
             row_wise.append(Shape(link.features(False, steps, rows)))
         features = link.features(True, steps, rows)
-        if link.name in recorder.neurons:
-            entry, neuron = equations(recorder.neurons[link.name], link, features, x)
-            currents.append(through(entry, link.sequence(False).reshape(*x.shape[:2], *features)))
+        if link.name in neurons:
+            entry, neuron = equations(neurons[link.name], link, features, x)
+            currents.append(through(entry, link.sequence(False).reshape(steps, rows, *features)))
             swapped[id(link.module)] = neuron
-            stages += folded([*row_wise, *entry])
-            stages.append(neuron)
+            stages += [*folded([*row_wise, *entry]), neuron]
             row_wise = []
         elif link.mode == "whole":
             check_each_step(link)
@@ -277,13 +292,7 @@ def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Ch
             row_wise = []
         else:
             row_wise.append(link.module)
-    stages += folded(row_wise)
-    kind = check_end(links[-1], outputs, steps)
-    stages += [OverTime(kind)] if kind else []
-    chain = Chain(model, stages, swapped, [link.name for link in links])
-    fired = [link.sequence(True) for link in links if id(link.module) in swapped]
-    check_numbers(chain, x, [*currents, outputs.detach()], fired)
-    return chain
+    return stages + folded(row_wise), swapped, currents
 
 
 def folded(modules: list[nn.Module]) -> list[nn.Module]:
@@ -466,11 +475,8 @@ class Engine:
     def _look(self, frames: Frames, dtype: torch.dtype) -> Any:
         """What a chain depends on, other than parameters and buffers."""
         modules = [(id(m), m.training, hooked(m)) for m in self.model.modules()]
-        options = [neuron.options() for _, neuron in self._layers() if isinstance(neuron, StepNeuron)]
+        options = [neuron.options() for _, neuron in spiking_layers(self.model) if isinstance(neuron, StepNeuron)]
         return modules, options, frames.device, dtype
-
-    def _layers(self) -> Layers:
-        return spiking_layers(self.model)
 
     @property
     def _recurs(self) -> bool:
@@ -481,7 +487,7 @@ class Engine:
         for name, site in self.noise.items():
             if isinstance(site, CurrentNoise) or (isinstance(site, WeightNoise) and site.per_sample):
                 raise NoChain(f"there is noise of its own at {name}")
-        if not any(isinstance(neuron, StepNeuron) for _, neuron in self._layers()):
+        if not any(isinstance(neuron, StepNeuron) for _, neuron in spiking_layers(self.model)):
             raise NoChain("")
         x = Events.of(frames[:, :SAMPLES], dtype)
         x = x.dense() if isinstance(x, Events) else x
