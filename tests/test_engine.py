@@ -256,6 +256,22 @@ def test_parts_of_time_have_the_gradient_of_the_whole(memory, double, monkeypatc
             torch.testing.assert_close(few[1][name], found, rtol=1e-9, atol=1e-12)
 
 
+def test_updates_at_every_time_step_are_those_of_our_own_neurons(double):
+    torch.manual_seed(0)
+    for model in (leaky().double(), jelly("IFNode", "m", v_reset=None).double()):
+        first, second, third = [module for module in model.modules() if type(module) is nn.Linear]
+        beta = 0.8 if isinstance(model, Loop) else 1.0
+        own = nn.Sequential(first, LIF(beta), second, LIF(beta), third)
+        found = []
+        for one in (model, own):
+            one.zero_grad()
+            with attach(one, ULR(memory="stream", firing=Logistic(0.3)), loss="ce_rate", seed=5) as ulr:
+                for _ in range(3):
+                    ulr.backward(*batch())
+            found.append([q.grad.clone() for q in own.parameters()])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 # -- what does not fit -------------------------------------------------------------------------------------------
 
 

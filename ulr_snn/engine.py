@@ -288,7 +288,8 @@ def assembled(
             row_wise = []
         elif link.mode == "whole":
             check_each_step(link)
-            stages += [*folded(row_wise), EachStep(link.module)]
+            known = type(link.module) is nn.Linear  # to all that look at stages
+            stages += [*folded(row_wise), link.module if known else EachStep(link.module)]
             row_wise = []
         else:
             row_wise.append(link.module)
