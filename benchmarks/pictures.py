@@ -92,10 +92,10 @@ def save_memory(rows: Rows, path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    folder = parser.parse_args().results
+    folder = parser.parse_args(arguments).results
     save_speed(last(folder / "speed.csv", "case", "method", "steps", "batch", "width"), folder / "speed.png")
     save_memory(last(folder / "memory.csv", "case", "method", "steps"), folder / "memory.png")
 

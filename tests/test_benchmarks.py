@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ulr_snn
-from benchmarks import memory, speed
+from benchmarks import copies, memory, pictures, speed
 from benchmarks.nets import ours
 from benchmarks.search import Block, key, search
 from benchmarks.table import summarise
@@ -193,9 +193,39 @@ def test_speed_is_measured_in_turn(name, monkeypatch, capsys):
     monkeypatch.setattr(speed, "NETS", {"snntorch": speed.NETS["snntorch"]})
     monkeypatch.setattr(speed, "WARM_UP", 1)
     rows = speed.rows_of(speed.CASES[name].at(steps=3, batch=4, width=8), "cpu", compiled=False, rounds=2)
-    assert [row["method"] for row in rows] == ["ulr", "snntorch BPTT"]
-    assert rows[1]["ratio"] == 1 and 0 < rows[0]["ms_low"] <= rows[0]["ms"] <= rows[0]["ms_high"]
+    loop = ["snntorch BPTT, own loop"] * (name == "recurrent")
+    assert [row["method"] for row in rows] == ["ulr", "snntorch BPTT", *loop]
+    assert 1 in [row["ratio"] for row in rows[1:]] and 0 < rows[0]["ms_low"] <= rows[0]["ms"] <= rows[0]["ms_high"]
     assert "of snntorch BPTT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dense", "recurrent"])
+def test_a_loop_over_time_is_the_same_net(name):
+    pytest.importorskip("snntorch", reason="snntorch is not installed")
+    case = speed.CASES[name].at(steps=5, batch=4, width=8)
+    x = (torch.rand(5, 4, *case.sample) < 0.3).float()
+    outputs = []
+    for nets in (speed.NETS, speed.LOOPS):
+        torch.manual_seed(0)
+        outputs.append(nets["snntorch"](case)(x))
+    torch.testing.assert_close(*outputs)
+    assert outputs[0].std() > 0
+
+
+def test_pictures_of_speed_and_memory(tmp_path):
+    for name in ("speed.csv", "memory.csv"):
+        (tmp_path / name).write_bytes((speed.HERE / "results" / name).read_bytes())
+    pictures.main(["--results", str(tmp_path)])
+    for name in ("speed.png", "memory.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_of_copies_is_measured_in_a_fresh_process():
+    assert set(copies.KINDS) >= {"firing", "currents, signs"}
+    assert copies.estimator("currents, signs", 8).noise["2"].signs
+    assert copies.estimator("firing, in turn", 8).memory == "replay"
+    if Path("/proc/self/status").exists():
+        assert abs(copies.fresh("firing, in turn", 2)) < 300  # MB
 
 
 @pytest.mark.parametrize("library", ["snntorch", "norse", "spikingjelly"])
