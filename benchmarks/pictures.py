@@ -68,14 +68,17 @@ def save_speed(rows: Rows, path: Path) -> None:
     looks = style(unique(plain, "method"))
     usual = {"dense": ("20", "64", "256"), "recurrent": ("50", "64", "256"), "conv": ("20", "64", "128")}
     swept = [row for row in plain if row["case"] == "dense" and (row["batch"], row["width"]) == ("64", "256")]
-    figure = Figure(figsize=(10, 3.2), dpi=110, layout="constrained")
+    grown = len(unique(swept, "steps")) > 1  # whether there is a sweep
+    figure = Figure(figsize=(10 if grown else 7.5, 3.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.8))
+    panels = figure.subplots(1, 3 + grown, width_ratios=(1, 1, 1, *[1.8] * grown))
     for axes, (case, size) in zip(panels, usual.items(), strict=False):
         own = [r for r in plain if r["case"] == case and (r["steps"], r["batch"], r["width"]) == size]
         bars(axes, own, looks, f"{case}, T={size[0]}")
-    lines(panels[3], swept, looks, "ms", "ms a step, dense")
-    figure.legend(*panels[3].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks), frameon=False)
+    if grown:
+        lines(panels[3], swept, looks, "ms", "ms a step, dense")
+    named = {n: h for axes in panels for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
