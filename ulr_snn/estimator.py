@@ -444,13 +444,11 @@ class Attachment:
         if not self.usable(losses):
             estimate.stats["skipped"] = True
             return estimate
-        wanted = self._wanted()
         for copy in range(copies):
             p = forward.run(x, *about, [copy])
             if copy == 0:
                 self.measure(p)
-            entries = self._gradients(Group(None, [p], judged), 1.0)
-            enter([(entry.tensor, entry.gradient) for entry in entries], wanted)
+            self._enter(p, judged)
         self._add_weight_gradients(judged, losses)
         self.level.learn()
         self.mean_loss = moving(self.mean_loss, losses)
@@ -472,6 +470,12 @@ class Attachment:
 
     def _add_gradients(self, passes: list[Pass], groups: list[Group], losses: Tensor) -> None:
         structure = self.structure
+        if structure.credit == "global" and self.budget is None and not self.estimator.layerwise:
+            for p in passes:
+                self._enter(p, passes)
+            self._add_weight_gradients(passes, losses)
+            self.level.learn()
+            return
         if structure.credit == "feedback":
             self.prediction.learn_layers(passes, self.step - 1)
         predicted, scored = [], []  # pairs of tensors in the graph, and the gradients that enter there
@@ -494,6 +498,11 @@ class Attachment:
             scored = []
         enter([*predicted, *scored], self._wanted())
         self.level.learn()
+
+    def _enter(self, p: Pass, judged: list[Pass]) -> None:
+        """Adds the gradient of one pass of credit "global", which needs of the others their losses alone."""
+        entries = self._gradients(Group(None, [p], judged), 1.0)
+        enter([(entry.tensor, entry.gradient) for entry in entries], self._wanted())
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Those without noise of their own, by name."""
