@@ -4,8 +4,8 @@
 
 Of every figure a fresh process: the peak of what is resident (VmHWM) after three steps at T time steps, less that after
 three steps at T = 1, less what the batch of uint8 events itself has more; median over repeats. Above weights, their
-gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all (its
-matrices are reported apart, in column feedback_mb). Rows go to results/memory.csv.
+gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all.
+Rows go to results/memory.csv.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError
+from ulr_snn import LIF, ULR, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
 from ulr_snn.noise import NoiseLevel
 from ulr_snn.sites import bind
 
@@ -186,3 +186,35 @@ def test_a_correct_use_raises_nothing():
     step()
     train()
     evaluate(mode="stochastic", copies=2)
+
+
+class Patches(nn.Module):
+    """[T, B, N] -> [T, 2 B, N / 2]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (2, -1)).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(8, 6), RecurrentLIF(7), nn.Linear(7, 3)), "recurrent weights \\(7, 7\\)"),
+        (lambda: nn.Sequential(Patches(), nn.Linear(4, 3), LIF()), "8 rows in a pass of 4 samples"),
+        (lambda: biased(RecurrentLIF(6)), "a Linear without a bias"),
+    ],
+)
+def test_kernels_read_no_foreign_memory(model, message):
+    x, y = torch.rand(5, 4, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(UsageError, match=message), attach(model()) as ulr:
+        ulr.backward(x, y)
+
+
+def biased(neuron: RecurrentLIF) -> nn.Sequential:
+    neuron.recurrent = nn.Linear(6, 6)
+    return nn.Sequential(nn.Linear(8, 6), neuron)
+
+
+def test_thresholds_of_shape_one_by_n():
+    x = torch.rand(5, 4, 3)
+    thresholds = torch.tensor([0.5, 0.9, 1.5])
+    assert torch.equal(LIF(threshold=thresholds[None])(x), LIF(threshold=thresholds)(x))

@@ -165,3 +165,41 @@ def test_the_plan_says_what_a_step_keeps(monkeypatch):
         assert says in text and "scans over time of ulr_snn's neurons: " in text
     with pytest.raises(UsageError, match="time step by itself"):
         ulr_snn.plan(nets()["dense"].insert(0, Backwards()), (x, y), ULR(memory="bits"))
+
+
+def test_hooks_on_the_sequence_are_not_passed_over():
+    model = nets()["dense"]
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    x, y = torch.rand(6, 4, 12), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(UsageError, match="Sequential is not known"), attach(model, ULR(memory="bits")) as ulr:
+        ulr.backward(x.to(next(model.parameters()).dtype), y)
+
+
+def test_a_readout_before_neurons_is_refused():
+    model = nn.Sequential(nn.Linear(12, 4), LeakyReadout(), nn.Linear(4, 4), LIF(), TimeAverage(), nn.Linear(4, 3))
+    with pytest.raises(UsageError, match="LeakyReadout to come after"), attach(model, ULR(memory="bits")) as ulr:
+        ulr.backward(torch.rand(6, 4, 12), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_last_batch_of_one_sample_runs_whole():
+    model = nn.Sequential(nn.Linear(12, 4), LIF(), TimeAverage(), nn.Linear(4, 3))
+    with attach(model, ULR(memory="bits")) as ulr:
+        ulr.backward(torch.rand(6, 4, 12), torch.zeros(4, dtype=torch.long))
+        last = ulr.backward(torch.rand(6, 1, 12), torch.zeros(1, dtype=torch.long))
+    assert "parts" not in last.stats and torch.isfinite(last.loss).all()
+
+
+@pytest.mark.parametrize("memory", ["auto", "bits", "replay"])
+def test_events_stay_as_they_are_where_modules_change_them_in_place(memory):
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    kind = Fold(nn.ReLU(inplace=True)) if memory != "auto" else Doubled()
+    model = nn.Sequential(kind, nn.Linear(600, 4), LIF(), TimeAverage(), nn.Linear(4, 3))
+    x = (torch.rand(30, 8, 600) < 0.02).float() - 0.01
+    x[x < 0] = 0.0 if memory == "auto" else -1.0
+    before = x.clone()
+    with attach(model, ULR(memory=memory)) as ulr:
+        ulr.backward(x, torch.zeros(8, dtype=torch.long))
+    assert torch.equal(x, before)

@@ -59,7 +59,8 @@ class Events(Tensor):
     def dense(self) -> Tensor:
         """The frames as a tensor; from now on that is what this one is."""
         if self._dense is None:
-            self._dense = self._frames.to(self.dtype)
+            frames = self._frames
+            self._dense = frames.to(self.dtype, copy=True) if isinstance(frames, Tensor) else frames.to(self.dtype)
         return self._dense
 
     @classmethod

@@ -162,7 +162,13 @@ class LIF(SpikingNeuron):
         return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, fed_back, state)
 
     def _weight(self, current: Tensor) -> Tensor | None:
-        """V in the precision of the current; None where there is none."""
+        """V in the precision of the current; None where there is none. Raises UsageError for what is no such matrix."""
+        if isinstance(self.recurrent, nn.Module) and not (
+            isinstance(self.recurrent, nn.Linear) and self.recurrent.bias is None
+        ):
+            raise UsageError(
+                f"RecurrentLIF.recurrent is {type(self.recurrent).__name__}; it has to be a Linear without a bias"
+            )
         return None if self.recurrent is None else self.recurrent.weight.to(current.dtype)
 
     def fired(

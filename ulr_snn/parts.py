@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.prediction import Lesson, Prediction, means
-from ulr_snn.engine import Chain, EachStep
+from ulr_snn.engine import Chain, EachStep, hooked
 from ulr_snn.errors import UsageError
 from ulr_snn.events import Events, Frames
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
@@ -34,13 +34,14 @@ def chain(model: nn.Module) -> list[nn.Module]:
     """The modules that a model runs one after another."""
     if isinstance(model, Chain):
         return model.stages
-    return [part for module in model for part in chain(module)] if type(model) is nn.Sequential else [model]
+    opens = type(model) is nn.Sequential and not hooked(model)
+    return [part for module in model for part in chain(module)] if opens else [model]
 
 
 @torch.no_grad()
 def neurons(model: nn.Module, frames: Frames, dtype: torch.dtype) -> int:
     """Those of a sample in all layers. Raises UsageError for a model that has to see all time steps at once."""
-    x, found = frames[:1, :2].to(dtype), 0
+    x, found = frames[:1, :2].to(dtype).clone(), 0  # a module may change it in place
     for module in Split.of(model).front:
         x = module(x)
         found += x[0, 0].numel() if isinstance(module, LIF) else 0
@@ -69,6 +70,10 @@ class Split:
         neurons = [module for module in modules[:cut] if isinstance(module, LIF)]
         if len(set(map(id, neurons))) < len(neurons):
             raise UsageError("parts of time need a neuron layer of its own at every place; use memory='auto'")
+        early = [module for i, module in enumerate(modules[:cut]) if isinstance(module, LeakyReadout)
+                 and any(isinstance(later, LIF) for later in modules[i:cut])]  # fmt: skip
+        if early:
+            raise UsageError("parts of time need a LeakyReadout to come after all spiking layers; use memory='auto'")
         return cls(modules[:cut], modules[cut] if cut < len(modules) else None, modules[cut + 1 :])
 
     @property
@@ -187,6 +192,7 @@ class Parts:
         self.steps_run += len(part)
         now = slice(part.start, part.stop)
         x = Events.of(self.frames[now], self.dtype)
+        x = x if isinstance(x, Events) else x.clone()  # a module may change it in place
         lengths = None if self.lengths is None else (self.lengths - part.start).clamp(0, len(part))
         sites = {}
         for index, (name, _) in enumerate(self.layers):

@@ -65,7 +65,7 @@ class Piecewise:
         ulr, structure = self.attached.estimator, self.attached.structure
         if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
             return "it is for credit 'feedback' with one copy"
-        if ulr.firing.learn or ulr.noise:
+        if ulr.firing.learn or any(site is not None for site in ulr.noise.values()):
             return "the scale of its noise is learned, or noise comes elsewhere than on firing"
         if batch.samples < 2:
             return "the batch has a single sample"
@@ -101,6 +101,11 @@ class Piecewise:
 
 class InParts(Piecewise):
     """The step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
+
+    def possible(self, batch: Batch) -> bool:
+        if batch.samples < 2 and self.attached.step:
+            return False  # the last batch of an epoch may hold what is left over
+        return super().possible(batch)
 
     def kept(self, batch: Batch) -> str:
         """What a step keeps, for `plan`."""

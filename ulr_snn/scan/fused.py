@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulr_snn.errors import UsageError
 from ulr_snn.scan.state import RESETS, Draw, State
 
 LAWS = {"logistic": 0, "gaussian": 1}
@@ -66,7 +67,9 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Spikes, standardised drives x (drives, where nothing is drawn) and recurrent current, [T, B, ...]; None where the
     reference has to do it. weight: recurrent [N, N]; lengths [B]: steps of each row that are no padding;
-    known: the spikes, where they are not drawn."""
+    known: the spikes, where they are not drawn. Raises UsageError for shapes that do not fit, since kernels check no
+    bounds."""
+    check_fit(current, weight, draw, lengths)
     gpu = _gpu(current)
     if gpu is not None:
         alone = weight is None and known is None
@@ -94,6 +97,23 @@ def scan(
         _array(spikes), _array(x), fed_back.flatten(2).numpy(),
     )  # fmt: skip
     return spikes, x, None if weight is None else fed_back
+
+
+def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths: Tensor | None) -> None:
+    """Raises UsageError unless recurrent weights, noise and lengths are those of a current [T, B, ...]."""
+    features, (steps, rows) = tuple(current.shape[2:]), current.shape[:2]
+    if weight is not None and (len(features) != 1 or tuple(weight.shape) != features * 2):
+        raise UsageError(
+            f"recurrent weights {tuple(weight.shape)} got a current of features {features}; give RecurrentLIF as many "
+            "features as its current has"
+        )
+    drawn = None if draw is None else tuple(draw.words[0].shape)
+    if drawn not in (None, (steps, rows)) or (lengths is not None and len(lengths) != rows):
+        own = len(lengths) if lengths is not None else drawn[1]
+        raise UsageError(
+            f"a spiking layer got a current of {steps} time steps and {rows} rows in a pass of {own} samples; keep "
+            "time and samples the first two axes [T, B, ...] of every layer"
+        )
 
 
 def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -181,6 +201,8 @@ def _rows(state: Tensor) -> Any:
 
 def _per_neuron(value: Tensor, features: torch.Size) -> Any:
     """[N] float32 of what broadcasts against [...]."""
+    while value.ndim > len(features) and value.shape[0] == 1:
+        value = value[0]
     return value.detach().to(torch.float32).expand(features).reshape(-1).contiguous().numpy()
 
 
