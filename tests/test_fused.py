@@ -1,8 +1,11 @@
 """The fused scans on a CPU give what the reference gives."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit.recurrence import Recurrence
@@ -196,3 +199,29 @@ def test_turned_is_a_permutation(shape: tuple[int, ...], cut: bool):
     assert torch.equal(found, x.permute(0, 3, 1, 2))
     assert not shape[0] or not torch.equal(found.flatten(), x.flatten()) or min(across * high, channels) == 1
     assert torch.equal(fused.turned(x.double()), x.double().permute(0, 3, 1, 2))
+
+
+def test_float32_is_float32_whatever_the_default_is():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), LIF(), RecurrentLIF(6), nn.Linear(6, 3)), torch.rand(5, 4, 8)
+    expected = model(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model(x), expected)
+        with attach(model, seed=0) as ulr:
+            ulr.backward(x, torch.zeros(4, dtype=torch.long))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(q.grad.dtype == torch.float32 for q in model.parameters())
+
+
+def fire(x: Tensor) -> Tensor:
+    return LIF()(x)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+def test_forked_processes_live():
+    x = torch.rand(5, 4, 8)
+    expected = fire(x)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert torch.equal(pool.apply_async(fire, (x,)).get(60), expected)

@@ -38,7 +38,9 @@ class Events(Tensor):
         """Events of frames [T, B, ...] on a CPU, if they are sparse enough; else the frames, as a tensor of `dtype`."""
         known = isinstance(frames, EventList) or frames.dtype in KINDS
         known = known and frames.device.type == "cpu" and dtype == torch.float32
-        if known and frames.numel() >= SMALLEST and fused.kernels(torch.empty(0)) is not None:
+        if known and frames.numel() >= SMALLEST and fused.kernels(torch.empty(0, dtype=torch.float32)) is not None:
+            if isinstance(frames, Tensor) and torch.count_nonzero(frames) > DENSITY * frames.numel():
+                return frames.to(dtype)  # before their places are listed
             frames = frames.contiguous()
             events = cls(frames, dtype)
             if len(events.rows(math.prod(frames.shape[2:])).places) <= DENSITY * frames.numel():

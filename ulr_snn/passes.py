@@ -66,11 +66,17 @@ class Pass:
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that couple the rows of a batch or draw noise of their own: training batch norm and dropout.
+    """Modules that couple the rows of a batch or draw noise of their own: training batch norm (without running
+    statistics always) and dropout.
 
     Copies must not share a batch with each other there, or they would distort its statistics.
     """
-    return [m for m in model.modules() if m.training and (isinstance(m, _BatchNorm | _DropoutNd) or theirs(m))]
+    return [
+        m
+        for m in model.modules()
+        if (m.training and (isinstance(m, _BatchNorm | _DropoutNd) or theirs(m)))
+        or (isinstance(m, _BatchNorm) and m.running_mean is None)
+    ]
 
 
 def theirs(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.events import Frames
 from ulr_snn.noise import WIDENING
-from ulr_snn.passes import Forward, Pass, check_outputs
+from ulr_snn.passes import Forward, Pass, check_outputs, keep_traces
 from ulr_snn.stepsize import times_summed
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class Piecewise:
             return None
         part = batch.part(few)
         given = part.x, part.targets, part.lengths, part.objective
-        p = forward.run(*given, [0])
+        with keep_traces(attached.model):  # the step itself leaves those of an ordinary pass
+            p = forward.run(*given, [0])
         if first:
             attached.observe(forward, p, *given)
         attached.forward_passes += (forward.extra_passes + 1) * part.samples
@@ -137,7 +138,7 @@ class InParts(Piecewise):
         seen, learned = run.forward(lessons)
         if run.split.average is not None:
             seen = seen.requires_grad_()
-        outputs = seen
+        outputs = seen.clone() if run.split.back else seen  # what comes after may change it in place
         for module in run.split.back:
             outputs = module(outputs)
         check_outputs(outputs, batch.steps, batch.samples)

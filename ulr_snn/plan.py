@@ -91,8 +91,9 @@ def plan(
     attached.model, attached.structure = model, structure
     batch = Batch(frames, dtype, targets, lengths, objective)
     kept = "the whole sequence at once" + ", of one copy after another, each run twice" * attached.in_turn
-    if not attached.in_turn and attached.piecewise.few(batch) is not None:
-        kept = attached.piecewise.kept(batch)
+    with frozen(model, estimator.flow):
+        if not attached.in_turn and attached.piecewise.few(batch) is not None:
+            kept = attached.piecewise.kept(batch)
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
         for name, q in model.named_parameters()

@@ -35,17 +35,20 @@ class Rows:
         """Those in frames [n, inputs] on a CPU."""
         frames = frames.detach().contiguous()
         frames = frames.view(torch.uint8) if frames.dtype == torch.bool else frames
-        cpu = fused.kernels(torch.empty(0))
+        cpu = fused.kernels(torch.empty(0, dtype=torch.float32))
         starts = torch.zeros(len(frames) + 1, dtype=torch.int64)
         cpu.count(frames.numpy(), starts[1:].numpy())
         starts = starts.cumsum(0)
-        places, values = torch.empty(int(starts[-1]), dtype=torch.int32), torch.empty(int(starts[-1]))
+        places, values = (
+            torch.empty(int(starts[-1]), dtype=torch.int32),
+            torch.empty(int(starts[-1]), dtype=torch.float32),
+        )
         cpu.collect(frames.numpy(), starts.numpy(), places.numpy(), values.numpy())
         return cls(starts, places, values, frames.shape[1])
 
     def times(self, g: Tensor) -> Tensor:
         """x^T g [inputs, outputs] of these events x and g [n, outputs]."""
-        columns = torch.zeros(self.inputs, g.shape[1])
+        columns = torch.zeros(self.inputs, g.shape[1], dtype=torch.float32)
         parts = min(torch.get_num_threads(), g.shape[1])
         fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), columns.numpy(), parts)
         return columns
@@ -61,8 +64,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, rows):
         ctx.rows = rows
-        out = torch.empty(len(rows.starts) - 1, len(weight))
-        start = torch.zeros(len(weight)) if bias is None else bias.detach()
+        out = torch.empty(len(rows.starts) - 1, len(weight), dtype=torch.float32)
+        start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
         columns = weight.detach().T.contiguous()
         fused.kernels(out).gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
         return out
@@ -163,7 +166,7 @@ class Patches:
 
     def made(self, weight: Tensor) -> Tensor:
         """Patches of a weight [outputs, C, kernel, kernel]."""
-        patches = torch.zeros(self.size)
+        patches = torch.zeros(self.size, dtype=torch.float32)
         patches[(*self.weights, slice(len(weight)))] = weight.detach().permute(1, 2, 3, 0)
         return patches
 
@@ -179,8 +182,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, weight, bias, rows, patches):
         ctx.rows, ctx.patches = rows, patches
         n, outputs, (high, across) = len(rows.starts) - 1, len(weight), (patches.high, patches.across)
-        out = torch.empty(n, outputs, high.outputs, across.outputs)
-        start = torch.zeros(patches.wide)
+        out = torch.empty(n, outputs, high.outputs, across.outputs, dtype=torch.float32)
+        start = torch.zeros(patches.wide, dtype=torch.float32)
         if bias is not None:
             start[:outputs] = bias.detach()
         blank = start.repeat(high.grid * across.grid)
@@ -196,7 +199,7 @@ class _Convolution(torch.autograd.Function):
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             g = g.contiguous()
-            sums = torch.zeros(threads(len(g)), math.prod(patches.size))
+            sums = torch.zeros(threads(len(g)), math.prod(patches.size), dtype=torch.float32)
             fused.kernels(g).spread_weight(
                 *rows.arrays, patches.to.numpy(), patches.which.numpy(), sums.numpy(), patches.steps, patches.wide,
                 patches.high.grid * patches.across.grid, tuple(g.shape), g.detach().flatten().numpy(),

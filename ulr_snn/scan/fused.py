@@ -4,6 +4,7 @@ One resolver, `choice`, chooses by what a tensor is. An error in a kernel is an 
 """
 
 import importlib.util
+import os
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,18 @@ from ulr_snn.scan.state import RESETS, Draw, State
 LAWS = {"logistic": 0, "gaussian": 1}
 
 
+_forked = False  # OpenMP ends a process that goes on with its threads after a fork
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @lru_cache
 def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
@@ -26,6 +39,8 @@ def choice(like: Tensor) -> tuple[str, str]:
     """Which code scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
     if like.dtype != torch.float32:
         return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
+    if like.device.type == "cpu" and _forked:
+        return "reference", "in a forked process, where numba's threads are not"
     if like.device.type == "cpu":
         return ("cpu", "float32 on a CPU") if _installed("numba") else ("reference", "numba is not installed")
     if like.device.type == "cuda":
@@ -78,12 +93,15 @@ def scan(
     if cpu is None or (weight is not None and weight.dtype != current.dtype):
         return None
     features, (steps, rows) = current.shape[2:], current.shape[:2]
-    scale = torch.ones(()) if draw is None else draw.scale
+    scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
     per_neuron = [_per_neuron(value, features) for value in (beta, threshold, scale)]
-    state = State(*torch.zeros(2, *current.shape[1:]).unbind()) if state is None else state
-    spikes, x = torch.empty(current.shape) if known is None else known.contiguous(), torch.empty(current.shape)
-    fed_back = torch.empty(current.shape if weight is not None else (0, 0, 0))
-    sources = torch.empty(0, 0) if weight is None else weight.detach().T
+    state = State(*torch.zeros(2, *current.shape[1:], dtype=torch.float32).unbind()) if state is None else state
+    spikes, x = (
+        torch.empty(current.shape, dtype=torch.float32) if known is None else known.contiguous(),
+        torch.empty(current.shape, dtype=torch.float32),
+    )
+    fed_back = torch.empty(current.shape if weight is not None else (0, 0, 0), dtype=torch.float32)
+    sources = torch.empty(0, 0, dtype=torch.float32) if weight is None else weight.detach().T
     zeros = torch.zeros(steps, rows, dtype=torch.int32)
     row1, row2 = (zeros, zeros) if draw is None else draw.words
     mirrored = torch.zeros(rows, dtype=torch.bool)
@@ -121,7 +139,7 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor
     cpu = kernels(x)
     if cpu is None:
         return None
-    out, (steps, rows) = torch.empty(x.shape), x.shape[:2]
+    out, (steps, rows) = torch.empty(x.shape, dtype=torch.float32), x.shape[:2]
     cpu.slopes(LAWS[law], _array(x), _per_neuron(scale, x.shape[2:]), _own(lengths, steps, rows), _array(out))
     return out
 
@@ -149,8 +167,8 @@ def credit(
     cpu = kernels(a)
     if cpu is None or x.dtype != a.dtype:
         return None
-    total = torch.empty(a.shape if totals else (0, 0, 0))
-    currents = a if overwrite and a.is_contiguous() else torch.empty(a.shape)
+    total = torch.empty(a.shape if totals else (0, 0, 0), dtype=torch.float32)
+    currents = a if overwrite and a.is_contiguous() else torch.empty(a.shape, dtype=torch.float32)
     scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
     cpu.credit(
         _array(a), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
@@ -169,7 +187,7 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
         return gpu.leaky(c, spikes, beta, reset)
     if cpu is None:
         return None
-    out, later = torch.empty(c.shape), torch.zeros(c.shape[1:])
+    out, later = torch.empty(c.shape, dtype=torch.float32), torch.zeros(c.shape[1:], dtype=torch.float32)
     arrays = [_array(c), _array(c if spikes is None else spikes)]
     cpu.leaky(*arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out))
     return out
@@ -182,7 +200,7 @@ def turned(x: Tensor) -> Tensor:
     if cpu is None or x.stride()[2:] != (x.shape[3], 1) or 0 in x.shape:
         return x.permute(0, 3, 1, 2).contiguous()
     n, high, across, channels = x.shape
-    out = torch.empty(n, channels, high, across)
+    out = torch.empty(n, channels, high, across, dtype=torch.float32)
     x = x.detach()
     flat = x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0).numpy()
     cpu.turn(flat, x.storage_offset(), x.stride()[:2], (n, high, across, channels), out.view(-1).numpy())
