@@ -8,6 +8,7 @@ import ulr_snn
 import ulr_snn.structure
 from ulr_snn import LIF, ULR, AdaptiveCopies, Logistic, TimeAverage, UsageError, WeightNoise, attach
 from ulr_snn.copies import CopyBudget
+from ulr_snn.passes import Forward
 
 
 @pytest.mark.parametrize(
@@ -245,3 +246,30 @@ def test_copies_in_turn_are_planned():
 def test_copies_in_turn_are_refused(options):
     with pytest.raises(UsageError, match="memory='replay' with"):
         ULR(credit="global", memory="replay", **options)
+
+
+def test_copies_in_turn_are_replayed_with_the_noise_that_they_were_judged_with(monkeypatch):
+    """Also where a measurement lets the noise of a layer that began at rest follow its membranes."""
+    seen, run = {}, Forward.run
+
+    def recorded(self: Forward, *arguments):
+        p = run(self, *arguments)
+        seen.setdefault((self.step, *p.copies), []).append(torch.cat([r.x.detach().flatten() for r in p.records]))
+        return p
+
+    monkeypatch.setattr(Forward, "run", recorded)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 7), LIF(), nn.Linear(7, 3), LIF()).double()
+    with torch.no_grad():
+        model[0].weight.mul_(0.2)
+    with attach(model, ULR(credit="global", copies=4, memory="replay"), seed=0, total_steps=100) as ulr:
+        ulr.backward(*data())
+        seen.clear()
+        with torch.no_grad():
+            model[0].weight.mul_(8)
+        start = ulr.level.starts["1"]
+        ulr.backward(*data())
+        assert ulr.level.starts["1"] > start
+    assert len(seen) == 4
+    for judged, replayed in seen.values():
+        assert torch.equal(judged, replayed)

@@ -88,7 +88,45 @@ def test_other_types_are_refused():
         train(net("dense"), [data()], epochs=1, autocast=torch.float64, progress=False)
 
 
-def test_loaders_workers_stay(monkeypatch):
-    loader = ulr_snn.data.loader(torch.utils.data.TensorDataset(torch.zeros(8, 3, 2), torch.zeros(8)), num_workers=1)
-    assert loader.persistent_workers
+def test_batches_are_pinned_where_there_is_a_gpu():
+    loader = ulr_snn.data.loader(torch.utils.data.TensorDataset(torch.zeros(8, 3, 2), torch.zeros(8)))
     assert loader.pin_memory == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("way", ["autocast", "model"])
+def test_updates_at_every_time_step_train_all_layers(way):
+    found = []
+    for reduced in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(2), nn.Linear(32, 16), LIF(), nn.Linear(16, 8), LIF(), nn.Linear(8, 4))
+        model = model.bfloat16() if reduced and way == "model" else model
+        with attach(model, ULR(memory="stream"), "ce_rate", seed=0) as ulr:
+            for _ in range(3):
+                model.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=reduced and way == "autocast"):
+                    ulr.backward(*data())
+        found.append([q.grad.float().flatten() for q in model.parameters()])
+    for exact, rounded in zip(*found, strict=True):
+        assert torch.cosine_similarity(exact, rounded, dim=0) > 0.9
+
+
+def test_updates_within_a_batch_are_seen():
+    model, (x, y) = nn.Sequential(nn.Flatten(2), nn.Linear(32, 8), LIF(), nn.Linear(8, 4)), data()
+    with attach(model, ULR(memory="stream"), "ce_rate") as ulr, torch.autocast("cpu", torch.bfloat16):
+        for t, estimate in enumerate(ulr.stream(x, y)):
+            if t > 1:
+                assert not estimate.outputs.any()
+            with torch.no_grad():
+                for q in model[3].parameters():
+                    q.zero_() if t == 1 else None
+
+
+def test_noise_on_currents():
+    class Box(nn.Module):
+        def forward(self, current: Tensor) -> Tensor:
+            return (current.detach() > 0).to(current.dtype)
+
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(32, 8), Box(), TimeAverage(), nn.Linear(8, 4))
+    with attach(model, ULR(credit="global")) as ulr, torch.autocast("cpu", torch.bfloat16):
+        ulr.backward(*data())
+    assert all(torch.isfinite(q.grad).all() and q.grad.any() for q in model.parameters())

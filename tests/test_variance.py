@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, WeightNoise, attach, plan
+from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, UsageError, WeightNoise, attach, plan
 from ulr_snn.losses import resolve
 from ulr_snn.noise import NoiseLevel
 from ulr_snn.passes import Forward
 from ulr_snn.records import Record
-from ulr_snn.variance import BY_SAMPLE, of_firing, of_weights
+from ulr_snn.variance import BY_SAMPLE, by_sample, of_firing, of_weights
 
 SCALE = 0.02
 
@@ -114,9 +114,12 @@ def test_auto_chooses_by_it(size: float):
         assert set(ulr.structure.weights) == ({"0.0.weight", "0.0.bias"} if calmer else set())
 
 
-def test_recurrent_weights_have_no_noise_by_sample():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(2), nn.Linear(12, 3), RecurrentLIF(3)).double()
-    with attach(model, ULR(firing=Logistic(scale=1e-3)), rule, seed=0) as ulr:
-        ulr.backward(*data())
-        assert ulr.structure.credit == "global" and not ulr.structure.weights
+def test_weights_that_no_module_of_its_own_applies_have_no_noise_by_sample():
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(12, 3), RecurrentLIF(3), nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model[4].weight = model[3].weight
+    named = dict(model.named_parameters())
+    assert by_sample(model, {"1.weight": named["1.weight"]})
+    for name in ("2.recurrent.weight", "3.weight"):
+        assert not by_sample(model, {name: named[name]})
+        with pytest.raises(UsageError, match="of which no other module"):
+            attach(model, ULR(noise={name: BY_SAMPLE}), rule).backward(*data())

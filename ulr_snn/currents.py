@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import own_spread
+from ulr_snn.neurons import own_spread, widened
 from ulr_snn.records import CurrentRecord
 from ulr_snn.scan.bits import pack_bits
 from ulr_snn.steps import StepSite
@@ -37,13 +37,13 @@ class CurrentSite(StepSite):
             self.trace.x.append(now.clone())
         if self.noise is None or self.measured:
             return now
-        self._scale = self._scale.to(current.dtype)
+        self._scale = self._scale.to(widened(current).dtype)
         steps, shape = (len(now), now.shape[2:]) if self.neuron.whole else (1, now.shape[1:])
-        z = self.noise.normal(self.index, self.calls, steps, shape, now.dtype)
+        z = self.noise.normal(self.index, self.calls, steps, shape, widened(now).dtype)
         kept = pack_bits((z > 0).flatten(2)) if self.neuron.noise.signs else z
         self.drawn.append(kept if self.neuron.whole else kept[0])
-        self.trace.x.append(current / self._scale)
-        return now + self._scale * (z if self.neuron.whole else z[0])
+        self.trace.x.append(widened(current) / self._scale)
+        return (now + self._scale * (z if self.neuron.whole else z[0])).to(current.dtype)
 
     def release(self, spikes: Tensor) -> Tensor:
         """What the module gave, as a tensor from which the graph starts anew."""

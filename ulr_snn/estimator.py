@@ -444,7 +444,7 @@ class Attachment:
         if not self.usable(losses):
             estimate.stats["skipped"] = True
             return estimate
-        for copy in range(copies):
+        for copy in reversed(range(copies)):  # the first one last: what is measured of it may change the noise
             p = forward.run(x, *about, [copy])
             if copy == 0:
                 self.measure(p)
@@ -669,7 +669,7 @@ class Attachment:
         self.chosen = None if state["weights"] is None else {q: WeightNoise(**n) for q, n in state["weights"].items()}
         self.feedback.load_state_dict(state["feedback"], device)
         self.shrinkage.load_state_dict(state["shrinkage"], device)
-        if self.budget is not None and state["budget"] is not None:
+        if self.budget is not None and state.get("budget") is not None:
             self.budget.load_state_dict(state["budget"])
 
 

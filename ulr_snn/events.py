@@ -85,7 +85,7 @@ class Events(Tensor):
                     if found is not None:
                         return found
                 if function is Tensor.__getitem__ and isinstance(events._frames, Tensor):
-                    return function(events._frames, *arguments[1:]).to(events.dtype)
+                    return function(events._frames, *arguments[1:]).to(events.dtype, copy=True)
             return function(*map(_dense, arguments), **{name: _dense(item) for name, item in named.items()})
 
     def _changed(self, name: str, *arguments: Any, **named: Any) -> Frames:

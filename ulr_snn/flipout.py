@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import Conv1d, Conv2d, Conv3d
 
 from ulr_snn.errors import UsageError
+from ulr_snn.neurons import SpikingNeuron
 
 MODULES = (nn.Linear, Conv1d, Conv2d, Conv3d)
 
@@ -46,12 +47,16 @@ class Flips:
 def owner(model: nn.Module, parameter: str) -> nn.Module:
     """The module that a parameter belongs to. Raises UsageError where its samples cannot have noise of their own."""
     name, _, own = parameter.rpartition(".")
-    module = model.get_submodule(name)
+    modules = dict(model.named_modules())
+    module, holder = modules.get(name), modules.get(name.rpartition(".")[0])
     grouped = getattr(module, "groups", 1) > 1
-    if not isinstance(module, MODULES) or own not in ("weight", "bias") or grouped:
+    recurrent = isinstance(holder, SpikingNeuron)  # which does not call it
+    mine = None if module is None else module._parameters.get(own)
+    tied = sum(q is mine for m in modules.values() for q in m._parameters.values() if q is not None)
+    if not isinstance(module, MODULES) or own not in ("weight", "bias") or grouped or recurrent or tied > 1:
         raise UsageError(
             f"ULR got WeightNoise(per_sample=True) for {parameter}; it is for weights and biases of linear and "
-            "ungrouped convolutional modules"
+            "ungrouped convolutional modules of which no other module, and no neuron, makes use"
         )
     return module
 

@@ -114,7 +114,8 @@ class Trace:
     def add(self, x: Tensor) -> None:
         """x [1, B, ...]."""
         if self.sum is None:
-            self.sum = torch.zeros(1, x.shape[1] + 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self.sum = torch.zeros(1, x.shape[1] + 1, *x.shape[2:], dtype=dtype, device=x.device)
         self.sum.mul_(self.beta)
         self.sum[:, :-1] += x
         self.n = self.beta * self.n + 1
@@ -124,11 +125,12 @@ class Trace:
         [1, B, ...] of what the modules give."""
         if len(modules) == 1 and type(modules[0]) is nn.Linear:  # without a forward product that nobody reads
             linear, rows = modules[0], g.flatten(0, -2)
-            yield linear.weight, rows.T @ self.sum[:, :-1].flatten(0, -2)
+            found = rows.to(self.sum.dtype).T @ self.sum[:, :-1].flatten(0, -2)
+            yield linear.weight, found.to(linear.weight.dtype)
             if linear.bias is not None:
-                yield linear.bias, self.n * rows.sum(0)
+                yield linear.bias, (self.n * rows.sum(0)).to(linear.bias.dtype)
             return
-        x = self.sum
+        x = self.sum.to(next(q for m in modules for q in m.parameters()).dtype)
         for module in modules:
             x = module(x)
         yield x, torch.cat([g, (self.n - 1) * g.sum(1, keepdim=True)], 1)
@@ -158,6 +160,7 @@ class Stream:
     def step(self, t: int) -> Estimate:
         """Time step t, those before it being done: adds the gradient of the batch's mean of its loss."""
         attached = self.attached
+        torch.clear_autocast_cache()  # which has the weights of before the last update
         records: list[Record] = []
         sites = {
             name: PartSite(name, i, attached.level, self.noise, t, self.states.get(name), records, None)
@@ -195,7 +198,8 @@ class Stream:
                     x = stage.into(x, self.membrane)
                     self.membrane = x[0].detach()
                 elif stage.into is not None:
-                    x = stage.into(x)
+                    with torch.enable_grad():  # what spikes are cast to belongs to the graph
+                        x = stage.into(x)
         for name, trace in self.recurrent.items():
             trace.add(sites[name].before[None])
         check_outputs(x, 1, self.batch.samples)

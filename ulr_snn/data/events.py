@@ -157,8 +157,8 @@ def loader(
 ) -> DataLoader:
     """A DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
-    With `shuffle=True` every epoch has an order of its own. num_workers: processes that fetch batches ahead, kept from
-    epoch to epoch. sparse: batches are lists of events. pin_memory: batches lie where a GPU can fetch them while it
+    With `shuffle=True` every epoch has an order of its own. num_workers: processes that fetch batches ahead.
+    sparse: batches are lists of events. pin_memory: batches lie where a GPU can fetch them while it
     computes; None: if there is a GPU.
     """
     if pin_memory is None:
@@ -169,7 +169,6 @@ def loader(
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         collate_fn=partial(collate, sparse=sparse),
         generator=torch.Generator().manual_seed(seed),
