@@ -128,6 +128,7 @@ class InParts(Piecewise):
         attached, first = self.attached, self.attached.structure is None
         p = self.sample(forward, batch, few)
         if first and not self.possible(batch):
+            attached.structure = None  # the whole shows more: which noise is the lesser, for one
             return None
         if p is not None:
             attached.measure(p)
