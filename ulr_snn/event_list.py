@@ -43,8 +43,10 @@ class EventList:
     def contiguous(self) -> "EventList":
         return self
 
-    def rows(self, width: int) -> Rows:
-        """The events in rows of this many inputs."""
+    def rows(self, width: int, most: float = math.inf) -> Rows | None:
+        """The events in rows of this many inputs; None where there are more than `most`."""
+        if len(self.places) > most:
+            return None
         starts = torch.zeros(self.numel() // width + 1, dtype=torch.int64)
         row = self.places // width
         starts[1:] = torch.bincount(row, minlength=len(starts) - 1).cumsum(0)

@@ -39,12 +39,10 @@ class Events(Tensor):
         known = isinstance(frames, EventList) or frames.dtype in KINDS
         known = known and frames.device.type == "cpu" and dtype == torch.float32
         if known and frames.numel() >= SMALLEST and fused.kernels(torch.empty(0, dtype=torch.float32)) is not None:
-            if isinstance(frames, Tensor) and torch.count_nonzero(frames) > DENSITY * frames.numel():
-                return frames.to(dtype)  # before their places are listed
-            frames = frames.contiguous()
-            events = cls(frames, dtype)
-            if len(events.rows(math.prod(frames.shape[2:])).places) <= DENSITY * frames.numel():
-                return events
+            frames, width = frames.contiguous(), math.prod(frames.shape[2:])
+            rows = rows_of(frames, width, DENSITY * frames.numel())
+            if rows is not None:
+                return cls(frames, dtype, {width: rows})
         return frames.to(dtype)
 
     def __repr__(self) -> str:  # of a tensor without storage, the default fails
@@ -52,10 +50,8 @@ class Events(Tensor):
 
     def rows(self, width: int) -> Rows:
         """The events in rows of this many inputs."""
-        if width not in self._found and isinstance(self._frames, EventList):
-            self._found[width] = self._frames.rows(width)
         if width not in self._found:
-            self._found[width] = Rows.of(self._frames.reshape(-1, width))
+            self._found[width] = rows_of(self._frames, width)
         return self._found[width]
 
     def dense(self) -> Tensor:
@@ -114,6 +110,13 @@ class Events(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
         return function(*map(_dense, arguments), **{name: _dense(item) for name, item in (named or {}).items()})
+
+
+def rows_of(frames: Frames, width: int, most: float = math.inf) -> Rows | None:
+    """The events of frames in rows of this many inputs; None where there are more than `most`."""
+    if isinstance(frames, EventList):
+        return frames.rows(width, most)
+    return Rows.of(frames.reshape(-1, width), most)
 
 
 def _dense(item: Any) -> Any:

@@ -31,14 +31,17 @@ class Rows:
     inputs: int
 
     @classmethod
-    def of(cls, frames: Tensor) -> "Rows":
-        """Those in frames [n, inputs] on a CPU."""
+    def of(cls, frames: Tensor, most: float = math.inf) -> "Rows | None":
+        """Those in frames [n, inputs] on a CPU; None where there are more than `most`, which is seen before they are
+        listed."""
         frames = frames.detach().contiguous()
         frames = frames.view(torch.uint8) if frames.dtype == torch.bool else frames
         cpu = fused.kernels(torch.empty(0, dtype=torch.float32))
         starts = torch.zeros(len(frames) + 1, dtype=torch.int64)
         cpu.count(frames.numpy(), starts[1:].numpy())
         starts = starts.cumsum(0)
+        if starts[-1] > most:
+            return None
         places, values = (
             torch.empty(int(starts[-1]), dtype=torch.int32),
             torch.empty(int(starts[-1]), dtype=torch.float32),
