@@ -368,6 +368,15 @@ def _add(to, t, source, s, value, count):
         _add4(to, t + n, source, s + n, value)
 
 
+@_compiled(inline="always")
+def _add_lines(to, t, to_step, source, s, step, value, lines, length):
+    """`_add` of so many lines, from one to the next by these steps."""
+    for _ in range(lines):
+        _add(to, t, source, s, value, length)
+        t += to_step
+        s += step
+
+
 @_compiled(parallel=True)
 def spread(starts, places, values, to, which, patches, blank, steps, wide, shape, out, parts):
     """Convolution [n, outputs, high, across] of rows of events: see `sparse.Patches`. blank: the grid before any event;
@@ -380,10 +389,7 @@ def spread(starts, places, values, to, which, patches, blank, steps, wide, shape
             grid[:] = blank
             for k in range(starts[r], starts[r + 1]):
                 t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
-                for _ in range(lines):
-                    _add(grid, t, patches, s, value, length)
-                    t += step
-                    s += length
+                _add_lines(grid, t, step, patches, s, length, value, lines, length)
             for y in range(high):
                 at = (r * outputs * high + y) * across
                 _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
@@ -406,10 +412,7 @@ def spread_weight(starts, places, values, to, which, sums, steps, wide, size, sh
                 _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)
             for k in range(starts[r], starts[r + 1]):
                 t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
-                for _ in range(lines):
-                    _add(own, s, grid, t, value, length)
-                    t += step
-                    s += length
+                _add_lines(own, s, length, grid, t, step, value, lines, length)
         sums[part] += own
 
 
