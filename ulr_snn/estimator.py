@@ -12,7 +12,7 @@ residual    1   the same, from independent copies                    unbiased, a
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -377,7 +377,7 @@ class Attachment:
         self.measure(passes[0])
         self.step += 1
         self.forward_passes += (sum(len(p.copies) for p in passes) + forward.extra_passes) * x.shape[1]
-        return self._finish(passes, groups, copies)
+        return self._finish(passes, copies, lambda losses: self._add_gradients(passes, groups, losses))
 
     def observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
         """Learns from the first pass what the loss and the layers are."""
@@ -434,34 +434,28 @@ class Attachment:
     def _backward_in_turn(self, forward: Forward, copies: int, passes: list[Pass], x: Tensor, *about: Any) -> Estimate:
         """A step of credit "global" that holds the graph of one copy at a time. passes: of the first step, the one that
         has been seen. about: targets, lengths and objective."""
-        seen = len(passes)
         with torch.no_grad():
             judged = [forward.run(x, *about, [copy]).judged() for copy in range(copies)]
         self.step += 1
-        self.forward_passes += (2 * copies + seen + forward.extra_passes) * x.shape[1]
-        losses = torch.cat([p.loss for p in judged])
-        estimate = Estimate(losses.mean(0), _stack_outputs(judged), {"copies": copies, "step": self.step})
-        if not self.usable(losses):
-            estimate.stats["skipped"] = True
-            return estimate
-        for copy in reversed(range(copies)):  # the first one last: what is measured of it may change the noise
-            p = forward.run(x, *about, [copy])
-            if copy == 0:
-                self.measure(p)
-            self._enter(p, judged)
-        self._add_weight_gradients(judged, losses)
-        self.level.learn()
-        self.mean_loss = moving(self.mean_loss, losses)
-        self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in judged]))
-        return estimate
+        self.forward_passes += (2 * copies + len(passes) + forward.extra_passes) * x.shape[1]
 
-    def _finish(self, passes: list[Pass], groups: list[Group], copies: int) -> Estimate:
-        losses = torch.cat([p.loss for p in passes])  # [K, B]
+        def again() -> Iterator[Pass]:
+            for copy in reversed(range(copies)):  # the first one last: what is measured of it may change the noise
+                p = forward.run(x, *about, [copy])
+                if copy == 0:
+                    self.measure(p)
+                yield p
+
+        return self._finish(judged, copies, lambda losses: self._add_by_pass(again(), judged, losses))
+
+    def _finish(self, passes: list[Pass], copies: int, add: Callable[[Tensor], None]) -> Estimate:
+        """add: adds the gradient, given the losses [K, B]; called where they are finite."""
+        losses = torch.cat([p.loss for p in passes])
         estimate = Estimate(losses.mean(0), _stack_outputs(passes), {"copies": copies, "step": self.step})
         if not self.usable(losses):
             estimate.stats["skipped"] = True
             return estimate
-        self._add_gradients(passes, groups, losses)
+        add(losses)
         self.mean_loss = moving(self.mean_loss, losses)
         self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
         return estimate
@@ -471,10 +465,7 @@ class Attachment:
     def _add_gradients(self, passes: list[Pass], groups: list[Group], losses: Tensor) -> None:
         structure = self.structure
         if structure.credit == "global" and self.budget is None and not self.estimator.layerwise:
-            for p in passes:
-                self._enter(p, passes)
-            self._add_weight_gradients(passes, losses)
-            self.level.learn()
+            self._add_by_pass(passes, passes, losses)
             return
         if structure.credit == "feedback":
             self.prediction.learn_layers(passes, self.step - 1)
@@ -499,10 +490,13 @@ class Attachment:
         enter([*predicted, *scored], self._wanted())
         self.level.learn()
 
-    def _enter(self, p: Pass, judged: list[Pass]) -> None:
-        """Adds the gradient of one pass of credit "global", which needs of the others their losses alone."""
-        entries = self._gradients(Group(None, [p], judged), 1.0)
-        enter([(entry.tensor, entry.gradient) for entry in entries], self._wanted())
+    def _add_by_pass(self, passes: Iterable[Pass], judged: list[Pass], losses: Tensor) -> None:
+        """With credit "global" a pass needs of the others, judged, their losses alone, and is done with by itself."""
+        for p in passes:
+            entries = self._gradients(Group(None, [p], judged), 1.0)
+            enter([(entry.tensor, entry.gradient) for entry in entries], self._wanted())
+        self._add_weight_gradients(judged, losses)
+        self.level.learn()
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Those without noise of their own, by name."""
