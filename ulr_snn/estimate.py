@@ -1,6 +1,7 @@
 """What a training step is given, and what it gave."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,10 +30,21 @@ class Batch:
     def samples(self) -> int:
         return self.frames.shape[1]
 
-    @property
+    @cached_property
     def x(self) -> Tensor:
         """The frames as a model sees them."""
         return Events.of(self.frames, self.dtype)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[T, B]: which time steps are no padding."""
+        own = torch.arange(self.steps, device=self.frames.device)[:, None]
+        return own < (own.new_full((self.samples,), self.steps) if self.lengths is None else self.lengths)
+
+    @cached_property
+    def share(self) -> Tensor:
+        """[T, B]: of each time step in a mean over the sample's own."""
+        return self.valid.to(self.dtype) / self.valid.sum(0)
 
     def part(self, first: tuple[slice, slice]) -> "Batch":
         """First time steps, and samples."""

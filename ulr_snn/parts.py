@@ -7,7 +7,6 @@ one bit each ("bits"), or drawn again from the same noise ("replay"). Both give 
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ulr_snn.credit.prediction import Lesson, Prediction, means
 from ulr_snn.engine import Chain, EachStep, hooked
 from ulr_snn.errors import UsageError
+from ulr_snn.estimate import Batch
 from ulr_snn.events import Events, Frames
 from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
@@ -70,9 +70,8 @@ class Split:
         neurons = [module for module in modules[:cut] if isinstance(module, LIF)]
         if len(set(map(id, neurons))) < len(neurons):
             raise UsageError("parts of time need a neuron layer of its own at every place; use memory='auto'")
-        early = [module for i, module in enumerate(modules[:cut]) if isinstance(module, LeakyReadout)
-                 and any(isinstance(later, LIF) for later in modules[i:cut])]  # fmt: skip
-        if early:
+        last = max((i for i, module in enumerate(modules[:cut]) if isinstance(module, LIF)), default=0)
+        if any(isinstance(module, LeakyReadout) for module in modules[:last]):
             raise UsageError("parts of time need a LeakyReadout to come after all spiking layers; use memory='auto'")
         return cls(modules[:cut], modules[cut] if cut < len(modules) else None, modules[cut + 1 :])
 
@@ -153,8 +152,7 @@ class Piece:
 class Parts:
     """One training step of one copy of a batch, in parts of time.
 
-    frames [T, B, ...] as they came, dtype: of the model; layers: of the model, by name; size: time steps of a part;
-    bits: keep the spikes.
+    layers: of the model, by name; size: time steps of a part; bits: keep the spikes.
     """
 
     def __init__(
@@ -163,25 +161,19 @@ class Parts:
         layers: list[tuple[str, LIF]],
         level: NoiseLevel,
         noise: Noise,
-        frames: Frames,
-        dtype: torch.dtype,
-        lengths: Tensor | None,
+        batch: Batch,
         size: int,
         bits: bool,
     ) -> None:
-        self.model, self.layers, self.level, self.noise = model, layers, level, noise
-        self.frames, self.dtype, self.lengths = frames, dtype, lengths
+        self.model, self.layers, self.level, self.noise, self.batch = model, layers, level, noise, batch
         self.split = Split.of(model)
-        steps = len(frames)
+        steps = batch.steps
         self.parts = [range(t, min(t + size, steps)) for t in range(0, steps, size)]
         self.bits: dict[str, Tensor] | None = {} if bits else None  # [T, B, words] of each site
         self.kept: list[tuple[list[range], Standing]] = []  # groups of parts, and how the layers stand before each
         self.sizes: dict[str, torch.Size] = {}  # of a layer at one time step
         self.known = False  # whether the first pass is over
         self.steps_run = 0  # by all parts together
-        own = torch.arange(steps, device=frames.device)[:, None]
-        rows = torch.full(frames.shape[1:2], steps, device=frames.device) if lengths is None else lengths
-        self.valid = own < rows
 
     # -- forwards --------------------------------------------------------------------------------------------
 
@@ -191,15 +183,16 @@ class Parts:
         """Front's outputs over a part, how the layers stand after it, the sites, and the readouts' last membranes."""
         self.steps_run += len(part)
         now = slice(part.start, part.stop)
-        x = Events.of(self.frames[now], self.dtype)
+        x = Events.of(self.batch.frames[now], self.batch.dtype)
         x = x if isinstance(x, Events) else x.clone()  # a module may change it in place
-        lengths = None if self.lengths is None else (self.lengths - part.start).clamp(0, len(part))
+        lengths = self.batch.lengths
+        lengths = None if lengths is None else (lengths - part.start).clamp(0, len(part))
         sites = {}
         for index, (name, _) in enumerate(self.layers):
             known = None
             if self.bits is not None and self.known:
                 shape = self.sizes[name]
-                known = unpack_bits(self.bits[name][now], shape.numel(), self.dtype).unflatten(-1, shape)
+                known = unpack_bits(self.bits[name][now], shape.numel(), self.batch.dtype).unflatten(-1, shape)
             state = standing.states.get(name)
             sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known)
         membranes = iter(standing.membranes or [None] * len(self.split.readouts))
@@ -226,13 +219,13 @@ class Parts:
             for part in group:
                 x, standing, sites, _ = self.run(part, standing)
                 for rows in learned:
-                    rows.see(part, sites, self.valid)
+                    rows.see(part, sites, self.batch.valid)
                 for name, site in sites.items():
                     self.sizes[name] = site.spikes.shape[2:]
                     if self.bits is not None:
                         packed = pack_bits(site.spikes.flatten(2))
                         if name not in self.bits:  # in one piece: many small ones would scatter over the heap
-                            self.bits[name] = packed.new_empty(len(self.frames), *packed.shape[1:])
+                            self.bits[name] = packed.new_empty(self.batch.steps, *packed.shape[1:])
                         self.bits[name][part.start : part.stop] = packed
                 if share is not None:
                     x = (x * shaped(share[part.start : part.stop], x)).sum(0, keepdim=True)
@@ -243,12 +236,10 @@ class Parts:
         found = torch.cat(outputs)
         return found if share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
 
-    @cached_property
+    @property
     def share(self) -> Tensor | None:
         """[T, B]: of each time step in the average; None where there is none."""
-        if self.split.average is None:
-            return None
-        return self.valid.to(self.dtype) / self.valid.sum(0)
+        return None if self.split.average is None else self.batch.share
 
     # -- backwards -------------------------------------------------------------------------------------------
 

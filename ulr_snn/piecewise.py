@@ -10,7 +10,6 @@ from ulr_snn import parts
 from ulr_snn.credit.global_ import moving
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch, Estimate
-from ulr_snn.events import Frames
 from ulr_snn.noise import WIDENING
 from ulr_snn.passes import Forward, Pass, check_outputs, keep_traces
 from ulr_snn.stepsize import times_summed
@@ -111,12 +110,12 @@ class InParts(Piecewise):
     def kept(self, batch: Batch) -> str:
         """What a step keeps, for `plan`."""
         spikes = "drawn again" if self.attached.estimator.memory == "replay" else "kept as bits"
-        return f"parts of {self.part_steps(batch.frames)} time steps, each run twice or more; spikes are {spikes}"
+        return f"parts of {self.part_steps(batch)} time steps, each run twice or more; spikes are {spikes}"
 
-    def part_steps(self, frames: Frames) -> int:
+    def part_steps(self, batch: Batch) -> int:
         """Time steps of a part."""
-        fitting = parts.TOGETHER // (frames.shape[1] * max(1, self.neurons))
-        return min(len(frames), max(parts.LEAST, fitting))
+        fitting = parts.TOGETHER // (batch.samples * max(1, self.neurons))
+        return min(batch.steps, max(parts.LEAST, fitting))
 
     def why_whole(self, batch: Batch) -> str | None:
         if batch.lengths is not None and self.neurons and parts.Split.of(self.attached.model).readouts:
@@ -135,7 +134,7 @@ class InParts(Piecewise):
         forward.judging = attached.structure.judging
         run = self._parts(forward, batch)
         sites = [name for name, _ in attached.layers]
-        lessons = list(attached.prediction.lessons(sites, run.valid, batch.samples, attached.step))
+        lessons = list(attached.prediction.lessons(sites, batch.valid, batch.samples, attached.step))
         seen, learned = run.forward(lessons)
         if run.split.average is not None:
             seen = seen.requires_grad_()
@@ -160,10 +159,9 @@ class InParts(Piecewise):
         return Estimate(losses.mean(0), outputs.detach()[None], stats)
 
     def _parts(self, forward: Forward, batch: Batch) -> parts.Parts:
-        attached, size = self.attached, self.part_steps(batch.frames)
-        bits, noise = attached.estimator.memory != "replay", forward.noise(batch.samples, [0], batch.frames.device)
-        about = attached.level, noise, batch.frames, batch.dtype, batch.lengths
-        return parts.Parts(attached.model, attached.layers, *about, size, bits)
+        attached, bits = self.attached, self.attached.estimator.memory != "replay"
+        about = attached.level, forward.noise(batch.samples, [0], batch.frames.device), batch
+        return parts.Parts(attached.model, attached.layers, *about, self.part_steps(batch), bits)
 
     def _backward(self, run: parts.Parts, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
         """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the parts."""
@@ -171,7 +169,6 @@ class InParts(Piecewise):
         wanted = [q for q in attached.model.parameters() if q.requires_grad]
         if run.split.back and error is not None:
             if wanted and outputs.requires_grad:
-                batch = run.frames.shape[1]
-                torch.autograd.backward(outputs, error / batch, inputs=wanted, retain_graph=True)
+                torch.autograd.backward(outputs, error / run.batch.samples, inputs=wanted, retain_graph=True)
             (error,) = torch.autograd.grad(outputs, seen, error)
         run.backward(error, attached.prediction, wanted)

@@ -147,12 +147,8 @@ class Stream:
         self.recurrent = {name: Trace(neuron.beta) for name, neuron in attached.layers if neuron.recurrent is not None}
         self.states: dict[str, State] = {}
         self.membrane: Tensor | None = None  # of the readout
-        own = torch.arange(batch.steps, device=batch.frames.device)[:, None]
-        rows = own.new_full((batch.samples,), batch.steps) if batch.lengths is None else batch.lengths
-        self.valid = own < rows  # [T, B]
-        self.share = self.valid.to(batch.dtype) / rows  # of each time step in a sample's loss
         sites = [name for name, _ in attached.layers]
-        lessons = attached.prediction.lessons(sites, self.valid, batch.samples, attached.step)
+        lessons = attached.prediction.lessons(sites, batch.valid, batch.samples, attached.step)
         self.learned = [Rows(lesson) for lesson in lessons if not lesson.before]
         attached.step += 1
         self.usable = True  # so far
@@ -172,7 +168,7 @@ class Stream:
         self.states = {name: site.state for name, site in sites.items()}
         with torch.no_grad():
             for rows in self.learned:
-                rows.see(range(t, t + 1), sites, self.valid)
+                rows.see(range(t, t + 1), sites, self.batch.valid)
         loss, error = self._judge(t, outputs)
         stats = {"copies": 1, "step": attached.step, "time": t, "times": self.batch.steps}
         if attached.usable(loss):
@@ -208,7 +204,7 @@ class Stream:
     def _judge(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """What the time step adds to the loss [B], and the gradient of that in the shape of the outputs."""
         found = judge(self.batch.objective, self.judging, outputs, {}, self.batch.targets, None, self.noise)
-        share = self.share[t].to(outputs.dtype)
+        share = self.batch.share[t].to(outputs.dtype)
         return found.loss * share, found.error * share.view(1, -1, *[1] * (outputs.ndim - 2))
 
     def _backward(self, outputs: Tensor, error: Tensor, records: list[Record]) -> None:
