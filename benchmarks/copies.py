@@ -11,15 +11,13 @@ to results/copies.csv.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import MB, peak
+from benchmarks.memory import MB, in_fresh_process, peak
 from benchmarks.nets import CASES
 from benchmarks.speed import HERE, about, events_of, write
 from ulr_snn import LIF, ULR, CurrentNoise, TimeAverage, attach
@@ -62,12 +60,6 @@ def measure(kind: str, copies: int) -> float:
     return (found[1] - found[0]) / MB
 
 
-def fresh(kind: str, copies: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.copies", "--one", kind, str(copies)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", nargs="+", type=int, default=[2, 8, 32])
@@ -81,7 +73,7 @@ def main() -> None:
     rows = []
     for kind, stored in KINDS.items():
         for copies in arguments.copies:
-            found = sorted(fresh(kind, copies) for _ in range(arguments.repeats))
+            found = sorted(in_fresh_process("copies", kind, str(copies)) for _ in range(arguments.repeats))
             low, middle, high = (round(value, 1) for value in (found[0], median(found), found[-1]))
             row = {"kind": kind, "copies": copies, "stored": stored, "mb": middle, "mb_low": low, "mb_high": high}
             rows.append(row | about("ulr", "cpu"))

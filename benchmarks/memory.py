@@ -47,11 +47,16 @@ def measure(name: str, method: str, steps: int) -> dict[str, float]:
     return found
 
 
+def in_fresh_process(benchmark: str, *what: str) -> Any:
+    """What a benchmark prints last, as JSON, when it is asked for this one figure alone."""
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--one", *what]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def fresh(name: str, method: str, steps: int) -> float:
     """MB above what a step at T = 1 takes, and above the batch."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", name, method, str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_fresh_process("memory", name, method, str(steps))
     return (found["peak"] - found["first"] - (found["peak_batch"] - found["first_batch"])) / MB
 
 

@@ -225,7 +225,7 @@ def test_memory_of_copies_is_measured_in_a_fresh_process():
     assert copies.estimator("currents, signs", 8).noise["2"].signs
     assert copies.estimator("firing, in turn", 8).memory == "replay"
     if Path("/proc/self/status").exists():
-        assert abs(copies.fresh("firing, in turn", 2)) < 300  # MB
+        assert abs(memory.in_fresh_process("copies", "firing, in turn", "2")) < 300  # MB
 
 
 @pytest.mark.parametrize("library", ["snntorch", "norse", "spikingjelly"])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import own_spread, widened
+from ulr_snn.neurons import own_spread
+from ulr_snn.precision import widened
 from ulr_snn.records import CurrentRecord
 from ulr_snn.scan.bits import pack_bits
 from ulr_snn.steps import StepSite

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron
 from ulr_snn.discovery import find_layers
-from ulr_snn.events import Events, Frames
+from ulr_snn.events import Frames
 from ulr_snn.graph import leaves
 from ulr_snn.losses import Objective
 from ulr_snn.neurons import LIF, Fold, SpikingNeuron
 from ulr_snn.noise import CurrentNoise, Logistic, NoiseLevel, WeightNoise
 from ulr_snn.passes import coupled_modules, first_output, keep_traces, model_outputs, runs_by_step
 from ulr_snn.precision import full_precision
-from ulr_snn.sites import Layers, bind, spiking_layers
+from ulr_snn.sites import Layers, bind, inside, spiking_layers
 
 SAMPLES = 8  # of a batch that are recorded
 TRIAL = 24  # time steps of random currents by which a neuron's equations are compared
@@ -172,8 +172,7 @@ class Recorder:
         self.neurons: dict[str, StepNeuron] = neurons
         self._left: dict[str, list[Any]] = {}  # by neuron: what it returned and carries, as it stood then
         for name, module in model.named_modules():
-            inside = any(name.startswith(f"{neuron}.") for neuron in neurons)
-            if name in neurons or (not module._modules and not inside):
+            if name in neurons or not (module._modules or any(inside(name, neuron) for neuron in neurons)):
                 self.modules[name] = module
 
     def watching(self) -> ExitStack:
@@ -313,8 +312,7 @@ def check_modules(model: nn.Module, layers: Layers) -> None:
     for name, module in model.named_modules():
         if hooked(module):
             raise NoChain(f"{name or 'the model'} has hooks")
-        inside = any(name == site or name.startswith(f"{site}.") for site in names)
-        if not module._modules and not inside and not row_by_row(module):
+        if not module._modules and not any(inside(name, site) for site in names) and not row_by_row(module):
             raise NoChain(f"{name or 'the model'} is a {type(module).__name__}")
 
 
@@ -490,8 +488,7 @@ class Engine:
                 raise NoChain(f"there is noise of its own at {name}")
         if not any(isinstance(neuron, StepNeuron) for _, neuron in spiking_layers(self.model)):
             raise NoChain("")
-        x = Events.of(frames[:, :SAMPLES], dtype)
-        x = x.dense() if isinstance(x, Events) else x
+        x = frames[:, :SAMPLES].to(dtype)
         x = x.repeat(2 if len(x) == 1 else 1, 2 if x.shape[1] == 1 else 1, *[1] * (x.ndim - 2)).contiguous()
         try:
             by_step = runs_by_step(self.model, x)

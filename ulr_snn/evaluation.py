@@ -13,10 +13,10 @@ from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
 from ulr_snn.estimator import ULR
 from ulr_snn.losses import LossSpec, resolve, total
-from ulr_snn.neurons import output_mask, widened
+from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
 from ulr_snn.passes import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
-from ulr_snn.precision import reduced_precision
+from ulr_snn.precision import reduced_precision, widened
 from ulr_snn.sites import Layers, bind, check_layers, own_modules, spiking_layers
 
 Run = tuple[Tensor, Mapping[str, Tensor]]  # outputs, and activity [B] by name

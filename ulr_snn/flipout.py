@@ -44,8 +44,8 @@ class Flips:
         return self.zeta * rows.view(*rows.shape, *[1] * (self.zeta.ndim - 2))
 
 
-def owner(model: nn.Module, parameter: str) -> nn.Module:
-    """The module that a parameter belongs to. Raises UsageError where its samples cannot have noise of their own."""
+def check_by_sample(model: nn.Module, parameter: str) -> None:
+    """Raises UsageError where samples cannot have noise of their own on this parameter."""
     name, _, own = parameter.rpartition(".")
     modules = dict(model.named_modules())
     module, holder = modules.get(name), modules.get(name.rpartition(".")[0])
@@ -58,7 +58,6 @@ def owner(model: nn.Module, parameter: str) -> nn.Module:
             f"ULR got WeightNoise(per_sample=True) for {parameter}; it is for weights and biases of linear and "
             "ungrouped convolutional modules of which no other module, and no neuron, makes use"
         )
-    return module
 
 
 def flips(zeta: Tensor, rows: int, generator: torch.Generator) -> Flips:
@@ -81,10 +80,9 @@ def disturbed_by_row(model: nn.Module, found: Mapping[str, Flips], steps: int) -
             output = output + placed(bias.zeta * bias.outputs, output, module, steps)
         return output
 
-    names: dict[nn.Module, str] = {owner(model, name): name.rpartition(".")[0] for name in found}
     own = {
-        module: tuple(found.get(f"{name}.{kind}" if name else kind) for kind in ("weight", "bias"))
-        for module, name in names.items()
+        model.get_submodule(name): [found.get(f"{name}.{kind}" if name else kind) for kind in ("weight", "bias")]
+        for name in {parameter.rpartition(".")[0] for parameter in found}
     }
     with ExitStack() as stack:
         for module in own:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.losses import Objective, total
-from ulr_snn.neurons import widened
 from ulr_snn.noise import Noise, OutputNoise
-from ulr_snn.precision import full_precision
+from ulr_snn.precision import full_precision, widened
 
 SITE = 1 << 40  # of the output noise, among the sites that draw
 ELEMENTS = 1 << 22  # of disturbed outputs held at a time

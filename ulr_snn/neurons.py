@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from ulr_snn.errors import UsageError
 from ulr_snn.noise import Drawer
-from ulr_snn.precision import full_precision
+from ulr_snn.precision import full_precision, widened
 from ulr_snn.scan import fused
 from ulr_snn.scan.reference import leaky_drive, scan
 from ulr_snn.scan.state import RESETS, State
@@ -19,11 +19,6 @@ class Timed(nn.Module):
     """A module that runs over time. While it is bound, `lengths` [B] marks the steps that are padding."""
 
     lengths: Tensor | None = None
-
-
-def widened(sequence: Tensor) -> Tensor:
-    """The sequence in single precision, if it comes in less."""
-    return sequence.to(torch.promote_types(sequence.dtype, torch.float32))
 
 
 def check_sequence(module: nn.Module, current: Tensor) -> None:
@@ -265,9 +260,6 @@ class Weighted:
     @property
     def weight(self) -> Tensor:
         return self.module.weight
-
-    def __call__(self, spikes: Tensor) -> Tensor:
-        return nn.functional.linear(spikes, self.weight)
 
 
 class Biased(nn.Module):

@@ -4,10 +4,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 from ulr_snn.errors import UsageError
 
 REDUCED = (torch.bfloat16, torch.float16)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in single precision, if it comes in less."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from ulr_snn.neurons import LIF, Fold, LeakyReadout, TimeAverage
 from ulr_snn.parts import PartSite, Piece, Rows, chain
 from ulr_snn.passes import Forward, check_outputs
 from ulr_snn.piecewise import Piecewise
+from ulr_snn.precision import widened
 from ulr_snn.records import Record
 from ulr_snn.scan.state import State
 from ulr_snn.sites import bind_sites
@@ -114,8 +115,7 @@ class Trace:
     def add(self, x: Tensor) -> None:
         """x [1, B, ...]."""
         if self.sum is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            self.sum = torch.zeros(1, x.shape[1] + 1, *x.shape[2:], dtype=dtype, device=x.device)
+            self.sum = widened(x.new_zeros(1, x.shape[1] + 1, *x.shape[2:]))
         self.sum.mul_(self.beta)
         self.sum[:, :-1] += x
         self.n = self.beta * self.n + 1

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.flipout import owner
+from ulr_snn.flipout import check_by_sample
 from ulr_snn.noise import WeightNoise
 from ulr_snn.records import Record
-from ulr_snn.weights import named, scale_of
+from ulr_snn.weights import named, parameters_of, scale_of
 
 SAMPLES = 8  # that the mean is taken of, at most
 BY_SAMPLE = WeightNoise(per_sample=True)
@@ -40,15 +40,14 @@ def of_weights(noise: WeightNoise, parameters: Mapping[str, Tensor]) -> float:
 
 def own_weights(model: nn.Module, record: Record, sources: Mapping[str, list[str]]) -> dict[str, nn.Parameter]:
     """Trainable parameters whose gradient comes from this site alone."""
-    named = dict(model.named_parameters())
-    return {name: named[name] for name, found in sources.items() if found == [record.site]}
+    return parameters_of(model, [name for name, found in sources.items() if found == [record.site]])
 
 
 def by_sample(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
     """Whether every sample can have noise of its own on these parameters."""
     try:
         for name in parameters:
-            owner(model, name)
+            check_by_sample(model, name)
     except UsageError:
         return False
     return bool(parameters)

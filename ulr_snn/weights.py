@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.flipout import Flips, disturbed_by_row, flips, owner
+from ulr_snn.flipout import Flips, check_by_sample, disturbed_by_row, flips
 from ulr_snn.noise import CurrentNoise, WeightNoise
 from ulr_snn.sites import inside
 
@@ -124,7 +124,7 @@ def choose(
             found |= {name: site for name in trainable if named(name, [key])}
     for name, site in found.items():
         if site.per_sample:
-            owner(model, name)
+            check_by_sample(model, name)
     unchanged = None
     for name in untrained:
         if name in found or named(name, [key for key, site in noise.items() if not isinstance(site, CurrentNoise)]):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.response import learned
+from ulr_snn.precision import widened
 
 PRODUCTS = 1 << 27  # multiply-adds that a step may spend on learning the feedback between two layers
 RIDGE = 1e-3  # of the mean eigenvalue
@@ -173,8 +174,7 @@ def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
 
     Zero where nothing deviates. In at least single precision, whatever the model's is.
     """
-    dtype = torch.promote_types(results.dtype, torch.float32)
-    z, y = inputs.to(dtype), results.to(dtype)
+    z, y = widened(inputs), widened(results)
     wide = len(z) < z.shape[1]
     gram = z @ z.T if wide else z.T @ z
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
