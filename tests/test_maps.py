@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, attach, plan
-from ulr_snn.credit.feedback import Feedback, best_length, ridge_solution
+from ulr_snn.credit.feedback import Feedback, Pace, best_length, ridge_solution
 from ulr_snn.credit.maps import Full, Shared, window
 
 LOCAL = {
@@ -133,6 +133,58 @@ def test_two_sources_of_one_layer_share_what_is_to_be_explained(device):
         torch.testing.assert_close(feedback.layers[name], truth, rtol=0, atol=1e-2)
 
 
+def test_lessons_become_rare_while_the_weights_keep_still_and_frequent_when_they_move():
+    pace, taken = Pace(), []
+    for step in range(40):
+        if pace.wants(step):
+            taken.append(step)
+            pace.see(before=0.5 if step in (0, 24) else 0.001, after=0.0005, step=step)
+    assert taken == [0, 1, 3, 7, 15, 23, 31, 39]  # 24 saw nothing, for it was not asked
+    pace.see(before=0.5, after=0.48, step=39)
+    assert pace.wants(40) and pace.rich  # of few rows it could not know more
+    pace.see(before=0.48, after=0.47, step=40)
+    pace.see(before=0.47, after=0.46, step=41)
+    assert pace.wants(42) and not pace.rich  # more rows did not help
+    pace.see(before=0.008, after=0.001, step=42)  # good enough as it is, but not to wait longer
+    assert pace.wants(43) and not pace.rich
+    pace.see(before=0.1, after=0.09, step=43)
+    assert pace.rich
+
+
+def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned(device):
+    """Of 1400 neurons a usual lesson would see 240 rows; those of the first steps see more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 1400), LIF(), nn.Linear(1400, 80), LIF(), TimeAverage(), nn.Linear(80, 3))
+    model.to(device)
+    x, y = 3 * torch.rand(16, 96, 6, device=device), torch.arange(96, device=device) % 3
+    rows = []
+    with attach(model, ULR(firing=Logistic(2.0))) as ulr:
+        learn = ulr.prediction.learn
+
+        def watched(lesson, spikes, current):
+            rows.append(len(current))
+            learn(lesson, spikes, current)
+
+        ulr.prediction.learn = watched
+        for _ in range(6):
+            ulr.backward(x, y)
+        assert rows[0] > 1000
+        assert likeness(ulr.feedback.layers["1 -> 3"], model[2].weight.detach().T) > 0.98
+        for _ in range(40):
+            ulr.backward(x, y)
+        rows.clear()
+        for _ in range(24):
+            ulr.backward(x, y)
+        assert 3 <= len(rows) <= 6 and max(rows) < 400
+        with torch.no_grad():
+            model[2].weight.add_(0.1 * torch.randn_like(model[2].weight))
+        rows.clear()
+        for _ in range(20):
+            ulr.backward(x, y)
+        assert len(rows) > 5 and max(rows) > 1000
+        assert likeness(ulr.feedback.layers["1 -> 3"], model[2].weight.detach().T) > 0.98
+
+
 def test_what_does_not_repeat_on_other_samples_is_not_learned(device):
     """Pure noise: the last quarter of the samples does not confirm what the others say."""
     torch.manual_seed(0)
@@ -161,7 +213,7 @@ def test_maps_learn_kernels_from_training(device):
     model = nn.Sequential(*model, nn.Flatten(2), TimeAverage(), nn.Linear(5 * 16, 3)).to(device)
     x = 2 * torch.rand(6, 32, 1, 8, 8, device=device)
     with attach(model, seed=1) as ulr:
-        for _ in range(8):
+        for _ in range(40):  # eight lessons: with weights that keep still, one in eight steps
             ulr.backward(x, torch.arange(32, device=device) % 3)
         learned = ulr.feedback.layers["1 -> 3"]
         assert isinstance(ulr.structure.feeds["1"]["3"], Shared)
@@ -239,7 +291,7 @@ def test_a_path_of_another_shape_than_a_checkpoints_is_learned_anew(device):
     path = Full((4,), (2,))
     assert feedback.to_layer(name, path, torch.ones(5, 6, 4, device=device)) is None
     z, truth = torch.randn(40, 4, device=device), torch.randn(4, 2, device=device)
-    assert feedback.refresh_layer({name: path}, {name: z}, z @ truth) < 0.01
+    assert feedback.refresh_layer({name: path}, {name: z}, z @ truth)[1] < 0.01
     torch.testing.assert_close(feedback.layers[name], truth, rtol=0, atol=0.02)
 
 

@@ -9,7 +9,8 @@ layers    a_it = (C g_t)_i,     g_t = ∂L/∂J_t, J the input current of a laye
           depends on nothing else that differs between samples, hardly anything is noise. Where it does, half-
           differences over two copies take the deviations' place. So each step solves its rows,
           C += η Z^T (Z Z^T + ridge)^-1 (what is unexplained), from three quarters of them, with the length η,
-          between 0 and 1, that explains the last quarter best.
+          between 0 and 1, that explains the last quarter best. It follows weights that move: where what it still
+          explains shows that they do so slowly, it is learned every few steps only.
           A recurrent layer feeds itself, one step later (recurrence.py).
           Between wide layers g is replaced by its projection on the q_r: R products where every step by itself
           would cost T. g depends on the sample by the slopes of that layer's firing probabilities.
@@ -17,6 +18,7 @@ layers    a_it = (C g_t)_i,     g_t = ∂L/∂J_t, J the input current of a laye
 
 import math
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -26,10 +28,14 @@ from ulr_snn.credit.maps import Path
 from ulr_snn.credit.response import learned
 from ulr_snn.precision import widened
 
-PRODUCTS = 1 << 27  # multiply-adds that a step may spend on learning the feedback between two layers
+PRODUCTS = 1 << 27  # multiply-adds that a step may spend on learning the feedback between two layers,
+RICH = 16  # and so many times as many, while it is not known yet and rows make it known
 RIDGE = 1e-3  # of the mean eigenvalue
 UNEXPLAINED = 0.5  # of a current's variance: more than this, and one kernel does not do for all positions
 EXACT_IN_TIME = 1 << 30  # multiply-adds up to which credit between layers takes every time step by itself
+STALE = 0.01  # of a current's variance: C that leaves more than this unexplained is learned at every step
+HELPED = 0.8  # of what was unexplained: a lesson that leaves less than this has helped
+SELDOM = 8  # steps from one lesson to the next, at most
 ENTRIES = 1 << 23  # entries of the largest matrix between two layers; beyond it, feedback comes from the outputs
 
 
@@ -49,11 +55,40 @@ def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
     return basis
 
 
+@dataclass
+class Pace:
+    """How often C into a layer is learned, and from how much. every: steps from one lesson to the next; due: the step
+    of that; rich: whether it may take more than the usual multiply-adds; helps: whether that helped the last time."""
+
+    every: int = 1
+    due: int = 0
+    rich: bool = True
+    helps: bool = True
+
+    def wants(self, step: int) -> bool:
+        """Whether a lesson is due at this step."""
+        return self.every == 1 or step >= self.due
+
+    def see(self, before: float, after: float, step: int) -> None:
+        """A lesson at this step; C left these parts of the current's variance unexplained. Before it, that goes with
+        the square of the distance that weights have moved since the last one. What a lesson hardly lowers is not linear
+        in the spikes, or not theirs, and more rows do not help."""
+        if before > STALE:
+            self.every = 1
+        elif before < STALE / 4:
+            self.every = min(2 * self.every, SELDOM)
+        self.due = step + self.every
+        if self.rich or before <= STALE:
+            self.helps = before <= STALE or after < HELPED * before
+        self.rich = before > STALE and self.helps
+
+
 class Feedback:
     """The feedback matrices; each is created at zero when it is first refreshed.
 
     outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. responses[site]: D of a black box
-    (response.py), and the passes that it was learned from. functions: R, smooth functions of time. rate: bounds the
+    (response.py), and the passes that it was learned from. paces[target]: how often all C into it are learned.
+    functions: R, smooth functions of time. rate: bounds the
     step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below what it explains. It also
     stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
     """
@@ -63,6 +98,7 @@ class Feedback:
         self.outputs: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
         self.responses: dict[str, tuple[Tensor, int]] = {}
+        self.paces: dict[str, Pace] = {}
 
     def from_outputs(self, site: str, drawn: Tensor, error: Tensor) -> Tensor | None:
         """a [T, B, ...] in the shape of what the site draws, from errors e [B, O]; None before the first refresh."""
@@ -119,15 +155,17 @@ class Feedback:
             moved = torch.einsum("rbn,bo->rno", zs, unexplained) / samples
             self.outputs[site] += step * moved / powers[site][:, None, None]
 
-    def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> float:
+    def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> tuple[float, float]:
         """Refreshes all C into one layer from what its input current [n, *target] and the spikes[name] [n, *source]
-        deviate by; rows of one sample side by side. Returns the part of the current's variance in the rows that the
-        step was not solved for, the last quarter, which C then leaves unexplained."""
+        deviate by; rows of one sample side by side. Returns the part of the current's variance that C leaves
+        unexplained: before, in all rows (1 where nothing varies), and after, in those that the step was not solved for,
+        the last quarter (0 there)."""
         left = change
         for name, path in paths.items():
             if self.weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
             left = left - path.forward(self.layers[name], spikes[name])
+        stale, varied = left.square().sum(), change.square().sum()
         for i, (name, path) in enumerate(paths.items(), 1):
             inputs, results = path.inputs(spikes[name]), path.results(left)
             known = len(inputs) - len(inputs) // 4
@@ -139,8 +177,9 @@ class Feedback:
             if i < len(paths):
                 left = left - path.forward(move, spikes[name])
         last = (results[known:] - length * effect).square().sum()
-        before = path.results(change)[known:].square().sum()
-        return float(last / before) if before > 0 else 0.0
+        all_of_last = path.results(change)[known:].square().sum()
+        stale, varied, last, all_of_last = torch.stack([stale, varied, last, all_of_last]).tolist()
+        return stale / varied if varied > 0 else 1.0, last / all_of_last if all_of_last > 0 else 0.0
 
     def learn_response(self, site: str, spikes: Tensor, z: Tensor, valid: Tensor) -> None:
         """One more pass for D: see `response.learned`."""
@@ -150,11 +189,13 @@ class Feedback:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
         responses = {site: (kernel.clone(), passes) for site, (kernel, passes) in self.responses.items()}
-        return dict(zip(("outputs", "layers"), copies, strict=True)) | {"responses": responses}
+        paces = {target: astuple(pace) for target, pace in self.paces.items()}
+        return dict(zip(("outputs", "layers"), copies, strict=True)) | {"responses": responses, "paces": paces}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
         found = state["responses"].items()
         self.responses = {site: (kernel.clone().to(device), passes) for site, (kernel, passes) in found}
+        self.paces = {target: Pace(*pace) for target, pace in state.get("paces", {}).items()}
         self.outputs = {name: matrix.clone().to(device) for name, matrix in state["outputs"].items()}
         self.layers = {name: matrix.clone().to(device) for name, matrix in state["layers"].items()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.direct import direct_credit, direct_effect
-from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, UNEXPLAINED, Feedback, edge
+from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, Feedback, Pace, edge
 from ulr_snn.credit.maps import Full, Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
 from ulr_snn.credit.response import Response
@@ -34,13 +34,14 @@ class Credit:
 class Lesson:
     """What a step learns all C into one layer from: its current, and the spikes of the sources along their paths, at
     rows (t, b). before: 1 where spikes act a step later, so that row t is of the spikes at t and the current at t + 1.
-    paired: what is compared is the copies of pairs, not samples."""
+    paired: what is compared is the copies of pairs, not samples. step: at which it is."""
 
     target: str
     paths: dict[str, Path]
     before: int
     paired: bool
     rows: tuple[Tensor, Tensor]
+    step: int
 
 
 class Prediction:
@@ -116,25 +117,33 @@ class Prediction:
                 self.feedback.learn_response(target, deviations(joined(spikes[target]), valid), z, valid)
 
     def lessons(self, sites: list[str], valid: Tensor, batch: int, step: int) -> Iterator[Lesson]:
-        """Those of a step whose rows are valid at [T, rows], of so many samples a copy; sites in order of execution."""
+        """Those due at a step whose rows are valid at [T, rows], of so many samples a copy; sites in order of their
+        execution."""
         structure, pairs = self.structure, valid.shape[1] // batch // 2 * 2 * batch
         for target in sites:
             paths = {name: structure.feeds[name][target] for name in sites if target in structure.feeds[name]}
             paired = target in structure.paired
-            if paths and (pairs or not paired):
+            pace = self._pace(target, 0)
+            if paths and (pairs or not paired) and pace.wants(step):
                 compared = valid[:, : pairs // 2] if paired else valid
-                yield Lesson(target, paths, 0, paired, self._rows(paths, compared, step))
-            if target in structure.recurrent and len(valid) > 1:
+                yield Lesson(target, paths, 0, paired, self._rows(paths, compared, step, pace.rich), step)
+            pace = self._pace(target, 1)
+            if target in structure.recurrent and len(valid) > 1 and pace.wants(step):
                 paths = {target: structure.recurrent[target]}
-                yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step))
+                yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step, pace.rich), step)
+
+    def _pace(self, target: str, before: int) -> Pace:
+        """Of the lessons for a layer or, a step later, for itself."""
+        return self.feedback.paces.setdefault(edge(target, target) if before else target, Pace())
 
     @full_precision()
     def learn(self, lesson: Lesson, spikes: dict[str, Tensor], current: Tensor) -> None:
         """A step of all C into one layer, from what its current [n, *target] and the spikes [n, *source] differ by."""
         named = {edge(name, lesson.target): path for name, path in lesson.paths.items()}
         spikes = {edge(name, lesson.target): rows for name, rows in spikes.items()}
-        left = self.feedback.refresh_layer(named, spikes, current)
-        if left > UNEXPLAINED and not lesson.before:  # what is shared cannot learn weights that differ
+        before, after = self.feedback.refresh_layer(named, spikes, current)
+        self._pace(lesson.target, lesson.before).see(before, after, lesson.step)
+        if after > UNEXPLAINED and not lesson.before:  # what is shared cannot learn weights that differ
             for name in lesson.paths:
                 paths = self.structure.feeds[name]
                 paths[lesson.target] = paths[lesson.target].unshared(ENTRIES)
@@ -195,11 +204,11 @@ class Prediction:
         spikes, slope = record.spikes.detach(), lambda: record.slope_of_membrane
         return Recurrence(record.neuron, slope, spikes, record.membrane, path, weight, record.fused_credit)
 
-    def _rows(self, paths: dict[str, Path], valid: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, rich: bool) -> tuple[Tensor, Tensor]:
         """What a step learns from: of time steps and samples [T, B] as many (t, b) as it can afford, at random, no
         padding, those of one sample side by side."""
         size, generator = int(valid.sum()), torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        count = min([size, *(affordable_rows(path, PRODUCTS) for path in paths.values())])
+        count = min([size, *(affordable_rows(path, rich) for path in paths.values())])
         if 4 * count < size:  # in long sequences: no list of all rows; of the few that are drawn twice one is left out
             rows = torch.randint(size, (count,), generator=generator).unique()
         else:
@@ -215,13 +224,20 @@ def added(a: Tensor | None, part: Tensor | None) -> Tensor | None:
     return part if a is None else a if part is None else a + part
 
 
-def affordable_rows(path: Path, budget: int) -> int:
-    """Rows n, at least one, whose regression takes no more multiply-adds: of m = n positions inputs of width D and
-    results of width M, m D (min(m, D) + 2 M)."""
+def affordable_rows(path: Path, rich: bool) -> int:
+    """Rows n, at least one, whose regression takes no more multiply-adds than it may: of m = n positions inputs of
+    width D and results of width M, m D (min(m, D) + 2 M). rich: it may take more, up to twice as many equations as
+    unknowns."""
     (inputs, results), positions = path.size, path.positions
-    few = math.sqrt(results**2 + budget / inputs) - results  # m, if the regression has more unknowns than equations
-    many = budget / (inputs * (inputs + 2 * results))
-    return max(1, int((few if few < inputs else many) / positions))
+
+    def affordable(budget: int) -> float:
+        few = math.sqrt(results**2 + budget / inputs) - results  # m, if there are more unknowns than equations
+        return few if few < inputs else budget / (inputs * (inputs + 2 * results))
+
+    count = affordable(PRODUCTS)
+    if rich:
+        count = max(count, min(affordable(RICH * PRODUCTS), 2 * inputs))
+    return max(1, int(count / positions))
 
 
 def contrast(passes: list[Tensor], batch: int | None, valid: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
