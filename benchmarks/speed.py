@@ -6,7 +6,8 @@
 
 Every method sees the same uint8 events and does a whole step: conversion, passes, gradient, Adam. Methods take turns in
 one process; of each round the mean time of a step counts, over rounds the median, with the first and third quartile. A
-round is a multiple of four steps, so that those which refresh the feedback count in proportion. Rows go to results/.
+round is eight steps, so that those which learn the feedback count in proportion, or fewer of what takes a second and
+more; Adam's rate is that of `train`, and batches differ, so that weights move as in a training. Rows go to results/.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,15 +30,18 @@ from benchmarks.nets import CASES, CLASSES, LOOPS, NETS, Case, ours
 from ulr_snn import ULR, attach
 
 HERE = Path(__file__).resolve().parent
-WARM_UP, STEPS, ROUNDS = 12, 8, 9
+WARM_UP, STEPS, ROUNDS = 24, 8, 9
+SECONDS = 8.0  # that a round may take
+RATE = 1e-2
+BATCHES = 8  # in turn: a single one is soon known by heart, and its gradients are too small for usual numbers
 SWEEPS = {"steps": (10, 30, 100, 300, 1000), "width": (256, 1024, 4096), "batch": (8, 32, 128, 512)}
 Step = Callable[[Tensor, Tensor], None]
 Nets = dict[str, Callable[[Case], torch.nn.Module]]
 
 
-def events_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
+def events_of(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random events of the case's density, and labels."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     x = torch.empty(case.steps, case.batch, *case.sample, dtype=torch.uint8)
     for step in x:  # one at a time: what is measured is the memory of others
         step.copy_(torch.rand(step.shape, generator=generator) < case.density)
@@ -49,7 +54,7 @@ def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
     torch.manual_seed(0)
     streams = memory == "stream"
     model = ours(case, averaged=not streams).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
     attached = attach(model, ULR(memory=memory), "ce_rate" if streams else "ce_count", total_steps=1000)
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -68,7 +73,7 @@ def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
 def bptt(case: Case, device: str, library: str, compiled: bool = False, nets: Nets = NETS) -> Step:
     torch.manual_seed(0)
     model = nets[library](case).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
     run = torch.compile(model) if compiled else model
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -95,25 +100,27 @@ def methods(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Step
 
 def rows_of(case: Case, device: str, compiled: bool, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Measures one case; prints the table."""
-    x, y = events_of(case, device)
+    batches = cycle([events_of(case, device, seed) for seed in range(BATCHES)])
     steps = dict(methods(case, device, compiled))
     times: dict[str, list[float]] = {name: [] for name in steps}
 
     def run(step: Step, count: int) -> float:
         start = time.perf_counter()
         for _ in range(count):
-            step(x, y)
+            step(*next(batches))
         if device != "cpu":
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start) / count
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries
-        for step in steps.values():
-            run(step, WARM_UP)
+        counts = {}
+        for name, step in steps.items():
+            counts[name] = max(1, min(STEPS, int(1e3 * SECONDS / min(run(step, 1), run(step, 1)))))
+            run(step, counts[name] * WARM_UP // STEPS)
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(run(step, STEPS))
+            times[name].append(run(step, counts[name]))
     middle = {name: median(found) for name, found in times.items()}
     fastest = min((name for name in times if name != "ulr"), key=middle.get)
     rows = []
@@ -184,11 +191,11 @@ def roofline(cases: list[Case]) -> list[dict[str, Any]]:
     macs, moved = ceilings()
     rows = []
     for case in cases:
-        x, y = events_of(case, "cpu")
+        batches = cycle([events_of(case, "cpu", seed) for seed in range(BATCHES)])
         step = likelihood_ratio(case, "cpu")
         for _ in range(WARM_UP):
-            step(x, y)
-        ms = 1e3 * median(timed(lambda step=step, x=x, y=y: step(x, y)) for _ in range(24))
+            step(*next(batches))
+        ms = 1e3 * median(timed(lambda step=step, batch=batch: step(*batch)) for batch in islice(batches, 24))
         products, size = demand(case)
         bound = 1e3 * (products / macs + size / moved)
         rows.append({"case": case.name, "products": products, "bytes": size, "machine_products_a_second": macs,
@@ -207,6 +214,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="the peers by torch.compile as well")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help=f"at least 2 (default: {ROUNDS}, of a sweep 3)")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -214,7 +222,7 @@ def main() -> None:
     if arguments.roofline:
         write(arguments.results / "roofline.csv", roofline(cases))
         return
-    rounds = 3 if arguments.sweep else ROUNDS
+    rounds = arguments.rounds or (3 if arguments.sweep else ROUNDS)
     if arguments.sweep:
         cases = [case.at(**{arguments.sweep: size}) for case in cases for size in SWEEPS[arguments.sweep]]
     for case in cases:
