@@ -239,3 +239,7 @@ def test_numbers_too_small_for_the_processor_to_be_quick_with_are_zero():
         given = a.clone(), x, "logistic", torch.tensor(0.5), None, spikes, 0.9 * one, one, reset, later.clone()
         _, currents = fused.credit(*given, False, False)
         assert not currents[currents.abs() < 1e-30].any() and (currents[..., 2] > 0).all()
+    broken = torch.full_like(x, float("nan"))
+    assert fused.slopes(broken, "logistic", torch.tensor(0.5), None).isnan().all()
+    given = broken, x, "logistic", torch.tensor(0.5), None, spikes, 0.9 * one, one, "none", later
+    assert fused.credit(*given, False, False)[1].isnan().all()

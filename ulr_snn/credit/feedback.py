@@ -87,10 +87,10 @@ class Feedback:
     """The feedback matrices; each is created at zero when it is first refreshed.
 
     outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. responses[site]: D of a black box
-    (response.py), and the passes that it was learned from. paces[target]: how often all C into it are learned.
-    functions: R, smooth functions of time. rate: bounds the
-    step of B, α <= rate * samples / (neurons * functions), so that noise in B stays below what it explains. It also
-    stays well inside what is stable for the rows at hand, 2 / largest eigenvalue.
+    (response.py), and the passes that it was learned from. paces[target]: how often all C into it are learned, by the
+    edge's name where that is to itself. functions: R, smooth functions of time. rate: bounds the step of B,
+    α <= rate * samples / (neurons * functions), so that noise in B stays below what it explains. It also stays well
+    inside what is stable for the rows at hand, 2 / largest eigenvalue.
     """
 
     def __init__(self, functions: int, rate: float) -> None:

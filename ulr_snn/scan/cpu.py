@@ -169,13 +169,13 @@ def _slope(law, x, out):
         for n in range(len(x)):
             out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
     for n in range(len(x)):
-        out[n] = out[n] if out[n] > _LEAST_SLOPE else _f(0)
+        out[n] = _f(0) if out[n] < _LEAST_SLOPE else out[n]  # what is no number stays
 
 
 @_compiled()
 def _flush(g):
     for n in range(len(g)):
-        g[n] = g[n] if abs(g[n]) > _LEAST_CREDIT else _f(0)
+        g[n] = _f(0) if abs(g[n]) < _LEAST_CREDIT else g[n]
 
 
 @_compiled(parallel=True)
