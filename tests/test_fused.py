@@ -228,7 +228,7 @@ def test_forked_processes_live():
 
 
 def test_numbers_too_small_for_the_processor_to_be_quick_with_are_zero():
-    """Far from the threshold p' times a small error is less than 1e-38; such numbers made a step three times as long."""
+    """Far from the threshold p' times a small error is less than 1e-38, which made a step three times as long."""
     x = torch.tensor([-79.0, -50.0, 0.0, 50.0, 79.0]).repeat(3, 2, 1)
     for law in ("logistic", "gaussian"):
         slopes = fused.slopes(x, law, torch.tensor(0.5), None)
