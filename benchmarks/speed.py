@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS, ROUNDS = 24, 8, 9
 SECONDS = 8.0  # that a round may take
 RATE = 1e-2
-BATCHES = 8  # in turn: a single one is soon known by heart, and its gradients are too small for usual numbers
+BATCHES = 8
 SWEEPS = {"steps": (10, 30, 100, 300, 1000), "width": (256, 1024, 4096), "batch": (8, 32, 128, 512)}
 Step = Callable[[Tensor, Tensor], None]
 Nets = dict[str, Callable[[Case], torch.nn.Module]]
@@ -47,6 +47,11 @@ def events_of(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
         step.copy_(torch.rand(step.shape, generator=generator) < case.density)
     y = torch.randint(0, case.width if case.kind == "wide" else CLASSES, (case.batch,), generator=generator)
     return x.to(device), y.to(device)
+
+
+def batches_of(case: Case, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few batches, over and over: one alone is soon known by heart, and its gradients too small for usual numbers."""
+    return cycle([events_of(case, device, seed) for seed in range(BATCHES)])
 
 
 def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
@@ -100,7 +105,7 @@ def methods(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Step
 
 def rows_of(case: Case, device: str, compiled: bool, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Measures one case; prints the table."""
-    batches = cycle([events_of(case, device, seed) for seed in range(BATCHES)])
+    batches = batches_of(case, device)
     steps = dict(methods(case, device, compiled))
     times: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -191,7 +196,7 @@ def roofline(cases: list[Case]) -> list[dict[str, Any]]:
     macs, moved = ceilings()
     rows = []
     for case in cases:
-        batches = cycle([events_of(case, "cpu", seed) for seed in range(BATCHES)])
+        batches = batches_of(case, "cpu")
         step = likelihood_ratio(case, "cpu")
         for _ in range(WARM_UP):
             step(*next(batches))

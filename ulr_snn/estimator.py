@@ -377,7 +377,7 @@ class Attachment:
         self.measure(passes[0])
         self.step += 1
         self.forward_passes += (sum(len(p.copies) for p in passes) + forward.extra_passes) * x.shape[1]
-        return self._finish(passes, copies, lambda losses: self._add_gradients(passes, groups, losses))
+        return self._finish(passes, copies, lambda: self._add_gradients(passes, groups))
 
     def observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
         """Learns from the first pass what the loss and the layers are."""
@@ -446,26 +446,28 @@ class Attachment:
                     self.measure(p)
                 yield p
 
-        return self._finish(judged, copies, lambda losses: self._add_by_pass(again(), judged, losses))
+        return self._finish(judged, copies, lambda: self._add_by_pass(again(), judged))
 
-    def _finish(self, passes: list[Pass], copies: int, add: Callable[[Tensor], None]) -> Estimate:
-        """add: adds the gradient, given the losses [K, B]; called where they are finite."""
-        losses = torch.cat([p.loss for p in passes])
+    def _finish(self, passes: list[Pass], copies: int, add: Callable[[], None]) -> Estimate:
+        """add: adds the gradient of what has no noise of its own; called where the passes' losses are finite."""
+        losses = torch.cat([p.loss for p in passes])  # [K, B]
         estimate = Estimate(losses.mean(0), _stack_outputs(passes), {"copies": copies, "step": self.step})
         if not self.usable(losses):
             estimate.stats["skipped"] = True
             return estimate
-        add(losses)
+        add()
+        self._add_weight_gradients(passes, losses)
+        self.level.learn()
         self.mean_loss = moving(self.mean_loss, losses)
         self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
         return estimate
 
     # -- the formula ---------------------------------------------------------------------------------------
 
-    def _add_gradients(self, passes: list[Pass], groups: list[Group], losses: Tensor) -> None:
+    def _add_gradients(self, passes: list[Pass], groups: list[Group]) -> None:
         structure = self.structure
         if structure.credit == "global" and self.budget is None and not self.estimator.layerwise:
-            self._add_by_pass(passes, passes, losses)
+            self._add_by_pass(passes, passes)
             return
         if structure.credit == "feedback":
             self.prediction.learn_layers(passes, self.step - 1)
@@ -483,20 +485,16 @@ class Attachment:
                 self.prediction.refresh(group.passes)
             if structure.credit == "residual":
                 self.prediction.learn_layers(group.passes, self.step - 1)
-        self._add_weight_gradients(passes, losses)
         if self.estimator.shrink:
             self._add_shrunk(scored, self._parameters())
             scored = []
         enter([*predicted, *scored], self._wanted())
-        self.level.learn()
 
-    def _add_by_pass(self, passes: Iterable[Pass], judged: list[Pass], losses: Tensor) -> None:
+    def _add_by_pass(self, passes: Iterable[Pass], judged: list[Pass]) -> None:
         """With credit "global" a pass needs of the others, judged, their losses alone, and is done with by itself."""
         for p in passes:
             entries = self._gradients(Group(None, [p], judged), 1.0)
             enter([(entry.tensor, entry.gradient) for entry in entries], self._wanted())
-        self._add_weight_gradients(judged, losses)
-        self.level.learn()
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Those without noise of their own, by name."""

@@ -157,9 +157,9 @@ def loader(
 ) -> DataLoader:
     """A DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
-    With `shuffle=True` every epoch has an order of its own. num_workers: processes that fetch batches ahead.
-    sparse: batches are lists of events. pin_memory: batches lie where a GPU can fetch them while it
-    computes; None: if there is a GPU.
+    With `shuffle=True` every epoch has an order of its own. num_workers: processes that fetch batches ahead. sparse:
+    batches are lists of events. pin_memory: batches lie where a GPU can fetch them while it computes; None: if there is
+    a GPU.
     """
     if pin_memory is None:
         pin_memory = torch.cuda.is_available() and not sparse

@@ -160,6 +160,13 @@ def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirror
 
 
 @_compiled()
+def _flush(values, least):
+    """Zero in place of what is smaller; what is no number stays."""
+    for n in range(len(values)):
+        values[n] = _f(0) if abs(values[n]) < least else values[n]
+
+
+@_compiled()
 def _slope(law, x, out):
     if law == LOGISTIC:
         for n in range(len(x)):
@@ -168,14 +175,7 @@ def _slope(law, x, out):
     else:
         for n in range(len(x)):
             out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
-    for n in range(len(x)):
-        out[n] = _f(0) if out[n] < _LEAST_SLOPE else out[n]  # what is no number stays
-
-
-@_compiled()
-def _flush(g):
-    for n in range(len(g)):
-        g[n] = _f(0) if abs(g[n]) < _LEAST_CREDIT else g[n]
+    _flush(out, _LEAST_SLOPE)
 
 
 @_compiled(parallel=True)
@@ -220,7 +220,7 @@ def credit(a, x, law, scale, own, spikes, beta, threshold, reset, later, totals,
                 for n in range(neurons):
                     total[n] = a[t, b, n]
                     g[n] = beta[n] * g[n] + total[n] * slope[n]
-            _flush(g)
+            _flush(g, _LEAST_CREDIT)
             currents[t, b] = g
             if len(totals):
                 totals[t, b] = total
@@ -240,7 +240,7 @@ def leaky(c, spikes, beta, reset, later, out):
             else:
                 for n in range(neurons):
                     g[n] = c[t, b, n] + beta[n] * g[n]
-            _flush(g)
+            _flush(g, _LEAST_CREDIT)
             out[t, b] = g
 
 
