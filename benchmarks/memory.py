@@ -4,12 +4,14 @@
 
 Of every figure a fresh process: the peak of what is resident (VmHWM) after three steps at T time steps, less that after
 three steps at T = 1, less what the batch of uint8 events itself has more; median over repeats. Above weights, their
-gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all.
+gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all. The C
+library is told to give back what is freed (see ALLOCATOR): what it holds on to else grows with the number of updates.
 Rows go to results/memory.csv.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from benchmarks.speed import HERE, about, bptt, events_of, likelihood_ratio, wri
 
 METHODS = ("ulr bits", "ulr replay", "ulr stream", "ulr auto", *(f"{library} BPTT" for library in NETS))
 MB = 1 << 20
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 
 
 def peak() -> int:
@@ -50,7 +53,8 @@ def measure(name: str, method: str, steps: int) -> dict[str, float]:
 def in_fresh_process(benchmark: str, *what: str) -> Any:
     """What a benchmark prints last, as JSON, when it is asked for this one figure alone."""
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--one", *what]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True)
+    environment = os.environ | ALLOCATOR
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
