@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.stepsize import REACH, READOUT, StepSizes
+from ulr_snn.stepsize import LEAST, REACH, READOUT, SLOW, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -80,6 +80,28 @@ def test_the_factors_of_the_learning_rate():
     found.summed = 2.0
     assert found.factor("readout", ["outputs"]) == READOUT / 2
     assert found.factor("inside", ["weight noise"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("drive", "summed", "slow"), [(0.01, True, True), (0.01, False, False), (5.0, True, False)],
+    ids=["at rest, summed", "at rest, averaged", "awake, summed"],
+)  # fmt: skip
+def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_does(drive, summed, slow):
+    """Relative to what each factor is once the training is over half."""
+    steps, total = 20, 20
+    x, y = drive * torch.rand(steps, BATCH, PIXELS).double(), data()[1]
+    net = model(*(() if not summed else (nn.Linear(7, CLASSES),)))
+    overall = []
+    with attach(net, loss="ce_count", total_steps=total) as ulr:
+        ulr.advise_step_sizes()
+        for _ in range(total // 2):
+            ulr.backward(x, y)
+            name = "2.weight" if summed else "3.weight"
+            overall.append(ulr.rate_factors()[name])
+            net.zero_grad()
+    expected = [min(1.0, max(LEAST, step / total / SLOW)) if slow else 1.0 for step in range(total // 2)]
+    assert overall[-1] == READOUT / (ulr.step_sizes.summed)
+    assert [found / overall[-1] for found in overall] == pytest.approx(expected)
 
 
 def test_the_own_optimizer_takes_these_steps_and_others_do_not():

@@ -622,7 +622,10 @@ class Attachment:
 
     def rate_factors(self) -> dict[str, float]:
         """Of the learning rate, by parameter, as steps of `train`'s own optimizer take it (see `stepsize`)."""
-        return {name: self.step_sizes.factor(name, sources) for name, sources in self.structure.parameters.items()}
+        begins = self.level.resting and self.structure.has_readout and self.fixed_progress is None
+        overall = self.step_sizes.at_rest(self.level.progress) if begins else 1.0
+        found = self.structure.parameters.items()
+        return {name: overall * self.step_sizes.factor(name, sources) for name, sources in found}
 
     # -- state ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,13 @@ parameter's learning rate is
 
     G = sum over a parameter's entries of |∂u/∂entry| / threshold, mean over samples, times and the layer's neurons
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
+
+Where τ > READOUT and layers begin at rest, such a readout learns more slowly than they do. In their silence gradients
+are single spikes of noise, of each of which Adam, whose steps have one size whatever the gradient, makes a step of
+several learning rates. The layers wake by these, and the readout does not know yet what to do with their spikes, so
+that firing less is what lowers the loss, and they fall silent for good. So there all rates are lower at first:
+
+    factor max(1/3, progress / SLOW), until progress = SLOW
 """
 
 from typing import Any
@@ -23,6 +30,8 @@ from ulr_snn.passes import Pass
 
 REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane by
 READOUT = 6.0
+SLOW = 0.3  # of the training: while all rates are lower than they will be; LEAST: what is left of them at first
+LEAST = 1 / 3
 OFTEN, SELDOM = 32, 16  # G is measured at each of the first steps, then at every so many
 
 
@@ -55,6 +64,12 @@ class StepSizes:
             return READOUT / (self.summed or 1.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
         return min([1.0, *(REACH / g for g in reached if g)])
+
+    def at_rest(self, progress: float) -> float:
+        """Of all learning rates, where layers began at rest and a readout learns through the outputs alone."""
+        if self.summed is None or self.summed <= READOUT:
+            return 1.0
+        return min(1.0, max(LEAST, progress / SLOW))
 
     def state_dict(self) -> dict[str, Any]:
         return {"reach": {source: dict(found) for source, found in self.reach.items()}, "summed": self.summed}
