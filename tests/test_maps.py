@@ -328,3 +328,21 @@ def test_where_events_take_a_shortcut_only_pairs_tell_what_spikes_do(device):
         for _ in range(9):
             ulr.backward(x, y)
         assert likeness(learned, weight) < 0.95
+
+
+def test_a_current_that_is_not_finite_spoils_no_feedback(device):
+    feedback, path = Feedback(1, 0.1), Full((4,), (2,))
+    z, truth = torch.randn(40, 4, device=device), torch.randn(4, 2, device=device)
+    change = z @ truth
+    change[3, 1] = torch.inf
+    assert feedback.refresh_layer({"a -> b": path}, {"a -> b": z}, change) == (1.0, 0.0)
+    assert feedback.layers["a -> b"].count_nonzero() == 0
+    feedback.refresh_layer({"a -> b": path}, {"a -> b": z}, z @ truth)
+    torch.testing.assert_close(feedback.layers["a -> b"], truth, rtol=0, atol=0.02)
+
+
+def test_half_precision_is_wide_enough_for_the_sums_of_a_lesson(device):
+    feedback, path = Feedback(1, 0.1), Full((8,), (16,))
+    z = torch.randn(1200, 8, device=device).half()
+    before, after = feedback.refresh_layer({"a -> b": path}, {"a -> b": z}, 20 * z.repeat(1, 2))
+    assert before == 1.0 and after < 0.01

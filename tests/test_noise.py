@@ -32,6 +32,15 @@ def uniform(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniforms_for_drives_of_half_precision_have_all_bits(dtype):
+    noise = Noise(0, 0, *rows(256))
+    uniforms = noise.uniform(0, 0, 64, NEURONS, dtype)
+    assert uniforms.min() > 0 and uniforms.max() < 1
+    assert torch.equal(uniforms, noise.uniform(0, 0, 64, NEURONS, torch.float32))
+    assert noise.normal(0, 0, 64, NEURONS, dtype).isfinite().all()
+
+
 def test_uniforms_are_uniform(device):
     values = uniform(device=device).flatten().cpu()
     for bins, part in [(256, values), (1024, values), (256, values * 256 % 1), (256, values * 2**15 % 1)]:

@@ -203,3 +203,19 @@ def test_events_stay_as_they_are_where_modules_change_them_in_place(memory):
     with attach(model, ULR(memory=memory)) as ulr:
         ulr.backward(x, torch.zeros(8, dtype=torch.long))
     assert torch.equal(x, before)
+
+
+def test_the_readouts_step_size_stays_when_a_training_goes_on():
+    """Times are counted at the start: a net that is sure of itself asks less of its outputs."""
+    x, y = torch.ones(STEPS, BATCH, 3, 4), torch.zeros(BATCH, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(12, 9), LIF(), nn.Linear(9, 3))
+    with attach(model, ULR(memory="bits"), "ce_count", total_steps=20) as ulr:
+        ulr.advise_step_sizes()
+        ulr.backward(x, y)
+        state = ulr.state_dict()
+    with torch.no_grad():
+        model[3].bias += torch.tensor([9.0, 0, 0])
+    with attach(model, ULR(memory="bits"), "ce_count", total_steps=20) as ulr:
+        ulr.load_state_dict(state)
+        ulr.backward(x, y)
+        assert ulr.step_sizes.summed == state["step_sizes"]["summed"] > STEPS / 2

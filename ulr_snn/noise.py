@@ -298,7 +298,9 @@ class Noise:
     varied: int | None = None
 
     def uniform(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1."""
+        """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1; in at
+        least single precision, since a lower one cannot hold their bits."""
+        dtype = torch.promote_types(dtype, torch.float32)
         if self.at(site) is not self:
             return self.at(site).uniform(site, first_step, steps, shape, dtype)
         device = self.sample.device
@@ -336,7 +338,7 @@ class Noise:
 
     def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normal z of the uniforms, -z in mirrored rows; same shape."""
-        return torch.special.ndtri(self.uniform(site, first_step, steps, shape, dtype))
+        return torch.special.ndtri(self.uniform(site, first_step, steps, shape, dtype)).to(dtype)
 
 
 def sobol_bits(points: Tensor, times: range, neurons: int) -> Tensor:

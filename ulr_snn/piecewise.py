@@ -125,6 +125,8 @@ class InParts(Piecewise):
     def step(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Estimate | None:
         """None where the first step shows that it has to see the whole sequence."""
         attached, first = self.attached, self.attached.structure is None
+        sizes = attached.step_sizes
+        at_start = sizes is not None and sizes.summed is None  # not so in a training that goes on
         p = self.sample(forward, batch, few)
         if first and not self.possible(batch):
             attached.structure = None  # the whole shows more: which noise is the lesser, for one
@@ -143,8 +145,8 @@ class InParts(Piecewise):
             outputs = module(outputs)
         check_outputs(outputs, batch.steps, batch.samples)
         judgement = forward.judge(outputs, {}, batch.targets, batch.lengths, batch.objective, [0])
-        if first and attached.step_sizes is not None:
-            attached.step_sizes.summed = times_summed(judgement)  # all have more time steps than were measured
+        if first and at_start:
+            sizes.summed = times_summed(judgement)  # all have more time steps than were measured
         attached.step += 1
         losses = judgement.loss[None]
         stats = {"copies": 1, "step": attached.step, "parts": len(run.parts)}

@@ -159,26 +159,28 @@ class Feedback:
         """Refreshes all C into one layer from what its input current [n, *target] and the spikes[name] [n, *source]
         deviate by; rows of one sample side by side. Returns the part of the current's variance that C leaves
         unexplained: before, in all rows (1 where nothing varies), and after, in those that the step was not solved for,
-        the last quarter (0 there)."""
+        the last quarter (0 there). Where anything is not finite C stays, and counts as unknown."""
         left = change
         for name, path in paths.items():
             if self.weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
             left = left - path.forward(self.layers[name], spikes[name])
-        stale, varied = left.square().sum(), change.square().sum()
+        stale, varied = widened(left).square().sum(), widened(change).square().sum()
         for i, (name, path) in enumerate(paths.items(), 1):
             inputs, results = path.inputs(spikes[name]), path.results(left)
             known = len(inputs) - len(inputs) // 4
             move = ridge_solution(inputs[:known], results[:known])
             effect = inputs[known:] @ move
             length = best_length(effect, results[known:])
-            move *= length
+            move = torch.where((length * move).isfinite().all(), length * move, 0.0)
             self.layers[name] += move
             if i < len(paths):
                 left = left - path.forward(move, spikes[name])
-        last = (results[known:] - length * effect).square().sum()
-        all_of_last = path.results(change)[known:].square().sum()
+        last = widened(results[known:] - length * effect).square().sum()
+        all_of_last = widened(path.results(change)[known:]).square().sum()
         stale, varied, last, all_of_last = torch.stack([stale, varied, last, all_of_last]).tolist()
+        if not math.isfinite(stale + varied + last + all_of_last):
+            return 1.0, 0.0
         return stale / varied if varied > 0 else 1.0, last / all_of_last if all_of_last > 0 else 0.0
 
     def learn_response(self, site: str, spikes: Tensor, z: Tensor, valid: Tensor) -> None:
@@ -227,6 +229,7 @@ def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
 def best_length(effect: Tensor, wanted: Tensor) -> Tensor:
     """η in [0, 1] for which η * effect comes closest to what is wanted, in the least squares; 1 where there is
     nothing to compare."""
+    effect, wanted = widened(effect), widened(wanted)
     power = effect.square().sum()
     return torch.where(power > 0, (effect * wanted).sum() / power, 1.0).clamp(0, 1)
 
