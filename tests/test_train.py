@@ -347,6 +347,8 @@ FAILURES = {
     "loader": (Interrupted, {"loader": failing_loader, "scheduler": None}),
     "labels": (UsageError, {"loader": lambda: [(x, y + 1) for x, y in batches()]}),
     "validation": (UsageError, {"val_loader": [(x, y + 1) for x, y in batches()]}),
+    "estimator": (UsageError, {"estimator": "global"}),
+    "optimizer": (UsageError, {"optimizer": "adam"}),
     "interrupt": (KeyboardInterrupt, {"callbacks": [lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())]}),
 }
 

@@ -232,7 +232,10 @@ def _next_free(parent: Path, name: str) -> Path:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with wrong uses told in one line."""
+    """argparse, with wrong uses told in one line, and no option guessed from its beginning."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(_fail(f"{message} (see {self.prog} --help)", 2))

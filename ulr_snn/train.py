@@ -85,6 +85,8 @@ def train(
     device = pick_device(device)
     model.to(device)
     estimator = estimator or ULR()
+    if not hasattr(estimator, "attach"):
+        raise UsageError(f"train got estimator={estimator!r}; give an object such as ulr_snn.ULR(credit='global')")
     own = optimizer is None
     optimizer = make_optimizer(model, optimizer, lr)
     schedule = make_scheduler(optimizer, scheduler, loader, epochs, accumulate, max_steps)
@@ -314,6 +316,8 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
         raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
     if optimizer is None:
         return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr)
+    if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
+        raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
     return optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable)
 
 
