@@ -31,7 +31,6 @@ def uniform(
 # -- the uniforms ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_uniforms_for_drives_of_half_precision_have_all_bits(dtype):
     noise = Noise(0, 0, *rows(256))
@@ -41,6 +40,7 @@ def test_uniforms_for_drives_of_half_precision_have_all_bits(dtype):
     assert noise.normal(0, 0, 64, NEURONS, dtype).isfinite().all()
 
 
+@pytest.mark.slow
 def test_uniforms_are_uniform(device):
     values = uniform(device=device).flatten().cpu()
     for bins, part in [(256, values), (1024, values), (256, values * 256 % 1), (256, values * 2**15 % 1)]:

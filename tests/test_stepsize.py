@@ -90,17 +90,17 @@ def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_doe
     """Relative to what each factor is once the training is over half."""
     steps, total = 20, 20
     x, y = drive * torch.rand(steps, BATCH, PIXELS).double(), data()[1]
-    net = model(*(() if not summed else (nn.Linear(7, CLASSES),)))
+    readout, name = ([nn.Linear(7, CLASSES)], "2.weight") if summed else ([], "3.weight")
+    net = model(*readout)
     overall = []
     with attach(net, loss="ce_count", total_steps=total) as ulr:
         ulr.advise_step_sizes()
         for _ in range(total // 2):
             ulr.backward(x, y)
-            name = "2.weight" if summed else "3.weight"
             overall.append(ulr.rate_factors()[name])
             net.zero_grad()
     expected = [min(1.0, max(LEAST, step / total / SLOW)) if slow else 1.0 for step in range(total // 2)]
-    assert overall[-1] == READOUT / (ulr.step_sizes.summed)
+    assert overall[-1] == READOUT / ulr.step_sizes.summed
     assert [found / overall[-1] for found in overall] == pytest.approx(expected)
 
 

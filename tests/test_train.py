@@ -367,6 +367,17 @@ def test_a_failing_run_leaves_nothing_half_written(failure, tmp_path):
     train(model, batches(), run_dir=tmp_path)  # and the same directory serves the next run
 
 
+def test_what_is_no_estimator_is_told_wherever_one_is_taken():
+    x, y = batches()[0]
+    for use in (
+        lambda: ulr_snn.attach(net(), "global"),
+        lambda: ulr_snn.plan(net(), (x, y), "global"),
+        lambda: ulr_snn.evaluate(net(), batches(), estimator="global"),
+    ):
+        with pytest.raises(UsageError, match="'global' is no estimator"):
+            use()
+
+
 def test_steps_that_are_not_finite_can_be_skipped():
     loader = batches()
     spoilt = torch.full((16,), 7)

@@ -748,6 +748,13 @@ def _stack_outputs(passes: list[Pass]) -> Tensor:
     return copies.transpose(0, dim)
 
 
+def or_default(estimator: ULR | None) -> ULR:
+    """`ULR()` where none is given. Raises UsageError for what is no estimator."""
+    if estimator is not None and not hasattr(estimator, "attach"):
+        raise UsageError(f"{estimator!r} is no estimator; give an object such as ulr_snn.ULR(credit='global')")
+    return estimator or ULR()
+
+
 def attach(
     model: nn.Module,
     estimator: ULR | None = None,
@@ -763,4 +770,4 @@ def attach(
     loss: a name (see `ulr_snn.losses`) or a callable (outputs, targets) -> [B].
     Raises UsageError if nothing in the model can get noise; where modules of one's own may, the first `backward` tells.
     """
-    return (estimator or ULR()).attach(model, loss, seed, time_first, total_steps)
+    return or_default(estimator).attach(model, loss, seed, time_first, total_steps)

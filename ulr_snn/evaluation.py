@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ulr_snn.activity import counting
 from ulr_snn.discovery import find_layers
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR
+from ulr_snn.estimator import ULR, or_default
 from ulr_snn.losses import LossSpec, resolve, total
 from ulr_snn.neurons import output_mask
 from ulr_snn.noise import Noise, NoiseLevel
@@ -60,7 +60,7 @@ def evaluate(
     model.to(device)
     tally, several, activities = Tally(), Several(), Activities()
     runs = samples or (copies if mode == "stochastic" else 0)
-    estimator = estimator or ULR()
+    estimator = or_default(estimator)
     runner: Runner | None = None
     with mode_of(model, training=False):
         for step, batch in enumerate(loader):

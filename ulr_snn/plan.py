@@ -12,7 +12,7 @@ from ulr_snn.discovery import find_layers
 from ulr_snn.engine import Engine
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch
-from ulr_snn.estimator import ULR, default_copies, observed
+from ulr_snn.estimator import ULR, default_copies, observed, or_default
 from ulr_snn.events import Events
 from ulr_snn.flow import check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, resolve
@@ -62,7 +62,7 @@ def plan(
     example_batch: (x, y) or (x, y, lengths), as the loader gives them. Raises UsageError for what `train` would
     refuse: no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
-    estimator = estimator or ULR()
+    estimator = or_default(estimator)
     device = next(model.parameters(), torch.empty(0)).device
     if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
         raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR, Estimate
+from ulr_snn.estimator import ULR, Estimate, or_default
 from ulr_snn.evaluation import Tally, evaluate, mode_of, pick_device, unpack
 from ulr_snn.losses import LossSpec, total
 from ulr_snn.neurons import output_mask
@@ -84,9 +84,7 @@ def train(
     check_arguments(loader, epochs, accumulate, max_steps)
     device = pick_device(device)
     model.to(device)
-    estimator = estimator or ULR()
-    if not hasattr(estimator, "attach"):
-        raise UsageError(f"train got estimator={estimator!r}; give an object such as ulr_snn.ULR(credit='global')")
+    estimator = or_default(estimator)
     own = optimizer is None
     optimizer = make_optimizer(model, optimizer, lr)
     schedule = make_scheduler(optimizer, scheduler, loader, epochs, accumulate, max_steps)
@@ -316,9 +314,11 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
         raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
     if optimizer is None:
         return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr)
-    if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if not callable(optimizer):
         raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
-    return optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable)
+    return optimizer(trainable)
 
 
 def make_scheduler(

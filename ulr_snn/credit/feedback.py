@@ -165,19 +165,20 @@ class Feedback:
             if self.weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
             left = left - path.forward(self.layers[name], spikes[name])
-        stale, varied = widened(left).square().sum(), widened(change).square().sum()
+        stale, varied = total_square(left), total_square(change)
         for i, (name, path) in enumerate(paths.items(), 1):
             inputs, results = path.inputs(spikes[name]), path.results(left)
             known = len(inputs) - len(inputs) // 4
             move = ridge_solution(inputs[:known], results[:known])
             effect = inputs[known:] @ move
             length = best_length(effect, results[known:])
-            move = torch.where((length * move).isfinite().all(), length * move, 0.0)
+            move *= length
+            move = torch.where(move.isfinite().all(), move, 0.0)
             self.layers[name] += move
             if i < len(paths):
                 left = left - path.forward(move, spikes[name])
-        last = widened(results[known:] - length * effect).square().sum()
-        all_of_last = widened(path.results(change)[known:]).square().sum()
+        last = total_square(results[known:] - length * effect)
+        all_of_last = total_square(path.results(change)[known:])
         stale, varied, last, all_of_last = torch.stack([stale, varied, last, all_of_last]).tolist()
         if not math.isfinite(stale + varied + last + all_of_last):
             return 1.0, 0.0
@@ -212,6 +213,11 @@ def mean_square(z: Tensor) -> Tensor:
     return torch.where(power > 0, power, 1.0)
 
 
+def total_square(values: Tensor) -> Tensor:
+    """In at least single precision: half of it overflows at 65504."""
+    return widened(values).square().sum()
+
+
 def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
     """The smallest weight [D, M] that gives results [m, M] from inputs [m, D], nearly; by the smaller Gram matrix.
 
@@ -229,9 +235,8 @@ def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
 def best_length(effect: Tensor, wanted: Tensor) -> Tensor:
     """η in [0, 1] for which η * effect comes closest to what is wanted, in the least squares; 1 where there is
     nothing to compare."""
-    effect, wanted = widened(effect), widened(wanted)
-    power = effect.square().sum()
-    return torch.where(power > 0, (effect * wanted).sum() / power, 1.0).clamp(0, 1)
+    power = total_square(effect)
+    return torch.where(power > 0, (widened(effect) * widened(wanted)).sum() / power, 1.0).clamp(0, 1)
 
 
 def largest_eigenvalue(blocks: list[Tensor], iterations: int = 6) -> float:
