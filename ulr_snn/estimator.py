@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ulr_snn.copies import AdaptiveCopies, CopyBudget
 from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline, moving, multi_sample_signals, multi_sample_weights, to_go
-from ulr_snn.credit.prediction import WARM_UP, Credit, Prediction
+from ulr_snn.credit.prediction import Credit, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.discovery import find_layers
@@ -74,8 +74,9 @@ class ULR:
     flow: by name, how a module or parameter learns: "ulr" by a likelihood ratio even where a derivative would do (noise
         on the parameters, unless it fires), "backprop" by the exact gradient of what is differentiable alone, and never
         by noise of its own, "frozen" not at all. What is not named learns by whichever of the first two it can.
-    refresh: every how many steps an antithetic pair replaces the single pass, where there is feedback that only
-        pairs can teach: from the outputs (see `plan`), and into layers that see the events otherwise than by spikes.
+    refresh: every how many steps an antithetic pair may replace the single pass, where there is feedback that only
+        pairs can teach: from the outputs (see `plan`), always, and into layers that see the events otherwise than by
+        spikes, while weights move fast, else about every eighth step.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
     memory: what a step keeps. "bits": time goes by in parts, and only the spikes of all of them are kept, one bit each;
@@ -385,7 +386,7 @@ class Attachment:
         self.chosen = None
         check_layers(self.model, self.layers, self.structure.weights)
         self.driven = self.structure.driven
-        self.prediction.structure = self.structure
+        self.prediction.take(self.structure)
         if self.structure.untrained:
             names = ", ".join(self.structure.untrained)
             warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=4)
@@ -396,10 +397,15 @@ class Attachment:
             return
         if self.step_sizes is not None:
             self.step_sizes.measure(self.model, p, self.step)
-        if not self.structure.has_readout and self.fixed_progress is None:
+        if self.began_at_rest and not self.structure.has_readout:
             for r in p.records:
                 if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+
+    @property
+    def began_at_rest(self) -> bool:
+        """Whether layers did, as far as is known, in a training that goes on."""
+        return bool(self.level.resting) and self.fixed_progress is None
 
     def usable(self, losses: Tensor) -> bool:
         """Whether the losses are finite. Raises FloatingPointError if they are not, unless such steps are left out."""
@@ -424,11 +430,7 @@ class Attachment:
     def _copies(self, credit: str, site: str | None = None) -> int:
         """Of this step; site: of one alone, where each has copies of its own."""
         copies = default_copies(self.estimator, self.structure) if self.budget is None else self.budget.copies(site)
-        refreshes = (
-            credit == "feedback"
-            and self.structure.needs_pairs
-            and (self.step < WARM_UP or self.step % self.estimator.refresh == 0)
-        )
+        refreshes = credit == "feedback" and self.prediction.wants_pairs(self.step, self.estimator.refresh)
         return max(copies, 2) if refreshes or self.structure.weights else copies
 
     def _backward_in_turn(self, forward: Forward, copies: int, passes: list[Pass], x: Tensor, *about: Any) -> Estimate:
@@ -622,8 +624,8 @@ class Attachment:
 
     def rate_factors(self) -> dict[str, float]:
         """Of the learning rate, by parameter, as steps of `train`'s own optimizer take it (see `stepsize`)."""
-        begins = self.level.resting and self.structure.has_readout and self.fixed_progress is None
-        overall = self.step_sizes.at_rest(self.level.progress) if begins else 1.0
+        slow = self.began_at_rest and self.structure.has_readout
+        overall = self.step_sizes.at_rest(self.level.progress) if slow else 1.0
         found = self.structure.parameters.items()
         return {name: overall * self.step_sizes.factor(name, sources) for name, sources in found}
 

@@ -95,8 +95,8 @@ class Piecewise:
         """Whether `Attachment.measure` would do something at this step."""
         attached = self.attached
         due = attached.step_sizes is not None and attached.step_sizes.due(attached.step)
-        at_rest = attached.level.resting and not attached.structure.has_readout and attached.level.progress <= WIDENING
-        return bool(due or (at_rest and attached.fixed_progress is None))
+        widens = attached.began_at_rest and not attached.structure.has_readout and attached.level.progress <= WIDENING
+        return bool(due or widens)
 
 
 class InParts(Piecewise):
@@ -127,9 +127,11 @@ class InParts(Piecewise):
         attached, first = self.attached, self.attached.structure is None
         sizes = attached.step_sizes
         at_start = sizes is not None and sizes.summed is None  # not so in a training that goes on
+        known = attached.driven, attached.chosen  # what a checkpoint says
         p = self.sample(forward, batch, few)
         if first and not self.possible(batch):
             attached.structure = None  # the whole shows more: which noise is the lesser, for one
+            attached.driven, attached.chosen = known
             return None
         if p is not None:
             attached.measure(p)

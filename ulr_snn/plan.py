@@ -177,7 +177,8 @@ def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
         )
     if structure.needs_pairs and structure.credit == "feedback" and estimator.copies is None:
         notes.append(
-            f"every {estimator.refresh} steps an antithetic pair replaces the single pass, to refresh what is learned"
+            f"every {estimator.refresh} steps, where something is due, an antithetic pair replaces the single pass, to "
+            "refresh what is learned"
         )
     return notes
 

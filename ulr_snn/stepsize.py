@@ -9,7 +9,7 @@ parameter's learning rate is
     lr min(1, REACH / G)     of parameters that feed a spiking layer
     lr READOUT / τ           where the gradient is exact, through the outputs alone
 
-    G = sum over a parameter's entries of |∂u/∂entry| / threshold, mean over samples, times and the layer's neurons
+    G = sum over a parameter's entries of |m| / threshold, m the mean of ∂u/∂entry over samples, times and neurons
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
 
 Where τ > READOUT and layers begin at rest, such a readout learns more slowly than they do. In their silence gradients

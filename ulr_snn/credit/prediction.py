@@ -45,11 +45,18 @@ class Lesson:
 
 
 class Prediction:
-    """The predictor a of a model's layers, and how it is learned. structure: set once the first pass has shown it."""
+    """The predictor a of a model's layers, and how it is learned. structure: once the first pass has shown it."""
 
     def __init__(self, feedback: Feedback, seed: int) -> None:
         self.feedback, self.seed = feedback, seed
         self.structure: Structure | None = None
+
+    def take(self, structure: Structure) -> None:
+        """What a first pass has shown; paths that are known to share no weights are taken as such."""
+        self.structure = structure
+        for source, paths in structure.feeds.items():
+            known = [target for target in paths if edge(source, target) in self.feedback.unshared]
+            paths.update({target: paths[target].unshared(ENTRIES) for target in known})
 
     @full_precision()
     def credit(self, p: Pass, later: dict[str, Tensor] | None = None) -> list[Credit]:
@@ -121,16 +128,33 @@ class Prediction:
         execution."""
         structure, pairs = self.structure, valid.shape[1] // batch // 2 * 2 * batch
         for target in sites:
-            paths = {name: structure.feeds[name][target] for name in sites if target in structure.feeds[name]}
+            paths = {name: path for name, path in self._paths(target).items() if name in sites}
             paired = target in structure.paired
             pace = self._pace(target, 0)
-            if paths and (pairs or not paired) and pace.wants(step):
+            if paths and (pairs or not paired) and self._due(target, paths, step):
                 compared = valid[:, : pairs // 2] if paired else valid
                 yield Lesson(target, paths, 0, paired, self._rows(paths, compared, step, pace.rich), step)
             pace = self._pace(target, 1)
             if target in structure.recurrent and len(valid) > 1 and pace.wants(step):
                 paths = {target: structure.recurrent[target]}
                 yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step, pace.rich), step)
+
+    def wants_pairs(self, step: int, every: int) -> bool:
+        """Whether a step learns from pairs of copies: one of the first or of every so many, where something that only
+        pairs can teach is due."""
+        if step >= WARM_UP and step % every:
+            return False
+        due = (self._due(target, self._paths(target), step) for target in self.structure.paired)
+        return bool(self.structure.from_outputs) or any(due)
+
+    def _paths(self, target: str) -> dict[str, Path]:
+        """Of all layers that feed one."""
+        return {name: paths[target] for name, paths in self.structure.feeds.items() if target in paths}
+
+    def _due(self, target: str, paths: dict[str, Path], step: int) -> bool:
+        """Whether all C into a layer are to be learned at a step; what is not known always is."""
+        unknown = any(self.feedback.weight(edge(name, target), path) is None for name, path in paths.items())
+        return unknown or self._pace(target, 0).wants(step)
 
     def _pace(self, target: str, before: int) -> Pace:
         """Of the lessons for a layer or, a step later, for itself."""
@@ -144,9 +168,12 @@ class Prediction:
         before, after = self.feedback.refresh_layer(named, spikes, current)
         self._pace(lesson.target, lesson.before).see(before, after, lesson.step)
         if after > UNEXPLAINED and not lesson.before:  # what is shared cannot learn weights that differ
-            for name in lesson.paths:
-                paths = self.structure.feeds[name]
-                paths[lesson.target] = paths[lesson.target].unshared(ENTRIES)
+            for name, path in lesson.paths.items():
+                full = path.unshared(ENTRIES)
+                if full != path:
+                    self.structure.feeds[name][lesson.target] = full
+                    self.feedback.unshared.add(edge(name, lesson.target))
+                    self.feedback.paces[lesson.target] = Pace()  # nothing is known of that matrix yet
 
     @full_precision()
     def refresh(self, passes: list[Pass]) -> None:
