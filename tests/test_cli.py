@@ -138,7 +138,7 @@ def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
         (("train", "digits", "--epochs", "0"), "at least 1"),
         (("train", "digits", "--epochs", "few"), "few"),
         (("train", "digits", "--credit", "luck"), "luck"),
-        (("train", "digits", "--fast"), "--fast"),
+        (("train", "digits", "--fast"), "--fast (see ulr-snn train --help)"),
         (("train", "digits", "--resume"), "--run-dir"),
         (("train", "no-such-set"), "no-such-set"),
         (("plan", "no-such-set"), "no-such-set"),

@@ -359,7 +359,7 @@ def test_what_does_not_fit_runs_by_its_own_code_with_the_reason(name):
     engine = engine_of(make())
     assert engine.running is engine.model
     assert re.search(why, engine.why), engine.why
-    assert engine.line() == [f"engine: the model's own code, a time step a call ({engine.why})"]
+    assert engine.line() == [f"engine: the model's own code, as it is ({engine.why})"]
 
 
 def test_a_state_that_begins_elsewhere_or_is_set_anew_is_found():
@@ -491,7 +491,7 @@ def test_plan_says_which_code_runs():
     lines = plan(leaky(), batch(torch.float32)).engine
     assert lines[0] == "engine: runs as a chain fc1 -> lif1 -> fc2 -> lif2 -> fc3, neurons as scans over time"
     lines = plan(leaky(reset_delay=False), batch(torch.float32)).engine
-    assert lines[0].startswith("engine: the model's own code, a time step a call (lif1 (Leaky): it resets at once")
+    assert lines[0].startswith("engine: the model's own code, as it is (lif1 (Leaky): it resets at once")
     own = nn.Sequential(nn.Linear(5, 8), LIF(), nn.Linear(8, 3))
     assert not any(line.startswith("engine") for line in plan(own, batch(torch.float32)).engine)
 

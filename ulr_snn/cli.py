@@ -29,7 +29,9 @@ _RECORDED = ("data", "data_root", "model", "batch_size", "lr", "seed", "credit",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -254,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
-    train.set_defaults(command=_train)
+    train.set_defaults(command=_train, parser=train)
     _add_task(train)
     train.add_argument("--lr", type=float, metavar="X", help="learning rate (default: that of ulr_snn.train)")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
@@ -263,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a trained network on the test set")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=_evaluate, parser=evaluate)
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
     evaluate.add_argument("--mode", choices=("deterministic", "stochastic"), default="deterministic")
     evaluate.add_argument(
@@ -273,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(evaluate)
 
     compare = commands.add_parser("compare", help="train a network by several methods, side by side")
-    compare.set_defaults(command=_compare)
+    compare.set_defaults(command=_compare, parser=compare)
     _add_task(compare, estimator=False)
     compare.add_argument(
         "--methods", nargs="+", default=["ulr", "surrogate"], metavar="METHOD", help="ulr, surrogate, ..."
@@ -284,12 +286,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(compare)
 
     plan = commands.add_parser("plan", help="show which parameter gets its gradient how, without training")
-    plan.set_defaults(command=_plan)
+    plan.set_defaults(command=_plan, parser=plan)
     _add_task(plan)
     plan.set_defaults(threads=None)
 
     diagnose = commands.add_parser("diagnose", help="measure bias and noise of the estimators' gradients of one batch")
-    diagnose.set_defaults(command=_diagnose)
+    diagnose.set_defaults(command=_diagnose, parser=diagnose)
     _add_task(diagnose, estimator=False)
     diagnose.add_argument("--checkpoint", type=Path, metavar="RUN_DIR", help="weights of a run, in place of new ones")
     diagnose.add_argument("--draws", type=_positive, default=32, metavar="N", help="steps of each estimator")

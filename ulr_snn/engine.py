@@ -504,4 +504,4 @@ class Engine:
             return [f"engine: runs as a chain {' -> '.join(self._chain.names)}, neurons as scans over time"]
         if not self.why:
             return []
-        return [f"engine: the model's own code, a time step a call ({self.why})"]
+        return [f"engine: the model's own code, as it is ({self.why})"]

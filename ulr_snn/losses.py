@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.explained import first_line
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -204,7 +205,7 @@ def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Te
                 check_labels(targets, outputs.shape[-1])
             value = LOSSES[loss](outputs, targets, mask)
         else:
-            value = own(outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)
+            value = answer(own, outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)
         batch = outputs.shape[1] if outputs.ndim >= 3 else outputs.shape[0]
         if own is not loss and isinstance(value, Tensor) and value.ndim > 1:
             value = each_sample(
@@ -220,6 +221,20 @@ def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Te
         return value.to(outputs.device, outputs.dtype)
 
     return one_a_sample
+
+
+def answer(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """What a callable gives. Raises UsageError where a loss of torch's does not take such outputs and targets."""
+    try:
+        return loss(outputs, targets)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if not type(loss).__module__.startswith("torch.nn.modules"):
+            raise
+        raise UsageError(
+            f"{type(loss).__name__} got outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}, and says {first_line(error)!r}; use loss='ce_rate' or 'ce_count' for "
+            "outputs [T, B, C], or TimeAverage() before the last layer"
+        ) from error
 
 
 def each_sample(values: Tensor, batch: int, reduction: str) -> Tensor:

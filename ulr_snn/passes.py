@@ -15,6 +15,7 @@ from ulr_snn.adapters import BlackBox, copies_of_state
 from ulr_snn.errors import UsageError
 from ulr_snn.event_list import EventList
 from ulr_snn.events import Events, Frames
+from ulr_snn.explained import explained
 from ulr_snn.judgement import Judgement, Judging, judge
 from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
@@ -275,9 +276,10 @@ def runs_by_step(model: nn.Module, x: Tensor) -> bool:
 def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
     """The model's output; of a tuple or list (as in `(spikes, membranes)`), its first item. Stacked over time where the
     model takes one time step a call (by_step)."""
-    if by_step:
-        return torch.stack(list(each_step(model, x)))
-    return first_output(model, model(x))
+    with explained(model, x):
+        if by_step:
+            return torch.stack(list(each_step(model, x)))
+        return first_output(model, model(x))
 
 
 def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
