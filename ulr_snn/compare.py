@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -88,8 +89,9 @@ def compare(
     options: see `train`.
     Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
     epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
-    process, and of the first training with what a process loads once; elsewhere unknown). Raises UsageError for a
-    method that is not known, and as `train` does; a training whose loss becomes infinite has a row without a loss.
+    process; elsewhere unknown). A step of each method comes before, so that what a process loads once belongs to none.
+    Raises UsageError for a method that is not known, and as `train` does; a training whose loss becomes infinite has a
+    row without a loss.
     """
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
@@ -97,27 +99,21 @@ def compare(
     device = pick_device(device)
     weights = copy.deepcopy(model.to(device).state_dict())
     rows = []
+    options |= {"loss": loss, "device": device, "seed": seed, "time_first": time_first}
+    default = None if "optimizer" in options else DEFAULT_LR
     try:
+        for estimator in estimators.values():
+            with same_draws(loader, seed), suppress(FloatingPointError):
+                first = list(itertools.islice(loader, 1))
+                train(model, first, 1, estimator=estimator, lr=default, progress=False, **options)
         for method, estimator in estimators.items():
-            for rate in rates(method, lr, None if "optimizer" in options else DEFAULT_LR):
+            for rate in rates(method, lr, default):
                 model.load_state_dict(weights)
                 row = {"method": method, "lr": rate, "seed": seed, **DIVERGED}
                 rows.append(row)
+                options |= {"val_loader": val_loader, "progress": progress}
                 with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
-                    result = train(
-                        model,
-                        loader,
-                        epochs,
-                        val_loader=val_loader,
-                        estimator=estimator,
-                        lr=rate,
-                        loss=loss,
-                        device=device,
-                        seed=seed,
-                        time_first=time_first,
-                        progress=progress,
-                        **options,
-                    )
+                    result = train(model, loader, epochs, estimator=estimator, lr=rate, **options)
                     last = result.history[-1]
                     row |= {
                         "accuracy": last["val_accuracy"],

@@ -45,7 +45,8 @@ class Moments:
 
     def variance(self, layer: str) -> float:
         """trace(cov) of a step's gradient."""
-        return (self.squares[layer] - self.steps * float(self.mean(layer).square().sum())) / (self.steps - 1)
+        spread = self.squares[layer] - self.steps * float(self.mean(layer).square().sum())
+        return max(0.0, spread) / (self.steps - 1)  # rounding may leave less than nothing
 
 
 @dataclass
@@ -198,10 +199,14 @@ def compared(found: Moments, true: Moments, layer: str) -> dict[str, Any]:
     variance = found.variance(layer)
     step = power + variance
     resolved = power > variance / found.steps  # else the mean is mostly noise
+
+    def cosine(square: float) -> float:  # without a bias, such a quotient may lie beyond 1
+        return max(-1.0, min(1.0, product / (norm * square) ** 0.5))
+
     return {
-        "cosine": product / (norm * power) ** 0.5 if norm > 0 and resolved else None,
+        "cosine": cosine(power) if norm > 0 and resolved else None,
         "variance": variance / norm if norm > 0 else None,
-        "step_cosine": product / (norm * step) ** 0.5 if norm > 0 and step > 0 else None,
+        "step_cosine": cosine(step) if norm > 0 and step > 0 else None,
         "passes": found.passes,
     }
 
@@ -214,5 +219,5 @@ def advice(rows: list[dict[str, Any]], true: Moments) -> str:
     best = max(whole, key=lambda row: row["step_cosine"])
     return (
         f"{best['estimator']} points best in a single step: cosine {best['step_cosine']:.2f} with the true gradient, "
-        f"at {best['passes']:g} forward passes a sample."
+        f"at {best['passes']:g} forward pass{'' if best['passes'] == 1 else 'es'} a sample."
     )
