@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.stepsize import LEAST, REACH, READOUT, SLOW, StepSizes
+from ulr_snn.stepsize import LEAST, MOST, REACH, READOUT, SLOW, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -87,7 +87,7 @@ def test_the_factors_of_the_learning_rate():
     ids=["at rest, summed", "at rest, averaged", "awake, summed"],
 )  # fmt: skip
 def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_does(drive, summed, slow):
-    """Relative to what each factor is once the training is over half."""
+    """Relative to what the readout's own factor is."""
     steps, total = 20, 20
     x, y = drive * torch.rand(steps, BATCH, PIXELS).double(), data()[1]
     readout, name = ([nn.Linear(7, CLASSES)], "2.weight") if summed else ([], "3.weight")
@@ -99,9 +99,9 @@ def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_doe
             ulr.backward(x, y)
             overall.append(ulr.rate_factors()[name])
             net.zero_grad()
-    expected = [min(1.0, max(LEAST, step / total / SLOW)) if slow else 1.0 for step in range(total // 2)]
-    assert overall[-1] == READOUT / ulr.step_sizes.summed
-    assert [found / overall[-1] for found in overall] == pytest.approx(expected)
+    expected = [min(MOST, max(LEAST, (step / total / SLOW) ** 2)) if slow else 1.0 for step in range(total // 2)]
+    assert expected[-1] == (MOST if slow else 1.0)
+    assert [found * ulr.step_sizes.summed / READOUT for found in overall] == pytest.approx(expected)
 
 
 def test_the_own_optimizer_takes_these_steps_and_others_do_not():

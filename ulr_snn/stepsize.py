@@ -15,9 +15,10 @@ parameter's learning rate is
 Where τ > READOUT and layers begin at rest, such a readout learns more slowly than they do. In their silence gradients
 are single spikes of noise, of each of which Adam, whose steps have one size whatever the gradient, makes a step of
 several learning rates. The layers wake by these, and the readout does not know yet what to do with their spikes, so
-that firing less is what lowers the loss, and they fall silent for good. So there all rates are lower at first:
+that firing less is what lowers the loss, and they fall silent for good. So there all rates are lower at first. Later,
+when they fire by what they have learned, the rates are higher for it:
 
-    factor max(1/3, progress / SLOW), until progress = SLOW
+    factor max(1/3, (progress / SLOW)²), at most MOST
 """
 
 from typing import Any
@@ -30,8 +31,8 @@ from ulr_snn.passes import Pass
 
 REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane by
 READOUT = 6.0
-SLOW = 0.3  # of the training: while all rates are lower than they will be; LEAST: what is left of them at first
-LEAST = 1 / 3
+SLOW = 0.2  # of the training: until then all rates are lower; LEAST: what is left of them at first; MOST: the highest
+LEAST, MOST = 1 / 3, 2.5
 OFTEN, SELDOM = 32, 16  # G is measured at each of the first steps, then at every so many
 
 
@@ -69,7 +70,7 @@ class StepSizes:
         """Of all learning rates, where layers began at rest and a readout learns through the outputs alone."""
         if self.summed is None or self.summed <= READOUT:
             return 1.0
-        return min(1.0, max(LEAST, progress / SLOW))
+        return min(MOST, max(LEAST, (progress / SLOW) ** 2))
 
     def state_dict(self) -> dict[str, Any]:
         return {"reach": {source: dict(found) for source, found in self.reach.items()}, "summed": self.summed}
