@@ -62,7 +62,7 @@ COLUMNS = (*Run.__dataclass_fields__, *MEASURED, *ABOUT)
 def estimator_of(method: str, settings: Settings) -> ULR | SurrogateBPTT:
     """What `train` gets; the rest are its own arguments."""
     options = {name: value for name, value in settings.items() if name not in ("lr", "clip", "readout")}
-    if method in ("bptt-tuned", "bptt-readout"):
+    if method.startswith("bptt"):
         return SurrogateBPTT(**options)
     noise = {name: options.pop(name) for name in ("start", "end") if name in options}
     return ULR(firing=Logistic(**noise), **options)
@@ -216,7 +216,7 @@ def one_thread() -> None:
 
 def main() -> None:
     config = json.loads((HERE / "grid.json").read_text())
-    methods = ["bptt-tuned", "bptt-readout", "ulr", "ulr-tuned", "residual", "global", "logistic"]
+    methods = ["bptt", "bptt-tuned", "bptt-readout", "ulr", "ulr-tuned", "residual", "global", "logistic"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))

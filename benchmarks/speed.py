@@ -1,7 +1,7 @@
 """How long a training step takes: likelihood ratios against surrogate-gradient BPTT in three libraries.
 
     python -m benchmarks.speed [--cases dense recurrent conv] [--compiled] [--device cpu]
-    python -m benchmarks.speed --sweep steps | width | batch     # cases at growing sizes
+    python -m benchmarks.speed --sweep steps | width | batch [--sizes ...]     # cases at growing sizes
     python -m benchmarks.speed --roofline                        # what the machine could do, and what a step asks of it
 
 Every method sees the same uint8 events and does a whole step: conversion, passes, gradient, Adam. Methods take turns in
@@ -215,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["dense", "recurrent", "conv"])
     parser.add_argument("--sweep", choices=SWEEPS)
+    parser.add_argument("--sizes", nargs="+", type=int, help="of the sweep, in place of all")
     parser.add_argument("--roofline", action="store_true")
     parser.add_argument("--compiled", action="store_true", help="the peers by torch.compile as well")
     parser.add_argument("--device", default="cpu")
@@ -229,7 +230,8 @@ def main() -> None:
         return
     rounds = arguments.rounds or (3 if arguments.sweep else ROUNDS)
     if arguments.sweep:
-        cases = [case.at(**{arguments.sweep: size}) for case in cases for size in SWEEPS[arguments.sweep]]
+        sizes = arguments.sizes or SWEEPS[arguments.sweep]
+        cases = [case.at(**{arguments.sweep: size}) for case in cases for size in sizes]
     for case in cases:
         write(arguments.results / "speed.csv", rows_of(case, arguments.device, arguments.compiled, rounds))
 
