@@ -128,6 +128,12 @@ print(*(row["peak_memory_bytes"] for row in found.rows))
     assert first < second + 8e6
 
 
+def test_callbacks_see_the_trainings_alone():
+    seen = []
+    quiet(model(), separable(), separable(), epochs=2, callbacks=[lambda entry, _: seen.append(entry["val_accuracy"])])
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("methods", ["ulr", (), ("ulr", "genetic")])
 def test_methods_that_are_not_known_are_refused(methods):
     with pytest.raises(UsageError, match="compare got methods="):

@@ -30,17 +30,6 @@ class Returns(nn.Module):
         return self.change(self.net(x))
 
 
-class Sums(nn.Module):
-    """Sums over time, for a layer that takes more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.lif, self.last = nn.Linear(2, 3), LIF(), nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.lif(self.first(x)).mean(0))
-
-
 def step(model=None, x=X, y=Y, estimator=None, loss="ce_count", **settings):
     lengths = settings.pop("lengths", None)
     with ulr_snn.attach(net() if model is None else model, estimator, loss, **settings) as ulr:
@@ -126,14 +115,17 @@ WRONG: dict[str, tuple[Callable, str]] = {
     "model loses the batch": (lambda: step(Returns(lambda o: o[0])), "shape (2,)"),
     "model swaps the axes": (lambda: step(Returns(lambda o: o.expand(4, 3, 2).transpose(0, 1))), "shape"),
     "events that are not flat": (
-        lambda: step(x=torch.rand(4, 3, 1, 5)),
-        "0 (Linear) got an input of shape (4, 3, 1, 5)",
+        lambda: step(x=torch.rand(4, 3, 2, 1)),
+        "0 (Linear) got a sequence of samples of shape (2, 1)",
     ),
     "a convolution of a sequence": (
         lambda: step(nn.Sequential(nn.Conv2d(1, 2, 3), LIF(), nn.Flatten(2)), torch.rand(4, 3, 1, 5, 5)),
         "Fold(nn.Conv2d(...))",
     ),
-    "a layer too narrow": (lambda: step(Sums()), "let what comes before it"),
+    "many events that are not flat": (
+        lambda: step(nn.Sequential(nn.Linear(6, 3), LIF()), torch.rand(20, 64, 2, 3), torch.arange(64) % 2),
+        "nn.Flatten(2)",
+    ),
     # data and losses
     "one step only": (lambda: step(x=X[0]), "(3, 2)"),
     "no tensor": (lambda: step(x=X.tolist()), "list"),

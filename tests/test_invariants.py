@@ -33,8 +33,7 @@ each_credit = pytest.mark.parametrize("estimator", CREDITS, ids=NAMES)
 
 
 def set_warm_up(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    for module in (ulr_snn.estimator, ulr_snn.credit.prediction):
-        monkeypatch.setattr(module, "WARM_UP", steps)
+    monkeypatch.setattr(ulr_snn.credit.prediction, "WARM_UP", steps)
 
 
 @pytest.fixture(autouse=True)

@@ -251,6 +251,19 @@ def test_a_map_that_differs_from_place_to_place_gets_a_full_matrix(device):
         torch.testing.assert_close(resumed.feedback.layers["3 -> 5"], learned, rtol=0, atol=0.2)
 
 
+def test_a_state_is_taken_by_an_attachment_that_has_stepped(device):
+    model = nn.Sequential(nn.Linear(6, 8), LIF(), nn.Linear(8, 7), LIF(), TimeAverage(), nn.Linear(7, 3)).to(device)
+    x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
+    with attach(model) as ulr:
+        ulr.backward(x, y)
+        state = ulr.state_dict()
+        state["feedback"]["unshared"] = ["1 -> 3"]
+        ulr.load_state_dict(state)
+        assert ulr.structure is None  # so that the next pass takes what the state says
+        ulr.backward(x, y)
+        assert isinstance(ulr.structure.feeds["1"]["3"], Full)
+
+
 def test_a_matrix_that_is_not_known_is_learned_though_no_lesson_is_due(device):
     model = nn.Sequential(nn.Linear(6, 8), LIF(), nn.Linear(8, 7), LIF(), TimeAverage(), nn.Linear(7, 3)).to(device)
     x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3

@@ -104,6 +104,15 @@ def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_doe
     assert [found * ulr.step_sizes.summed / READOUT for found in overall] == pytest.approx(expected)
 
 
+def test_where_the_length_of_the_training_is_not_known_rates_are_the_whole():
+    net = model(nn.Linear(7, CLASSES))
+    with attach(net, loss="ce_count") as ulr:
+        ulr.advise_step_sizes()
+        ulr.backward(0.01 * torch.rand(20, BATCH, PIXELS).double(), data()[1])
+        assert ulr.level.resting and ulr.step_sizes.summed > READOUT
+        assert ulr.rate_factors()["2.weight"] == READOUT / ulr.step_sizes.summed
+
+
 def test_the_own_optimizer_takes_these_steps_and_others_do_not():
     """The first step of Adam is the learning rate itself."""
     x, y = data()

@@ -89,9 +89,9 @@ def compare(
     options: see `train`.
     Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
     epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
-    process; elsewhere unknown). A step of each method comes before, so that what a process loads once belongs to none.
-    Raises UsageError for a method that is not known, and as `train` does; a training whose loss becomes infinite has a
-    row without a loss.
+    process; elsewhere unknown). A step of each method comes before, so that what a process loads once to train belongs
+    to none. Raises UsageError for a method that is not known, and as `train` does; a training whose loss becomes
+    infinite has a row without a loss.
     """
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
@@ -102,10 +102,11 @@ def compare(
     options |= {"loss": loss, "device": device, "seed": seed, "time_first": time_first}
     default = None if "optimizer" in options else DEFAULT_LR
     try:
-        for estimator in estimators.values():
-            with same_draws(loader, seed), suppress(FloatingPointError):
-                first = list(itertools.islice(loader, 1))
-                train(model, first, 1, estimator=estimator, lr=default, progress=False, **options)
+        for estimator in estimators.values() if iter(loader) is not loader else ():  # that would lose its first batch
+            model.load_state_dict(weights)
+            with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training itself will tell
+                first, quiet = list(itertools.islice(loader, 1)), options | {"callbacks": (), "progress": False}
+                train(model, first, 1, estimator=estimator, lr=default, **quiet)
         for method, estimator in estimators.items():
             for rate in rates(method, lr, default):
                 model.load_state_dict(weights)

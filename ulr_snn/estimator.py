@@ -624,7 +624,7 @@ class Attachment:
 
     def rate_factors(self) -> dict[str, float]:
         """Of the learning rate, by parameter, as steps of `train`'s own optimizer take it (see `stepsize`)."""
-        slow = self.began_at_rest and self.structure.has_readout
+        slow = self.began_at_rest and self.structure.has_readout and self.total_steps is not None
         overall = self.step_sizes.at_rest(self.level.progress) if slow else 1.0
         found = self.structure.parameters.items()
         return {name: overall * self.step_sizes.factor(name, sources) for name, sources in found}
@@ -634,6 +634,7 @@ class Attachment:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on with the same steps."""
         factors = [(site, w) for site, w in self.level.factors.items() if site in self.level.powers]
+        chosen = self.chosen if self.structure is None else self.structure.weights
         return {
             "step": self.step,
             "forward_passes": self.forward_passes,
@@ -644,13 +645,14 @@ class Attachment:
             "noise_factors": {site: (w.detach().clone(), self.level.powers[site]) for site, w in factors},
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
-            "weights": None if self.structure is None else {q: asdict(n) for q, n in self.structure.weights.items()},
+            "weights": None if chosen is None else {q: asdict(n) for q, n in chosen.items()},
             "feedback": self.feedback.state_dict(),
             "shrinkage": self.shrinkage.state_dict(),
             "budget": None if self.budget is None else self.budget.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.structure = None  # what the state says of it is taken when the next pass shows it
         self.step, self.forward_passes = state["step"], state["forward_passes"]
         device = next((q.device for q in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
         for name in ("mean_loss", "mean_blind"):

@@ -1,5 +1,6 @@
-"""Errors of torch's own modules, told with the module's name and with what an input has to look like."""
+"""The usual mistake about shapes, told with the layer's name: events that are not flat, convolutions of sequences."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -9,34 +10,33 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 
-CONTAINERS = "torch.nn.modules.container"
+CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the dimensions that they take
 
 
 @contextmanager
-def explained(model: nn.Module, events: Tensor) -> Iterator[None]:
-    """Raises UsageError in place of what a module of torch's raises about its input, where events [T, B, ...] are the
-    model's; other errors stay as they are."""
+def explained(model: nn.Module) -> Iterator[None]:
+    """Raises UsageError where a module of torch's refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would make
+    what it takes; other errors stay as they are. For models that see all time steps at once."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError) as error:
+    except RuntimeError as error:
         module, x = refused(error.__traceback__)
-        if module is None or not isinstance(x, Tensor) or "alloc" in str(error):
+        advice = remedy(module, x) if isinstance(x, Tensor) else None
+        if advice is None:
             raise
         name = next((name for name, other in model.named_modules() if other is module), "") or "the model"
-        advice = "let what comes before it give what it takes"
-        if x.shape[:2] == events.shape[:2]:
-            advice = (
-                "it sees [T, B, ...]: flatten by nn.Flatten(2), or wrap it as Fold(nn.Conv2d(...))"
-            )
         raise UsageError(
-            f"{name} ({type(module).__name__}) got an input of shape {tuple(x.shape)} and says {first_line(error)!r}; "
-            f"{advice}"
+            f"{name} ({type(module).__name__}) got a sequence of samples of shape {tuple(x.shape[2:])}; {advice}"
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """Of its message, without the full stop."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def remedy(module: nn.Module | None, x: Tensor) -> str | None:
+    """What would make this input one that the module takes."""
+    if type(module) is nn.Linear and x.ndim > 3 and math.prod(x.shape[2:]) == module.in_features != x.shape[-1]:
+        return "flatten them by nn.Flatten(2) before it"
+    if x.ndim == CONVOLUTIONS.get(type(module), -1) + 1 and x.shape[2] == module.in_channels:
+        return f"wrap it as Fold(nn.{type(module).__name__}(...))"
+    return None
 
 
 def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
@@ -44,11 +44,9 @@ def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
     module = x = None
     while traceback is not None:
         frame = traceback.tb_frame
-        owner = frame.f_locals.get("self")
-        where = frame.f_globals.get("__name__", "")
-        if isinstance(owner, nn.Module) and where.startswith("torch.nn.modules") and where != CONTAINERS:
-            if type(owner).__module__.startswith("torch.nn.modules") and type(owner).__module__ != CONTAINERS:
-                module, x = owner, frame.f_locals.get("input", x if owner is module else None)
+        owner, where = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
+        if type(owner) in (nn.Linear, *CONVOLUTIONS) and where.startswith("torch.nn.modules"):
+            module, x = owner, frame.f_locals.get("input", x if owner is module else None)
         elif not where.startswith("torch"):
             module = x = None
         traceback = traceback.tb_next

@@ -14,10 +14,9 @@ from numbers import Real
 import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.explained import first_line
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -224,16 +223,15 @@ def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Te
 
 
 def answer(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """What a callable gives. Raises UsageError where a loss of torch's does not take such outputs and targets."""
+    """What a callable gives. Raises UsageError where a cross-entropy of torch's gets outputs over time, and refuses."""
     try:
         return loss(outputs, targets)
-    except (RuntimeError, ValueError, IndexError) as error:
-        if not type(loss).__module__.startswith("torch.nn.modules"):
+    except (RuntimeError, ValueError) as error:
+        if type(loss) not in (nn.CrossEntropyLoss, nn.NLLLoss) or outputs.ndim < 3 or targets.ndim != 1:
             raise
         raise UsageError(
-            f"{type(loss).__name__} got outputs of shape {tuple(outputs.shape)} and targets of shape "
-            f"{tuple(targets.shape)}, and says {first_line(error)!r}; use loss='ce_rate' or 'ce_count' for "
-            "outputs [T, B, C], or TimeAverage() before the last layer"
+            f"{type(loss).__name__} got outputs over time, {tuple(outputs.shape)}, and targets {tuple(targets.shape)}; "
+            "use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
         ) from error
 
 

@@ -276,10 +276,12 @@ def runs_by_step(model: nn.Module, x: Tensor) -> bool:
 def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
     """The model's output; of a tuple or list (as in `(spikes, membranes)`), its first item. Stacked over time where the
     model takes one time step a call (by_step)."""
-    with explained(model, x):
-        if by_step:
-            return torch.stack(list(each_step(model, x)))
-        return first_output(model, model(x))
+    if by_step:
+        return torch.stack(list(each_step(model, x)))
+    if all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
+        with explained(model):
+            return first_output(model, model(x))
+    return first_output(model, model(x))  # whether it is meant to see all steps at once is not known
 
 
 def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from ulr_snn import parts
 from ulr_snn.credit.global_ import moving
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch, Estimate
+from ulr_snn.explained import explained
 from ulr_snn.noise import WIDENING
 from ulr_snn.passes import Forward, Pass, check_outputs, keep_traces
 from ulr_snn.stepsize import times_summed
@@ -40,9 +41,10 @@ class Piecewise:
         try:
             if self.neurons is None:
                 self.neurons = 0
-                self.neurons = parts.neurons(self.attached.model, batch.frames, batch.dtype)
-        except UsageError:
-            if asked:
+                with explained(self.attached.model):
+                    self.neurons = parts.neurons(self.attached.model, batch.frames, batch.dtype)
+        except UsageError as error:
+            if asked or isinstance(error.__cause__, RuntimeError):
                 raise
         if not asked and KEPT * batch.steps * batch.samples * self.neurons <= WHOLE:
             return None

@@ -16,9 +16,9 @@ Where τ > READOUT and layers begin at rest, such a readout learns more slowly t
 are single spikes of noise, of each of which Adam, whose steps have one size whatever the gradient, makes a step of
 several learning rates. The layers wake by these, and the readout does not know yet what to do with their spikes, so
 that firing less is what lowers the loss, and they fall silent for good. So there all rates are lower at first. Later,
-when they fire by what they have learned, the rates are higher for it:
+when they should fire by what they have learned, the rates are higher for it:
 
-    factor max(1/3, (progress / SLOW)²), at most MOST
+    factor max(1/3, (progress / SLOW)²), at most MOST, where the length of the training is known
 """
 
 from typing import Any
