@@ -43,7 +43,7 @@ def main(epochs: int = 5) -> float:
     train_set, test_set = recordings()
     model = network()
     loader, val = ulr_snn.data.loader(train_set, shuffle=True), ulr_snn.data.loader(test_set)
-    result = ulr_snn.train(model, loader, epochs, val_loader=val)
+    result = ulr_snn.train(model, loader, epochs, val_loader=val, lr=3e-3)  # the default may silence its layers
     print(f"test accuracy {result.metrics['test_accuracy']:.1%}")
     return result.metrics["test_accuracy"]
 
