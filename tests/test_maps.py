@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, attach, plan
 from ulr_snn.credit.feedback import Feedback, Pace, best_length, ridge_solution
 from ulr_snn.credit.maps import Full, Shared, window
@@ -251,17 +252,23 @@ def test_a_map_that_differs_from_place_to_place_gets_a_full_matrix(device):
         torch.testing.assert_close(resumed.feedback.layers["3 -> 5"], learned, rtol=0, atol=0.2)
 
 
-def test_a_state_is_taken_by_an_attachment_that_has_stepped(device):
-    model = nn.Sequential(nn.Linear(6, 8), LIF(), nn.Linear(8, 7), LIF(), TimeAverage(), nn.Linear(7, 3)).to(device)
-    x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
-    with attach(model) as ulr:
-        ulr.backward(x, y)
+def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 60), nn.Unflatten(2, (2, 5, 6)), LIF(), Gains(), LIF(), nn.Flatten(2))
+    model = nn.Sequential(*model, TimeAverage(), nn.Linear(60, 3)).to(device)
+    x, y = 3 * torch.rand(8, 64, 6, device=device), torch.arange(64, device=device) % 3
+    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+        for _ in range(4):
+            ulr.backward(x, y)
         state = ulr.state_dict()
-        state["feedback"]["unshared"] = ["1 -> 3"]
+    monkeypatch.setattr(ulr_snn.credit.prediction, "UNEXPLAINED", 2.0)  # no lesson finds out that it is not shared
+    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+        ulr.backward(x, y)
+        assert isinstance(ulr.structure.feeds["2"]["4"], Shared)
         ulr.load_state_dict(state)
         assert ulr.structure is None  # so that the next pass takes what the state says
         ulr.backward(x, y)
-        assert isinstance(ulr.structure.feeds["1"]["3"], Full)
+        assert isinstance(ulr.structure.feeds["2"]["4"], Full)
 
 
 def test_a_matrix_that_is_not_known_is_learned_though_no_lesson_is_due(device):

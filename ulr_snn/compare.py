@@ -100,21 +100,21 @@ def compare(
     weights = copy.deepcopy(model.to(device).state_dict())
     rows = []
     options |= {"loss": loss, "device": device, "seed": seed, "time_first": time_first}
+    whole = options | {"val_loader": val_loader, "progress": progress}
+    a_step = options | {"callbacks": (), "progress": False}
     default = None if "optimizer" in options else DEFAULT_LR
     try:
-        for estimator in estimators.values() if iter(loader) is not loader else ():  # that would lose its first batch
+        for estimator in estimators.values() if not isinstance(loader, Iterator) else ():  # which gives a batch once
             model.load_state_dict(weights)
             with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training itself will tell
-                first, quiet = list(itertools.islice(loader, 1)), options | {"callbacks": (), "progress": False}
-                train(model, first, 1, estimator=estimator, lr=default, **quiet)
+                train(model, list(itertools.islice(loader, 1)), 1, estimator=estimator, lr=default, **a_step)
         for method, estimator in estimators.items():
             for rate in rates(method, lr, default):
                 model.load_state_dict(weights)
                 row = {"method": method, "lr": rate, "seed": seed, **DIVERGED}
                 rows.append(row)
-                options |= {"val_loader": val_loader, "progress": progress}
                 with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
-                    result = train(model, loader, epochs, estimator=estimator, lr=rate, **options)
+                    result = train(model, loader, epochs, estimator=estimator, lr=rate, **whole)
                     last = result.history[-1]
                     row |= {
                         "accuracy": last["val_accuracy"],

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.neurons import SpikingNeuron
+from ulr_snn.sites import spiking_layers
 
 CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the dimensions that they take
 
@@ -16,13 +18,14 @@ CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the dimensions 
 @contextmanager
 def explained(model: nn.Module) -> Iterator[None]:
     """Raises UsageError where a module of torch's refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would make
-    what it takes; other errors stay as they are. For models that see all time steps at once."""
+    what it takes; other errors stay as they are, and those of models with layers of other libraries, of which it is not
+    known whether they are meant to see all time steps at once."""
     try:
         yield
     except RuntimeError as error:
         module, x = refused(error.__traceback__)
         advice = remedy(module, x) if isinstance(x, Tensor) else None
-        if advice is None:
+        if advice is None or not all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
             raise
         name = next((name for name, other in model.named_modules() if other is module), "") or "the model"
         raise UsageError(

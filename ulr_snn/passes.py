@@ -278,10 +278,8 @@ def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
     model takes one time step a call (by_step)."""
     if by_step:
         return torch.stack(list(each_step(model, x)))
-    if all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
-        with explained(model):
-            return first_output(model, model(x))
-    return first_output(model, model(x))  # whether it is meant to see all steps at once is not known
+    with explained(model):
+        return first_output(model, model(x))
 
 
 def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:

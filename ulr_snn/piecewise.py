@@ -38,14 +38,14 @@ class Piecewise:
         asked = self.attached.estimator.memory != "auto"
         if not asked and batch.steps * batch.samples < SHORT:
             return None
-        try:
-            if self.neurons is None:
-                self.neurons = 0
-                with explained(self.attached.model):
+        with explained(self.attached.model):
+            try:
+                if self.neurons is None:
+                    self.neurons = 0
                     self.neurons = parts.neurons(self.attached.model, batch.frames, batch.dtype)
-        except UsageError as error:
-            if asked or isinstance(error.__cause__, RuntimeError):
-                raise
+            except UsageError:
+                if asked:
+                    raise
         if not asked and KEPT * batch.steps * batch.samples * self.neurons <= WHOLE:
             return None
         if not self.possible(batch):

@@ -88,10 +88,9 @@ class Feedback:
 
     outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. responses[site]: D of a black box
     (response.py), and the passes that it was learned from. paces[target]: how often all C into it are learned, by the
-    edge's name where that is to itself. unshared: edges along which one kernel does not do for all positions.
-    functions: R, smooth functions of time. rate: bounds the step of B, α <= rate * samples / (neurons * functions), so
-    that noise in B stays below what it explains. It also stays well inside what is stable for the rows at hand,
-    2 / largest eigenvalue.
+    edge's name where that is to itself. functions: R, smooth functions of time. rate: bounds the step of B,
+    α <= rate * samples / (neurons * functions), so that noise in B stays below what it explains. It also stays well
+    inside what is stable for the rows at hand, 2 / largest eigenvalue.
     """
 
     def __init__(self, functions: int, rate: float) -> None:
@@ -100,7 +99,6 @@ class Feedback:
         self.layers: dict[str, Tensor] = {}
         self.responses: dict[str, tuple[Tensor, int]] = {}
         self.paces: dict[str, Pace] = {}
-        self.unshared: set[str] = set()
 
     def from_outputs(self, site: str, drawn: Tensor, error: Tensor) -> Tensor | None:
         """a [T, B, ...] in the shape of what the site draws, from errors e [B, O]; None before the first refresh."""
@@ -195,14 +193,12 @@ class Feedback:
         copies = ({name: m.clone() for name, m in kind.items()} for kind in (self.outputs, self.layers))
         responses = {site: (kernel.clone(), passes) for site, (kernel, passes) in self.responses.items()}
         paces = {target: astuple(pace) for target, pace in self.paces.items()}
-        others = {"responses": responses, "paces": paces, "unshared": sorted(self.unshared)}
-        return dict(zip(("outputs", "layers"), copies, strict=True)) | others
+        return dict(zip(("outputs", "layers"), copies, strict=True)) | {"responses": responses, "paces": paces}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
         found = state["responses"].items()
         self.responses = {site: (kernel.clone().to(device), passes) for site, (kernel, passes) in found}
         self.paces = {target: Pace(*pace) for target, pace in state.get("paces", {}).items()}
-        self.unshared = set(state.get("unshared", ()))
         self.outputs = {name: matrix.clone().to(device) for name, matrix in state["outputs"].items()}
         self.layers = {name: matrix.clone().to(device) for name, matrix in state["layers"].items()}
 

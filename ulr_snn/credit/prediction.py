@@ -52,11 +52,12 @@ class Prediction:
         self.structure: Structure | None = None
 
     def take(self, structure: Structure) -> None:
-        """What a first pass has shown; paths that are known to share no weights are taken as such."""
+        """What a first pass has shown; paths whose C is known to share no weights are taken as such."""
         self.structure = structure
         for source, paths in structure.feeds.items():
-            known = [target for target in paths if edge(source, target) in self.feedback.unshared]
-            paths.update({target: paths[target].unshared(ENTRIES) for target in known})
+            full = {target: path.unshared(ENTRIES) for target, path in paths.items()}
+            known = {t: path for t, path in full.items() if self.feedback.weight(edge(source, t), path) is not None}
+            paths.update(known)
 
     @full_precision()
     def credit(self, p: Pass, later: dict[str, Tensor] | None = None) -> list[Credit]:
@@ -172,7 +173,6 @@ class Prediction:
                 full = path.unshared(ENTRIES)
                 if full != path:
                     self.structure.feeds[name][lesson.target] = full
-                    self.feedback.unshared.add(edge(name, lesson.target))
                     self.feedback.paces[lesson.target] = Pace()  # nothing is known of that matrix yet
 
     @full_precision()
