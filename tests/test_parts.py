@@ -84,7 +84,7 @@ def test_a_gap_between_parts_would_be_seen(monkeypatch):
 def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
     x, y = data(torch.uint8)
     model = nets()["dense"]
-    monkeypatch.setattr(parts, "TOGETHER", 1000)
+    monkeypatch.setattr(parts, "ROOMY", 1000)
     with attach(model) as ulr:
         assert "parts" not in ulr.backward(x, y).stats
     monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)

@@ -24,9 +24,10 @@ from ulr_snn.scan.bits import pack_bits, unpack_bits
 from ulr_snn.scan.state import State
 from ulr_snn.sites import bind_sites, own_modules, record_of
 
-TOGETHER = 1 << 18  # spikes of a part
-LEAST = 4  # time steps of a part, however many spikes that makes: each part has a cost of its own
-SLOTS = 6  # parts before which it is kept how the layers stand; longer sequences have parts of parts
+TOGETHER = 1 << 18  # spikes of a part, where little is to be kept
+ROOMY = 1 << 21  # and where parts only have to keep within bounds: fewer of them, since each has a cost of its own
+LEAST = 4  # time steps of a part, however many spikes that makes
+SLOTS = 6  # parts before which it is kept how the layers stand, where little is to be kept
 TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
@@ -152,7 +153,8 @@ class Piece:
 class Parts:
     """One training step of one copy of a batch, in parts of time.
 
-    layers: of the model, by name; size: time steps of a part; bits: keep the spikes.
+    layers: of the model, by name; size: time steps of a part; bits: keep the spikes; slots: parts before which it is
+    kept how the layers stand; longer sequences have parts of parts.
     """
 
     def __init__(
@@ -164,9 +166,10 @@ class Parts:
         batch: Batch,
         size: int,
         bits: bool,
+        slots: int,
     ) -> None:
         self.model, self.layers, self.level, self.noise, self.batch = model, layers, level, noise, batch
-        self.split = Split.of(model)
+        self.split, self.slots = Split.of(model), slots
         steps = batch.steps
         self.parts = [range(t, min(t + size, steps)) for t in range(0, steps, size)]
         self.bits: dict[str, Tensor] | None = {} if bits else None  # [T, B, words] of each site
@@ -214,7 +217,7 @@ class Parts:
         sources and currents deviate by, at its rows."""
         standing, outputs, learned = Standing(), [], [Rows(lesson) for lesson in lessons]
         share = self.share
-        for group in grouped(self.parts):
+        for group in grouped(self.parts, self.slots):
             self.kept.append((group, standing))
             for part in group:
                 x, standing, sites, _ = self.run(part, standing)
@@ -256,7 +259,7 @@ class Parts:
             self._part(group[0], standing, *about)
             return
         kept = []
-        for smaller in grouped(group):
+        for smaller in grouped(group, self.slots):
             kept.append((smaller, standing))
             with torch.no_grad():
                 for part in smaller if smaller[-1] != group[-1] else []:
@@ -320,9 +323,9 @@ def put(found: Tensor | None, here: Tensor, sequence: Tensor, valid: Tensor, row
     return found
 
 
-def grouped(parts: list[range]) -> list[list[range]]:
-    """Parts in `SLOTS` groups, or fewer."""
-    size = -(-len(parts) // SLOTS)
+def grouped(parts: list[range], groups: int) -> list[list[range]]:
+    """Parts in so many groups, or fewer."""
+    size = -(-len(parts) // groups)
     return [parts[i : i + size] for i in range(0, len(parts), size)]
 
 

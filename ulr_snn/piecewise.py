@@ -116,7 +116,8 @@ class InParts(Piecewise):
 
     def part_steps(self, batch: Batch) -> int:
         """Time steps of a part."""
-        fitting = parts.TOGETHER // (batch.samples * max(1, self.neurons))
+        together = parts.ROOMY if self.attached.estimator.memory == "auto" else parts.TOGETHER
+        fitting = together // (batch.samples * max(1, self.neurons))
         return min(batch.steps, max(parts.LEAST, fitting))
 
     def why_whole(self, batch: Batch) -> str | None:
@@ -167,7 +168,9 @@ class InParts(Piecewise):
     def _parts(self, forward: Forward, batch: Batch) -> parts.Parts:
         attached, bits = self.attached, self.attached.estimator.memory != "replay"
         about = attached.level, forward.noise(batch.samples, [0], batch.frames.device), batch
-        return parts.Parts(attached.model, attached.layers, *about, self.part_steps(batch), bits)
+        size = self.part_steps(batch)
+        slots = -(-batch.steps // size) if attached.estimator.memory == "auto" else parts.SLOTS
+        return parts.Parts(attached.model, attached.layers, *about, size, bits, slots)
 
     def _backward(self, run: parts.Parts, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
         """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the parts."""
