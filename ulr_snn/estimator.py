@@ -35,6 +35,7 @@ from ulr_snn.neurons import own_spread
 from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
 from ulr_snn.passes import Forward, Pass, as_frames, runs_by_step
 from ulr_snn.piecewise import InParts
+from ulr_snn.scan.memory import Pool
 from ulr_snn.sites import Layers, check_layers, own_modules, spiking_layers
 from ulr_snn.stepsize import StepSizes
 from ulr_snn.stream import Stream, Streaming
@@ -256,6 +257,7 @@ class Attachment:
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
         self.piecewise = (Streaming if self.streams else InParts)(self)
+        self.pool = Pool()
         self.structure: Structure | None = None
         self._structure_loss: LossSpec | None = None
 
@@ -269,6 +271,7 @@ class Attachment:
 
     def __exit__(self, *_: object) -> None:
         self.structure = None
+        self.pool.clear()
 
     # -- one step ------------------------------------------------------------------------------------------
 
@@ -284,7 +287,7 @@ class Attachment:
         """
         if self.streams:
             return in_sum(list(self.stream(x, targets, loss, lengths)))
-        with frozen(self.model, self.estimator.flow):
+        with frozen(self.model, self.estimator.flow), self.pool.used():
             return self._backward(x, targets, loss, lengths)
 
     @property

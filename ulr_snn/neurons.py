@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ulr_snn.convolution import applied
 from ulr_snn.errors import UsageError
 from ulr_snn.noise import Drawer
 from ulr_snn.precision import full_precision, widened
@@ -317,7 +318,7 @@ class TimeAverage(Timed):
 
     def forward(self, sequence: Tensor) -> Tensor:
         if self.lengths is None:
-            return sequence.mean(0)
+            return sequence.sum(0) / len(sequence)  # the gradient of a mean would be made for each step
         mask = step_mask(self.lengths, sequence)
         return (sequence * mask).sum(0) / self.lengths.to(sequence.dtype).view(mask.shape[1:])
 
@@ -326,7 +327,7 @@ class Fold(nn.Sequential):
     """Stateless modules on every time step at once: folds [T, B, ...] to [T*B, ...], applies them, unfolds."""
 
     def forward(self, sequence: Tensor) -> Tensor:
-        return super().forward(sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
+        return applied(self, sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
 
 
 def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:

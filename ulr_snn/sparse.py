@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.scan import fused
+from ulr_snn.scan.memory import empty
 
 WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
 SHARE = 0.1  # of a dense convolution's multiply-adds: with more than that (measured: 0.08 to above 0.2) it is faster
@@ -67,7 +68,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, rows):
         ctx.rows = rows
-        out = torch.empty(len(rows.starts) - 1, len(weight), dtype=torch.float32)
+        out = empty(len(rows.starts) - 1, len(weight))
         start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
         columns = weight.detach().T.contiguous()
         fused.kernels(out).gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
@@ -185,7 +186,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, weight, bias, rows, patches):
         ctx.rows, ctx.patches = rows, patches
         n, outputs, (high, across) = len(rows.starts) - 1, len(weight), (patches.high, patches.across)
-        out = torch.empty(n, outputs, high.outputs, across.outputs, dtype=torch.float32)
+        out = empty(n, outputs, high.outputs, across.outputs)
         start = torch.zeros(patches.wide, dtype=torch.float32)
         if bias is not None:
             start[:outputs] = bias.detach()

@@ -29,6 +29,7 @@ from torch import Tensor
 from ulr_snn.credit.maps import Full, Path
 from ulr_snn.neurons import SpikingNeuron
 from ulr_snn.records import Record
+from ulr_snn.scan.memory import empty_like
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Recurrence:
             return done
         kept, h = self._steps()
         through, slope = self._through(h), self.slope()
-        total, currents = torch.empty_like(a if totals else a[:1]), torch.empty_like(a)
+        total, currents = empty_like(a if totals else a[:1]), a if overwrite and a.is_contiguous() else empty_like(a)
         g = later
         for t in range(len(a) - 1, -1, -1):
             now = total[t] if totals else total[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.scan.memory import empty
 from ulr_snn.scan.state import RESETS, Draw, State
 
 LAWS = {"logistic": 0, "gaussian": 1}
@@ -97,10 +98,10 @@ def scan(
     per_neuron = [_per_neuron(value, features) for value in (beta, threshold, scale)]
     state = State(*torch.zeros(2, *current.shape[1:], dtype=torch.float32).unbind()) if state is None else state
     spikes, x = (
-        torch.empty(current.shape, dtype=torch.float32) if known is None else known.contiguous(),
-        torch.empty(current.shape, dtype=torch.float32),
+        empty(*current.shape) if known is None else known.contiguous(),
+        empty(*current.shape),
     )
-    fed_back = torch.empty(current.shape if weight is not None else (0, 0, 0), dtype=torch.float32)
+    fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
     sources = torch.empty(0, 0, dtype=torch.float32) if weight is None else weight.detach().T
     zeros = torch.zeros(steps, rows, dtype=torch.int32)
     row1, row2 = (zeros, zeros) if draw is None else draw.words
@@ -139,7 +140,7 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor
     cpu = kernels(x)
     if cpu is None:
         return None
-    out, (steps, rows) = torch.empty(x.shape, dtype=torch.float32), x.shape[:2]
+    out, (steps, rows) = empty(*x.shape), x.shape[:2]
     cpu.slopes(LAWS[law], _array(x), _per_neuron(scale, x.shape[2:]), _own(lengths, steps, rows), _array(out))
     return out
 
@@ -167,8 +168,8 @@ def credit(
     cpu = kernels(a)
     if cpu is None or x.dtype != a.dtype:
         return None
-    total = torch.empty(a.shape if totals else (0, 0, 0), dtype=torch.float32)
-    currents = a if overwrite and a.is_contiguous() else torch.empty(a.shape, dtype=torch.float32)
+    total = empty(*(a.shape if totals else (0, 0, 0)))
+    currents = a if overwrite and a.is_contiguous() else empty(*a.shape)
     scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
     cpu.credit(
         _array(a), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
@@ -187,7 +188,7 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
         return gpu.leaky(c, spikes, beta, reset)
     if cpu is None:
         return None
-    out, later = torch.empty(c.shape, dtype=torch.float32), torch.zeros(c.shape[1:], dtype=torch.float32)
+    out, later = empty(*c.shape), torch.zeros(c.shape[1:], dtype=torch.float32)
     arrays = [_array(c), _array(c if spikes is None else spikes)]
     cpu.leaky(*arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out))
     return out
@@ -200,7 +201,7 @@ def turned(x: Tensor) -> Tensor:
     if cpu is None or x.stride()[2:] != (x.shape[3], 1) or 0 in x.shape:
         return x.permute(0, 3, 1, 2).contiguous()
     n, high, across, channels = x.shape
-    out = torch.empty(n, channels, high, across, dtype=torch.float32)
+    out = empty(n, channels, high, across)
     x = x.detach()
     flat = x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0).numpy()
     cpu.turn(flat, x.storage_offset(), x.stride()[:2], (n, high, across, channels), out.view(-1).numpy())

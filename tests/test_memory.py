@@ -1,0 +1,204 @@
+"""Memory that is kept from step to step, and convolutions in blocks of rows."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ulr_snn import LIF, Fold, TimeAverage, attach, convolution
+from ulr_snn.credit.maps import Shared
+from ulr_snn.scan import memory
+from ulr_snn.scan.memory import Pool, blocks, empty
+
+LARGE = (memory.SMALLEST // 16, 8)  # twice the smallest
+
+
+def test_memory_is_used_again_only_when_nothing_refers_to_it():
+    pool = Pool()
+    with pool.used():
+        first = empty(*LARGE)
+        view, place = first[3:5].detach(), first.data_ptr()
+        view.fill_(7)
+        del first
+        assert empty(*LARGE).data_ptr() != place  # the view is still there
+        assert (view == 7).all()
+        del view
+        again = empty(LARGE[0] - 1, LARGE[1])  # smaller ones too
+        assert again.data_ptr() == place and again.dtype == torch.float32
+        assert again.data_ptr() % memory.ALIGNED == 0
+        del again
+        assert empty(LARGE[0] * 3, LARGE[1]).data_ptr() != place
+
+
+def test_a_graph_keeps_its_memory():
+    pool = Pool()
+    with pool.used():
+        x = empty(*LARGE).fill_(2).requires_grad_()
+        y = (x * x).sum()
+        place = x.data_ptr()
+        del x
+        assert empty(*LARGE).fill_(5).data_ptr() != place
+        node = y.grad_fn.next_functions[0][0]
+        assert (node._saved_self == 2).all()
+
+
+def test_memory_that_steps_do_not_use_is_given_back():
+    pool = Pool()
+    with pool.used():
+        empty(*LARGE)
+    for _ in range(memory.UNUSED):
+        assert pool._arrays
+        with pool.used():
+            pass
+    assert not pool._arrays
+
+
+def test_only_large_ones_in_a_step_come_from_a_pool():
+    pool = Pool()
+    empty(*LARGE)
+    with pool.used():
+        empty(LARGE[0] // 2 - 1, LARGE[1])
+    assert not pool._arrays
+    assert memory.empty_like(torch.zeros(3, dtype=torch.float64)).dtype == torch.float64
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        Fold(nn.Conv2d(2, 4, 3, 1, 1)), LIF(),
+        Fold(nn.Conv2d(4, 6, 3, 2)), LIF(),
+        Fold(nn.Flatten(), nn.Linear(54, 5)), TimeAverage(),
+    )  # fmt: skip
+
+
+def trained(steps: int = 3) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Outputs and weights after a few steps, and the memory that was kept after each."""
+    model, held, kept = net(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with attach(model, loss="ce_count") as ulr:
+        for step in range(steps):
+            x = (torch.rand(9, 7, 2, 8, 8, generator=torch.Generator().manual_seed(step)) < 0.3).float()
+            optimizer.zero_grad()
+            held.append(ulr.backward(x, torch.arange(7) % 5).outputs)
+            optimizer.step()
+            kept.append(len(ulr.pool._arrays))
+    assert not ulr.pool._arrays
+    return held, [q.detach() for q in model.parameters()], kept
+
+
+def test_training_is_the_same_with_memory_that_is_kept(monkeypatch):
+    monkeypatch.setattr(memory, "SMALLEST", 1 << 40)
+    outputs, weights, kept = trained()
+    assert not any(kept)
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    others, moved, kept = trained()
+    assert all(kept)
+    for one, other in zip([*outputs, *weights], [*others, *moved], strict=True):
+        assert torch.equal(one, other)
+
+
+# -- blocks of rows ----------------------------------------------------------------------------------------
+
+
+def test_blocks_are_all_rows_in_order(monkeypatch):
+    monkeypatch.setattr(memory, "BLOCK", 100)
+    assert blocks(7, 8) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert blocks(2, 1000) == [slice(0, 1), slice(1, 2)]
+    assert blocks(0, 4) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1), "bias": False},
+        {"groups": 2, "padding": 1},
+    ],
+)
+def test_convolution_in_blocks_is_the_convolution(options, monkeypatch):
+    monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 9 * 11 * 3)  # three rows
+    torch.manual_seed(0)
+    module, x = nn.Conv2d(4, 6, 3, **options), torch.randn(10, 4, 9, 11, requires_grad=True)
+    expected = module(x)
+    g = torch.randn_like(expected)
+    with Pool().used():
+        found = convolution.applied([module], x)
+        assert type(found.grad_fn).__name__ == "_ConvolutionBackward"
+        wanted = [x, *module.parameters()]
+        mine = torch.autograd.grad(found, wanted, g)
+    for one, other in zip([found, *mine], [expected, *torch.autograd.grad(expected, wanted, g)], strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+class Masks(TorchDispatchMode):
+    """What gradients of convolutions are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[bool]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.seen.append(list(arguments[-1]))
+        return function(*arguments, **(named or {}))
+
+
+def test_no_gradient_is_made_that_nothing_asks_for(monkeypatch):
+    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
+    module, leaf = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6, requires_grad=True)
+    with Pool().used():
+        x = leaf * 1
+        y = convolution.applied([module], x)
+        for inputs, expected in (([module.weight], [False, True, True]), ([x, module.weight], [True, True, True])):
+            with Masks() as masks:
+                torch.autograd.backward(y, torch.ones_like(y), inputs=inputs, retain_graph=True)
+            assert masks.seen == [expected] * 4
+        (found,) = torch.autograd.grad(convolution.applied([module], leaf).sum(), leaf)
+        assert torch.allclose(found, torch.autograd.grad(module(leaf).sum(), leaf)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass", "own forward", "reflect", "same", "double", "outside", "few"])
+def test_other_convolutions_are_left_alone(kind, monkeypatch):
+    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36 * (100 if kind == "few" else 1))
+    seen: list[str] = []
+
+    class Mine(nn.Conv2d):
+        pass
+
+    options = {"reflect": {"padding": 1, "padding_mode": "reflect"}, "same": {"padding": "same"}}.get(kind, {})
+    module, x = (Mine if kind == "subclass" else nn.Conv2d)(2, 3, 3, **options), torch.randn(4, 2, 6, 6)
+    if kind == "hook":
+        module.register_forward_hook(lambda *_: seen.append("called"))
+    if kind == "own forward":
+        forward = module.forward
+        module.forward = lambda x: seen.append("called") or forward(x)
+    if kind == "double":
+        module, x = module.double(), x.double()
+    expected = module(x)
+    seen.clear()
+    pool = Pool()
+    if kind == "outside":
+        found = convolution.applied([module], x)
+    else:
+        with pool.used():
+            found = convolution.applied([module], x)
+    assert torch.equal(found, expected) and type(found.grad_fn).__name__ != "_ConvolutionBackward"
+    assert seen == (["called"] if kind in ("hook", "own forward") else [])
+
+
+def test_wrong_shapes_raise_as_the_module_does(monkeypatch):
+    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
+    with Pool().used(), pytest.raises(RuntimeError, match="channels"):
+        convolution.applied([nn.Conv2d(3, 3, 3)], torch.randn(4, 2, 6, 6))
+
+
+def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
+    torch.manual_seed(0)
+    path = Shared((4, 9, 9), (6, 5, 5), (2, 2), (-1, -1), (3, 3))
+    weight, current = torch.randn(path.size), torch.randn(11, *path.target)
+    whole = path.backward(weight, current)
+    monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 81 * 3)
+    assert torch.allclose(path.backward(weight, current), whole, atol=1e-6)
+    assert not path.backward(weight, current[:0]).numel()
