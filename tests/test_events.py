@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Fold, TimeAverage, UsageError, attach, parts, sparse
+from ulr_snn import LIF, ULR, Fold, RecurrentLIF, TimeAverage, UsageError, attach, parts, sparse
 from ulr_snn.event_list import EventList
-from ulr_snn.events import DENSITY, SMALLEST, Events
+from ulr_snn.events import DENSITY, FEWEST, Events
 from ulr_snn.passes import as_sequence
 from ulr_snn.peers import SurrogateBPTT
+from ulr_snn.sparse import Rows, product
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
 
@@ -123,7 +124,7 @@ def test_a_convolution_gives_what_torch_gives(name, threads, made, monkeypatch):
     torch.manual_seed(0)
     module = nn.Conv2d(frame[0], outputs, kernel, **options)
     frames = events_in((5, 31, *frame))
-    monkeypatch.setattr("ulr_snn.events.SMALLEST", 0)
+    monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
     events = Events.of(frames, torch.float32)
     ours = convolved(module, events)
     assert not made
@@ -180,7 +181,7 @@ def test_dense_frames_small_ones_and_other_types_stay_what_they_are():
     assert type(Events.of(frames_of(density=2 * DENSITY), torch.float32)) is Tensor
     assert type(Events.of(frames_of(), torch.float64)) is Tensor
     small = frames_of()[:1, :1]
-    assert small.numel() < SMALLEST and type(Events.of(small, torch.float32)) is Tensor
+    assert small.numel() < FEWEST and type(Events.of(small, torch.float32)) is Tensor
 
 
 OPERATIONS = {
@@ -314,7 +315,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("net", [dense_net, conv_net])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, made, monkeypatch):
-    monkeypatch.setattr("ulr_snn.events.SMALLEST", 0)
+    monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
     monkeypatch.setattr(parts, "TOGETHER", 1000)  # several parts
     frames, y = frames_of(), torch.arange(16) % 4
     lengths = torch.arange(16) % 8 + 1 if padded else None
@@ -375,7 +376,7 @@ def test_errors_of_lists():
 
 
 def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
-    monkeypatch.setattr("ulr_snn.events.SMALLEST", 0)
+    monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
     train_set, _ = ulr_snn.data.load("digits")
     part = train_set.subset(range(100))
     found = []
@@ -391,3 +392,40 @@ def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
     assert "sparse" in found[0][1]
     assert found[0][:3] == found[1][:3]
     assert all(torch.equal(mine, other) for mine, other in zip(found[0][3], found[1][3], strict=True))
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 63, 64, 65, 130])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.09, 0.5])
+def test_product_with_rows_that_are_sparse_or_not(density, outputs, monkeypatch):
+    monkeypatch.setattr("ulr_snn.sparse.FEWEST", 0)
+    torch.manual_seed(0)
+    x = torch.where(torch.rand(300, 37) < density, torch.randn(300, 37), 0.0)
+    g = torch.randn(300, outputs)
+    listed: list[bool] = []
+    of = Rows.of
+    monkeypatch.setattr(Rows, "of", lambda *about: listed.append((rows := of(*about)) is not None) or rows)
+    found, expected = product(x, g), x.double().T @ g.double()
+    assert listed == [density < DENSITY]
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    assert torch.equal(product(x.double(), g.double()), expected)  # no kernel
+
+
+def test_recurrent_weights_learn_the_same_from_events_as_from_all_spikes(monkeypatch):
+    def gradient(fewest: int) -> tuple[Tensor, int]:
+        monkeypatch.setattr("ulr_snn.sparse.FEWEST", fewest)
+        calls: list[int] = []
+        times = Rows.times
+        monkeypatch.setattr(Rows, "times", lambda self, g: calls.append(1) or times(self, g))
+        torch.manual_seed(0)
+        model = nn.Sequential(Fold(nn.Linear(8, 24)), RecurrentLIF(24), Fold(nn.Linear(24, 3)), TimeAverage())
+        nn.init.constant_(model[0][0].bias, -0.3)
+        with attach(model, loss="ce_count") as ulr:
+            ulr.backward(torch.randn(15, 6, 8), torch.arange(6) % 3)
+        monkeypatch.setattr(Rows, "times", times)
+        return model[1].recurrent.weight.grad, len(calls)
+
+    dense, none = gradient(1 << 30)
+    sparse, some = gradient(0)
+    assert none == 0 and some == 1 and dense.norm() > 0
+    assert (dense - sparse).norm() <= 1e-6 * dense.norm()

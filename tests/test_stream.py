@@ -196,7 +196,7 @@ def test_one_step_after_another_in_ones_own_loop():
 
 
 def test_sparse_events_and_frames_agree(monkeypatch):
-    monkeypatch.setattr(ulr_snn.events, "SMALLEST", 1)
+    monkeypatch.setattr(ulr_snn.events, "FEWEST", 1)
     torch.manual_seed(0)
     x, y = (torch.rand(9, 8, 300) < 0.04).to(torch.uint8), torch.arange(8) % 3
     found = []

@@ -14,10 +14,7 @@ from torch.nn import functional
 
 from ulr_snn.event_list import EventList
 from ulr_snn.scan import fused
-from ulr_snn.sparse import Rows, convolution, linear
-
-DENSITY = 0.1  # of active inputs, beyond which a dense product is the faster one
-SMALLEST = 1 << 16  # inputs, below which it hardly matters
+from ulr_snn.sparse import DENSITY, FEWEST, Rows, convolution, linear
 
 Frames = Tensor | EventList  # [T, B, ...], as they came
 
@@ -38,7 +35,7 @@ class Events(Tensor):
         """Events of frames [T, B, ...] on a CPU, if they are sparse enough; else the frames, as a tensor of `dtype`."""
         known = isinstance(frames, EventList) or frames.dtype in KINDS
         known = known and frames.device.type == "cpu" and dtype == torch.float32
-        if known and frames.numel() >= SMALLEST and fused.kernels(torch.empty(0, dtype=torch.float32)) is not None:
+        if known and frames.numel() >= FEWEST and fused.kernels(torch.empty(0, dtype=torch.float32)) is not None:
             frames, width = frames.contiguous(), math.prod(frames.shape[2:])
             rows = rows_of(frames, width, DENSITY * frames.numel())
             if rows is not None:

@@ -14,6 +14,7 @@ from ulr_snn.precision import full_precision, widened
 from ulr_snn.scan import fused
 from ulr_snn.scan.reference import leaky_drive, scan
 from ulr_snn.scan.state import RESETS, State
+from ulr_snn.sparse import product
 
 
 class Timed(nn.Module):
@@ -246,9 +247,9 @@ class _Total(torch.autograd.Function):
         spikes, before = ctx.saved_tensors
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = g[1:].flatten(0, 1).T @ spikes[:-1].flatten(0, 1)
+            d_weight = product(spikes[:-1].flatten(0, 1), g[1:].flatten(0, 1)).T
             if before is not None:
-                d_weight += g[0].T @ before
+                d_weight = d_weight + g[0].T @ before
         return g, d_weight, None, None, None
 
 

@@ -17,6 +17,9 @@ from ulr_snn.scan import fused
 from ulr_snn.scan.memory import empty
 
 WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
+BLOCK = 64  # outputs whose weight gradients are summed at once
+DENSITY = 0.1  # of inputs that are not zero, beyond which a dense product is the faster one
+FEWEST = 1 << 16  # inputs, below which it hardly matters
 SHARE = 0.1  # of a dense convolution's multiply-adds: with more than that (measured: 0.08 to above 0.2) it is faster
 
 Pair = tuple[int, int]
@@ -52,14 +55,22 @@ class Rows:
 
     def times(self, g: Tensor) -> Tensor:
         """x^T g [inputs, outputs] of these events x and g [n, outputs]."""
-        columns = torch.zeros(self.inputs, g.shape[1], dtype=torch.float32)
-        parts = min(torch.get_num_threads(), g.shape[1])
-        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), columns.numpy(), parts)
+        columns = empty(self.inputs, g.shape[1])
+        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), columns.numpy(), BLOCK)
         return columns
 
     @property
     def arrays(self) -> tuple[Any, ...]:
         return self.starts.numpy(), self.places.numpy(), self.values.numpy()
+
+
+def product(x: Tensor, g: Tensor) -> Tensor:
+    """x^T g [inputs, outputs] of x [n, inputs] and g [n, outputs]; where x is sparse, and there is a kernel, the cost
+    goes with its events."""
+    rows = None
+    if x.numel() >= FEWEST and x.dtype == g.dtype and fused.kernels(x) is not None:
+        rows = Rows.of(x, DENSITY * x.numel())
+    return x.T @ g if rows is None else rows.times(g)
 
 
 class _Linear(torch.autograd.Function):

@@ -282,20 +282,6 @@ def gather(starts, places, values, columns, start, out):
                 here[n] += value * column[n]
 
 
-@_compiled(parallel=True)
-def scatter(starts, places, values, g, columns, parts):
-    """Adds x^T g to columns [inputs, outputs]. Each part of the outputs is for one thread: none meets another."""
-    outputs = g.shape[1]
-    for part in numba.prange(parts):
-        low, high = part * outputs // parts, (part + 1) * outputs // parts
-        for r in range(len(g)):
-            here = g[r, low:high]
-            for k in range(starts[r], starts[r + 1]):
-                column, value = columns[places[k], low:high], values[k]
-                for n in range(len(here)):
-                    column[n] += value * here[n]
-
-
 def _vector(array, context, builder, kind, at, width):
     """Pointer to `width` numbers of an array of this type, from the place `at` on."""
     data = context.make_array(kind)(context, builder, array).data
@@ -386,6 +372,22 @@ def _add_lines(to, t, to_step, source, s, step, value, lines, length):
         _add(to, t, source, s, value, length)
         t += to_step
         s += step
+
+
+@_compiled(parallel=True)
+def scatter(starts, places, values, g, columns, width):
+    """x^T g, as columns [inputs, outputs], of rows of events x and g [n, outputs]; by blocks of outputs of this width, a
+    multiple of 4, so that what is added to stays in the cache."""
+    inputs, outputs = columns.shape
+    for block in numba.prange(-(-outputs // width)):
+        low, high = block * width, min((block + 1) * width, outputs)
+        own, row = np.zeros(inputs * width, np.float32), np.zeros(width, np.float32)
+        for r in range(len(g)):
+            row[: high - low] = g[r, low:high]
+            for k in range(starts[r], starts[r + 1]):
+                _add(own, places[k] * width, row, 0, values[k], width)
+        for i in range(inputs):
+            columns[i, low:high] = own[i * width : i * width + high - low]
 
 
 @_compiled(parallel=True)
