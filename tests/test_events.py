@@ -404,25 +404,25 @@ def test_product_with_rows_that_are_sparse_or_not(density, outputs, monkeypatch)
     listed: list[bool] = []
     of = Rows.of
     monkeypatch.setattr(Rows, "of", lambda *about: listed.append((rows := of(*about)) is not None) or rows)
-    found, expected = product(x, g), x.double().T @ g.double()
+    found, expected = product(g, x), g.double().T @ x.double()
     assert listed == [density < DENSITY]
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-6 * expected.norm()
-    assert torch.equal(product(x.double(), g.double()), expected)  # no kernel
+    assert torch.equal(product(g.double(), x.double()), expected)  # no kernel
 
 
 def test_recurrent_weights_learn_the_same_from_events_as_from_all_spikes(monkeypatch):
     def gradient(fewest: int) -> tuple[Tensor, int]:
         monkeypatch.setattr("ulr_snn.sparse.FEWEST", fewest)
         calls: list[int] = []
-        times = Rows.times
-        monkeypatch.setattr(Rows, "times", lambda self, g: calls.append(1) or times(self, g))
+        own = Rows.product
+        monkeypatch.setattr(Rows, "product", lambda self, g: calls.append(1) or own(self, g))
         torch.manual_seed(0)
         model = nn.Sequential(Fold(nn.Linear(8, 24)), RecurrentLIF(24), Fold(nn.Linear(24, 3)), TimeAverage())
         nn.init.constant_(model[0][0].bias, -0.3)
         with attach(model, loss="ce_count") as ulr:
             ulr.backward(torch.randn(15, 6, 8), torch.arange(6) % 3)
-        monkeypatch.setattr(Rows, "times", times)
+        monkeypatch.setattr(Rows, "product", own)
         return model[1].recurrent.weight.grad, len(calls)
 
     dense, none = gradient(1 << 30)

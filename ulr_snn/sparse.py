@@ -17,7 +17,7 @@ from ulr_snn.scan import fused
 from ulr_snn.scan.memory import empty
 
 WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
-BLOCK = 64  # outputs whose weight gradients are summed at once
+BLOCK = 64  # rows or columns of a matrix that are gone through at once
 DENSITY = 0.1  # of inputs that are not zero, beyond which a dense product is the faster one
 FEWEST = 1 << 16  # inputs, below which it hardly matters
 SHARE = 0.1  # of a dense convolution's multiply-adds: with more than that (measured: 0.08 to above 0.2) it is faster
@@ -53,24 +53,25 @@ class Rows:
         cpu.collect(frames.numpy(), starts.numpy(), places.numpy(), values.numpy())
         return cls(starts, places, values, frames.shape[1])
 
-    def times(self, g: Tensor) -> Tensor:
-        """x^T g [inputs, outputs] of these events x and g [n, outputs]."""
-        columns = empty(self.inputs, g.shape[1])
-        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), columns.numpy(), BLOCK)
-        return columns
+    def product(self, g: Tensor) -> Tensor:
+        """g^T x [outputs, inputs] of g [n, outputs] and these events x."""
+        out = empty(g.shape[1], self.inputs)
+        flat = out.flatten().numpy()
+        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), self.inputs, flat, BLOCK)
+        return out
 
     @property
     def arrays(self) -> tuple[Any, ...]:
         return self.starts.numpy(), self.places.numpy(), self.values.numpy()
 
 
-def product(x: Tensor, g: Tensor) -> Tensor:
-    """x^T g [inputs, outputs] of x [n, inputs] and g [n, outputs]; where x is sparse, and there is a kernel, the cost
-    goes with its events."""
+def product(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x [outputs, inputs] of g [n, outputs] and x [n, inputs]; the cost goes with the events where x is sparse and
+    there is a kernel."""
     rows = None
     if x.numel() >= FEWEST and x.dtype == g.dtype and fused.kernels(x) is not None:
         rows = Rows.of(x, DENSITY * x.numel())
-    return x.T @ g if rows is None else rows.times(g)
+    return g.T @ x if rows is None else rows.product(g)
 
 
 class _Linear(torch.autograd.Function):
@@ -81,15 +82,16 @@ class _Linear(torch.autograd.Function):
         ctx.rows = rows
         out = empty(len(rows.starts) - 1, len(weight))
         start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
-        columns = weight.detach().T.contiguous()
-        fused.kernels(out).gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
+        columns, cpu = empty(*weight.T.shape), fused.kernels(out)
+        cpu.transpose(weight.detach().flatten().numpy(), *weight.shape, columns.flatten().numpy(), BLOCK)
+        cpu.gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
         return out
 
     @staticmethod
     def backward(ctx, g):
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_weight = ctx.rows.times(g).T.contiguous()
+            d_weight = ctx.rows.product(g)
         if ctx.needs_input_grad[1]:
             d_bias = g.sum(0)
         return d_weight, d_bias, None

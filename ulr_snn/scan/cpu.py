@@ -375,10 +375,10 @@ def _add_lines(to, t, to_step, source, s, step, value, lines, length):
 
 
 @_compiled(parallel=True)
-def scatter(starts, places, values, g, columns, width):
-    """x^T g, as columns [inputs, outputs], of rows of events x and g [n, outputs]; by blocks of outputs of this width, a
+def scatter(starts, places, values, g, inputs, out, width):
+    """g^T x [outputs, inputs], flat, of rows of events x and g [n, outputs]; by blocks of outputs of this width, a
     multiple of 4, so that what is added to stays in the cache."""
-    inputs, outputs = columns.shape
+    outputs = g.shape[1]
     for block in numba.prange(-(-outputs // width)):
         low, high = block * width, min((block + 1) * width, outputs)
         own, row = np.zeros(inputs * width, np.float32), np.zeros(width, np.float32)
@@ -386,8 +386,15 @@ def scatter(starts, places, values, g, columns, width):
             row[: high - low] = g[r, low:high]
             for k in range(starts[r], starts[r + 1]):
                 _add(own, places[k] * width, row, 0, values[k], width)
-        for i in range(inputs):
-            columns[i, low:high] = own[i * width : i * width + high - low]
+        _turn(out, low * inputs, inputs, own, 0, width, inputs, high - low)
+
+
+@_compiled(parallel=True)
+def transpose(matrix, rows, columns, out, width):
+    """[columns, rows] of a matrix [rows, columns], both flat, by blocks of columns of this width."""
+    for block in numba.prange(-(-columns // width)):
+        low, high = block * width, min((block + 1) * width, columns)
+        _turn(out, low * rows, rows, matrix, low, columns, rows, high - low)
 
 
 @_compiled(parallel=True)
