@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ulr_snn import LIF, Fold, TimeAverage, attach, convolution
+from ulr_snn import LIF, Fold, TimeAverage, attach, sparse, stateless
 from ulr_snn.credit.maps import Shared
 from ulr_snn.scan import memory
 from ulr_snn.scan.memory import Pool, blocks, empty
+from ulr_snn.stateless import run
 
 LARGE = (memory.SMALLEST // 16, 8)  # twice the smallest
 
@@ -123,7 +124,7 @@ def test_convolution_in_blocks_is_the_convolution(options, monkeypatch):
     expected = module(x)
     g = torch.randn_like(expected)
     with Pool().used():
-        found = convolution.applied([module], x)
+        found = run(module, x)
         assert type(found.grad_fn).__name__ == "_ConvolutionBackward"
         wanted = [x, *module.parameters()]
         mine = torch.autograd.grad(found, wanted, g)
@@ -150,12 +151,12 @@ def test_no_gradient_is_made_that_nothing_asks_for(monkeypatch):
     module, leaf = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6, requires_grad=True)
     with Pool().used():
         x = leaf * 1
-        y = convolution.applied([module], x)
+        y = run(module, x)
         for inputs, expected in (([module.weight], [False, True, True]), ([x, module.weight], [True, True, True])):
             with Masks() as masks:
                 torch.autograd.backward(y, torch.ones_like(y), inputs=inputs, retain_graph=True)
             assert masks.seen == [expected] * 4
-        (found,) = torch.autograd.grad(convolution.applied([module], leaf).sum(), leaf)
+        (found,) = torch.autograd.grad(run(module, leaf).sum(), leaf)
         assert torch.allclose(found, torch.autograd.grad(module(leaf).sum(), leaf)[0], atol=1e-6)
 
 
@@ -180,10 +181,10 @@ def test_other_convolutions_are_left_alone(kind, monkeypatch):
     seen.clear()
     pool = Pool()
     if kind == "outside":
-        found = convolution.applied([module], x)
+        found = run(module, x)
     else:
         with pool.used():
-            found = convolution.applied([module], x)
+            found = run(module, x)
     assert torch.equal(found, expected) and type(found.grad_fn).__name__ != "_ConvolutionBackward"
     assert seen == (["called"] if kind in ("hook", "own forward") else [])
 
@@ -191,7 +192,7 @@ def test_other_convolutions_are_left_alone(kind, monkeypatch):
 def test_wrong_shapes_raise_as_the_module_does(monkeypatch):
     monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
     with Pool().used(), pytest.raises(RuntimeError, match="channels"):
-        convolution.applied([nn.Conv2d(3, 3, 3)], torch.randn(4, 2, 6, 6))
+        run(nn.Conv2d(3, 3, 3), torch.randn(4, 2, 6, 6))
 
 
 def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
@@ -202,3 +203,55 @@ def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
     monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 81 * 3)
     assert torch.allclose(path.backward(weight, current), whole, atol=1e-6)
     assert not path.backward(weight, current[:0]).numel()
+
+
+# -- layers that read spikes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.4])
+def test_linear_layer_of_spikes_is_the_linear_layer(density, bias, monkeypatch):
+    monkeypatch.setattr(stateless, "FEWEST", 0)
+    torch.manual_seed(0)
+    module, x = nn.Linear(30, 40, bias), (torch.rand(5, 7, 30) < density).float().requires_grad_()
+    expected = module(x)
+    wanted, g = [x, *module.parameters()], torch.randn_like(expected)
+    with Pool().used():
+        found = run(module, x)
+        mine = torch.autograd.grad(found, wanted, g)
+        by_events = "_LinearBackward" in (type(found.grad_fn.next_functions[0][0]).__name__)
+    assert by_events == (density < 0.1)
+    for one, other in zip([found, *mine], [expected, *torch.autograd.grad(expected, wanted, g)], strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+def test_layers_that_read_spikes_learn_the_same(monkeypatch):
+    def gradients(fewest: int) -> tuple[list[Tensor], int]:
+        calls: list[int] = []
+        monkeypatch.setattr(stateless, "FEWEST", fewest)
+        monkeypatch.setattr(stateless, "gathered", lambda *about: calls.append(1) or sparse.gathered(*about))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 50), LIF(), nn.Linear(50, 40), LIF(), nn.Linear(40, 5), TimeAverage())
+        x = torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(1))
+        with attach(model, loss="ce_count") as ulr:
+            for _ in range(2):
+                ulr.backward(x, torch.arange(6) % 5)
+        return [q.grad for q in model.parameters()], len(calls)
+
+    dense, none = gradients(1 << 40)
+    few, some = gradients(0)
+    assert none == 0 and some > 0
+    for one, other in zip(few, dense, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_hooks_in_a_model_are_called_in_training_steps():
+    seen: list[str] = []
+    model = net()
+    model.register_forward_hook(lambda *_: seen.append("model"))
+    model[0][0].register_forward_hook(lambda *_: seen.append("convolution"))
+    model[4][1].register_forward_pre_hook(lambda *_: seen.append("linear"))
+    with attach(model, loss="ce_count") as ulr:
+        ulr.backward(torch.rand(9, 7, 2, 8, 8), torch.arange(7) % 5)
+    assert {"model", "convolution", "linear"} == set(seen)

@@ -24,6 +24,7 @@ from ulr_snn.noise import CurrentNoise, Logistic, NoiseLevel, WeightNoise
 from ulr_snn.passes import coupled_modules, first_output, keep_traces, model_outputs, runs_by_step
 from ulr_snn.precision import full_precision
 from ulr_snn.sites import Layers, bind, inside, spiking_layers
+from ulr_snn.stateless import run
 
 SAMPLES = 8  # of a batch that are recorded
 TRIAL = 24  # time steps of random currents by which a neuron's equations are compared
@@ -57,7 +58,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:
-            x = stage(x)
+            x = run(stage, x)
         return x
 
 

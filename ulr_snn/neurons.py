@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ulr_snn.convolution import applied
 from ulr_snn.errors import UsageError
 from ulr_snn.noise import Drawer
 from ulr_snn.precision import full_precision, widened
@@ -15,6 +14,7 @@ from ulr_snn.scan import fused
 from ulr_snn.scan.reference import leaky_drive, scan
 from ulr_snn.scan.state import RESETS, State
 from ulr_snn.sparse import product
+from ulr_snn.stateless import run
 
 
 class Timed(nn.Module):
@@ -328,7 +328,10 @@ class Fold(nn.Sequential):
     """Stateless modules on every time step at once: folds [T, B, ...] to [T*B, ...], applies them, unfolds."""
 
     def forward(self, sequence: Tensor) -> Tensor:
-        return applied(self, sequence.flatten(0, 1)).unflatten(0, sequence.shape[:2])
+        x = sequence.flatten(0, 1)
+        for module in self:
+            x = run(module, x)
+        return x.unflatten(0, sequence.shape[:2])
 
 
 def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ulr_snn.records import Record
 from ulr_snn.scan.bits import pack_bits, unpack_bits
 from ulr_snn.scan.state import State
 from ulr_snn.sites import bind_sites, own_modules, record_of
+from ulr_snn.stateless import run
 
 TOGETHER = 1 << 18  # spikes of a part, where little is to be kept
 ROOMY = 1 << 21  # and where parts only have to keep within bounds: fewer of them, since each has a cost of its own
@@ -206,7 +207,7 @@ class Parts:
                     x = module(x, next(membranes))
                     last.append(x[-1])
                 else:
-                    x = module(x)
+                    x = run(module, x)
         states = {name: State(site.state.membrane, site.state.spikes.bool()) for name, site in sites.items()}
         after = Standing(states, [u.detach() for u in last])
         return x, after, sites, last

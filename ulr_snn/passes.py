@@ -22,6 +22,7 @@ from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.records import Record
 from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, site_index, spiking_layers
+from ulr_snn.stateless import run
 from ulr_snn.weights import WeightSites
 
 
@@ -279,7 +280,7 @@ def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
     if by_step:
         return torch.stack(list(each_step(model, x)))
     with explained(model):
-        return first_output(model, model(x))
+        return first_output(model, run(model, x))
 
 
 def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:

@@ -74,18 +74,23 @@ def product(g: Tensor, x: Tensor) -> Tensor:
     return g.T @ x if rows is None else rows.product(g)
 
 
+def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b [n, outputs] of events x in rows [n, inputs]."""
+    out = empty(len(rows.starts) - 1, len(weight))
+    start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
+    columns, cpu = empty(*weight.T.shape), fused.kernels(out)
+    cpu.transpose(weight.detach().flatten().numpy(), *weight.shape, columns.flatten().numpy(), BLOCK)
+    cpu.gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
+    return out
+
+
 class _Linear(torch.autograd.Function):
     """x W^T + b of events x; gradient for W and b alone."""
 
     @staticmethod
     def forward(ctx, weight, bias, rows):
         ctx.rows = rows
-        out = empty(len(rows.starts) - 1, len(weight))
-        start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
-        columns, cpu = empty(*weight.T.shape), fused.kernels(out)
-        cpu.transpose(weight.detach().flatten().numpy(), *weight.shape, columns.flatten().numpy(), BLOCK)
-        cpu.gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
-        return out
+        return gathered(rows, weight, bias)
 
     @staticmethod
     def backward(ctx, g):

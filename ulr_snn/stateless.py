@@ -1,0 +1,129 @@
+"""Stateless modules on many rows on a CPU, within a training step, where torch's own are slow.
+
+Spikes are sparse: a linear layer that reads few of them costs in proportion to them (see sparse.py). And convolutions
+go through a block of rows at a time: for all time steps of a batch at once torch's own takes several times the memory
+of its input, which goes back to the system and comes again at every call. That can take longer than the convolution.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ulr_snn.scan import fused
+from ulr_snn.scan.memory import blocks, empty, in_step
+from ulr_snn.sparse import DENSITY, FEWEST, Rows, gathered
+
+LEAST = 32  # outputs of a linear layer, below which it costs more to look for what is sparse
+
+
+def run(module: nn.Module, x: Tensor) -> Any:
+    """What a module gives for x; within a training step by what is in `OWN`, a Sequential's modules one after
+    another."""
+    if not in_step() or type(module) not in OWN or _changed(module):
+        return module(x)
+    found = OWN[type(module)](module, x)
+    return module(x) if found is None else found
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether there is more to a call of a module than what its class does, or another precision."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return "forward" in vars(module) or any(hooks) or torch.is_autocast_enabled("cpu")
+
+
+def _usual(module: nn.Module, x: Tensor) -> bool:
+    """Whether this is all in float32 on a CPU."""
+    usual = type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    return usual and all(q.dtype == torch.float32 for q in module.parameters(recurse=False))
+
+
+def _sequential(module: nn.Sequential, x: Tensor) -> Any:
+    for part in module:
+        x = run(part, x)
+    return x
+
+
+def _asked_for(node: Any) -> bool:
+    """Whether what goes on to a node is asked for; `needs_input_grad` tells only what could be."""
+    asks = getattr(torch._C, "_will_engine_execute_node", None)
+    leaf = hasattr(node, "variable")  # of which torch does not tell
+    return asks is None or leaf or asks(node)
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """Which of the gradients of input, weight and bias a backward has to make."""
+    wanted = list(ctx.needs_input_grad[:3])
+    wanted[0] = wanted[0] and _asked_for(ctx.next_functions[0][0])
+    return wanted
+
+
+# -- linear ------------------------------------------------------------------------------------------------
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
+    if not _usual(module, x) or x.shape[-1:] != module.weight.shape[1:]:
+        return None
+    if len(module.weight) < LEAST or x.numel() < FEWEST or fused.kernels(x) is None:
+        return None
+    flat = x.reshape(-1, x.shape[-1])
+    rows = Rows.of(flat, DENSITY * x.numel())
+    return None if rows is None else _Linear.apply(flat, module.weight, module.bias, rows).unflatten(0, x.shape[:-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.rows = rows
+        return gathered(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (of_x, of_weight, of_bias) = ctx.saved_tensors, _wanted(ctx)
+        d_weight = ctx.rows.product(g) if of_weight else None
+        return g @ weight if of_x else None, d_weight, g.sum(0) if of_bias else None, None
+
+
+# -- convolution -------------------------------------------------------------------------------------------
+
+
+def _convolution(module: nn.Conv2d, x: Tensor) -> Tensor | None:
+    padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if not _usual(module, x) or x.ndim != 4 or not padded or len(blocks(len(x), math.prod(x.shape[1:]))) < 2:
+        return None
+    about = module.stride, module.padding, module.dilation, module.groups
+    return _Convolution.apply(x, module.weight, module.bias, about)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, about: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.about, out = about, None
+        for rows in blocks(len(x), math.prod(x.shape[1:])):
+            block = torch.conv2d(x[rows], weight, bias, *about)
+            out = empty(len(x), *block.shape[1:]) if out is None else out
+            out[rows] = block
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (stride, padding, dilation, groups), wanted = ctx.about, _wanted(ctx)
+        d_x, sums = empty(*x.shape) if wanted[0] else None, [None, None]
+        for rows in blocks(len(x), math.prod(x.shape[1:])):
+            found = torch.ops.aten.convolution_backward(
+                g[rows], x[rows], weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, wanted
+            )
+            if d_x is not None:
+                d_x[rows] = found[0]
+            sums = [new if old is None else old.add_(new) for old, new in zip(sums, found[1:], strict=True)]
+        return d_x, *sums, None
+
+
+OWN = {nn.Sequential: _sequential, nn.Linear: _linear, nn.Conv2d: _convolution}
