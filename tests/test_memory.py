@@ -160,7 +160,10 @@ def test_no_gradient_is_made_that_nothing_asks_for(monkeypatch):
         assert torch.allclose(found, torch.autograd.grad(module(leaf).sum(), leaf)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["hook", "subclass", "own forward", "reflect", "same", "double", "outside", "few"])
+@pytest.mark.parametrize(
+    "kind",
+    ["hook", "hook of all", "compiled", "subclass", "own forward", "reflect", "same", "double", "outside", "few"],
+)
 def test_other_convolutions_are_left_alone(kind, monkeypatch):
     monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36 * (100 if kind == "few" else 1))
     seen: list[str] = []
@@ -172,6 +175,10 @@ def test_other_convolutions_are_left_alone(kind, monkeypatch):
     module, x = (Mine if kind == "subclass" else nn.Conv2d)(2, 3, 3, **options), torch.randn(4, 2, 6, 6)
     if kind == "hook":
         module.register_forward_hook(lambda *_: seen.append("called"))
+    if kind == "hook of all":
+        removed = nn.modules.module.register_module_forward_hook(lambda *_: seen.append("called"))
+    if kind == "compiled":
+        module._compiled_call_impl = lambda x: seen.append("called") or module._call_impl(x)
     if kind == "own forward":
         forward = module.forward
         module.forward = lambda x: seen.append("called") or forward(x)
@@ -185,8 +192,10 @@ def test_other_convolutions_are_left_alone(kind, monkeypatch):
     else:
         with pool.used():
             found = run(module, x)
+    if kind == "hook of all":
+        removed.remove()
     assert torch.equal(found, expected) and type(found.grad_fn).__name__ != "_ConvolutionBackward"
-    assert seen == (["called"] if kind in ("hook", "own forward") else [])
+    assert seen == (["called"] if kind in ("hook", "hook of all", "compiled", "own forward") else [])
 
 
 def test_wrong_shapes_raise_as_the_module_does(monkeypatch):

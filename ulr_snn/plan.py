@@ -21,6 +21,7 @@ from ulr_snn.passes import Forward, as_frames, coupled_modules, keep_traces, run
 from ulr_snn.records import CurrentRecord, Record
 from ulr_snn.scan.fused import choice
 from ulr_snn.sites import check_layers, own_modules
+from ulr_snn.sparse import DENSITY
 from ulr_snn.structure import Structure
 from ulr_snn.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
 from ulr_snn.weights import SOURCE, check_names
@@ -190,6 +191,8 @@ def _engine(x: Tensor, kept: str) -> list[str]:
     found = [f"scans over time of ulr_snn's neurons: {by} ({why})"]
     if isinstance(x, Events):
         found.append("events are sparse: a linear layer or convolution costs in proportion to those that it reads")
+    if kind == "cpu":
+        found.append(f"spikes: a linear layer costs in proportion to them while at most {DENSITY:.0%} of neurons fire")
     return [*found, f"memory: {kept}"]
 
 

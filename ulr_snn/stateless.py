@@ -16,6 +16,8 @@ from ulr_snn.scan import fused
 from ulr_snn.scan.memory import blocks, empty, in_step
 from ulr_snn.sparse import DENSITY, FEWEST, Rows, gathered
 
+KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # of all modules there are
 LEAST = 32  # outputs of a linear layer, below which it costs more to look for what is sparse
 
 
@@ -30,8 +32,10 @@ def run(module: nn.Module, x: Tensor) -> Any:
 
 def _changed(module: nn.Module) -> bool:
     """Whether there is more to a call of a module than what its class does, or another precision."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return "forward" in vars(module) or any(hooks) or torch.is_autocast_enabled("cpu")
+    own = vars(module)
+    hooked = any(own[f"_{kind}_hooks"] for kind in KINDS) or any(hooks for hooks in OF_ALL)
+    compiled = module._compiled_call_impl is not None
+    return hooked or compiled or "forward" in own or torch.is_autocast_enabled("cpu")
 
 
 def _usual(module: nn.Module, x: Tensor) -> bool:
