@@ -62,6 +62,12 @@ def lines(axes: "Axes", rows: Rows, looks: dict[str, dict[str, str]], value: str
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def legend(figure: Figure) -> None:
+    """Below all panels, of the methods in any of them."""
+    named = {n: h for axes in figure.axes for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
 def save_speed(rows: Rows, path: Path) -> None:
     """rows of speed.csv."""
     plain = [row for row in rows if "compile" not in row["method"]]
@@ -77,8 +83,7 @@ def save_speed(rows: Rows, path: Path) -> None:
         bars(axes, own, looks, f"{case}, T={size[0]}")
     if grown:
         lines(panels[3], swept, looks, "ms", "ms a step, dense")
-    named = {n: h for axes in panels for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend(figure)
     figure.savefig(path)
 
 
@@ -90,8 +95,7 @@ def save_memory(rows: Rows, path: Path) -> None:
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         lines(axes, [row for row in rows if row["case"] == case], looks, "mb", "MB above weights and events")
         axes.set_title(case, fontsize=9)
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend(figure)
     figure.savefig(path)
 
 

@@ -1,5 +1,8 @@
 """Memory that is kept from step to step, and convolutions in blocks of rows."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -264,3 +267,62 @@ def test_hooks_in_a_model_are_called_in_training_steps():
     with attach(model, loss="ce_count") as ulr:
         ulr.backward(torch.rand(9, 7, 2, 8, 8), torch.arange(7) % 5)
     assert {"model", "convolution", "linear"} == set(seen)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_gradients_can_be_differentiated(kind, monkeypatch):
+    """As `credit.direct.direct_effect` does."""
+    monkeypatch.setattr(stateless, "FEWEST", 0)
+    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
+    torch.manual_seed(0)
+    shape, module = ((12, 30), nn.Linear(30, 40)) if kind == "linear" else ((4, 2, 6, 6), nn.Conv2d(2, 3, 3))
+    x = (torch.rand(shape) < 0.05).float().requires_grad_()
+    probe = torch.randn_like(module(x)).requires_grad_()
+
+    def second(y: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(y, [x, *module.parameters()], probe, create_graph=True)
+        return *first, *torch.autograd.grad(sum((g * g).sum() for g in first), [probe, x, module.weight])
+
+    expected = second(module(x))
+    with Pool().used():
+        y = run(module, x)
+        assert type(y.grad_fn).__name__ != type(module(x).grad_fn).__name__
+        found = second(y)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+class Twice(nn.Parameter):
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), named=None):
+        if function is nn.functional.linear:
+            x, weight, bias = arguments
+            return 2 * nn.functional.linear(x, weight.detach().as_subclass(Tensor), bias)
+        return super().__torch_function__(function, types, arguments, named or {})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("kind", ["one row", "subclass", "sparse", "vmap"])
+def test_linear_layers_of_other_kinds_give_what_they_do(kind, monkeypatch):
+    monkeypatch.setattr(stateless, "FEWEST", 0)
+    torch.manual_seed(0)
+    module, x = nn.Linear(30, 40), torch.zeros((30,) if kind == "one row" else (4, 30))
+    if kind == "subclass":
+        module.weight = Twice(module.weight.detach())
+    if kind == "sparse":
+        module.weight = nn.Parameter(module.weight.detach().to_sparse_csr(), requires_grad=False)
+    expected = module(x)
+    with Pool().used():
+        found = torch.vmap(lambda row: run(module, row[None])[0])(x) if kind == "vmap" else run(module, x)
+    assert torch.allclose(found, expected, atol=1e-6) and found.shape == expected.shape
+
+
+def test_a_copy_of_a_pool_is_empty():
+    pool = Pool()
+    with pool.used():
+        empty(*LARGE)
+    assert not copy.deepcopy(pool)._arrays and not pickle.loads(pickle.dumps(pool))._arrays
+
+
+def test_an_average_over_time_does_not_overflow_in_half_precision():
+    assert torch.equal(TimeAverage()(torch.full((1000, 1, 2), 100.0).half()), torch.full((1, 2), 100.0).half())

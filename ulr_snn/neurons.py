@@ -319,6 +319,8 @@ class TimeAverage(Timed):
 
     def forward(self, sequence: Tensor) -> Tensor:
         if self.lengths is None:
+            if sequence.dtype == torch.float16:  # of which a sum may be too large
+                return sequence.mean(0)
             return sequence.sum(0) / len(sequence)  # the gradient of a mean would be made for each step
         mask = step_mask(self.lengths, sequence)
         return (sequence * mask).sum(0) / self.lengths.to(sequence.dtype).view(mask.shape[1:])

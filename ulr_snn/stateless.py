@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ulr_snn.scan import fused
 from ulr_snn.scan.memory import blocks, empty, in_step
@@ -18,6 +17,7 @@ from ulr_snn.sparse import DENSITY, FEWEST, Rows, gathered
 
 KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # of all modules there are
+PLAIN = (Tensor, nn.Parameter)
 LEAST = 32  # outputs of a linear layer, below which it costs more to look for what is sparse
 
 
@@ -39,9 +39,12 @@ def _changed(module: nn.Module) -> bool:
 
 
 def _usual(module: nn.Module, x: Tensor) -> bool:
-    """Whether this is all in float32 on a CPU."""
-    usual = type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
-    return usual and all(q.dtype == torch.float32 for q in module.parameters(recurse=False))
+    """Whether this is all in dense float32 on a CPU, and torch's own."""
+    tensors = x, module.weight, module.bias
+    return not torch._C._are_functorch_transforms_active() and all(
+        q is None or (type(q) in PLAIN and q.dtype == torch.float32 and q.layout == torch.strided and q.is_cpu)
+        for q in tensors
+    )
 
 
 def _sequential(module: nn.Sequential, x: Tensor) -> Any:
@@ -74,21 +77,23 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
         return None
     flat = x.reshape(-1, x.shape[-1])
     rows = Rows.of(flat, DENSITY * x.numel())
-    return None if rows is None else _Linear.apply(flat, module.weight, module.bias, rows).unflatten(0, x.shape[:-1])
+    if rows is None:
+        return None
+    return _Linear.apply(flat, module.weight, module.bias, rows).view(*x.shape[:-1], len(module.weight))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x, weight)
         ctx.rows = rows
         return gathered(rows, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,), (of_x, of_weight, of_bias) = ctx.saved_tensors, _wanted(ctx)
-        d_weight = ctx.rows.product(g) if of_weight else None
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, _wanted(ctx)
+        again = torch.is_grad_enabled()  # this is to be differentiated itself
+        d_weight = None if not of_weight else g.T @ x if again else ctx.rows.product(g)
         return g @ weight if of_x else None, d_weight, g.sum(0) if of_bias else None, None
 
 
@@ -115,15 +120,19 @@ class _Convolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (stride, padding, dilation, groups), wanted = ctx.about, _wanted(ctx)
+
+        def gradients(rows: slice) -> tuple[Tensor | None, ...]:
+            about = [len(weight)], stride, padding, dilation, False, [0, 0], groups, wanted
+            return torch.ops.aten.convolution_backward(g[rows], x[rows], weight, *about)
+
+        if torch.is_grad_enabled():  # this is to be differentiated itself
+            return *gradients(slice(None)), None
         d_x, sums = empty(*x.shape) if wanted[0] else None, [None, None]
         for rows in blocks(len(x), math.prod(x.shape[1:])):
-            found = torch.ops.aten.convolution_backward(
-                g[rows], x[rows], weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, wanted
-            )
+            found = gradients(rows)
             if d_x is not None:
                 d_x[rows] = found[0]
             sums = [new if old is None else old.add_(new) for old, new in zip(sums, found[1:], strict=True)]

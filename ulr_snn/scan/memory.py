@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,16 +55,22 @@ class Pool:
 
     def _free(self, needed: int) -> int | None:
         """The smallest array of this size, or up to twice it, that only the list refers to."""
-        fitting = [
-            (array.nbytes, i)
-            for i, (array, _) in enumerate(self._arrays)
-            if needed <= array.nbytes <= 2 * needed and sys.getrefcount(array) == _ALONE
-        ]
-        return min(fitting)[1] if fitting else None
+        sizes = [array.nbytes for array, _ in self._arrays]
+        free = [i for i, size in enumerate(sizes) if needed <= size <= 2 * needed]
+        free = [i for i in free if _references(self._arrays, i) == _ALONE]
+        return min(free, key=sizes.__getitem__, default=None)
+
+    def __reduce__(self) -> Any:
+        return Pool, ()  # a copy has memory of its own
+
+
+def _references(arrays: list[tuple[np.ndarray, int]], i: int) -> int:
+    """To array i, as they are counted here."""
+    return sys.getrefcount(arrays[i][0])
 
 
 _current: ContextVar[Pool | None] = ContextVar("pool", default=None)
-_ALONE = next(sys.getrefcount(array) for array, _ in [(np.empty(0), 0)])  # references where only such a list has it
+_ALONE = _references([(np.empty(0), 0)], 0)  # where only such a list has it
 
 
 def in_step() -> bool:
