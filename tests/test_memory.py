@@ -223,7 +223,7 @@ def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.4])
 def test_linear_layer_of_spikes_is_the_linear_layer(density, bias, monkeypatch):
-    monkeypatch.setattr(stateless, "FEWEST", 0)
+    monkeypatch.setattr(sparse, "FEWEST", 0)
     torch.manual_seed(0)
     module, x = nn.Linear(30, 40, bias), (torch.rand(5, 7, 30) < density).float().requires_grad_()
     expected = module(x)
@@ -241,7 +241,7 @@ def test_linear_layer_of_spikes_is_the_linear_layer(density, bias, monkeypatch):
 def test_layers_that_read_spikes_learn_the_same(monkeypatch):
     def gradients(fewest: int) -> tuple[list[Tensor], int]:
         calls: list[int] = []
-        monkeypatch.setattr(stateless, "FEWEST", fewest)
+        monkeypatch.setattr(sparse, "FEWEST", fewest)
         monkeypatch.setattr(stateless, "gathered", lambda *about: calls.append(1) or sparse.gathered(*about))
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 50), LIF(), nn.Linear(50, 40), LIF(), nn.Linear(40, 5), TimeAverage())
@@ -272,7 +272,7 @@ def test_hooks_in_a_model_are_called_in_training_steps():
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_gradients_can_be_differentiated(kind, monkeypatch):
     """As `credit.direct.direct_effect` does."""
-    monkeypatch.setattr(stateless, "FEWEST", 0)
+    monkeypatch.setattr(sparse, "FEWEST", 0)
     monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
     torch.manual_seed(0)
     shape, module = ((12, 30), nn.Linear(30, 40)) if kind == "linear" else ((4, 2, 6, 6), nn.Conv2d(2, 3, 3))
@@ -304,7 +304,7 @@ class Twice(nn.Parameter):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("kind", ["one row", "subclass", "sparse", "vmap"])
 def test_linear_layers_of_other_kinds_give_what_they_do(kind, monkeypatch):
-    monkeypatch.setattr(stateless, "FEWEST", 0)
+    monkeypatch.setattr(sparse, "FEWEST", 0)
     torch.manual_seed(0)
     module, x = nn.Linear(30, 40), torch.zeros((30,) if kind == "one row" else (4, 30))
     if kind == "subclass":
@@ -326,3 +326,14 @@ def test_a_copy_of_a_pool_is_empty():
 
 def test_an_average_over_time_does_not_overflow_in_half_precision():
     assert torch.equal(TimeAverage()(torch.full((1000, 1, 2), 100.0).half()), torch.full((1, 2), 100.0).half())
+
+
+def test_credit_in_double_precision_stays_so(monkeypatch):
+    """Blocks have memory in float32, on the CPU: other tensors go as a whole."""
+    torch.manual_seed(0)
+    path = Shared((4, 9, 9), (6, 5, 5), (2, 2), (-1, -1), (3, 3))
+    weight, current = torch.randn(path.size).double(), torch.randn(11, *path.target).double()
+    whole = path.backward(weight, current)
+    monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 81 * 3)
+    found = path.backward(weight, current)
+    assert found.dtype == torch.float64 and torch.equal(found, whole)

@@ -65,12 +65,17 @@ class Rows:
         return self.starts.numpy(), self.places.numpy(), self.values.numpy()
 
 
+def few(x: Tensor) -> Rows | None:
+    """The events of x [n, inputs], where there is a kernel and they are few enough for it to pay."""
+    if x.numel() < FEWEST or fused.kernels(x) is None:
+        return None
+    return Rows.of(x, DENSITY * x.numel())
+
+
 def product(g: Tensor, x: Tensor) -> Tensor:
     """g^T x [outputs, inputs] of g [n, outputs] and x [n, inputs]; the cost goes with the events where x is sparse and
     there is a kernel."""
-    rows = None
-    if x.numel() >= FEWEST and x.dtype == g.dtype and fused.kernels(x) is not None:
-        rows = Rows.of(x, DENSITY * x.numel())
+    rows = few(x) if x.dtype == g.dtype else None
     return g.T @ x if rows is None else rows.product(g)
 
 

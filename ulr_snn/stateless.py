@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.scan import fused
-from ulr_snn.scan.memory import blocks, empty, in_step
-from ulr_snn.sparse import DENSITY, FEWEST, Rows, gathered
+from ulr_snn.scan.memory import blocks, by_blocks, empty, in_step
+from ulr_snn.sparse import Rows, few, gathered
 
 KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # of all modules there are
@@ -71,12 +70,10 @@ def _wanted(ctx: Any) -> list[bool]:
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
-    if not _usual(module, x) or x.shape[-1:] != module.weight.shape[1:]:
-        return None
-    if len(module.weight) < LEAST or x.numel() < FEWEST or fused.kernels(x) is None:
+    if not _usual(module, x) or x.shape[-1:] != module.weight.shape[1:] or len(module.weight) < LEAST:
         return None
     flat = x.reshape(-1, x.shape[-1])
-    rows = Rows.of(flat, DENSITY * x.numel())
+    rows = few(flat)
     if rows is None:
         return None
     return _Linear.apply(flat, module.weight, module.bias, rows).view(*x.shape[:-1], len(module.weight))
@@ -112,12 +109,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, about: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.about, out = about, None
-        for rows in blocks(len(x), math.prod(x.shape[1:])):
-            block = torch.conv2d(x[rows], weight, bias, *about)
-            out = empty(len(x), *block.shape[1:]) if out is None else out
-            out[rows] = block
-        return out
+        ctx.about = about
+        return by_blocks(lambda rows: torch.conv2d(rows, weight, bias, *about), x, math.prod(x.shape[1:]))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

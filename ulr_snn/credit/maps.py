@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ulr_snn.scan.fused import turned
-from ulr_snn.scan.memory import blocks, empty
+from ulr_snn.scan.memory import blocks, by_blocks, fits
 
 Shape = tuple[int, ...]
 
@@ -116,12 +116,10 @@ class Shared(Path):
         return self._convolve(pad(spikes, self._margins()), weight, transposed=False)
 
     def backward(self, weight: Tensor, current: Tensor) -> Tensor:
-        if current.ndim != 4 or len(found := blocks(len(current), math.prod(self.source))) < 2:
+        size = math.prod(self.source)
+        if current.ndim != 4 or not fits(current) or len(blocks(len(current), size)) < 2:
             return self._spread(weight, current)
-        out = empty(len(current), *self.source)
-        for rows in found:
-            out[rows] = self._spread(weight, current[rows])
-        return out
+        return by_blocks(lambda rows: self._spread(weight, rows), current, size)
 
     def _spread(self, weight: Tensor, current: Tensor) -> Tensor:
         spread = self._convolve(current, weight, transposed=True)

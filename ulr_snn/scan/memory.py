@@ -6,7 +6,7 @@ convolutional step. numpy's arrays, since they tell who refers to them, and sinc
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -85,9 +85,14 @@ def empty(*shape: int) -> Tensor:
     return pool.take(shape) if pool is not None and large else torch.empty(shape, dtype=torch.float32)
 
 
+def fits(x: Tensor) -> bool:
+    """Whether tensors like this one are of the kind that `empty` makes."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def empty_like(x: Tensor) -> Tensor:
     """`torch.empty_like`, of such memory where it can be."""
-    return empty(*x.shape) if x.dtype == torch.float32 and x.device.type == "cpu" else torch.empty_like(x)
+    return empty(*x.shape) if fits(x) else torch.empty_like(x)
 
 
 BLOCK = 1 << 22  # bytes of a block of rows: what torch needs besides then stays in the cache, and with the process
@@ -97,3 +102,13 @@ def blocks(rows: int, size: int) -> list[slice]:
     """Of rows with this many float32 numbers, in their order."""
     step = max(1, BLOCK // (4 * max(1, size)))
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+
+def by_blocks(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """function(x), which sees each row of x [n, ...] by itself, of x that `fits`; size: of a row, see `blocks`."""
+    out = None
+    for rows in blocks(len(x), size):
+        block = function(x[rows])
+        out = empty(len(x), *block.shape[1:]) if out is None else out
+        out[rows] = block
+    return out
