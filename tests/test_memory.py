@@ -242,7 +242,7 @@ def test_layers_that_read_spikes_learn_the_same(monkeypatch):
     def gradients(fewest: int) -> tuple[list[Tensor], int]:
         calls: list[int] = []
         monkeypatch.setattr(sparse, "FEWEST", fewest)
-        monkeypatch.setattr(stateless, "gathered", lambda *about: calls.append(1) or sparse.gathered(*about))
+        monkeypatch.setattr(stateless, "linear", lambda *about: calls.append(1) or sparse.linear(*about))
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 50), LIF(), nn.Linear(50, 40), LIF(), nn.Linear(40, 5), TimeAverage())
         x = torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(1))

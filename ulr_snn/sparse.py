@@ -89,27 +89,40 @@ def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def asked_for(node: Any) -> bool:
+    """Whether what goes on to a node is asked for; `needs_input_grad` tells only what could be."""
+    asks = getattr(torch._C, "_will_engine_execute_node", None)
+    leaf = hasattr(node, "variable")  # of which torch does not tell
+    return asks is None or leaf or asks(node)
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Which of the gradients of input, weight and bias a backward has to make."""
+    found = list(ctx.needs_input_grad[:3])
+    found[0] = found[0] and asked_for(ctx.next_functions[0][0])
+    return found
+
+
 class _Linear(torch.autograd.Function):
-    """x W^T + b of events x; gradient for W and b alone."""
+    """x W^T + b of events in rows; x: the same as a tensor, where there is one."""
 
     @staticmethod
-    def forward(ctx, weight, bias, rows):
+    def forward(ctx, x, weight, bias, rows):
+        ctx.save_for_backward(x, None if x is None else weight)  # which may change where there is no gradient of x
         ctx.rows = rows
         return gathered(rows, weight, bias)
 
     @staticmethod
     def backward(ctx, g):
-        d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_weight = ctx.rows.product(g)
-        if ctx.needs_input_grad[1]:
-            d_bias = g.sum(0)
-        return d_weight, d_bias, None
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, wanted(ctx)
+        again = torch.is_grad_enabled() and x is not None  # this is to be differentiated itself
+        d_weight = None if not of_weight else g.T @ x if again else ctx.rows.product(g)
+        return g @ weight if of_x else None, d_weight, g.sum(0) if of_bias else None, None
 
 
-def linear(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[n, outputs] of events in rows [n, inputs]."""
-    return _Linear.apply(weight, bias, rows)
+def linear(rows: Rows, weight: Tensor, bias: Tensor | None, x: Tensor | None = None) -> Tensor:
+    """[n, outputs] of events in rows [n, inputs]. x: the tensor that they are of, if its gradient may be asked for."""
+    return _Linear.apply(x, weight, bias, rows)
 
 
 # -- convolution -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.scan.memory import blocks, by_blocks, empty, in_step
-from ulr_snn.sparse import Rows, few, gathered
+from ulr_snn.sparse import few, linear, wanted
 
 KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # of all modules there are
@@ -52,20 +52,6 @@ def _sequential(module: nn.Sequential, x: Tensor) -> Any:
     return x
 
 
-def _asked_for(node: Any) -> bool:
-    """Whether what goes on to a node is asked for; `needs_input_grad` tells only what could be."""
-    asks = getattr(torch._C, "_will_engine_execute_node", None)
-    leaf = hasattr(node, "variable")  # of which torch does not tell
-    return asks is None or leaf or asks(node)
-
-
-def _wanted(ctx: Any) -> list[bool]:
-    """Which of the gradients of input, weight and bias a backward has to make."""
-    wanted = list(ctx.needs_input_grad[:3])
-    wanted[0] = wanted[0] and _asked_for(ctx.next_functions[0][0])
-    return wanted
-
-
 # -- linear ------------------------------------------------------------------------------------------------
 
 
@@ -76,22 +62,7 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
     rows = few(flat)
     if rows is None:
         return None
-    return _Linear.apply(flat, module.weight, module.bias, rows).view(*x.shape[:-1], len(module.weight))
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.rows = rows
-        return gathered(rows, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, _wanted(ctx)
-        again = torch.is_grad_enabled()  # this is to be differentiated itself
-        d_weight = None if not of_weight else g.T @ x if again else ctx.rows.product(g)
-        return g @ weight if of_x else None, d_weight, g.sum(0) if of_bias else None, None
+    return linear(rows, module.weight, module.bias, flat).view(*x.shape[:-1], len(module.weight))
 
 
 # -- convolution -------------------------------------------------------------------------------------------
@@ -115,15 +86,15 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (stride, padding, dilation, groups), wanted = ctx.about, _wanted(ctx)
+        (stride, padding, dilation, groups), which = ctx.about, wanted(ctx)
 
         def gradients(rows: slice) -> tuple[Tensor | None, ...]:
-            about = [len(weight)], stride, padding, dilation, False, [0, 0], groups, wanted
+            about = [len(weight)], stride, padding, dilation, False, [0, 0], groups, which
             return torch.ops.aten.convolution_backward(g[rows], x[rows], weight, *about)
 
         if torch.is_grad_enabled():  # this is to be differentiated itself
             return *gradients(slice(None)), None
-        d_x, sums = empty(*x.shape) if wanted[0] else None, [None, None]
+        d_x, sums = empty(*x.shape) if which[0] else None, [None, None]
         for rows in blocks(len(x), math.prod(x.shape[1:])):
             found = gradients(rows)
             if d_x is not None:
