@@ -12,7 +12,7 @@ from ulr_snn.event_list import EventList
 from ulr_snn.events import DENSITY, FEWEST, Events
 from ulr_snn.passes import as_sequence
 from ulr_snn.peers import SurrogateBPTT
-from ulr_snn.sparse import Rows, product
+from ulr_snn.sparse import Rows, linear, product
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
 
@@ -409,6 +409,18 @@ def test_product_with_rows_that_are_sparse_or_not(density, outputs, monkeypatch)
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     assert torch.equal(product(g.double(), x.double()), expected)  # no kernel
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("outputs", [0, 1, 15, 16, 255, 256, 257, 530])
+def test_outputs_in_blocks_are_those_of_the_whole(outputs, rows, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    x = torch.where(torch.rand(rows, 37) < 0.2, torch.randn(rows, 37), 0.0)
+    weight, bias = torch.randn(outputs, 37), torch.randn(outputs)
+    found = linear(Rows.of(x), weight, bias)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5)
 
 
 def test_recurrent_weights_learn_the_same_from_events_as_from_all_spikes(monkeypatch):

@@ -17,7 +17,8 @@ from ulr_snn.scan import fused
 from ulr_snn.scan.memory import empty
 
 WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
-BLOCK = 64  # rows or columns of a matrix that are gone through at once
+LINE = 16  # of a cache
+BLOCK, COLUMNS = 64, 256  # outputs that are gone through at once: of weight gradients, and at most of products
 DENSITY = 0.1  # of inputs that are not zero, beyond which a dense product is the faster one
 FEWEST = 1 << 16  # inputs, below which it hardly matters
 SHARE = 0.1  # of a dense convolution's multiply-adds: with more than that (measured: 0.08 to above 0.2) it is faster
@@ -83,9 +84,13 @@ def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b [n, outputs] of events x in rows [n, inputs]."""
     out = empty(len(rows.starts) - 1, len(weight))
     start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
-    columns, cpu = empty(*weight.T.shape), fused.kernels(out)
-    cpu.transpose(weight.detach().flatten().numpy(), *weight.shape, columns.flatten().numpy(), BLOCK)
-    cpu.gather(*rows.arrays, columns.numpy(), start.contiguous().numpy(), out.numpy())
+    cpu, blocks = fused.kernels(out), max(1, -(-len(weight) // COLUMNS))
+    width = -(-len(weight) // (LINE * blocks)) * LINE
+    columns = empty(blocks * width * rows.inputs)
+    cpu.columns(weight.detach().flatten().numpy(), *weight.shape, columns.numpy(), width)
+    cpu.gather(
+        *rows.arrays, columns.numpy(), rows.inputs, start.contiguous().numpy(), out.numpy(), width, threads(len(out))
+    )
     return out
 
 

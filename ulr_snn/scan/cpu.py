@@ -270,18 +270,6 @@ def collect(frames, starts, places, values):
             i += 1
 
 
-@_compiled(parallel=True)
-def gather(starts, places, values, columns, start, out):
-    """x W^T + b [n, outputs] of rows of events x. columns: W^T [inputs, outputs]; start: b."""
-    for r in numba.prange(len(out)):
-        here = out[r]
-        here[:] = start
-        for k in range(starts[r], starts[r + 1]):
-            column, value = columns[places[k]], values[k]
-            for n in range(len(here)):
-                here[n] += value * column[n]
-
-
 def _vector(array, context, builder, kind, at, width):
     """Pointer to `width` numbers of an array of this type, from the place `at` on."""
     data = context.make_array(kind)(context, builder, array).data
@@ -390,11 +378,49 @@ def scatter(starts, places, values, g, inputs, out, width):
 
 
 @_compiled(parallel=True)
-def transpose(matrix, rows, columns, out, width):
-    """[columns, rows] of a matrix [rows, columns], both flat, by blocks of columns of this width."""
-    for block in numba.prange(-(-columns // width)):
-        low, high = block * width, min((block + 1) * width, columns)
-        _turn(out, low * rows, rows, matrix, low, columns, rows, high - low)
+def columns(matrix, outputs, inputs, out, width):
+    """W^T [blocks, inputs, width] of W [outputs, inputs], both flat, in blocks of outputs, filled up with zeros. By few
+    outputs at a time, since lines of W that lie far apart may exclude each other from the cache."""
+    for block in numba.prange(-(-outputs // width)):
+        low, high = block * width, min((block + 1) * width, outputs)
+        if high - low < width:
+            out[low * inputs : (low + width) * inputs] = 0
+        for n in range(low, high, 16):
+            few = min(16, high - n)
+            _turn(out, low * inputs + n - low, width, matrix, n * inputs, inputs, few, inputs)
+
+
+@_compiled(parallel=True)
+def gather(starts, places, values, columns, inputs, start, out, width, parts):
+    """x W^T + b [n, outputs] of rows of events x. columns: W^T in blocks of this width (see there), so that one stays
+    in the cache while the rows go by; start: b; parts: of the rows, one for each thread. Four events at a time, since
+    what is dear is to read and write the sum."""
+    rows, outputs = out.shape
+    for i in numba.prange(-(-outputs // width) * parts):
+        block, part = i // parts, i % parts
+        low, high = block * width, min((block + 1) * width, outputs)
+        origin = low * inputs
+        first, total = np.zeros(width, np.float32), np.empty(width, np.float32)
+        first[: high - low] = start[low:high]
+        for r in range(part * rows // parts, (part + 1) * rows // parts):
+            total[:] = first
+            k, end = starts[r], starts[r + 1]
+            while k + 4 <= end:
+                a, b = origin + places[k] * width, origin + places[k + 1] * width
+                c, d = origin + places[k + 2] * width, origin + places[k + 3] * width
+                wa, wb, wc, wd = values[k], values[k + 1], values[k + 2], values[k + 3]
+                ca, cb = columns[a : a + width], columns[b : b + width]
+                cc, cd = columns[c : c + width], columns[d : d + width]
+                for n in range(width):
+                    total[n] += (wa * ca[n] + wb * cb[n]) + (wc * cc[n] + wd * cd[n])
+                k += 4
+            while k < end:
+                a, value = origin + places[k] * width, values[k]
+                column = columns[a : a + width]
+                for n in range(width):
+                    total[n] += value * column[n]
+                k += 1
+            out[r, low:high] = total[: high - low]
 
 
 @_compiled(parallel=True)
