@@ -7,7 +7,8 @@
 Every method sees the same uint8 events and does a whole step: conversion, passes, gradient, Adam. Methods take turns in
 one process; of each round the mean time of a step counts, over rounds the median, with the first and third quartile. A
 round is eight steps, so that those which learn the feedback count in proportion, or fewer of what takes a second and
-more; Adam's rate is that of `train`, and batches differ, so that weights move as in a training. Rows go to results/.
+more; Adam is that of `train`, with its rate (fused, which is the fastest), and batches differ, so that weights move as
+in a training. Rows go to results/.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
     torch.manual_seed(0)
     streams = memory == "stream"
     model = ours(case, averaged=not streams).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    optimizer = torch.optim.Adam(model.parameters(), RATE, fused=True)
     attached = attach(model, ULR(memory=memory), "ce_rate" if streams else "ce_count", total_steps=1000)
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -78,7 +79,7 @@ def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
 def bptt(case: Case, device: str, library: str, compiled: bool = False, nets: Nets = NETS) -> Step:
     torch.manual_seed(0)
     model = nets[library](case).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    optimizer = torch.optim.Adam(model.parameters(), RATE, fused=True)
     run = torch.compile(model) if compiled else model
 
     def step(x: Tensor, y: Tensor) -> None:

@@ -313,7 +313,8 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
     if lr is not None and (optimizer is not None or not lr > 0):
         raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
     if optimizer is None:
-        return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr)
+        fused = all(q.device.type in ("cpu", "cuda") and q.is_floating_point() for q in trainable)  # else there is none
+        return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr, fused=fused)
     if isinstance(optimizer, Optimizer):
         return optimizer
     if not callable(optimizer):
