@@ -224,6 +224,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"at least 2 (default: {ROUNDS}, of a sweep 3)")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
+    if arguments.sizes and not arguments.sweep:
+        parser.error("--sizes are those of a --sweep; name one")
     torch.set_num_threads(arguments.threads)
     cases = [CASES[name] for name in arguments.cases]
     if arguments.roofline:

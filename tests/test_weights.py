@@ -141,3 +141,12 @@ def test_training_goes_on_with_other_optimizers_and_leaves_the_model_as_it_was()
         ulr.backward(x, y)
         ulr.backward(x, y)
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_state_saved_after_the_end_says_which_parameters_have_noise():
+    model, (x, y) = silent(), data()
+    model[3].requires_grad_(True)
+    with attach(model, estimator(), square) as ulr:
+        ulr.backward(x, y)
+        inside = ulr.state_dict()["weights"]
+    assert inside and ulr.state_dict()["weights"] == inside

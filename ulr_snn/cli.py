@@ -1,4 +1,4 @@
-"""The command line: `ulr-snn train|evaluate|compare|plan`, also as `python -m ulr_snn`.
+"""The command line: `ulr-snn train|evaluate|compare|plan|diagnose`, also as `python -m ulr_snn`.
 
 A wrong use ends with one line on stderr and exit code 2, an interruption with 130, a
 run that diverged with 1.

@@ -270,6 +270,8 @@ class Attachment:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.structure is not None:
+            self.chosen = self.structure.weights  # for a state that is saved now
         self.structure = None
         self.pool.clear()
 

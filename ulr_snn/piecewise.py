@@ -29,14 +29,14 @@ class Piecewise:
 
     def __init__(self, attached: "Attachment") -> None:
         self.attached = attached
+        self.asked = attached.estimator.memory != "auto"  # for, so that what cannot be is an error
         self.neurons: int | None = None
 
     def few(self, batch: Batch) -> tuple[slice, slice] | None:
         """First time steps, and samples, with about as many spikes as a part of time of the batch: what such steps
         measure by; None for steps over the whole sequence. Raises UsageError where others are asked for and cannot be.
         """
-        asked = self.attached.estimator.memory != "auto"
-        if not asked and batch.steps * batch.samples < SHORT:
+        if not self.asked and batch.steps * batch.samples < SHORT:
             return None
         with explained(self.attached.model):
             try:
@@ -44,9 +44,9 @@ class Piecewise:
                     self.neurons = 0
                     self.neurons = parts.neurons(self.attached.model, batch.frames, batch.dtype)
             except UsageError:
-                if asked:
+                if self.asked:
                     raise
-        if not asked and KEPT * batch.steps * batch.samples * self.neurons <= WHOLE:
+        if not self.asked and KEPT * batch.steps * batch.samples * self.neurons <= WHOLE:
             return None
         if not self.possible(batch):
             return None
@@ -57,7 +57,7 @@ class Piecewise:
         """Whether steps need not see the whole sequence at once, as far as is known. Raises UsageError where they must
         and should not."""
         why = self.why_whole(batch)
-        if why and self.attached.estimator.memory != "auto":
+        if why and self.asked:
             raise UsageError(f"ULR got memory={self.attached.estimator.memory!r}, but {why}; use memory='auto'")
         return why is None
 
@@ -116,7 +116,7 @@ class InParts(Piecewise):
 
     def part_steps(self, batch: Batch) -> int:
         """Time steps of a part."""
-        together = parts.ROOMY if self.attached.estimator.memory == "auto" else parts.TOGETHER
+        together = parts.TOGETHER if self.asked else parts.ROOMY
         fitting = together // (batch.samples * max(1, self.neurons))
         return min(batch.steps, max(parts.LEAST, fitting))
 
@@ -169,7 +169,7 @@ class InParts(Piecewise):
         attached, bits = self.attached, self.attached.estimator.memory != "replay"
         about = attached.level, forward.noise(batch.samples, [0], batch.frames.device), batch
         size = self.part_steps(batch)
-        slots = -(-batch.steps // size) if attached.estimator.memory == "auto" else parts.SLOTS
+        slots = parts.SLOTS if self.asked else -(-batch.steps // size)
         return parts.Parts(attached.model, attached.layers, *about, size, bits, slots)
 
     def _backward(self, run: parts.Parts, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:

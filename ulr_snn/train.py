@@ -70,7 +70,8 @@ def train(
     tensor, which lists the events, y [B].
     val_loader: evaluated with deterministic firing after every epoch.
     optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2), which it
-    takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout.
+    takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout;
+    of nets that begin at rest, with a readout of summed outputs, a third at first and 2.5 times later.
     With ULR(memory="stream") the optimizer steps at every time step, the default one by `lr` over their number;
     schedule and max_steps go on counting batches.
     scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory
