@@ -331,9 +331,8 @@ class Noise:
         """The two random words of every row at every time, [steps, B] int32, that `_hash` mixes with the neurons."""
         key = _splitmix(self.seed, self.step, site)
         time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=self.sample.device)[:, None]
-        row1, row2 = (
-            _mix(_mix(_mix(self.sample + word) + self.stream)[None] + time) for word in (_int32(key), _int32(key >> 32))
-        )
+        rows = torch.stack([self.sample + _int32(word) for word in (key, key >> 32)])
+        row1, row2 = _mix(_mix(_mix(rows) + self.stream)[:, None] + time)
         return row1, row2
 
     def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
