@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ulr_snn import LIF, Fold, TimeAverage, attach, sparse, stateless
+from ulr_snn import LIF, ULR, Fold, TimeAverage, attach, sparse, stateless
 from ulr_snn.credit.maps import Shared
 from ulr_snn.scan import memory
-from ulr_snn.scan.memory import Pool, blocks, empty
+from ulr_snn.scan.memory import Pool, blocks, empty, in_step
 from ulr_snn.stateless import run
 
 LARGE = (memory.SMALLEST // 16, 8)  # twice the smallest
@@ -337,3 +337,14 @@ def test_credit_in_double_precision_stays_so(monkeypatch):
     monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 81 * 3)
     found = path.backward(weight, current)
     assert found.dtype == torch.float64 and torch.equal(found, whole)
+
+
+def test_steps_that_are_to_take_little_keep_no_memory():
+    lean = Pool(lean=True)
+    with lean.used():
+        assert in_step()
+        empty(1 << 19)
+        assert not lean._arrays
+    assert copy.copy(lean).lean
+    for memory, expected in (("auto", False), ("bits", True), ("replay", True)):
+        assert attach(nn.Sequential(nn.Linear(2, 2), LIF()), ULR(memory=memory)).pool.lean is expected

@@ -257,7 +257,7 @@ class Attachment:
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
         self.piecewise = (Streaming if self.streams else InParts)(self)
-        self.pool = Pool()
+        self.pool = Pool(lean=estimator.memory in ("bits", "replay"))
         self.structure: Structure | None = None
         self._structure_loss: LossSpec | None = None
 

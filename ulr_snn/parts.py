@@ -273,7 +273,7 @@ class Parts:
     ) -> None:
         before = [None if u is None else u.requires_grad_() for u in standing.membranes]
         records: list[Record] = []
-        x, _, _, last = self.run(part, Standing(standing.states, before), records)
+        x, last = self.run(part, Standing(standing.states, before), records)[::3]  # no more of it is to be kept
         now, share = slice(part.start, part.stop), self.share
         arriving = error[now] if share is None else error[None] * shaped(share[now], x)
         ends = [(x, arriving)]
@@ -289,6 +289,7 @@ class Parts:
             if record.x.requires_grad and credit.current is not None
         ]
         entries += [(end, g * weight) for end, g in ends if end.requires_grad]
+        del records, credits, ends, x, last  # the graph keeps what it needs
         if entries and wanted:
             torch.autograd.backward(*zip(*entries, strict=True), inputs=wanted)
 

@@ -21,9 +21,11 @@ ALIGNED = 64  # bytes, as torch's own memory is
 
 
 class Pool:
-    """Arrays that `empty` makes tensors of, each of one tensor and its views at a time."""
+    """Arrays that `empty` makes tensors of, each of one tensor and its views at a time. lean: it has none, for steps
+    that are to take little."""
 
-    def __init__(self) -> None:
+    def __init__(self, lean: bool = False) -> None:
+        self.lean = lean
         self._arrays: list[tuple[np.ndarray, int]] = []  # and the step that used them last
         self._step = 0
 
@@ -61,7 +63,7 @@ class Pool:
         return min(free, key=sizes.__getitem__, default=None)
 
     def __reduce__(self) -> Any:
-        return Pool, ()  # a copy has memory of its own
+        return Pool, (self.lean,)  # a copy has memory of its own
 
 
 def _references(arrays: list[tuple[np.ndarray, int]], i: int) -> int:
@@ -82,7 +84,7 @@ def empty(*shape: int) -> Tensor:
     """A float32 tensor on the CPU, of any values; within a step of a pool, and where it is large, of its memory."""
     pool = _current.get()
     large = 4 * math.prod(shape) >= SMALLEST
-    return pool.take(shape) if pool is not None and large else torch.empty(shape, dtype=torch.float32)
+    return pool.take(shape) if large and pool is not None and not pool.lean else torch.empty(shape, dtype=torch.float32)
 
 
 def fits(x: Tensor) -> bool:
