@@ -346,5 +346,5 @@ def test_steps_that_are_to_take_little_keep_no_memory():
         empty(1 << 19)
         assert not lean._arrays
     assert copy.copy(lean).lean
-    for memory, expected in (("auto", False), ("bits", True), ("replay", True)):
-        assert attach(nn.Sequential(nn.Linear(2, 2), LIF()), ULR(memory=memory)).pool.lean is expected
+    for asked, expected in (("auto", False), ("bits", True), ("replay", True)):
+        assert attach(nn.Sequential(nn.Linear(2, 2), LIF()), ULR(memory=asked)).pool.lean is expected
