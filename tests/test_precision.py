@@ -43,6 +43,18 @@ def gradient(name: str, estimator: ULR, way: str, seed: int = 0) -> Tensor:
     return torch.cat([q.grad.float().flatten() for q in model.parameters()])
 
 
+def coarse_convolutions() -> bool:
+    """Whether torch's own gradient of a kernel in bfloat16 is wrong by more than a few percent, as on processors that
+    have no such numbers, where it is summed in them."""
+    torch.manual_seed(0)
+    x, g, weight = torch.rand(3072, 2, 4, 4), torch.rand(3072, 6, 4, 4), torch.randn(6, 2, 3, 3)
+    exact, rounded = (
+        torch.nn.grad.conv2d_weight(x.to(dtype), weight.shape, g.to(dtype), padding=1).float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return bool((rounded - exact).norm() > 0.05 * exact.norm())
+
+
 @pytest.mark.parametrize("way", ["autocast", "model"])
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_are_those_of_float32_but_for_rounded_currents(name: str, way: str):
@@ -50,6 +62,8 @@ def test_gradients_are_those_of_float32_but_for_rounded_currents(name: str, way:
     estimator = ULR(memory="bits") if name == "dense" else ULR()
     exact, rounded = gradient(name, ULR(), "float32"), gradient(name, estimator, way)
     other = gradient(name, ULR(), "float32", seed=1)
+    if name == "conv" and coarse_convolutions():  # of the kernel it is not known then
+        exact, rounded, other = (found[net(name)[0][0].weight.numel() :] for found in (exact, rounded, other))
     far = (other - exact).norm()
     assert 0 < (rounded - exact).norm() < (0.4 if way == "autocast" else 0.7) * far
 
