@@ -415,10 +415,7 @@ def gather(starts, places, values, columns, inputs, start, out, width, parts):
                     total[n] += (wa * ca[n] + wb * cb[n]) + (wc * cc[n] + wd * cd[n])
                 k += 4
             while k < end:
-                a, value = origin + places[k] * width, values[k]
-                column = columns[a : a + width]
-                for n in range(width):
-                    total[n] += value * column[n]
+                _add(total, 0, columns, origin + places[k] * width, values[k], width)
                 k += 1
             out[r, low:high] = total[: high - low]
 
