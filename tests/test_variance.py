@@ -123,3 +123,14 @@ def test_weights_that_no_module_of_its_own_applies_have_no_noise_by_sample():
         assert not by_sample(model, {name: named[name]})
         with pytest.raises(UsageError, match="of which no other module"):
             attach(model, ULR(noise={name: BY_SAMPLE}), rule).backward(*data())
+
+
+def test_another_loss_after_the_end_is_chosen_for_anew():
+    """Noise on weights that a loss without a gradient has asked for is not that of a loss that has one."""
+    with attach(net(0.5), ULR(firing=Logistic(scale=SCALE)), rule, seed=0) as ulr:
+        ulr.backward(*data())
+        assert ulr.structure.weights
+    ulr.backward(*data(), loss="ce_count")
+    assert not ulr.structure.weights
+    ulr.backward(*data(), loss=rule)
+    assert ulr.structure.weights

@@ -331,6 +331,8 @@ class Attachment:
         self.level.progress = self._progress()
         loss = self.loss if loss is None else loss
         if loss != self._structure_loss:  # another loss may reach the outputs in another way
+            if self._structure_loss is not None:  # else what is chosen comes from a checkpoint
+                self.chosen = None
             self.structure, self._structure_loss = None, loss
         batch = Batch(frames, dtype, targets, lengths, resolve(loss))
         if self.engine.changes(frames, dtype, batch.objective):
