@@ -10,6 +10,7 @@ Rows go to results/memory.csv.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -42,6 +43,8 @@ def measure(name: str, method: str, steps: int) -> dict[str, float]:
     for label, now in (("first", case.at(steps=1)), ("peak", case)):
         x, y = events_of(now, "cpu")
         library, _, kind = method.partition(" ")
+        step = None  # the first model goes, with all that is its own
+        gc.collect()
         step = likelihood_ratio(now, "cpu", kind) if library == "ulr" else bptt(now, "cpu", library)
         for _ in range(3):
             step(x, y)

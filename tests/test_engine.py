@@ -243,7 +243,7 @@ def test_operations_of_recurrent_weights_are_counted_by_the_models_own_code():
 
 @pytest.mark.parametrize("memory", ["bits", "replay"])
 def test_parts_of_time_have_the_gradient_of_the_whole(memory, double, monkeypatch):
-    monkeypatch.setattr("ulr_snn.parts.TOGETHER", 4 * BATCH * 16)
+    monkeypatch.setattr("ulr_snn.parts.TOGETHER", (4 * BATCH * 16,) * 2)
     for make in (leaky, recurrent, lambda: jelly("LIFNode", "m")):
         torch.manual_seed(0)
         model = make().double()

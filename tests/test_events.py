@@ -316,7 +316,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, made, monkeypatch):
     monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
-    monkeypatch.setattr(parts, "TOGETHER", 1000)  # several parts
+    monkeypatch.setattr(parts, "TOGETHER", (1000,) * 2)  # several parts
     frames, y = frames_of(), torch.arange(16) % 4
     lengths = torch.arange(16) % 8 + 1 if padded else None
 

@@ -1,5 +1,7 @@
 """Steps in parts of time give the gradient of steps over the whole sequence."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ def nets() -> dict[str, nn.Module]:
         ),
         "recurrent": nn.Sequential(nn.Flatten(2), nn.Linear(12, 9), RecurrentLIF(9), nn.Linear(9, 3), LeakyReadout()),
         "spikes": nn.Sequential(nn.Sequential(nn.Flatten(2), nn.Linear(12, 9)), LIF(), nn.Linear(9, 3), LIF()),
+        "averaged": nn.Sequential(nn.Flatten(2), nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage()),
         "conv": nn.Sequential(
             nn.Unflatten(2, (1, 3)), Fold(nn.Conv2d(1, 2, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(24, 9),
             RecurrentLIF(9, reset="none"), TimeAverage(), nn.Linear(9, 3),
@@ -33,7 +36,7 @@ def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths=None, double=False) -> list[Tensor]:
     """Of the third step, when the feedback is learned. Constant scale: that at the start is measured by fewer samples.
     together: of `parts`."""
-    monkeypatch.setattr(parts, "TOGETHER", together)
+    monkeypatch.setattr(parts, "TOGETHER", (together,) * 2)
     monkeypatch.setattr(parts, "LEAST", 1)
     x, y = data()
     model, x = (model.double(), x.double()) if double else (model, x)
@@ -49,17 +52,110 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
 @pytest.mark.parametrize("lengths", [None, [23, 4, 9, 23, 17, 1]], ids=["", "lengths"])
 @pytest.mark.parametrize("memory", ["bits", "replay"])
 @pytest.mark.parametrize("name", nets())
-@pytest.mark.parametrize("slots", [12, 2], ids=["", "parts of parts"])
-def test_the_gradient_is_that_of_the_whole(name, memory, lengths, slots, monkeypatch):
+@pytest.mark.parametrize("standings", [12, 2], ids=["", "parts of parts"])
+def test_the_gradient_is_that_of_the_whole(name, memory, lengths, standings, monkeypatch):
     if name == "recurrent" and lengths:
         pytest.skip("held readouts are refused, see below")
     lengths = lengths and torch.tensor(lengths)
-    monkeypatch.setattr(parts, "SLOTS", slots)
+    monkeypatch.setattr(parts, "STANDINGS", standings)
     whole = gradients(nets()[name], "auto", 1, monkeypatch, lengths, double=True)
     size = BATCH * 17 * 5  # of about five time steps
     ours = gradients(nets()[name], memory, size, monkeypatch, lengths, double=True)
     for mine, other in zip(ours, whole, strict=True):
         assert other.any() and (mine - other).norm() <= 1e-9 * other.norm()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 125, 1000])
+@pytest.mark.parametrize("most", [2, 4, 16])
+def test_groups_of_parts_keep_no_more_standings_than_they_may(count, most):
+    possible = {}  # groups of each level, by the number of levels
+    for levels in range(1, parts.LEVELS + 1):
+        possible[levels] = next(groups for groups in range(2, count + 2) if groups**levels >= count)
+    groups = parts.fan_out(count, most)
+    kept = {n: most_alive(count, each) for n, each in possible.items()}
+    levels = next(n for n in possible if groups**n >= count)
+    assert groups == possible[levels]
+    if kept[levels] <= most:
+        assert all(n >= levels or n * (possible[n] - 1) + 1 > most for n in kept)  # fewer levels would not do
+    else:
+        assert levels * (groups - 1) + 1 == min(n * (each - 1) + 1 for n, each in possible.items())
+
+
+def most_alive(count: int, groups: int) -> int:
+    """Standings that are kept at a time, as `Parts` goes through the groups: all that are still to be gone through."""
+
+    def inside(group: list[range]) -> int:
+        if len(group) == 1:
+            return 1
+        smaller = parts.grouped(group, groups)
+        return max(i + inside(each) for i, each in enumerate(smaller))
+
+    everything = parts.grouped([range(t, t + 1) for t in range(count)], groups)
+    return max(i + inside(each) for i, each in enumerate(everything))
+
+
+def test_an_average_in_half_precision_does_not_overflow(monkeypatch):
+    monkeypatch.setattr(parts, "LEAST", 100)  # 100 time steps with outputs of 800 or so are more than float16 can hold
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage()).half()
+    with torch.no_grad():
+        model[2].bias.fill_(800)
+    found = []
+    for memory in ("auto", "bits"):
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1) as ulr:
+            found.append(ulr.backward((torch.rand(200, 4, 12) < 0.4).half(), torch.arange(4) % 3).outputs)
+    assert all(outputs.isfinite().all() and (outputs - 800).abs().max() < 8 for outputs in found)
+
+
+@pytest.mark.parametrize("memory", ["auto", "bits", "stream"])
+def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
+    """Of a net with many neurons and few weights, too."""
+    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
+    model = nn.Sequential(
+        nn.Unflatten(2, (1, 10)), Fold(nn.Conv2d(1, 16, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(1600, 4)
+    )
+    x = (torch.rand(60, 32, 10, 10) < 0.3).float()
+    outputs = "ce_rate" if memory == "stream" else "ce_count"
+    with attach(model, ULR(memory=memory), outputs) as ulr:
+        seen, few = [], ulr.piecewise.few
+        monkeypatch.setattr(ulr.piecewise, "few", lambda batch: seen.append(few(batch)) or seen[-1])
+        ulr.backward(x, torch.arange(32) % 4)
+    steps, samples = seen[0]
+    assert steps.stop >= 60 and samples.stop >= 2
+
+
+def test_a_step_keeps_no_more_standings_than_it_may(monkeypatch):
+    """All that are alive while a part has its graph, of 23 parts of one time step."""
+    monkeypatch.setattr(parts, "STANDINGS", 8)
+    seen, original = [], parts.Parts._part
+
+    def counting(self, *arguments):
+        seen.append(sum(type(item) is parts.Standing for item in gc.get_objects()))
+        original(self, *arguments)
+
+    monkeypatch.setattr(parts.Parts, "_part", counting)
+    gradients(nets()["dense"], "bits", BATCH * 17, monkeypatch)
+    assert len(seen) == 3 * STEPS and 3 <= max(seen) <= 8 + 1  # the one that it begins from
+
+
+@pytest.mark.parametrize("name", ["dense", "recurrent"])
+def test_steps_see_the_weights_that_the_last_one_has_left(name, monkeypatch):
+    """What is made of weights for one step does not outlive it."""
+    monkeypatch.setattr(parts, "TOGETHER", (BATCH * 17 * 5,) * 2)
+    monkeypatch.setattr(ulr_snn.events, "FEWEST", 1)
+    found = []
+    for memory in ("auto", "bits"):
+        model, (x, y) = nets()[name], data()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1, total_steps=20) as ulr:
+            for _ in range(3):
+                optimizer.zero_grad()
+                ulr.backward((x * (torch.arange(x[0].numel()).view(x[0].shape) % 12 == 0)).byte(), y)
+                optimizer.step()
+        found.append(torch.cat([q.detach().flatten() for q in model.parameters()]))
+    start = torch.cat([q.detach().flatten() for q in nets()[name].parameters()])
+    assert (found[0] - start).norm() > 1e-3 * start.norm()
+    assert (found[0] - found[1]).norm() <= 1e-4 * (found[0] - start).norm()
 
 
 @pytest.mark.parametrize("name", nets())
@@ -105,7 +201,7 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
     monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
     monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
-    monkeypatch.setattr(parts, "TOGETHER", 1000)
+    monkeypatch.setattr(parts, "TOGETHER", (1000,) * 2)
     for memory in ("auto", "bits"):
         with attach(nets()["spikes"], ULR(memory=memory), loss=loss) as ulr:
             if memory == "auto":
@@ -145,7 +241,7 @@ def test_a_readout_that_holds_is_refused():
 
 
 def test_training_in_parts_learns(monkeypatch):
-    monkeypatch.setattr(parts, "TOGETHER", 2000)
+    monkeypatch.setattr(parts, "TOGETHER", (2000,) * 2)
     torch.manual_seed(0)
     x, y = (torch.rand(40, 64, 12) < 0.3).float(), torch.arange(64) % 3
     for target in range(3):
@@ -158,7 +254,7 @@ def test_training_in_parts_learns(monkeypatch):
 
 
 def test_the_plan_says_what_a_step_keeps(monkeypatch):
-    monkeypatch.setattr(parts, "TOGETHER", BATCH * 17 * 5)
+    monkeypatch.setattr(parts, "TOGETHER", (BATCH * 17 * 5,) * 2)
     x, y = data()
     for memory, says in (("auto", "the whole sequence"), ("bits", "parts of 5 time steps"), ("replay", "drawn again")):
         text = str(ulr_snn.plan(nets()["dense"], (x, y), ULR(memory=memory)))

@@ -18,7 +18,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.neurons import step_mask
 from ulr_snn.noise import Gaussian, Logistic, Noise
 from ulr_snn.scan import fused, leaky_drive, scan
-from ulr_snn.scan.bits import pack_bits, unpack_bits
+from ulr_snn.scan.bits import pack_bits
 from ulr_snn.scan.state import RESETS
 
 triton = pytest.importorskip("triton")
@@ -95,26 +95,6 @@ print(len(made))
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 2 * 3 * (3 * 3 + 1)
-
-
-# -- bits --------------------------------------------------------------------------------------------------
-
-
-def test_layout_of_bits():
-    spikes = torch.zeros(40)
-    spikes[[0, 2, 33]] = 1
-    assert pack_bits(spikes).tolist() == [0b101, 0b10]
-    assert pack_bits(torch.eye(32)[31]).tolist() == [-(2**31)]
-    assert pack_bits(spikes).dtype == torch.int32
-
-
-@pytest.mark.parametrize("neurons", [1, 31, 32, 33, 96])
-def test_bits_hold_the_spikes(neurons):
-    spikes = (torch.rand(5, 2, neurons, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.bfloat16)
-    bits = pack_bits(spikes)
-    assert bits.shape == (5, 2, -(-neurons // 32))
-    assert torch.equal(unpack_bits(bits, neurons, torch.bfloat16), spikes)
-    assert unpack_bits(bits, neurons, torch.float32).dtype == torch.float32
 
 
 # -- forward -----------------------------------------------------------------------------------------------

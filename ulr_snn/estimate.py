@@ -37,13 +37,17 @@ class Batch:
 
     @cached_property
     def valid(self) -> Tensor:
-        """[T, B]: which time steps are no padding."""
-        own = torch.arange(self.steps, device=self.frames.device)[:, None]
-        return own < (own.new_full((self.samples,), self.steps) if self.lengths is None else self.lengths)
+        """[T, B]: which time steps are no padding; one number of them all, where there is none."""
+        if self.lengths is None:
+            return torch.ones((), dtype=torch.bool, device=self.frames.device).expand(self.steps, self.samples)
+        return torch.arange(self.steps, device=self.frames.device)[:, None] < self.lengths
 
     @cached_property
     def share(self) -> Tensor:
         """[T, B]: of each time step in a mean over the sample's own."""
+        if self.lengths is None:
+            one = torch.ones((), dtype=self.dtype, device=self.frames.device)
+            return (one / self.steps).expand(self.steps, self.samples)
         return self.valid.to(self.dtype) / self.valid.sum(0)
 
     def part(self, first: tuple[slice, slice]) -> "Batch":

@@ -82,7 +82,7 @@ class ULR:
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
     memory: what a step keeps. "bits": time goes by in parts, and only the spikes of all of them are kept, one bit each;
         "replay": not even these, they are drawn again from the same noise, so that memory does not grow with the number
-        of time steps; both run every part twice (long replays more often), for credit "feedback" and models that run
+        of time steps; both run every part twice (of many, more often), for credit "feedback" and models that run
         their modules one after another. "auto": the whole sequence at once while that is small, else "bits" where it
         can be. With credit "global", "replay" runs one copy after another, each of them once for its loss and once more
         for its gradient, so that memory does not grow with the number of copies. "stream": one time step, for an update

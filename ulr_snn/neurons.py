@@ -77,8 +77,8 @@ class SpikingNeuron(Timed):
         before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The known standardised drive again, now differentiable as in `drive_at`, and in the scale. And the current
-        with all that adds to it, if the drive depends on nothing else that learns. before: spikes of the step before
-        the first, if that is not the start."""
+        with all that adds to it, if the drive depends on nothing else that learns, as a place in the graph, whose
+        numbers mean nothing. before: spikes of the step before the first, if that is not the start."""
         return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
 
     def forward(self, current: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class LIF(SpikingNeuron):
         state: State | None = None,
         known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        draw = None if drawer is None else drawer.draw()
+        draw = None if drawer is None else drawer.draw(words=known is None)
         done = None
         if type(self) in (LIF, RecurrentLIF) and (drawer is None or draw is not None):
             leak = self.beta.clamp(0, 1), self.threshold, self.reset
@@ -183,8 +183,8 @@ class LIF(SpikingNeuron):
         return super().fired(current, drawer, state, known) if done is None else done
 
     def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
-        """The current with the recurrent one in the graph; its numbers are those of the latter."""
-        return current if fed_back is None else _Total.apply(current, self._weight(current), spikes, fed_back, before)
+        """The current with the recurrent one, in the graph alone: without numbers."""
+        return current if fed_back is None else _Total.apply(current, self._weight(current), spikes, before)
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
         total = self._total(current, spikes, fed_back)
@@ -235,12 +235,12 @@ class RecurrentLIF(LIF):
 
 class _Total(torch.autograd.Function):
     """The derivative of J_t + V s_{t-1} with respect to J and V (nothing flows through spikes). What comes of it knows
-    its own numbers, so that none are computed here."""
+    its own numbers, so that none are computed here, nor kept."""
 
     @staticmethod
-    def forward(ctx, current, weight, spikes, fed_back, before):
+    def forward(ctx, current, weight, spikes, before):
         ctx.save_for_backward(spikes, before)
-        return fed_back.view_as(fed_back)
+        return current.new_zeros(()).expand(current.shape)
 
     @staticmethod
     def backward(ctx, g):
@@ -250,7 +250,7 @@ class _Total(torch.autograd.Function):
             d_weight = product(g[1:].flatten(0, 1), spikes[:-1].flatten(0, 1))
             if before is not None:
                 d_weight = d_weight + g[0].T @ before
-        return g, d_weight, None, None, None
+        return g, d_weight, None, None
 
 
 class Weighted:

@@ -389,13 +389,13 @@ class Drawer:
             self._start = start
         return (self._uniforms[t - start] < self.firing.probability(x)).to(x.dtype)
 
-    def draw(self) -> Draw | None:
-        """What a fused scan draws the same spikes by; None where none knows how."""
+    def draw(self, words: bool = True) -> Draw | None:
+        """What a fused scan draws the same spikes by; None where none knows how. words: else they need not be drawn."""
         law = law_of(self.firing)
         if law is None or self.noise.point is not None:
             return None
-        words = self.noise.words(self.site, self.first, self.steps)
-        return Draw(law, self.scale, words, self.noise.mirrored)
+        drawn = self.noise.words(self.site, self.first, self.steps) if words else None
+        return Draw(law, self.scale, drawn, self.noise.mirrored)
 
 
 def law_of(firing: Firing) -> str | None:

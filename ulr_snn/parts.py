@@ -1,12 +1,13 @@
 """Training steps in parts of time, so that what a step keeps does not grow with the number of time steps.
 
-A first pass goes through the parts and leaves the outputs, what the feedback is learned from, and how the layers stand
-before some of the parts. Then the parts run once more, last to first, each with its graph, and the credit of a part
-goes on from what the next one left: g of every layer at its first step. The second time the spikes are either known,
-one bit each ("bits"), or drawn again from the same noise ("replay"). Both give the gradient of the whole sequence.
+A first pass leaves the outputs, what the feedback is learned from, and how the layers stand at some time steps. From
+there the parts run once more, last to first, each with its graph, and the credit of a part goes on from what the next
+one left: g of every layer at its first step. The second time the spikes are either known, one bit each ("bits"), or
+drawn again from the same noise ("replay"). Both give the gradient of the whole sequence.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,11 @@ from ulr_snn.scan.state import State
 from ulr_snn.sites import bind_sites, own_modules, record_of
 from ulr_snn.stateless import run
 
-TOGETHER = 1 << 18  # spikes of a part, where little is to be kept
+TOGETHER = 1 << 16, 1 << 18  # spikes of a part, at least and at most, where little is to be kept
 ROOMY = 1 << 21  # and where parts only have to keep within bounds: fewer of them, since each has a cost of its own
 LEAST = 4  # time steps of a part, however many spikes that makes
-SLOTS = 6  # parts before which it is kept how the layers stand, where little is to be kept
+STANDINGS = 16  # time steps at which it is kept how the layers stand, where little is to be kept
+LEVELS = 6  # of groups of parts, at most
 TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
@@ -100,8 +102,8 @@ def local_in_time(module: nn.Module) -> bool:
 @dataclass
 class PartSite:
     """The firing site of a layer over a part of time from step `first` on. records: gets its record, if there is a
-    list; known: its spikes, where they need not be drawn. Afterwards it holds what it has seen, and `state` its last
-    step."""
+    list; known: its spikes, where they need not be drawn; watched: whether it keeps what it has seen. Afterwards
+    `state` is that of its last step."""
 
     name: str
     index: int
@@ -110,7 +112,8 @@ class PartSite:
     first: int
     state: State | None
     records: list[Record] | None
-    known: Tensor | None
+    known: Tensor | None = None
+    watched: bool = False
     before: Tensor | None = None  # spikes of the step before
     current: Tensor | None = None
     spikes: Tensor | None = None
@@ -122,15 +125,16 @@ class PartSite:
         drawer = Drawer(self.noise, self.level.firing, self.index, len(current), scale, self.first)
         if self.state is None:
             self.state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
-        self.before = self.state.spikes.to(current.dtype)
-        self.state = State(self.state.membrane.clone(), self.before.clone())
+        before = self.state.spikes.to(current.dtype)
+        self.state = State(self.state.membrane.clone(), before.clone())
         with torch.no_grad():
             fired = neuron.fired(current, drawer, self.state, known)
-        self.current = current.detach()
-        self.spikes, _, self.fed_back = fired
+        if self.watched:
+            self.before, self.current, (self.spikes, _, self.fed_back) = before, current.detach(), fired
         if self.records is not None:
-            self.records.append(record_of(self.name, neuron, current, scale, fired, self.level.firing, self.before))
-        return self.spikes
+            record = record_of(self.name, neuron, current, scale, fired, self.level.firing, before)
+            self.records.append(replace(record, current=None, fed_back=None))
+        return fired[0]
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,8 @@ class Piece:
 class Parts:
     """One training step of one copy of a batch, in parts of time.
 
-    layers: of the model, by name; size: time steps of a part; bits: keep the spikes; slots: parts before which it is
-    kept how the layers stand; longer sequences have parts of parts.
+    layers: of the model, by name; size: time steps of a part; bits: keep the spikes; standings: time steps at which
+    it is kept how the layers stand, at most.
     """
 
     def __init__(
@@ -167,12 +171,12 @@ class Parts:
         batch: Batch,
         size: int,
         bits: bool,
-        slots: int,
+        standings: int,
     ) -> None:
         self.model, self.layers, self.level, self.noise, self.batch = model, layers, level, noise, batch
-        self.split, self.slots = Split.of(model), slots
-        steps = batch.steps
-        self.parts = [range(t, min(t + size, steps)) for t in range(0, steps, size)]
+        self.split = Split.of(model)
+        self.parts = [range(batch.steps)[t : t + size] for t in range(0, batch.steps, size)]
+        self.groups = fan_out(len(self.parts), standings)
         self.bits: dict[str, Tensor] | None = {} if bits else None  # [T, B, words] of each site
         self.kept: list[tuple[list[range], Standing]] = []  # groups of parts, and how the layers stand before each
         self.sizes: dict[str, torch.Size] = {}  # of a layer at one time step
@@ -182,7 +186,7 @@ class Parts:
     # -- forwards --------------------------------------------------------------------------------------------
 
     def run(
-        self, part: range, standing: Standing, records: list[Record] | None = None
+        self, part: range, standing: Standing, records: list[Record] | None = None, watched: bool = False
     ) -> tuple[Tensor, Standing, dict[str, PartSite], list[Tensor]]:
         """Front's outputs over a part, how the layers stand after it, the sites, and the readouts' last membranes."""
         self.steps_run += len(part)
@@ -198,7 +202,7 @@ class Parts:
                 shape = self.sizes[name]
                 known = unpack_bits(self.bits[name][now], shape.numel(), self.batch.dtype).unflatten(-1, shape)
             state = standing.states.get(name)
-            sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known)
+            sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known, watched)
         membranes = iter(standing.membranes or [None] * len(self.split.readouts))
         last = []
         with bind_sites(self.model, list(sites.values()), lengths, self.layers):
@@ -217,28 +221,34 @@ class Parts:
         """Front's outputs [T, B, ...] of all parts, or their average over time; and of every lesson what spikes of the
         sources and currents deviate by, at its rows."""
         standing, outputs, learned = Standing(), [], [Rows(lesson) for lesson in lessons]
-        share = self.share
-        for group in grouped(self.parts, self.slots):
+        for group in grouped(self.parts, self.groups):
             self.kept.append((group, standing))
             for part in group:
-                x, standing, sites, _ = self.run(part, standing)
-                for rows in learned:
-                    rows.see(part, sites, self.batch.valid)
-                for name, site in sites.items():
-                    self.sizes[name] = site.spikes.shape[2:]
-                    if self.bits is not None:
-                        packed = pack_bits(site.spikes.flatten(2))
-                        if name not in self.bits:  # in one piece: many small ones would scatter over the heap
-                            self.bits[name] = packed.new_empty(self.batch.steps, *packed.shape[1:])
-                        self.bits[name][part.start : part.stop] = packed
-                if share is not None:
-                    x = (x * shaped(share[part.start : part.stop], x)).sum(0, keepdim=True)
-                    outputs = [x if not outputs else outputs[0] + x]
-                else:
-                    outputs.append(x)
+                x, standing = self._first(part, standing, learned)
+                outputs = [outputs[0] + x] if outputs and self.share is not None else [*outputs, x]
         self.known = True
         found = torch.cat(outputs)
-        return found if share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
+        return found if self.share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
+
+    def _first(self, part: range, standing: Standing, learned: list["Rows"]) -> tuple[Tensor, Standing]:
+        """Of a part that runs for the first time: outputs, or what it adds to the average, and how layers stand."""
+        x, standing, sites, _ = self.run(part, standing, watched=True)
+        for rows in learned:
+            rows.see(part, sites, self.batch.valid)
+        for name, site in sites.items():
+            self.sizes[name] = site.spikes.shape[2:]
+            if self.bits is not None:
+                packed = pack_bits(site.spikes.flatten(2))
+                if name not in self.bits:  # in one piece: many small ones would scatter over the heap
+                    self.bits[name] = packed.new_empty(self.batch.steps, *packed.shape[1:])
+                self.bits[name][part.start : part.stop] = packed
+        if self.share is not None:
+            share = shaped(self.share[part.start : part.stop], x)
+            if self.batch.lengths is None and x.dtype.itemsize >= 4:  # one number; of a lower precision sums overflow
+                x = x.sum(0, keepdim=True) * share[:1]
+            else:
+                x = (x * share).sum(0, keepdim=True)
+        return x, standing
 
     @property
     def share(self) -> Tensor | None:
@@ -260,7 +270,7 @@ class Parts:
             self._part(group[0], standing, *about)
             return
         kept = []
-        for smaller in grouped(group, self.slots):
+        for smaller in grouped(group, self.groups):
             kept.append((smaller, standing))
             with torch.no_grad():
                 for part in smaller if smaller[-1] != group[-1] else []:
@@ -288,7 +298,7 @@ class Parts:
             for record, credit in zip(records, credits, strict=True)
             if record.x.requires_grad and credit.current is not None
         ]
-        entries += [(end, g * weight) for end, g in ends if end.requires_grad]
+        entries += [(end, g * weight) for end, g in ends if end.grad_fn is not None]
         del records, credits, ends, x, last  # the graph keeps what it needs
         if entries and wanted:
             torch.autograd.backward(*zip(*entries, strict=True), inputs=wanted)
@@ -303,26 +313,33 @@ class Rows:
         self.current: Tensor | None = None
 
     def see(self, part: range, sites: dict[str, PartSite], valid: Tensor) -> None:
-        lesson, own = self.lesson, valid[part.start : part.stop]
-        now = lesson.rows[0] + lesson.before
-        here = (now >= part.start) & (now < part.stop)
-        rows = now[here] - part.start, lesson.rows[1][here]
-        target = sites[lesson.target]
-        current = target.fed_back if lesson.before else target.current
-        self.current = put(self.current, here, current, own, rows)
-        for name in lesson.paths:
-            spikes = sites[name].spikes
-            if lesson.before:
-                spikes = torch.cat([sites[name].before[None], spikes[:-1]])
-            self.spikes[name] = put(self.spikes.get(name), here, spikes, own, rows)
+        before, own = self.lesson.before, valid[self.lesson.before :]
+        target = sites[self.lesson.target]
+        current = target.fed_back if before else target.current
+        self.current = self._put(self.current, current, part.start - before, own)
+        for name in self.lesson.paths:
+            self.spikes[name] = self._put(self.spikes.get(name), sites[name].spikes, part.start, own)
+
+    def _put(self, found: Tensor | None, sequence: Tensor, first: int, valid: Tensor) -> Tensor:
+        """Deviations of its rows (t, b) in a sequence [t, B, ...] from the mean over valid samples, at their places.
+        first: row that the sequence begins with."""
+        times, samples = self.lesson.rows
+        if found is None:
+            found = sequence.new_empty(len(times), *sequence.shape[2:])
+        steps = range(max(first, 0), min(first + len(sequence), len(valid)))
+        here = (times >= steps.start) & (times < steps.stop)
+        t, sequence = times[here] - steps.start, sequence[steps.start - first : steps.stop - first]
+        found[here] = sequence[t, samples[here]] - means(sequence, valid[steps.start : steps.stop])[t, 0]
+        return found
 
 
-def put(found: Tensor | None, here: Tensor, sequence: Tensor, valid: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
-    """Deviations of rows (t, b) of a part's sequence [t, B, ...] from the mean over samples, at their places."""
-    if found is None:
-        found = sequence.new_empty(len(here), *sequence.shape[2:])
-    found[here] = sequence[rows] - means(sequence, valid)[rows[0], 0]
-    return found
+def fan_out(parts: int, most: int) -> int:
+    """Groups that each level of groups has, where a part is a group of one: so many that before no more than `most` of
+    them it is kept at a time how the layers stand (in every level but the one that goes on, which is in the next), in
+    as few levels as that takes, since each is one more pass; or, if LEVELS do not do, the least that do."""
+    groups = [max(2, math.ceil(round(parts ** (1 / levels), 6))) for levels in range(1, LEVELS + 1)]
+    kept = [levels * (each - 1) + 1 for levels, each in enumerate(groups, 1)]
+    return groups[next((i for i, standings in enumerate(kept) if standings <= most), kept.index(min(kept)))]
 
 
 def grouped(parts: list[range], groups: int) -> list[list[range]]:

@@ -13,6 +13,7 @@ from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.explained import explained
 from ulr_snn.noise import WIDENING
 from ulr_snn.passes import Forward, Pass, check_outputs, keep_traces
+from ulr_snn.scan.held import weights_held
 from ulr_snn.stepsize import times_summed
 
 if TYPE_CHECKING:
@@ -50,8 +51,16 @@ class Piecewise:
             return None
         if not self.possible(batch):
             return None
-        size = parts.TOGETHER // max(1, self.neurons)  # time steps of samples
+        size = self.part_steps(batch) * batch.samples
         return slice(0, max(1, size // 2)), slice(0, max(2, size // batch.steps))
+
+    def part_steps(self, batch: Batch) -> int:
+        """Time steps of a part. Where little is to be kept, it has half as many spikes as there are weights, within
+        bounds, since the gradients of these take as much anyway."""
+        least, most = parts.TOGETHER
+        weights = sum(q.numel() for q in self.attached.model.parameters())
+        spikes = min(max(least, weights // 2), most) if self.asked else parts.ROOMY
+        return min(batch.steps, max(parts.LEAST, spikes // (batch.samples * max(1, self.neurons))))
 
     def possible(self, batch: Batch) -> bool:
         """Whether steps need not see the whole sequence at once, as far as is known. Raises UsageError where they must
@@ -114,12 +123,6 @@ class InParts(Piecewise):
         spikes = "drawn again" if self.attached.estimator.memory == "replay" else "kept as bits"
         return f"parts of {self.part_steps(batch)} time steps, each run twice or more; spikes are {spikes}"
 
-    def part_steps(self, batch: Batch) -> int:
-        """Time steps of a part."""
-        together = parts.TOGETHER if self.asked else parts.ROOMY
-        fitting = together // (batch.samples * max(1, self.neurons))
-        return min(batch.steps, max(parts.LEAST, fitting))
-
     def why_whole(self, batch: Batch) -> str | None:
         if batch.lengths is not None and self.neurons and parts.Split.of(self.attached.model).readouts:
             return "LeakyReadout holds its membranes through the padding"
@@ -139,7 +142,11 @@ class InParts(Piecewise):
         if p is not None:
             attached.measure(p)
         forward.judging = attached.structure.judging
-        run = self._parts(forward, batch)
+        with weights_held():
+            return self._in_parts(self._parts(forward, batch), forward, batch, at_start and first)
+
+    def _in_parts(self, run: parts.Parts, forward: Forward, batch: Batch, sizes_start: bool) -> Estimate:
+        attached = self.attached
         sites = [name for name, _ in attached.layers]
         lessons = list(attached.prediction.lessons(sites, batch.valid, batch.samples, attached.step))
         seen, learned = run.forward(lessons)
@@ -150,14 +157,14 @@ class InParts(Piecewise):
             outputs = module(outputs)
         check_outputs(outputs, batch.steps, batch.samples)
         judgement = forward.judge(outputs, {}, batch.targets, batch.lengths, batch.objective, [0])
-        if first and at_start:
-            sizes.summed = times_summed(judgement)  # all have more time steps than were measured
+        if sizes_start:
+            attached.step_sizes.summed = times_summed(judgement)  # all have more time steps than were measured
         attached.step += 1
         losses = judgement.loss[None]
         stats = {"copies": 1, "step": attached.step, "parts": len(run.parts)}
         if attached.usable(losses):
-            for lesson, (spikes, current) in zip(lessons, learned, strict=True):
-                attached.prediction.learn(lesson, spikes, current)
+            for lesson in lessons:
+                attached.prediction.learn(lesson, *learned.pop(0))  # what it is learned from is not kept any longer
             self._backward(run, seen, outputs, judgement.error)
             attached.mean_loss = moving(attached.mean_loss, losses)
         else:
@@ -168,9 +175,8 @@ class InParts(Piecewise):
     def _parts(self, forward: Forward, batch: Batch) -> parts.Parts:
         attached, bits = self.attached, self.attached.estimator.memory != "replay"
         about = attached.level, forward.noise(batch.samples, [0], batch.frames.device), batch
-        size = self.part_steps(batch)
-        slots = parts.SLOTS if self.asked else -(-batch.steps // size)
-        return parts.Parts(attached.model, attached.layers, *about, size, bits, slots)
+        standings = parts.STANDINGS if self.asked else batch.steps
+        return parts.Parts(attached.model, attached.layers, *about, self.part_steps(batch), bits, standings)
 
     def _backward(self, run: parts.Parts, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
         """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the parts."""

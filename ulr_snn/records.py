@@ -32,16 +32,16 @@ class Record:
 
     site: str
     neuron: Any  # a SpikingNeuron or an adapters.StepNeuron
-    current: Tensor
+    current: Tensor | None  # None of a part of time, of which nobody asks for it
     scale: Tensor
     x: Tensor  # standardised drive, differentiable in current and parameters with the spikes held fixed
     spikes: Tensor
     leaves: list[Tensor]  # the spikes where the path from them to the loss starts: all in one, or one a time step
     firing: Firing
     mask: Tensor | None
-    fed_back: Tensor | None = None  # recurrent current, of a layer that has one
+    fed_back: Tensor | None = None  # recurrent current, of a layer that has one; None of a part of time
     trace: Trace | None = None  # of a layer of another library
-    entry: Tensor | None = None  # all of its current, in the graph, where x depends on nothing else that learns
+    entry: Tensor | None = None  # of its current in the graph, no numbers, where x depends on nothing else that learns
 
     @property
     def whole(self) -> bool:

@@ -159,7 +159,7 @@ class Stream:
         torch.clear_autocast_cache()  # which has the weights of before the last update
         records: list[Record] = []
         sites = {
-            name: PartSite(name, i, attached.level, self.noise, t, self.states.get(name), records, None)
+            name: PartSite(name, i, attached.level, self.noise, t, self.states.get(name), records, watched=True)
             for i, (name, _) in enumerate(attached.layers)
         }
         lengths = None if self.batch.lengths is None else (self.batch.lengths - t).clamp(0, 1)

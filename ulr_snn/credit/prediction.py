@@ -225,9 +225,10 @@ class Prediction:
             return StepRecurrence(record)
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
-        if record.fed_back is not None and not record.neuron.learns_recurrence:
+        recurrent = getattr(record.neuron, "recurrent", None)
+        if recurrent is not None and not record.neuron.learns_recurrence:
             path = Full(*[tuple(record.spikes.shape[2:])] * 2)
-            weight = record.neuron.recurrent.weight.detach().T
+            weight = recurrent.weight.detach().T
         spikes, slope = record.spikes.detach(), lambda: record.slope_of_membrane
         return Recurrence(record.neuron, slope, spikes, record.membrane, path, weight, record.fused_credit)
 

@@ -1,14 +1,23 @@
 """Spikes as bits: 32 neurons to a word."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-WORD = 32  # neurons of a word
+WORD, BYTES = 32, 4  # neurons of a word, and its size
 
 
 def pack_bits(spikes: Tensor) -> Tensor:
     """Spikes [..., N], 0 or 1 in any dtype, as words [..., ceil(N / 32)] int32: neuron n is bit n % 32 (bit 0 the
     least significant) of word n // 32. Bits beyond N are 0."""
+    if spikes.device.type == "cpu":  # numpy's is three times as fast, and takes no more than it gives
+        packed = np.packbits(spikes.bool().contiguous().numpy(), axis=-1, bitorder="little")
+        packed = np.pad(packed, [(0, 0)] * (spikes.ndim - 1) + [(0, -packed.shape[-1] % BYTES)])
+        return torch.from_numpy(packed.view("<i4").astype(np.int32, copy=False))
+    return packed_by_torch(spikes)
+
+
+def packed_by_torch(spikes: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(spikes.to(torch.int32), (0, -spikes.shape[-1] % WORD))
     lane = torch.arange(WORD, dtype=torch.int32, device=spikes.device)
     return (padded.unflatten(-1, (-1, WORD)) << lane).sum(-1, dtype=torch.int32)
@@ -16,5 +25,12 @@ def pack_bits(spikes: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, neurons: int, dtype: torch.dtype) -> Tensor:
     """The spikes [..., neurons] of such words [..., ceil(neurons / 32)], 0 or 1 in `dtype`."""
+    if bits.device.type == "cpu":
+        packed = bits.contiguous().numpy().astype("<i4", copy=False).view(np.uint8)
+        return torch.from_numpy(np.unpackbits(packed, axis=-1, count=neurons, bitorder="little")).to(dtype)
+    return unpacked_by_torch(bits, neurons, dtype)
+
+
+def unpacked_by_torch(bits: Tensor, neurons: int, dtype: torch.dtype) -> Tensor:
     lane = torch.arange(WORD, dtype=torch.int32, device=bits.device)
     return (bits[..., None] >> lane & 1).flatten(-2)[..., :neurons].to(dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.scan.held import turned_once
 from ulr_snn.scan.memory import empty
 from ulr_snn.scan.state import RESETS, Draw, State
 
@@ -102,15 +103,17 @@ def scan(
         empty(*current.shape),
     )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
-    sources = torch.empty(0, 0, dtype=torch.float32) if weight is None else weight.detach().T
-    zeros = torch.zeros(steps, rows, dtype=torch.int32)
-    row1, row2 = (zeros, zeros) if draw is None else draw.words
+    sources = torch.empty(0, 0, dtype=torch.float32)
+    if weight is not None:
+        sources = turned_once(weight)
+    words = None if draw is None else draw.words
+    row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool)
     if draw is not None and draw.mirrored is not None:
         mirrored = draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     cpu.scan(
-        _array(current), sources.contiguous().numpy(), *per_neuron, RESETS.index(reset),
+        _array(current), sources.numpy(), *per_neuron, RESETS.index(reset),
         law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
         _array(spikes), _array(x), fed_back.flatten(2).numpy(),
@@ -126,7 +129,7 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
             f"recurrent weights {tuple(weight.shape)} got a current of features {features}; give RecurrentLIF as many "
             "features as its current has"
         )
-    drawn = None if draw is None else tuple(draw.words[0].shape)
+    drawn = None if draw is None or draw.words is None else tuple(draw.words[0].shape)
     if drawn not in (None, (steps, rows)) or (lengths is not None and len(lengths) != rows):
         own = len(lengths) if lengths is not None else drawn[1]
         raise UsageError(

@@ -19,9 +19,9 @@ class State:
 @dataclass(frozen=True)
 class Draw:
     """What a scan draws its spikes by. law: a key of `fused.LAWS`; scale: of the noise, broadcast against [...]; words:
-    of the noise, [T, B] int32 each; mirrored: [B] bool, rows that see 1 - uniform."""
+    of the noise, [T, B] int32 each, where they are to be drawn; mirrored: [B] bool, rows that see 1 - uniform."""
 
     law: str
     scale: Tensor
-    words: tuple[Tensor, Tensor]
+    words: tuple[Tensor, Tensor] | None
     mirrored: Tensor | None
