@@ -52,7 +52,8 @@ class Piecewise:
         if not self.possible(batch):
             return None
         size = self.part_steps(batch) * batch.samples
-        return slice(0, max(1, size // 2)), slice(0, max(2, size // batch.steps))
+        steps = min(batch.steps, max(1, size // 4))
+        return slice(0, steps), slice(0, max(2, size // steps))
 
     def part_steps(self, batch: Batch) -> int:
         """Time steps of a part. Where little is to be kept, it has half as many spikes as there are weights, within
