@@ -87,11 +87,9 @@ def most_alive(count: int, groups: int) -> int:
     def inside(group: list[range]) -> int:
         if len(group) == 1:
             return 1
-        smaller = parts.grouped(group, groups)
-        return max(i + inside(each) for i, each in enumerate(smaller))
+        return max(i + inside(smaller) for i, smaller in enumerate(parts.grouped(group, groups)))
 
-    everything = parts.grouped([range(t, t + 1) for t in range(count)], groups)
-    return max(i + inside(each) for i, each in enumerate(everything))
+    return inside([range(t, t + 1) for t in range(count)])
 
 
 def test_an_average_in_half_precision_does_not_overflow(monkeypatch):

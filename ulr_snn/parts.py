@@ -243,11 +243,7 @@ class Parts:
                     self.bits[name] = packed.new_empty(self.batch.steps, *packed.shape[1:])
                 self.bits[name][part.start : part.stop] = packed
         if self.share is not None:
-            share = shaped(self.share[part.start : part.stop], x)
-            if self.batch.lengths is None and x.dtype.itemsize >= 4:  # one number; of a lower precision sums overflow
-                x = x.sum(0, keepdim=True) * share[:1]
-            else:
-                x = (x * share).sum(0, keepdim=True)
+            x = (x * shaped(self.share[part.start : part.stop], x)).sum(0, keepdim=True)
         return x, standing
 
     @property

@@ -129,6 +129,7 @@ class InParts(Piecewise):
             return "LeakyReadout holds its membranes through the padding"
         return super().why_whole(batch)
 
+    @weights_held()
     def step(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Estimate | None:
         """None where the first step shows that it has to see the whole sequence."""
         attached, first = self.attached, self.attached.structure is None
@@ -143,11 +144,7 @@ class InParts(Piecewise):
         if p is not None:
             attached.measure(p)
         forward.judging = attached.structure.judging
-        with weights_held():
-            return self._in_parts(self._parts(forward, batch), forward, batch, at_start and first)
-
-    def _in_parts(self, run: parts.Parts, forward: Forward, batch: Batch, sizes_start: bool) -> Estimate:
-        attached = self.attached
+        run = self._parts(forward, batch)
         sites = [name for name, _ in attached.layers]
         lessons = list(attached.prediction.lessons(sites, batch.valid, batch.samples, attached.step))
         seen, learned = run.forward(lessons)
@@ -158,8 +155,8 @@ class InParts(Piecewise):
             outputs = module(outputs)
         check_outputs(outputs, batch.steps, batch.samples)
         judgement = forward.judge(outputs, {}, batch.targets, batch.lengths, batch.objective, [0])
-        if sizes_start:
-            attached.step_sizes.summed = times_summed(judgement)  # all have more time steps than were measured
+        if first and at_start:
+            sizes.summed = times_summed(judgement)  # all have more time steps than were measured
         attached.step += 1
         losses = judgement.loss[None]
         stats = {"copies": 1, "step": attached.step, "parts": len(run.parts)}

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WORD, BYTES = 32, 4  # neurons of a word, and its size
+WORD = 32  # neurons of a word
 
 
 def pack_bits(spikes: Tensor) -> Tensor:
@@ -12,7 +12,7 @@ def pack_bits(spikes: Tensor) -> Tensor:
     least significant) of word n // 32. Bits beyond N are 0."""
     if spikes.device.type == "cpu":  # numpy's is three times as fast, and takes no more than it gives
         packed = np.packbits(spikes.bool().contiguous().numpy(), axis=-1, bitorder="little")
-        packed = np.pad(packed, [(0, 0)] * (spikes.ndim - 1) + [(0, -packed.shape[-1] % BYTES)])
+        packed = np.pad(packed, [(0, 0)] * (spikes.ndim - 1) + [(0, -packed.shape[-1] % (WORD // 8))])
         return torch.from_numpy(packed.view("<i4").astype(np.int32, copy=False))
     return packed_by_torch(spikes)
 

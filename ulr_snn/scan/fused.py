@@ -103,9 +103,7 @@ def scan(
         empty(*current.shape),
     )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
-    sources = torch.empty(0, 0, dtype=torch.float32)
-    if weight is not None:
-        sources = turned_once(weight)
+    sources = torch.empty(0, 0, dtype=torch.float32) if weight is None else turned_once(weight)
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool)
