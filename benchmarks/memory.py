@@ -4,8 +4,10 @@
 
 Of every figure a fresh process: the peak of what is resident (VmHWM) after three steps at T time steps, less that after
 three steps at T = 1, less what the batch of uint8 events itself has more; median over repeats. Above weights, their
-gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all. The C
-library is told to give back what is freed (see ALLOCATOR): what it holds on to else grows with the number of updates.
+gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all. Where
+every time step is an update ("ulr stream") there are as many steps as make UPDATES, at every T: what Python's own pools
+of objects touch grows a little over the first thousands. The C library and MKL are told to give back what is freed (see
+ALLOCATOR): what the first holds on to else grows with the number of updates, and the second keeps its last scratch.
 Rows go to results/memory.csv.
 """
 
@@ -26,7 +28,13 @@ from benchmarks.speed import HERE, about, bptt, events_of, likelihood_ratio, wri
 
 METHODS = ("ulr bits", "ulr replay", "ulr stream", "ulr auto", *(f"{library} BPTT" for library in NETS))
 MB = 1 << 20
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
+UPDATES = 3000  # of a method that makes one at every time step
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",  # of glibc
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MKL_DISABLE_FAST_MM": "1",
+}
 
 
 def peak() -> int:
@@ -46,7 +54,7 @@ def measure(name: str, method: str, steps: int) -> dict[str, float]:
         step = None  # the first model goes, with all that is its own
         gc.collect()
         step = likelihood_ratio(now, "cpu", kind) if library == "ulr" else bptt(now, "cpu", library)
-        for _ in range(3):
+        for _ in range(-(-UPDATES // steps) if label == "peak" and method == "ulr stream" else 3):
             step(x, y)
         found[label] = peak()
         found[f"{label}_batch"] = x.numel()

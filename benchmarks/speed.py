@@ -153,6 +153,7 @@ def about(library: str, device: str) -> dict[str, str]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         if new:

@@ -22,7 +22,7 @@ def path(reset: str, device: torch.device, seed: int = 0, neurons: tuple[int, ..
     neuron = LIF(beta, 0.5 + torch.rand(neurons, generator=generator), reset).double().to(device)
     membrane = 2 * draw()
     slope = draw()
-    return Recurrence(neuron, lambda: slope, (draw() < 0.4).double(), lambda: membrane)
+    return Recurrence(neuron, slope.clone, (draw() < 0.4).double(), lambda: membrane)
 
 
 # -- the reset ---------------------------------------------------------------------------------------------

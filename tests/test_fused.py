@@ -109,7 +109,7 @@ def test_credit_and_filter_equal_the_reference(shape, reset, law, reference):
     mask = step_mask(torch.arange(shape[1]) % shape[0] + 1, x)
     record = Record("", neuron, x, torch.tensor(1.3), x, spikes, [spikes], law, mask)
     slope = mask * law.slope(x) / 1.3
-    recurrence = Recurrence(neuron, lambda: slope, spikes, record.membrane, fused=record.fused_credit)
+    recurrence = Recurrence(neuron, slope.clone, spikes, record.membrane, fused=record.fused_credit)
     current = current_of(shape).requires_grad_()
 
     def run() -> tuple[Tensor, ...]:

@@ -271,7 +271,7 @@ def one_pass(shape: tuple[int, ...], reset: str, place: torch.device) -> tuple[L
 def expected_credit(
     neuron: LIF, slope: Tensor, x: Tensor, scale: Tensor, spikes: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return Recurrence(neuron, lambda: slope, spikes, lambda: x * scale + neuron.threshold).credit(a)
+    return Recurrence(neuron, slope.clone, spikes, lambda: x * scale + neuron.threshold).credit(a)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -249,7 +249,7 @@ class _Total(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = product(g[1:].flatten(0, 1), spikes[:-1].flatten(0, 1))
             if before is not None:
-                d_weight = d_weight + g[0].T @ before
+                d_weight.addmm_(g[0].T, before)
         return g, d_weight, None, None
 
 

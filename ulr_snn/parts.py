@@ -139,11 +139,25 @@ class PartSite:
 
 @dataclass(frozen=True)
 class Standing:
-    """How the layers stand between two time steps. states: by site, their spikes as bool; membranes: of the readouts;
+    """How the layers stand between two time steps. states: by site, their spikes as bits; membranes: of the readouts;
     empty at the start."""
 
     states: dict[str, State] = field(default_factory=dict)
     membranes: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, sites: dict[str, PartSite], membranes: list[Tensor]) -> "Standing":
+        """How sites stand that a part has run through."""
+        states = {name: site.state for name, site in sites.items()}
+        return cls({n: State(s.membrane, pack_bits(s.spikes.flatten(1))) for n, s in states.items()}, membranes)
+
+    def state(self, name: str, dtype: torch.dtype) -> State | None:
+        """Of a site, with spikes [B, ...] of that type; None at the start."""
+        kept = self.states.get(name)
+        if kept is None:
+            return None
+        spikes = unpack_bits(kept.spikes, kept.membrane[0].numel(), dtype)
+        return State(kept.membrane, spikes.view(kept.membrane.shape))
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,7 @@ class Parts:
             if self.bits is not None and self.known:
                 shape = self.sizes[name]
                 known = unpack_bits(self.bits[name][now], shape.numel(), self.batch.dtype).unflatten(-1, shape)
-            state = standing.states.get(name)
+            state = standing.state(name, self.batch.dtype)
             sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known, watched)
         membranes = iter(standing.membranes or [None] * len(self.split.readouts))
         last = []
@@ -212,8 +226,7 @@ class Parts:
                     last.append(x[-1])
                 else:
                     x = run(module, x)
-        states = {name: State(site.state.membrane, site.state.spikes.bool()) for name, site in sites.items()}
-        after = Standing(states, [u.detach() for u in last])
+        after = Standing.of(sites, [u.detach() for u in last])
         return x, after, sites, last
 
     @torch.no_grad()
@@ -243,7 +256,7 @@ class Parts:
                     self.bits[name] = packed.new_empty(self.batch.steps, *packed.shape[1:])
                 self.bits[name][part.start : part.stop] = packed
         if self.share is not None:
-            x = (x * shaped(self.share[part.start : part.stop], x)).sum(0, keepdim=True)
+            x = summed(x, self.share[part.start : part.stop])
         return x, standing
 
     @property
@@ -281,7 +294,7 @@ class Parts:
         records: list[Record] = []
         x, last = self.run(part, Standing(standing.states, before), records)[::3]  # no more of it is to be kept
         now, share = slice(part.start, part.stop), self.share
-        arriving = error[now] if share is None else error[None] * shaped(share[now], x)
+        arriving = error[now] if share is None else spread(error, share[now], x)
         ends = [(x, arriving)]
         ends += [(u, g) for u, g in zip(last, self.membranes, strict=True) if g is not None]
         credits = prediction.credit(Piece(ends, records), self.later)
@@ -344,6 +357,21 @@ def grouped(parts: list[range], groups: int) -> list[list[range]]:
     return [parts[i : i + size] for i in range(0, len(parts), size)]
 
 
-def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """[t, B, 1, ...] of [t, B]."""
-    return rows.view(*rows.shape, *[1] * (like.ndim - 2))
+def summed(x: Tensor, share: Tensor) -> Tensor:
+    """What x [t, B, ...] adds to an average over time in which each time step has that share [t, B]: [1, B, ...]."""
+    if uniform(share):
+        wide = torch.promote_types(x.dtype, torch.float32)  # half of it overflows at 65504
+        return (x.sum(0, keepdim=True, dtype=wide) * share[0, 0]).to(x.dtype)
+    return (x * share.view(*share.shape, *[1] * (x.ndim - 2))).sum(0, keepdim=True)
+
+
+def spread(error: Tensor, share: Tensor, x: Tensor) -> Tensor:
+    """∂L/∂x [t, B, ...], of ∂L/∂ such an average [B, ...]."""
+    if uniform(share):
+        return (error * share[0, 0]).expand(x.shape)
+    return error * share.view(*share.shape, *[1] * (x.ndim - 2))
+
+
+def uniform(share: Tensor) -> bool:
+    """Whether it is one number, seen as many: then what is made of it need not be as large."""
+    return not any(share.stride())

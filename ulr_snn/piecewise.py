@@ -143,6 +143,7 @@ class InParts(Piecewise):
             return None
         if p is not None:
             attached.measure(p)
+        del p  # with its graph
         forward.judging = attached.structure.judging
         run = self._parts(forward, batch)
         sites = [name for name, _ in attached.layers]

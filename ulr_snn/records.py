@@ -70,9 +70,8 @@ class Record:
         """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
         return self._on_own_steps(self.firing.slope(self.x.detach()))
 
-    @cached_property
     def slope_of_membrane(self) -> Tensor:
-        """∂p/∂u = p' / scale."""
+        """∂p/∂u = p' / scale, anew."""
         law = law_of(self.firing)
         done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, self._lengths)
         return self.slope / self.scale if done is None else done

@@ -157,32 +157,31 @@ class Feedback:
 
     def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> tuple[float, float]:
         """Refreshes all C into one layer from what its input current [n, *target] and the spikes[name] [n, *source]
-        deviate by; rows of one sample side by side. Returns the part of the current's variance that C leaves
-        unexplained: before, in all rows (1 where nothing varies), and after, in those that the step was not solved for,
-        the last quarter (0 there). Where anything is not finite C stays, and counts as unknown."""
+        deviate by; rows of one sample side by side; `change` is used up. Returns the part of the current's variance
+        that C leaves unexplained: before, in all rows (1 where nothing varies), and after, in those that the step was
+        not solved for, the last quarter (0 there). Where anything is not finite C stays, and counts as unknown."""
+        varied, all_of_last = total_square(change), total_square(held_out([*paths.values()][-1].results(change))[1])
         left = change
         for name, path in paths.items():
             if self.weight(name, path) is None:
                 self.layers[name] = change.new_zeros(path.size)
-            left = left - path.forward(self.layers[name], spikes[name])
-        stale, varied = total_square(left), total_square(change)
+            left -= path.forward(self.layers[name], spikes[name])
+        stale = total_square(left)
         for i, (name, path) in enumerate(paths.items(), 1):
-            inputs, results = path.inputs(spikes[name]), path.results(left)
-            known = len(inputs) - len(inputs) // 4
-            move = ridge_solution(inputs[:known], results[:known])
-            effect = inputs[known:] @ move
-            length = best_length(effect, results[known:])
+            (inputs, last_inputs), (results, last) = held_out(path.inputs(spikes[name])), held_out(path.results(left))
+            move = ridge_solution(inputs, results)
+            effect = last_inputs @ move
+            length = best_length(effect, last)
             move *= length
             move = torch.where(move.isfinite().all(), move, 0.0)
             self.layers[name] += move
             if i < len(paths):
-                left = left - path.forward(move, spikes[name])
-        last = total_square(results[known:] - length * effect)
-        all_of_last = total_square(path.results(change)[known:])
-        stale, varied, last, all_of_last = torch.stack([stale, varied, last, all_of_last]).tolist()
-        if not math.isfinite(stale + varied + last + all_of_last):
+                left -= path.forward(move, spikes[name])
+        after = total_square(last - length * effect)
+        stale, varied, after, all_of_last = torch.stack([stale, varied, after, all_of_last]).tolist()
+        if not math.isfinite(stale + varied + after + all_of_last):
             return 1.0, 0.0
-        return stale / varied if varied > 0 else 1.0, last / all_of_last if all_of_last > 0 else 0.0
+        return stale / varied if varied > 0 else 1.0, after / all_of_last if all_of_last > 0 else 0.0
 
     def learn_response(self, site: str, spikes: Tensor, z: Tensor, valid: Tensor) -> None:
         """One more pass for D: see `response.learned`."""
@@ -227,9 +226,27 @@ def ridge_solution(inputs: Tensor, results: Tensor) -> Tensor:
     wide = len(z) < z.shape[1]
     gram = z @ z.T if wide else z.T @ z
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    move = z.T @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(z.T @ y, factor)
+    move = y.clone() if wide else z.T @ y
+    failed = solve_in_place(gram, move)
+    move = z.T @ move if wide else move
     return torch.where(failed == 0, move, 0.0).to(results.dtype)
+
+
+def solve_in_place(gram: Tensor, right: Tensor) -> Tensor:
+    """right [D, M] becomes gram^-1 right, of a symmetric gram [D, D] that becomes its Cholesky factor; both lie in
+    memory by rows. Returns how the factorisation failed, if not 0. `torch.cholesky_solve` takes four matrices more."""
+    factor, rows = gram.mT, right.mT  # by columns, as LAPACK has them: nothing is copied
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False, out=rows)
+    torch.linalg.solve_triangular(factor, rows, upper=False, left=False, out=rows)
+    return failed
+
+
+def held_out(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Three quarters of rows to learn from, and the last to measure on."""
+    known = len(rows) - len(rows) // 4
+    return rows[:known], rows[known:]
 
 
 def best_length(effect: Tensor, wanted: Tensor) -> Tensor:

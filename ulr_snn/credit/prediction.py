@@ -100,7 +100,7 @@ class Prediction:
                 if target in found:
                     a = added(a, self.feedback.from_layer(edge(record.site, target), path, found[target]))
             if a is not None:
-                found[record.site] = a * record.slope_of_membrane
+                found[record.site] = record.slope_of_membrane().mul_(a)
         return found
 
     @full_precision()
@@ -229,8 +229,8 @@ class Prediction:
         if recurrent is not None and not record.neuron.learns_recurrence:
             path = Full(*[tuple(record.spikes.shape[2:])] * 2)
             weight = recurrent.weight.detach().T
-        spikes, slope = record.spikes.detach(), lambda: record.slope_of_membrane
-        return Recurrence(record.neuron, slope, spikes, record.membrane, path, weight, record.fused_credit)
+        gives = record.slope_of_membrane, record.spikes.detach(), record.membrane
+        return Recurrence(record.neuron, *gives, path, weight, record.fused_credit)
 
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, rich: bool) -> tuple[Tensor, Tensor]:
         """What a step learns from: of time steps and samples [T, B] as many (t, b) as it can afford, at random, no

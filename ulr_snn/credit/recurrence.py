@@ -36,7 +36,7 @@ from ulr_snn.scan.memory import empty_like
 class Recurrence:
     """One pass of one layer, linearised along its reset and its recurrent weights.
 
-    slope: p' per unit of membrane; membrane: gives u where the reset needs it; all [T, B, ...].
+    slope: gives p' per unit of membrane, anew; membrane: gives u where the reset needs it; all [T, B, ...].
     path, weight: of the recurrent current, as learned; None where there is none, or nothing is learned yet.
     fused: credit without recurrent weights at one go, where there is a kernel (`Record.fused_credit`).
     """
@@ -69,13 +69,12 @@ class Recurrence:
         if done is not None:
             return done
         kept, h = self._steps()
-        through, slope = self._through(h), self.slope()
-        total, currents = empty_like(a if totals else a[:1]), a if overwrite and a.is_contiguous() else empty_like(a)
+        through, total, currents = self._through(h), empty_like(a if totals else a[:1]), self.slope()
         g = later
         for t in range(len(a) - 1, -1, -1):
             now = total[t] if totals else total[0]
             through(t, a[t], g, now)
-            g = torch.mul(kept[t], g, out=currents[t]).addcmul_(now, slope[t])
+            g = currents[t].mul_(now).addcmul_(kept[t], g)
         later.copy_(g)
         return total if totals else None, currents
 
