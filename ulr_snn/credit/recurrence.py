@@ -70,24 +70,24 @@ class Recurrence:
             return done
         kept, h = self._steps()
         through, total, currents = self._through(h), empty_like(a if totals else a[:1]), self.slope()
+        steps = zip(*(each.unbind() for each in (a, h, kept, currents, total.expand(a.shape))), strict=True)
         g = later
-        for t in range(len(a) - 1, -1, -1):
-            now = total[t] if totals else total[0]
-            through(t, a[t], g, now)
-            g = currents[t].mul_(now).addcmul_(kept[t], g)
+        for a_t, h_t, kept_t, current, now in reversed(list(steps)):
+            through(a_t, h_t, g, now)
+            g = current.mul_(now).addcmul_(kept_t, g)
         later.copy_(g)
         return total if totals else None, currents
 
-    def _through(self, h: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], None]:
-        """(t, a, g, out) -> a + h_t g + C g, all [B, ...]."""
+    def _through(self, h: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+        """(a_t, h_t, g, out) -> a_t + h_t g + C g, all [B, ...]."""
         weight, threshold = self.weight, self.neuron.threshold
         uniform = self.neuron.reset == "none" or (self.neuron.reset == "subtract" and threshold.numel() == 1)
         if weight is not None and isinstance(self.path, Full) and uniform and self.spikes.ndim == 3:
             both = (weight + torch.diag(h[0].expand(len(weight)))).T  # to itself a neuron's reset is one more weight
-            return lambda t, a, g, out: torch.addmm(a, g, both, out=out)
+            return lambda a_t, _, g, out: torch.addmm(a_t, g, both, out=out)
 
-        def through(t: int, a: Tensor, g: Tensor, out: Tensor) -> None:
-            torch.addcmul(a, g, h[t], out=out)
+        def through(a_t: Tensor, h_t: Tensor, g: Tensor, out: Tensor) -> None:
+            torch.addcmul(a_t, g, h_t, out=out)
             if weight is not None:
                 out += self.path.backward(weight, g)
 
