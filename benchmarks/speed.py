@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed [--cases dense recurrent conv] [--compiled] [--device cpu]
     python -m benchmarks.speed --sweep steps | width | batch [--sizes ...]     # cases at growing sizes
+    python -m benchmarks.speed --cases published --libraries spikingjelly      # each method takes 4 GB
     python -m benchmarks.speed --roofline                        # what the machine could do, and what a step asks of it
 
 Every method sees the same uint8 events and does a whole step: conversion, passes, gradient, Adam. Methods take turns in
@@ -17,7 +18,7 @@ import datetime
 import importlib.metadata
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median, quantiles
@@ -90,9 +91,9 @@ def bptt(case: Case, device: str, library: str, compiled: bool = False, nets: Ne
     return step
 
 
-def methods(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Step]]:
+def methods(case: Case, device: str, compiled: bool, libraries: Iterable[str]) -> Iterator[tuple[str, Step]]:
     yield "ulr", likelihood_ratio(case, device)
-    for library in NETS:
+    for library in libraries:
         try:
             importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
@@ -104,10 +105,12 @@ def methods(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Step
             yield f"{library} BPTT, torch.compile", bptt(case, device, library, compiled=True)
 
 
-def rows_of(case: Case, device: str, compiled: bool, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def rows_of(
+    case: Case, device: str, compiled: bool, rounds: int = ROUNDS, libraries: Iterable[str] = NETS
+) -> list[dict[str, Any]]:
     """Measures one case; prints the table."""
     batches = batches_of(case, device)
-    steps = dict(methods(case, device, compiled))
+    steps = dict(methods(case, device, compiled, libraries))
     times: dict[str, list[float]] = {name: [] for name in steps}
 
     def run(step: Step, count: int) -> float:
@@ -219,6 +222,7 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS)
     parser.add_argument("--sizes", nargs="+", type=int, help="of the sweep, in place of all")
     parser.add_argument("--roofline", action="store_true")
+    parser.add_argument("--libraries", nargs="+", choices=NETS, default=list(NETS), help="peers; each takes its memory")
     parser.add_argument("--compiled", action="store_true", help="the peers by torch.compile as well")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -237,7 +241,8 @@ def main() -> None:
         sizes = arguments.sizes or SWEEPS[arguments.sweep]
         cases = [case.at(**{arguments.sweep: size}) for case in cases for size in sizes]
     for case in cases:
-        write(arguments.results / "speed.csv", rows_of(case, arguments.device, arguments.compiled, rounds))
+        found = rows_of(case, arguments.device, arguments.compiled, rounds, arguments.libraries)
+        write(arguments.results / "speed.csv", found)
 
 
 if __name__ == "__main__":
