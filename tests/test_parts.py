@@ -105,6 +105,25 @@ def test_an_average_in_half_precision_does_not_overflow(monkeypatch):
     assert all(outputs.isfinite().all() and (outputs - 800).abs().max() < 8 for outputs in found)
 
 
+@pytest.mark.parametrize("lengths", [None, [500, 400, 450, 500]], ids=["", "lengths"])
+@pytest.mark.parametrize("reduced", ["autocast", "half"])
+def test_an_average_of_many_parts_in_reduced_precision_is_as_good_as_at_once(lengths, reduced, monkeypatch):
+    """Each of 250 parts adds to it what bfloat16 can hardly tell from nothing."""
+    monkeypatch.setattr(parts, "TOGETHER", (1, 1))
+    monkeypatch.setattr(parts, "LEAST", 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage())
+    x = (torch.rand(500, 4, 12) < 0.4).float()
+    if reduced == "half":
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    lengths, found = None if lengths is None else torch.tensor(lengths), []
+    for memory in ("auto", "bits"):
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=reduced == "autocast")
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1) as ulr, mixed:
+            found.append(ulr.backward(x, torch.arange(4) % 3, lengths=lengths).outputs.float())
+    torch.testing.assert_close(*found, atol=1e-4, rtol=2**-7)  # about the last bit
+
+
 @pytest.mark.parametrize("memory", ["auto", "bits", "stream"])
 def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     """Of a net with many neurons and few weights, too."""

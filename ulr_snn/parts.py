@@ -241,7 +241,8 @@ class Parts:
                 outputs = [outputs[0] + x] if outputs and self.share is not None else [*outputs, x]
         self.known = True
         found = torch.cat(outputs)
-        return found if self.share is None else found[0], [(rows.spikes, rows.current) for rows in learned]
+        found = found if self.share is None else found[0].to(self.batch.dtype)
+        return found, [(rows.spikes, rows.current) for rows in learned]
 
     def _first(self, part: range, standing: Standing, learned: list["Rows"]) -> tuple[Tensor, Standing]:
         """Of a part that runs for the first time: outputs, or what it adds to the average, and how layers stand."""
@@ -358,11 +359,12 @@ def grouped(parts: list[range], groups: int) -> list[list[range]]:
 
 
 def summed(x: Tensor, share: Tensor) -> Tensor:
-    """What x [t, B, ...] adds to an average over time in which each time step has that share [t, B]: [1, B, ...]."""
+    """What x [t, B, ...] adds to an average over time in which each time step has that share [t, B]: [1, B, ...], in at
+    least single precision, in which many such parts can be added up."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if uniform(share):
-        wide = torch.promote_types(x.dtype, torch.float32)  # half of it overflows at 65504
-        return (x.sum(0, keepdim=True, dtype=wide) * share[0, 0]).to(x.dtype)
-    return (x * share.view(*share.shape, *[1] * (x.ndim - 2))).sum(0, keepdim=True)
+        return x.sum(0, keepdim=True, dtype=wide) * share[0, 0]
+    return (x * share.to(wide).view(*share.shape, *[1] * (x.ndim - 2))).sum(0, keepdim=True)
 
 
 def spread(error: Tensor, share: Tensor, x: Tensor) -> Tensor:
