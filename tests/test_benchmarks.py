@@ -190,9 +190,9 @@ def test_attacks_stay_within_their_strength_and_lower_accuracy():
 @pytest.mark.parametrize("name", ["dense", "recurrent", "conv"])
 def test_speed_is_measured_in_turn(name, monkeypatch, capsys):
     pytest.importorskip("snntorch", reason="snntorch is what likelihood ratios are measured against here")
-    monkeypatch.setattr(speed, "NETS", {"snntorch": speed.NETS["snntorch"]})
     monkeypatch.setattr(speed, "WARM_UP", 1)
-    rows = speed.rows_of(speed.CASES[name].at(steps=3, batch=4, width=8), "cpu", compiled=False, rounds=2)
+    case = speed.CASES[name].at(steps=3, batch=4, width=8)
+    rows = speed.rows_of(case, "cpu", compiled=False, rounds=2, libraries=["snntorch"])
     loop = ["snntorch BPTT, own loop"] * (name == "recurrent")
     assert [row["method"] for row in rows] == ["ulr", "snntorch BPTT", *loop]
     assert 1 in [row["ratio"] for row in rows[1:]] and 0 < rows[0]["ms_low"] <= rows[0]["ms"] <= rows[0]["ms_high"]
