@@ -364,16 +364,21 @@ def summed(x: Tensor, share: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     if uniform(share):
         return x.sum(0, keepdim=True, dtype=wide) * share[0, 0]
-    return (x * share.to(wide).view(*share.shape, *[1] * (x.ndim - 2))).sum(0, keepdim=True)
+    return (x * shaped(share.to(wide), x)).sum(0, keepdim=True)
 
 
 def spread(error: Tensor, share: Tensor, x: Tensor) -> Tensor:
     """∂L/∂x [t, B, ...], of ∂L/∂ such an average [B, ...]."""
     if uniform(share):
         return (error * share[0, 0]).expand(x.shape)
-    return error * share.view(*share.shape, *[1] * (x.ndim - 2))
+    return error * shaped(share, x)
 
 
 def uniform(share: Tensor) -> bool:
     """Whether it is one number, seen as many: then what is made of it need not be as large."""
     return not any(share.stride())
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[t, B, 1, ...] of [t, B]."""
+    return rows.view(*rows.shape, *[1] * (like.ndim - 2))
