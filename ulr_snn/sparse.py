@@ -18,7 +18,8 @@ from ulr_snn.scan.memory import empty
 
 WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
 LINE = 16  # of a cache
-BLOCK, COLUMNS = 64, 256  # outputs that are gone through at once: of weight gradients, and at most of products
+COLUMNS = 64, 256  # outputs of a product that are gone through at once: between these,
+CACHE = 1 << 19  # and as many as have weights of so many bytes
 DENSITY = 0.1  # of inputs that are not zero, beyond which a dense product is the faster one
 FEWEST = 1 << 16  # inputs, below which it hardly matters
 SHARE = 0.1  # of a dense convolution's multiply-adds: with more than that (measured: 0.08 to above 0.2) it is faster
@@ -58,7 +59,7 @@ class Rows:
         """g^T x [outputs, inputs] of g [n, outputs] and these events x."""
         out = empty(g.shape[1], self.inputs)
         flat = out.flatten().numpy()
-        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), self.inputs, flat, BLOCK)
+        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), self.inputs, flat)
         return out
 
     @property
@@ -84,7 +85,9 @@ def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b [n, outputs] of events x in rows [n, inputs]."""
     out = empty(len(rows.starts) - 1, len(weight))
     start = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach()
-    cpu, blocks = fused.kernels(out), max(1, -(-len(weight) // COLUMNS))
+    cpu, (least, most) = fused.kernels(out), COLUMNS
+    together = min(max(CACHE // (4 * max(1, rows.inputs)), least), most)
+    blocks = max(1, -(-len(weight) // together))
     width = -(-len(weight) // (LINE * blocks)) * LINE
     columns = empty(blocks * width * rows.inputs)
     cpu.columns(weight.detach().flatten().numpy(), *weight.shape, columns.numpy(), width)

@@ -9,6 +9,7 @@ import math
 import numba
 import numpy as np
 from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 LOGISTIC, GAUSSIAN, DETERMINISTIC, KNOWN = 0, 1, 2, 3  # laws of firing; spikes that are given
@@ -32,6 +33,108 @@ def _compiled(**options):
             return numba.njit(error_model="numpy", **options)(function)
 
     return decorate
+
+
+# -- vectors: loops over a few numbers that lie side by side, of flat arrays. What the compiler makes of loops this
+# short, or of sums that could stay in registers, is several times as slow. In this file, since numba's cache of
+# compiled kernels sees changes of their own file alone.
+
+
+def _vector(array, context, builder, kind, at, width):
+    """Pointer to `width` numbers of an array of this type, from the place `at` on."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), ir.VectorType(ir.FloatType(), width).as_pointer())
+
+
+def _number(array, context, builder, kind, at):
+    """The number of an array of this type at a place."""
+    return builder.load(builder.gep(context.make_array(kind)(context, builder, array).data, [at]))
+
+
+def _spread(builder, value, kind):
+    """A vector of this type, of one value."""
+    blank = ir.Constant(kind, ir.Undefined)
+    single = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(single, blank, _mask(*[0] * kind.count))
+
+
+def _mask(*places):
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+
+
+def _adder(width):
+    """add(to, t, source, s, value): to[t : t + width] += value * source[s : s + width], of flat arrays, as one
+    vector."""
+
+    @intrinsic
+    def add(typing, to, t, source, s, value):
+        def code(context, builder, signature, arguments):
+            to, t, source, s, value = arguments
+            kind = ir.VectorType(ir.FloatType(), width)
+            at = _vector(to, context, builder, signature.args[0], t, width)
+            numbers = builder.load(_vector(source, context, builder, signature.args[2], s, width), align=4)
+            product = builder.fmul(numbers, _spread(builder, value, kind))
+            builder.store(builder.fadd(builder.load(at, align=4), product), at, align=4)
+            return context.get_dummy_value()
+
+        return numba.void(to, t, source, s, value), code
+
+    return add
+
+
+@intrinsic
+def _turn4(typing, to, t, to_step, source, s, step):
+    """to[t + j to_step + i] = source[s + i step + j] for i, j < 4, of flat arrays."""
+
+    def code(context, builder, signature, arguments):
+        to, t, to_step, source, s, step = arguments
+
+        def row(array, kind, start, by, i):
+            at = builder.add(start, builder.mul(by, ir.Constant(by.type, i)))
+            return _vector(array, context, builder, kind, at, 4)
+
+        a, b, c, d = (builder.load(row(source, signature.args[3], s, step, i), align=4) for i in range(4))
+        low, high = _mask(0, 4, 1, 5), _mask(2, 6, 3, 7)
+        for i, half in enumerate((low, high)):
+            above, below = builder.shuffle_vector(a, b, half), builder.shuffle_vector(c, d, half)
+            for j, places in enumerate((_mask(0, 1, 4, 5), _mask(2, 3, 6, 7))):
+                found = builder.shuffle_vector(above, below, places)
+                builder.store(found, row(to, signature.args[0], t, to_step, 2 * i + j), align=4)
+        return context.get_dummy_value()
+
+    return numba.void(to, t, to_step, source, s, step), code
+
+
+def _summer(width):
+    """weighted(out, o, start, z, source, s, step, places, values, k, end): out[o : o + width] = start[z : z + width] +
+    sum over k <= i < end of values[i] * source[s + places[i] * step : ... + width]. The sum stays in registers."""
+
+    @intrinsic
+    def weighted(typing, out, o, start, z, source, s, step, places, values, k, end):
+        def code(context, builder, signature, arguments):
+            out, o, start, z, source, s, step, places, values, k, end = arguments
+            kinds, kind = signature.args, ir.VectorType(ir.FloatType(), width)
+            total = cgutils.alloca_once(builder, kind)
+            builder.store(builder.load(_vector(start, context, builder, kinds[2], z, width), align=4), total)
+            with cgutils.for_range_slice(builder, k, end, ir.Constant(k.type, 1)) as (i, _):
+                place = builder.sext(_number(places, context, builder, kinds[7], i), step.type)
+                value = _spread(builder, _number(values, context, builder, kinds[8], i), kind)
+                at = _vector(source, context, builder, kinds[4], builder.add(s, builder.mul(place, step)), width)
+                product = builder.fmul(builder.load(at, align=4), value)
+                builder.store(builder.fadd(builder.load(total), product), total)
+            builder.store(builder.load(total), _vector(out, context, builder, kinds[0], o, width), align=4)
+            return context.get_dummy_value()
+
+        return numba.void(out, o, start, z, source, s, step, places, values, k, end), code
+
+    return weighted
+
+
+_add4, _add16, _add64 = _adder(4), _adder(16), _adder(64)
+_weighted16, _weighted64 = _summer(16), _summer(64)
+
+
+# -- scans -----------------------------------------------------------------------------------------------------
 
 
 @_compiled(inline="always")
@@ -101,28 +204,33 @@ def _charge(reset, membrane, before, current, beta, threshold):
             membrane[n] = beta[n] * membrane[n] + current[n]
 
 
+@_compiled(inline="always")
+def _weighted(out, o, start, z, source, s, step, places, values, k, end, count):
+    """out[o : o + count] = start[z : z + count] + sum over k <= i < end of values[i] * source[s + places[i] * step :
+    ... + count], of flat arrays."""
+    n = 0
+    while n + 64 <= count:
+        _weighted64(out, o + n, start, z + n, source, s + n, step, places, values, k, end)
+        n += 64
+    while n + 16 <= count:
+        _weighted16(out, o + n, start, z + n, source, s + n, step, places, values, k, end)
+        n += 16
+    while n < count:
+        out[o + n] = start[z + n]
+        for i in range(k, end):
+            out[o + n] += values[i] * source[s + n + places[i] * step]
+        n += 1
+
+
 @_compiled()
-def _recurrent(weight, before, sources, out):
-    """Sum of the rows of weights of the neurons that fired: silence costs nothing. Four rows at a time, since what is
-    dear is to read and write the sum. sources: room for a list."""
-    count = 0
-    for j in range(len(before)):
-        if before[j] != 0:
-            sources[count] = j
-            count += 1
-    out[:] = 0
-    k = 0
-    while k + 4 <= count:
-        first, second = weight[sources[k]], weight[sources[k + 1]]
-        third, fourth = weight[sources[k + 2]], weight[sources[k + 3]]
-        for n in range(len(out)):
-            out[n] += (first[n] + second[n]) + (third[n] + fourth[n])
-        k += 4
-    while k < count:
-        row = weight[sources[k]]
-        for n in range(len(out)):
-            out[n] += row[n]
-        k += 1
+def _recurrent(weight, before, places, values, blank, out):
+    """Sum of the rows of weights, flat, of the neurons that fired: silence costs nothing. places, values: room for a
+    list of these; blank: zeros."""
+    count, neurons = 0, len(before)
+    for j in range(neurons):
+        places[count], values[count] = j, before[j]  # to stay if it fired: no branch has to be guessed
+        count += before[j] != 0
+    _weighted(out, 0, blank, 0, weight, 0, neurons, places, values, 0, count, neurons)
 
 
 @_compiled(parallel=True)
@@ -130,7 +238,7 @@ def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirror
          spikes, x, fed_back):  # fmt: skip
     """Runs a layer over time, from membrane and spikes [B, N] of the step before, both changed in place to the last.
 
-    current [T, B, N]; weight: recurrent, from each source to all targets [N, N], or [0, 0]; beta, threshold, scale [N];
+    current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or [0]; beta, threshold, scale [N];
     row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
     Writes spikes (of law KNOWN, reads them), standardised drives and, with recurrent weights, the recurrent current,
     all [T, B, N].
@@ -138,12 +246,13 @@ def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirror
     steps, rows, neurons = current.shape
     for b in numba.prange(rows):
         uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
-        sources = np.empty(neurons, np.int32)
+        places, values = np.empty(neurons, np.int32), np.empty(neurons, np.float32)
+        blank = np.zeros(neurons, np.float32)
         for t in range(steps):
             arriving = current[t, b]
             if len(weight):
                 recurrent = fed_back[t, b]
-                _recurrent(weight, before[b], sources, recurrent)
+                _recurrent(weight, before[b], places, values, blank, recurrent)
                 for n in range(neurons):
                     total[n] = arriving[n] + recurrent[n]
                 arriving = total
@@ -270,64 +379,6 @@ def collect(frames, starts, places, values):
             i += 1
 
 
-def _vector(array, context, builder, kind, at, width):
-    """Pointer to `width` numbers of an array of this type, from the place `at` on."""
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), ir.VectorType(ir.FloatType(), width).as_pointer())
-
-
-def _mask(*places):
-    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
-
-
-def _adder(width):
-    """add(to, t, source, s, value): to[t : t + width] += value * source[s : s + width], of flat arrays, as one vector.
-    What the compiler makes of a loop this short is ten times as slow."""
-
-    @intrinsic
-    def add(typing, to, t, source, s, value):
-        def code(context, builder, signature, arguments):
-            to, t, source, s, value = arguments
-            kind = ir.VectorType(ir.FloatType(), width)
-            at = _vector(to, context, builder, signature.args[0], t, width)
-            numbers = builder.load(_vector(source, context, builder, signature.args[2], s, width), align=4)
-            blank = ir.Constant(kind, ir.Undefined)
-            single = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
-            product = builder.fmul(numbers, builder.shuffle_vector(single, blank, _mask(*[0] * width)))
-            builder.store(builder.fadd(builder.load(at, align=4), product), at, align=4)
-            return context.get_dummy_value()
-
-        return numba.void(to, t, source, s, value), code
-
-    return add
-
-
-_add4, _add16 = _adder(4), _adder(16)
-
-
-@intrinsic
-def _turn4(typing, to, t, to_step, source, s, step):
-    """to[t + j to_step + i] = source[s + i step + j] for i, j < 4, of flat arrays."""
-
-    def code(context, builder, signature, arguments):
-        to, t, to_step, source, s, step = arguments
-
-        def row(array, kind, start, by, i):
-            at = builder.add(start, builder.mul(by, ir.Constant(by.type, i)))
-            return _vector(array, context, builder, kind, at, 4)
-
-        a, b, c, d = (builder.load(row(source, signature.args[3], s, step, i), align=4) for i in range(4))
-        low, high = _mask(0, 4, 1, 5), _mask(2, 6, 3, 7)
-        for i, half in enumerate((low, high)):
-            above, below = builder.shuffle_vector(a, b, half), builder.shuffle_vector(c, d, half)
-            for j, places in enumerate((_mask(0, 1, 4, 5), _mask(2, 3, 6, 7))):
-                found = builder.shuffle_vector(above, below, places)
-                builder.store(found, row(to, signature.args[0], t, to_step, 2 * i + j), align=4)
-        return context.get_dummy_value()
-
-    return numba.void(to, t, to_step, source, s, step), code
-
-
 @_compiled(inline="always")
 def _turn(to, t, to_step, source, s, step, rows, columns):
     """to[t + j to_step + i] = source[s + i step + j] for i < rows, j < columns, of flat arrays."""
@@ -363,17 +414,17 @@ def _add_lines(to, t, to_step, source, s, step, value, lines, length):
 
 
 @_compiled(parallel=True)
-def scatter(starts, places, values, g, inputs, out, width):
-    """g^T x [outputs, inputs], flat, of rows of events x and g [n, outputs]; by blocks of outputs of this width, a
-    multiple of 4, so that what is added to stays in the cache."""
-    outputs = g.shape[1]
+def scatter(starts, places, values, g, inputs, out):
+    """g^T x [outputs, inputs], flat, of rows of events x and g [n, outputs]; by blocks of 64 outputs, so that what is
+    added to stays in the cache."""
+    outputs, width = g.shape[1], 64
     for block in numba.prange(-(-outputs // width)):
         low, high = block * width, min((block + 1) * width, outputs)
         own, row = np.zeros(inputs * width, np.float32), np.zeros(width, np.float32)
         for r in range(len(g)):
             row[: high - low] = g[r, low:high]
             for k in range(starts[r], starts[r + 1]):
-                _add(own, places[k] * width, row, 0, values[k], width)
+                _add64(own, places[k] * np.int64(64), row, 0, values[k])
         _turn(out, low * inputs, inputs, own, 0, width, inputs, high - low)
 
 
@@ -393,8 +444,7 @@ def columns(matrix, outputs, inputs, out, width):
 @_compiled(parallel=True)
 def gather(starts, places, values, columns, inputs, start, out, width, parts):
     """x W^T + b [n, outputs] of rows of events x. columns: W^T in blocks of this width (see there), so that one stays
-    in the cache while the rows go by; start: b; parts: of the rows, one for each thread. Four events at a time, since
-    what is dear is to read and write the sum."""
+    in the cache while the rows go by; start: b; parts: of the rows, one for each thread."""
     rows, outputs = out.shape
     for i in numba.prange(-(-outputs // width) * parts):
         block, part = i // parts, i % parts
@@ -403,20 +453,7 @@ def gather(starts, places, values, columns, inputs, start, out, width, parts):
         first, total = np.zeros(width, np.float32), np.empty(width, np.float32)
         first[: high - low] = start[low:high]
         for r in range(part * rows // parts, (part + 1) * rows // parts):
-            total[:] = first
-            k, end = starts[r], starts[r + 1]
-            while k + 4 <= end:
-                a, b = origin + places[k] * width, origin + places[k + 1] * width
-                c, d = origin + places[k + 2] * width, origin + places[k + 3] * width
-                wa, wb, wc, wd = values[k], values[k + 1], values[k + 2], values[k + 3]
-                ca, cb = columns[a : a + width], columns[b : b + width]
-                cc, cd = columns[c : c + width], columns[d : d + width]
-                for n in range(width):
-                    total[n] += (wa * ca[n] + wb * cb[n]) + (wc * cc[n] + wd * cd[n])
-                k += 4
-            while k < end:
-                _add(total, 0, columns, origin + places[k] * width, values[k], width)
-                k += 1
+            _weighted(total, 0, first, 0, columns, origin, width, places, values, starts[r], starts[r + 1], width)
             out[r, low:high] = total[: high - low]
 
 

@@ -103,7 +103,7 @@ def scan(
         empty(*current.shape),
     )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
-    sources = torch.empty(0, 0, dtype=torch.float32) if weight is None else turned_once(weight)
+    sources = torch.empty(0, dtype=torch.float32) if weight is None else turned_once(weight)
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool)
@@ -111,7 +111,7 @@ def scan(
         mirrored = draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     cpu.scan(
-        _array(current), sources.numpy(), *per_neuron, RESETS.index(reset),
+        _array(current), sources.view(-1).numpy(), *per_neuron, RESETS.index(reset),
         law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
         _array(spikes), _array(x), fed_back.flatten(2).numpy(),
