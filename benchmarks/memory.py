@@ -43,7 +43,7 @@ def peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def measure(name: str, method: str, steps: int) -> dict[str, float]:
+def measure(name: str, method: str, steps: int, updates: int) -> dict[str, float]:
     """In this process: peaks after steps at T = 1 and at T, in bytes, and the batch."""
     torch.set_num_threads(2)
     case = CASES[name].at(steps=steps)
@@ -54,7 +54,7 @@ def measure(name: str, method: str, steps: int) -> dict[str, float]:
         step = None  # the first model goes, with all that is its own
         gc.collect()
         step = likelihood_ratio(now, "cpu", kind) if library == "ulr" else bptt(now, "cpu", library)
-        for _ in range(-(-UPDATES // steps) if label == "peak" and method == "ulr stream" else 3):
+        for _ in range(-(-updates // steps) if label == "peak" and method == "ulr stream" else 3):
             step(x, y)
         found[label] = peak()
         found[f"{label}_batch"] = x.numel()
@@ -69,9 +69,9 @@ def in_fresh_process(benchmark: str, *what: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def fresh(name: str, method: str, steps: int) -> float:
+def fresh(name: str, method: str, steps: int, updates: int = UPDATES) -> float:
     """MB above what a step at T = 1 takes, and above the batch."""
-    found = in_fresh_process("memory", name, method, str(steps))
+    found = in_fresh_process("memory", name, method, str(steps), str(updates))
     return (found["peak"] - found["first"] - (found["peak_batch"] - found["first_batch"])) / MB
 
 
@@ -82,11 +82,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        name, method, steps = arguments.one
-        print(json.dumps(measure(name, method, int(steps))))
+        name, method, *numbers = arguments.one
+        print(json.dumps(measure(name, method, *map(int, numbers))))
         return
     for name in arguments.cases:
         for steps in arguments.steps:
