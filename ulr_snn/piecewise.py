@@ -57,10 +57,11 @@ class Piecewise:
 
     def part_steps(self, batch: Batch) -> int:
         """Time steps of a part. Where little is to be kept, it has half as many spikes as there are weights, within
-        bounds, since the gradients of these take as much anyway."""
+        bounds, since the gradients of these take as much anyway; else as many as take the memory of the weights, if
+        these are large, since what each part adds to their gradients takes the time of so many."""
         least, most = parts.TOGETHER
         weights = sum(q.numel() for q in self.attached.model.parameters())
-        spikes = min(max(least, weights // 2), most) if self.asked else parts.ROOMY
+        spikes = min(max(least, weights // 2), most) if self.asked else max(parts.ROOMY, 4 * weights // KEPT)
         return min(batch.steps, max(parts.LEAST, spikes // (batch.samples * max(1, self.neurons))))
 
     def possible(self, batch: Batch) -> bool:
