@@ -210,6 +210,20 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
         assert ulr.backward(x, y).stats["parts"] > 1
 
 
+@pytest.mark.parametrize("inputs, made", [(12, 23), (600, 3)])
+def test_parts_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypatch):
+    """Since each costs a gradient of all of them: of 4835 weights, parts take as many bytes, ten steps of six samples
+    of eight neurons."""
+    monkeypatch.setattr(parts, "ROOMY", 1)
+    monkeypatch.setattr(parts, "LEAST", 1)
+    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1)
+    monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
+    model = nn.Sequential(nn.Linear(inputs, 8), LIF(), TimeAverage(), nn.Linear(8, 3))
+    with attach(model) as ulr:
+        x = (torch.rand(STEPS, BATCH, inputs) < 0.3).float()
+        assert ulr.backward(x, torch.arange(BATCH) % 3).stats["parts"] == made
+
+
 def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.sum(0).argmax(-1) != targets).float()
 
