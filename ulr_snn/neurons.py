@@ -311,7 +311,7 @@ class LeakyReadout(Timed):
             return membrane
         steps = torch.arange(len(current), device=current.device)[:, None]
         last = torch.minimum(steps, (self.lengths[None] - 1).clamp(min=0))
-        return membrane.gather(0, last.view(*last.shape, *[1] * (current.ndim - 2)).expand_as(membrane))
+        return membrane.gather(0, shaped(last, current).expand_as(membrane))
 
 
 class TimeAverage(Timed):
@@ -340,7 +340,12 @@ def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
     """[T, B, 1, ...] in the dtype of `sequence` [T, B, ...]: 1 on a sample's own steps, 0 on padding."""
     steps = torch.arange(len(sequence), device=sequence.device)[:, None]
     mask = (steps < lengths[None].to(sequence.device)).to(sequence.dtype)
-    return mask.view(*mask.shape, *[1] * (sequence.ndim - 2))
+    return shaped(mask, sequence)
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[T, B, 1, ...] of [T, B], to broadcast against [T, B, ...]."""
+    return rows.view(*rows.shape, *[1] * (like.ndim - 2))
 
 
 def own_spread(sequence: Tensor, mask: Tensor | None) -> float:

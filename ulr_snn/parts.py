@@ -17,7 +17,7 @@ from ulr_snn.engine import Chain, EachStep, hooked
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch
 from ulr_snn.events import Events, Frames
-from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
+from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage, shaped
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.passes import coupled_modules
 from ulr_snn.records import Record
@@ -377,8 +377,3 @@ def spread(error: Tensor, share: Tensor, x: Tensor) -> Tensor:
 def uniform(share: Tensor) -> bool:
     """Whether it is one number, seen as many: then what is made of it need not be as large."""
     return not any(share.stride())
-
-
-def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """[t, B, 1, ...] of [t, B]."""
-    return rows.view(*rows.shape, *[1] * (like.ndim - 2))

@@ -13,6 +13,7 @@ from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, Feedba
 from ulr_snn.credit.maps import Full, Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
 from ulr_snn.credit.response import Response
+from ulr_snn.neurons import shaped
 from ulr_snn.passes import Pass
 from ulr_snn.precision import full_precision
 from ulr_snn.records import CurrentRecord, Record
@@ -304,5 +305,5 @@ def means(rows: Tensor, valid: Tensor) -> Tensor:
     dim = 1 if rows.shape[1] > 1 else 0
     if valid.all():
         return rows.mean(dim, keepdim=True)
-    weight = valid.to(rows.dtype).view(*valid.shape, *[1] * (rows.ndim - 2))
+    weight = shaped(valid.to(rows.dtype), rows)
     return (rows * weight).sum(dim, keepdim=True) / weight.sum(dim, keepdim=True).clamp(min=1)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulr_snn.neurons import shaped
 from ulr_snn.records import CurrentRecord
 
 LAGS = 16
@@ -52,7 +53,7 @@ def learned(kernel: Tensor | None, passes: int, spikes: Tensor, z: Tensor, valid
     """D after one more pass. spikes: deviations from the mean over samples; z: noise, zero on padding; both
     [T, B, ...]; valid: [T, B]; passes: that D has seen so far."""
     steps = len(z)
-    own = valid.to(z.dtype).view(*valid.shape, *[1] * (z.ndim - 2))
+    own = shaped(valid.to(z.dtype), z)
     now = z.new_zeros(LAGS, *z.shape[2:])
     for k in range(min(LAGS, steps)):
         pairs = own[k:] * z[: steps - k]

@@ -134,7 +134,7 @@ _add4, _add16, _add64 = _adder(4), _adder(16), _adder(64)
 _weighted16, _weighted64 = _summer(16), _summer(64)
 
 
-# -- scans -----------------------------------------------------------------------------------------------------
+# -- scans -------------------------------------------------------------------------------------------------
 
 
 @_compiled(inline="always")
@@ -424,7 +424,7 @@ def scatter(starts, places, values, g, inputs, out):
         for r in range(len(g)):
             row[: high - low] = g[r, low:high]
             for k in range(starts[r], starts[r + 1]):
-                _add64(own, places[k] * np.int64(64), row, 0, values[k])
+                _add64(own, places[k] * width, row, 0, values[k])
         _turn(out, low * inputs, inputs, own, 0, width, inputs, high - low)
 
 
