@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn.credit.maps import Full
 from ulr_snn.credit.recurrence import Recurrence
 from ulr_snn.neurons import SpikingNeuron, step_mask
 from ulr_snn.noise import Drawer, Noise
@@ -101,15 +102,22 @@ def test_two_parts_of_time_equal_the_whole(reset, kernels, reference):
 
 @each_shape
 @each_reset
+@pytest.mark.parametrize("recurrent", [False, True], ids=["", "recurrent"])
 @pytest.mark.parametrize("law", [Logistic(), Gaussian()], ids=["logistic", "gaussian"])
-def test_credit_and_filter_equal_the_reference(shape, reset, law, reference):
+def test_credit_and_filter_equal_the_reference(shape, reset, recurrent, law, reference):
+    if recurrent and len(shape) > 3:
+        pytest.skip("recurrent layers have one axis of neurons")
     neuron = neuron_of(shape, reset, False)
     a, x, later = current_of(shape, 1), current_of(shape, 2), current_of(shape[1:], 3)
+    path = weight = None
+    if recurrent:
+        path, weight = Full(shape[2:], shape[2:]), current_of(shape[2:] * 2, 5) / shape[2]
     spikes = (current_of(shape, 4) > 0.5).float()
     mask = step_mask(torch.arange(shape[1]) % shape[0] + 1, x)
     record = Record("", neuron, x, torch.tensor(1.3), x, spikes, [spikes], law, mask)
     slope = mask * law.slope(x) / 1.3
-    recurrence = Recurrence(neuron, slope.clone, spikes, record.membrane, fused=record.fused_credit)
+    of_pass = slope.clone, spikes, record.membrane, path, weight, record.fused_credit
+    recurrence = Recurrence(neuron, *of_pass)
     current = current_of(shape).requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
@@ -118,12 +126,30 @@ def test_credit_and_filter_equal_the_reference(shape, reset, law, reference):
         found = *recurrence.credit(a, later=after), torch.autograd.grad(drive, current, a)[0]
         total, again = recurrence.credit(a.clone(), False, later.clone(), overwrite=True)
         assert total is None and torch.equal(again, found[1]) and torch.equal(after, found[1][0])
-        return found
+        _, everywhere = recurrence.credit(a[:1].expand(shape), False)
+        torch.testing.assert_close(everywhere, recurrence.credit(a[:1].expand(shape).contiguous(), False)[1])
+        return *found, everywhere
 
     ours = run()
     reference()
     for mine, other in zip(ours, run(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@each_reset
+def test_rows_in_parts_are_those_of_the_whole(reset, monkeypatch):
+    """For threads to share: three, and five rows."""
+    shape, found = (7, 5, 18), []
+    neuron, x, spikes = neuron_of(shape, reset, True), current_of(shape, 2), (current_of(shape, 4) > 0.5).float()
+    a, weight, later = current_of(shape, 1), current_of((18, 18), 5) / 18, current_of(shape[1:], 3)
+    for parts in (1, 3):
+        monkeypatch.setattr(fused, "threads", lambda rows, parts=parts: parts)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            fired = neuron.fired(x, drawer_of(shape, Logistic(), False, len(x)))
+        given = a, x, "logistic", torch.tensor(0.5), None, spikes, neuron.beta, neuron.threshold, reset, later.clone()
+        found.append([*fired, *fused.credit(*given, True, weight=weight), fused.leaky(a, spikes, neuron.beta, reset)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("law", [Logistic(), Gaussian()], ids=["logistic", "gaussian"])

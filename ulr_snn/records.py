@@ -77,7 +77,7 @@ class Record:
         return self.slope / self.scale if done is None else done
 
     def fused_credit(
-        self, a: Tensor, later: Tensor, totals: bool, overwrite: bool
+        self, a: Tensor, later: Tensor, totals: bool, overwrite: bool, weight: Tensor | None
     ) -> tuple[Tensor | None, Tensor] | None:
         """See `scan.fused.credit`."""
         law, neuron = law_of(self.firing), self.neuron
@@ -85,7 +85,7 @@ class Record:
             return None
         beta, threshold = neuron.beta.detach().clamp(0, 1), neuron.threshold.detach()
         of_pass = self.x.detach(), law, self.scale, self._lengths, self.spikes.detach()
-        return fused.credit(a, *of_pass, beta, threshold, neuron.reset, later, totals, overwrite)
+        return fused.credit(a, *of_pass, beta, threshold, neuron.reset, later, totals, overwrite, weight)
 
     @property
     def _lengths(self) -> Tensor | None:

@@ -17,7 +17,6 @@ from ulr_snn.scan import fused
 from ulr_snn.scan.memory import empty
 
 WIDTH = 4  # of the vectors that the kernels of a convolution work with: channels are filled up to a multiple
-LINE = 16  # of a cache
 COLUMNS = 64, 256  # outputs of a product that are gone through at once: between these,
 CACHE = 1 << 19  # and as many as have weights of so many bytes
 DENSITY = 0.1  # of inputs that are not zero, beyond which a dense product is the faster one
@@ -88,12 +87,9 @@ def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
     cpu, (least, most) = fused.kernels(out), COLUMNS
     together = min(max(CACHE // (4 * max(1, rows.inputs)), least), most)
     blocks = max(1, -(-len(weight) // together))
-    width = -(-len(weight) // (LINE * blocks)) * LINE
-    columns = empty(blocks * width * rows.inputs)
-    cpu.columns(weight.detach().flatten().numpy(), *weight.shape, columns.numpy(), width)
-    cpu.gather(
-        *rows.arrays, columns.numpy(), rows.inputs, start.contiguous().numpy(), out.numpy(), width, threads(len(out))
-    )
+    width = max(1, -(-len(weight) // (cpu.LINE * blocks))) * cpu.LINE
+    columns, parts = fused.in_columns(weight, width), fused.threads(len(out))
+    cpu.gather(*rows.arrays, columns.numpy(), rows.inputs, start.contiguous().numpy(), out.numpy(), width, parts)
     return out
 
 
@@ -237,7 +233,7 @@ class _Convolution(torch.autograd.Function):
         blank = start.repeat(high.grid * across.grid)
         fused.kernels(out).spread(
             *rows.arrays, patches.to.numpy(), patches.which.numpy(), patches.made(weight).flatten().numpy(),
-            blank.numpy(), patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy(), threads(n),
+            blank.numpy(), patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy(), fused.threads(n),
         )  # fmt: skip
         return out
 
@@ -247,7 +243,7 @@ class _Convolution(torch.autograd.Function):
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             g = g.contiguous()
-            sums = torch.zeros(threads(len(g)), math.prod(patches.size), dtype=torch.float32)
+            sums = torch.zeros(fused.threads(len(g)), math.prod(patches.size), dtype=torch.float32)
             fused.kernels(g).spread_weight(
                 *rows.arrays, patches.to.numpy(), patches.which.numpy(), sums.numpy(), patches.steps, patches.wide,
                 patches.high.grid * patches.across.grid, tuple(g.shape), g.detach().flatten().numpy(),
@@ -256,11 +252,6 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_bias = g.sum((0, 2, 3))
         return d_weight, d_bias, None, None
-
-
-def threads(rows: int) -> int:
-    """That share rows."""
-    return max(1, min(torch.get_num_threads(), rows))
 
 
 def pair(value: Any) -> Pair | None:

@@ -38,7 +38,7 @@ class Recurrence:
 
     slope: gives p' per unit of membrane, anew; membrane: gives u where the reset needs it; all [T, B, ...].
     path, weight: of the recurrent current, as learned; None where there is none, or nothing is learned yet.
-    fused: credit without recurrent weights at one go, where there is a kernel (`Record.fused_credit`).
+    fused: credit at one go, where there is a kernel (`Record.fused_credit`).
     """
 
     neuron: SpikingNeuron
@@ -47,7 +47,7 @@ class Recurrence:
     membrane: Callable[[], Tensor]
     path: Path | None = None
     weight: Tensor | None = None
-    fused: Callable[[Tensor, Tensor, bool, bool], Any] | None = None
+    fused: Callable[[Tensor, Tensor, bool, bool, Tensor | None], Any] | None = None
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """beta k_t and h_t, broadcast over time where they are constant."""
@@ -65,9 +65,10 @@ class Recurrence:
         input current. later: g [B, ...] of the step after the last, which becomes that of the first. overwrite: a is
         not needed any more."""
         later = a.new_zeros(a.shape[1:]) if later is None else later
-        done = self.fused(a, later, totals, overwrite) if self.fused is not None and self.weight is None else None
-        if done is not None:
-            return done
+        if self.fused is not None and (self.weight is None or self._dense):
+            done = self.fused(a, later, totals, overwrite, self.weight)
+            if done is not None:
+                return done
         kept, h = self._steps()
         through, total, currents = self._through(h), empty_like(a if totals else a[:1]), self.slope()
         steps = zip(*(each.unbind() for each in (a, h, kept, currents, total.expand(a.shape))), strict=True)
@@ -78,11 +79,16 @@ class Recurrence:
         later.copy_(g)
         return total if totals else None, currents
 
+    @property
+    def _dense(self) -> bool:
+        """Whether the recurrent weights are a matrix."""
+        return isinstance(self.path, Full) and self.spikes.ndim == 3
+
     def _through(self, h: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
         """(a_t, h_t, g, out) -> a_t + h_t g + C g, all [B, ...]."""
         weight, threshold = self.weight, self.neuron.threshold
         uniform = self.neuron.reset == "none" or (self.neuron.reset == "subtract" and threshold.numel() == 1)
-        if weight is not None and isinstance(self.path, Full) and uniform and self.spikes.ndim == 3:
+        if weight is not None and self._dense and uniform:
             both = (weight + torch.diag(h[0].expand(len(weight)))).T  # to itself a neuron's reset is one more weight
             return lambda a_t, _, g, out: torch.addmm(a_t, g, both, out=out)
 

@@ -21,6 +21,8 @@ _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4
 _FARTHEST = _f(80)  # exp of no more than this, which float32 can hold
 _LEAST_SLOPE, _LEAST_CREDIT = _f(1e-25), _f(1e-30)  # less is zero: numbers below 1e-38 take a hundred times as long
 _M1, _M2, _GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
+LINE = 16  # float32 numbers of a line of the cache
+TILE = 4  # rows whose products with as many columns as a line has stay in registers together
 
 
 def _compiled(**options):
@@ -130,6 +132,36 @@ def _summer(width):
     return weighted
 
 
+@intrinsic
+def _products(typing, out, o, x, s, step, columns, c, inputs):
+    """out[o + i step : ... + LINE] = sum over k < inputs of x[s + i step + k] * columns[c + LINE k : ... + LINE] for
+    i < TILE, of flat arrays. The sums stay in registers."""
+
+    def code(context, builder, signature, arguments):
+        out, o, x, s, step, columns, c, inputs = arguments
+        kinds, kind, fused = signature.args, ir.VectorType(ir.FloatType(), LINE), ("contract",)
+        totals = [cgutils.alloca_once(builder, kind) for _ in range(TILE)]
+
+        def row(start, i):
+            return builder.add(start, builder.mul(step, ir.Constant(step.type, i)))
+
+        for total in totals:
+            builder.store(ir.Constant(kind, [0.0] * LINE), total)
+        with cgutils.for_range(builder, inputs) as loop:
+            at = builder.add(c, builder.mul(loop.index, ir.Constant(c.type, LINE)))
+            line = builder.load(_vector(columns, context, builder, kinds[5], at, LINE), align=4)
+            for i, total in enumerate(totals):
+                value = _number(x, context, builder, kinds[2], builder.add(row(s, i), loop.index))
+                product = builder.fmul(_spread(builder, value, kind), line, flags=fused)
+                builder.store(builder.fadd(builder.load(total), product, flags=fused), total)
+        for i, total in enumerate(totals):
+            at = _vector(out, context, builder, kinds[0], row(o, i), LINE)
+            builder.store(builder.load(total), at, align=4)
+        return context.get_dummy_value()
+
+    return numba.void(out, o, x, s, step, columns, c, inputs), code
+
+
 _add4, _add16, _add64 = _adder(4), _adder(16), _adder(64)
 _weighted16, _weighted64 = _summer(16), _summer(64)
 
@@ -181,13 +213,13 @@ def _fire(law, x, uniform, spikes):
     """Spikes of one row at one time step, from its standardised drive."""
     if law == LOGISTIC:
         for n in range(len(x)):
-            spikes[n] = _ONE if uniform[n] < _sigmoid(x[n]) else _f(0)
+            spikes[n] = _f(uniform[n] < _sigmoid(x[n]))
     elif law == GAUSSIAN:
         for n in range(len(x)):
-            spikes[n] = _ONE if uniform[n] < _gaussian(x[n]) else _f(0)
+            spikes[n] = _f(uniform[n] < _gaussian(x[n]))
     elif law == DETERMINISTIC:
         for n in range(len(x)):
-            spikes[n] = _ONE if x[n] > 0 else _f(0)
+            spikes[n] = _f(x[n] > 0)
 
 
 @_compiled()
@@ -235,44 +267,46 @@ def _recurrent(weight, before, places, values, blank, out):
 
 @_compiled(parallel=True)
 def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
-         spikes, x, fed_back):  # fmt: skip
+         spikes, x, fed_back, parts):  # fmt: skip
     """Runs a layer over time, from membrane and spikes [B, N] of the step before, both changed in place to the last.
 
     current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or [0]; beta, threshold, scale [N];
     row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
     Writes spikes (of law KNOWN, reads them), standardised drives and, with recurrent weights, the recurrent current,
-    all [T, B, N].
+    all [T, B, N]. parts: of the rows, one for each thread, which reads what lies side by side at a time step.
     """
     steps, rows, neurons = current.shape
-    for b in numba.prange(rows):
+    for part in numba.prange(parts):
+        first, end = part * rows // parts, (part + 1) * rows // parts
         uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
         places, values = np.empty(neurons, np.int32), np.empty(neurons, np.float32)
         blank = np.zeros(neurons, np.float32)
         for t in range(steps):
-            arriving = current[t, b]
-            if len(weight):
-                recurrent = fed_back[t, b]
-                _recurrent(weight, before[b], places, values, blank, recurrent)
+            for b in range(first, end):
+                arriving = current[t, b]
+                if len(weight):
+                    recurrent = fed_back[t, b]
+                    _recurrent(weight, before[b], places, values, blank, recurrent)
+                    for n in range(neurons):
+                        total[n] = arriving[n] + recurrent[n]
+                    arriving = total
+                _charge(reset, membrane[b], before[b], arriving, beta, threshold)
+                here = x[t, b]
                 for n in range(neurons):
-                    total[n] = arriving[n] + recurrent[n]
-                arriving = total
-            _charge(reset, membrane[b], before[b], arriving, beta, threshold)
-            here = x[t, b]
-            for n in range(neurons):
-                here[n] = (membrane[b, n] - threshold[n]) / scale[n]
-            if law < DETERMINISTIC:
-                _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
-            _fire(law, here, uniform, spikes[t, b])
-            if t >= own[b]:
-                spikes[t, b] = 0
-            before[b] = spikes[t, b]
+                    here[n] = (membrane[b, n] - threshold[n]) / scale[n]
+                if law < DETERMINISTIC:
+                    _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
+                _fire(law, here, uniform, spikes[t, b])
+                if t >= own[b]:
+                    spikes[t, b] = 0
+                before[b] = spikes[t, b]
 
 
 @_compiled()
 def _flush(values, least):
     """Zero in place of what is smaller; what is no number stays."""
     for n in range(len(values)):
-        values[n] = _f(0) if abs(values[n]) < least else values[n]
+        values[n] *= _f(abs(values[n]) >= least)  # a choice between two would be made one by one
 
 
 @_compiled()
@@ -291,8 +325,8 @@ def _slope(law, x, out):
 def slopes(law, x, scale, own, out):
     """p' per unit of membrane [T, B, N] of standardised drives x; 0 on padding."""
     steps, rows, neurons = x.shape
-    for b in numba.prange(rows):
-        for t in range(steps):
+    for t in numba.prange(steps):
+        for b in range(rows):
             here = out[t, b]
             if t >= own[b]:
                 here[:] = 0
@@ -303,54 +337,85 @@ def slopes(law, x, scale, own, out):
 
 
 @_compiled(parallel=True)
-def credit(a, x, law, scale, own, spikes, beta, threshold, reset, later, totals, currents):
-    """`Recurrence.credit` without recurrent weights: total_t = a_t + h_t g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
-    all [T, B, N], from g = later [B, N] on, which becomes the first step's. x: standardised drives, of which p' is made
-    (see `slopes`); spikes: read for "zero" alone; totals: [T, B, N], or [0, 0, 0] where they are not asked for.
-    currents may be a."""
-    steps, rows, neurons = a.shape
-    for b in numba.prange(rows):
-        g, total, slope = later[b], np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+def credit(a, x, law, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents, parts):
+    """`Recurrence.credit`: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t, all [T, B, N],
+    from g = later [B, N] on, which becomes the first step's. a: or [1, B, N], of every step; x: standardised drives, of
+    which p' is made (see `slopes`); spikes: read for "zero" alone; columns: C^T in blocks of a line (see there), or [0]
+    without recurrent weights; totals: [T, B, N], or [0, 0, 0] where they are not asked for; parts: of the rows, one for
+    each thread. currents may be a."""
+    steps, rows, neurons = x.shape
+    wide = -(-neurons // LINE) * LINE
+    for part in numba.prange(parts):
+        first, end = part * rows // parts, (part + 1) * rows // parts
+        size = -(-(end - first) // TILE) * TILE * wide  # rows and neurons filled up with zeros
+        g, recurrent = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        total, slope = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+        for b in range(first, end):
+            at = (b - first) * wide
+            g[at : at + neurons] = later[b]
         for back in range(steps):
             t = steps - 1 - back
-            here = x[t, b]
-            _slope(law, here, slope)
-            for n in range(neurons):
-                slope[n] = slope[n] / scale[n] if t < own[b] else _f(0)
-            if reset == SUBTRACT:
-                for n in range(neurons):
-                    total[n] = a[t, b, n] - threshold[n] * g[n]
-                    g[n] = beta[n] * g[n] + total[n] * slope[n]
-            elif reset == ZERO:
-                for n in range(neurons):
-                    total[n] = a[t, b, n] - beta[n] * (here[n] * scale[n] + threshold[n]) * g[n]
-                    g[n] = beta[n] * (_ONE - spikes[t, b, n]) * g[n] + total[n] * slope[n]
-            else:
-                for n in range(neurons):
-                    total[n] = a[t, b, n]
-                    g[n] = beta[n] * g[n] + total[n] * slope[n]
-            _flush(g, _LEAST_CREDIT)
-            currents[t, b] = g
-            if len(totals):
-                totals[t, b] = total
+            if len(columns):
+                for low in range(0, wide, LINE):
+                    for at in range(0, size, TILE * wide):
+                        _products(recurrent, at + low, g, at, wide, columns, low * neurons, neurons)
+            for b in range(first, end):
+                at = (b - first) * wide
+                _credit(
+                    a[min(t, len(a) - 1), b], x[t, b], law, scale, t < own[b], spikes[t, b], beta, threshold, reset,
+                    recurrent[at : at + neurons], g[at : at + neurons], total, slope,
+                )  # fmt: skip
+                currents[t, b] = g[at : at + neurons]
+                if len(totals):
+                    totals[t, b] = total
+        for b in range(first, end):
+            at = (b - first) * wide
+            later[b] = g[at : at + neurons]
+
+
+@_compiled()
+def _credit(a, x, law, scale, valid, spikes, beta, threshold, reset, recurrent, g, total, slope):
+    """Of one row at one time step: total credit, and g, one step back. slope: room for p'."""
+    # in loops over few arrays each: of many the compiler does not see that they do not overlap
+    _slope(law, x, slope)
+    for n in range(len(g)):
+        slope[n] = slope[n] / scale[n] if valid else _f(0)
+    for n in range(len(g)):
+        total[n] = a[n] + recurrent[n]
+    if reset == SUBTRACT:
+        for n in range(len(g)):
+            total[n] -= threshold[n] * g[n]
+    elif reset == ZERO:
+        for n in range(len(g)):
+            g[n] *= beta[n]
+            total[n] -= (x[n] * scale[n] + threshold[n]) * g[n]
+            g[n] *= _ONE - spikes[n]
+    if reset != ZERO:
+        for n in range(len(g)):
+            g[n] *= beta[n]
+    for n in range(len(g)):
+        g[n] += total[n] * slope[n]
+    _flush(g, _LEAST_CREDIT)
 
 
 @_compiled(parallel=True)
-def leaky(c, spikes, beta, reset, later, out):
-    """g_t = c_t + beta k_t g_{t+1} [T, B, N], from g = later [B, N] on, which becomes the first step's."""
+def leaky(c, spikes, beta, reset, later, out, parts):
+    """g_t = c_t + beta k_t g_{t+1} [T, B, N], from g = later [B, N] on, which becomes the first step's. parts: of the
+    rows, one for each thread."""
     steps, rows, neurons = c.shape
-    for b in numba.prange(rows):
-        g = later[b]
+    for part in numba.prange(parts):
         for back in range(steps):
             t = steps - 1 - back
-            if reset == ZERO:
-                for n in range(neurons):
-                    g[n] = c[t, b, n] + beta[n] * (_ONE - spikes[t, b, n]) * g[n]
-            else:
-                for n in range(neurons):
-                    g[n] = c[t, b, n] + beta[n] * g[n]
-            _flush(g, _LEAST_CREDIT)
-            out[t, b] = g
+            for b in range(part * rows // parts, (part + 1) * rows // parts):
+                g = later[b]
+                if reset == ZERO:
+                    for n in range(neurons):
+                        g[n] = c[t, b, n] + beta[n] * (_ONE - spikes[t, b, n]) * g[n]
+                else:
+                    for n in range(neurons):
+                        g[n] = c[t, b, n] + beta[n] * g[n]
+                _flush(g, _LEAST_CREDIT)
+                out[t, b] = g
 
 
 # -- sparse events -----------------------------------------------------------------------------------------
@@ -436,8 +501,8 @@ def columns(matrix, outputs, inputs, out, width):
         low, high = block * width, min((block + 1) * width, outputs)
         if high - low < width:
             out[low * inputs : (low + width) * inputs] = 0
-        for n in range(low, high, 16):
-            few = min(16, high - n)
+        for n in range(low, high, LINE):
+            few = min(LINE, high - n)
             _turn(out, low * inputs + n - low, width, matrix, n * inputs, inputs, few, inputs)
 
 

@@ -114,7 +114,7 @@ def scan(
         _array(current), sources.view(-1).numpy(), *per_neuron, RESETS.index(reset),
         law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
-        _array(spikes), _array(x), fed_back.flatten(2).numpy(),
+        _array(spikes), _array(x), fed_back.flatten(2).numpy(), threads(rows),
     )  # fmt: skip
     return spikes, x, None if weight is None else fed_back
 
@@ -159,24 +159,42 @@ def credit(
     later: Tensor,
     totals: bool,
     overwrite: bool = False,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor] | None:
-    """`credit.recurrence.Recurrence.credit` without recurrent weights, of standardised drives x; None where the
-    reference has to do it. later: g [B, ...] of the step after the last; becomes that of the first. totals: whether
-    they are asked for; overwrite: a is not needed any more."""
+    """`credit.recurrence.Recurrence.credit` of standardised drives x; None where the reference has to do it. later: g
+    [B, ...] of the step after the last; becomes that of the first. totals: whether they are asked for; overwrite: a is
+    not needed any more; weight: C [N, N] of the recurrent current."""
     gpu = _gpu(a)
     if gpu is not None:
-        return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals)
+        given = a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals
+        return gpu.credit(*given) if weight is None else None
     cpu = kernels(a)
-    if cpu is None or x.dtype != a.dtype:
+    if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
     total = empty(*(a.shape if totals else (0, 0, 0)))
     currents = a if overwrite and a.is_contiguous() else empty(*a.shape)
     scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
+    columns = torch.empty(0, dtype=torch.float32) if weight is None else in_columns(weight, cpu.LINE)
+    each = a if a.stride(0) else a[:1]  # the same at every step
     cpu.credit(
-        _array(a), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
-        RESETS.index(reset), _rows(later), _array(total), _array(currents),
+        _array(each), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
+        columns.numpy(), RESETS.index(reset), _rows(later), _array(total), _array(currents), threads(a.shape[1]),
     )  # fmt: skip
     return total if totals else None, currents
+
+
+def in_columns(weight: Tensor, width: int) -> Tensor:
+    """W^T, flat, in blocks of `width` outputs of a weight [outputs, inputs] on a CPU, filled up with zeros: see
+    `cpu.columns`."""
+    outputs, inputs = weight.shape
+    out = empty(-(-outputs // width) * width * inputs)
+    kernels(out).columns(weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width)
+    return out
+
+
+def threads(rows: int) -> int:
+    """That share rows on a CPU."""
+    return max(1, min(torch.get_num_threads(), rows))
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:
@@ -191,7 +209,9 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
         return None
     out, later = empty(*c.shape), torch.zeros(c.shape[1:], dtype=torch.float32)
     arrays = [_array(c), _array(c if spikes is None else spikes)]
-    cpu.leaky(*arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out))
+    cpu.leaky(
+        *arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out), threads(c.shape[1])
+    )
     return out
 
 
