@@ -14,6 +14,8 @@ from ulr_snn.neurons import SpikingNeuron, step_mask
 from ulr_snn.noise import Drawer, Noise
 from ulr_snn.records import Record
 from ulr_snn.scan import fused, leaky_drive
+from ulr_snn.scan.held import once, weights_held
+from ulr_snn.scan.memory import Pool
 from ulr_snn.scan.state import State
 
 pytest.importorskip("numba", reason="the fused scans on a CPU are made by numba")
@@ -225,6 +227,23 @@ def test_turned_is_a_permutation(shape: tuple[int, ...], cut: bool):
     assert torch.equal(found, x.permute(0, 3, 1, 2))
     assert not shape[0] or not torch.equal(found.flatten(), x.flatten()) or min(across * high, channels) == 1
     assert torch.equal(fused.turned(x.double()), x.double().permute(0, 3, 1, 2))
+
+
+def test_weights_are_put_in_order_once_until_they_change():
+    weight = nn.Parameter(torch.randn(5, 7))
+    assert fused.turned_over(weight).is_contiguous()
+    with weights_held():
+        first = once(weight, "turned", fused.turned_over)
+        assert once(weight, "turned", fused.turned_over) is first and torch.equal(first, weight.T)
+        with Pool().used():
+            columns = fused.in_columns(weight, 16)
+            assert fused.in_columns(weight, 16) is columns and fused.in_columns(weight, 32) is not columns
+        with Pool(lean=True).used():
+            assert fused.in_columns(weight, 16) is not columns
+        with torch.no_grad():
+            weight += 1
+        assert torch.equal(once(weight, "turned", fused.turned_over), weight.T) and not torch.equal(first, weight.T)
+    assert once(weight, "turned", fused.turned_over) is not once(weight, "turned", fused.turned_over)
 
 
 def test_float32_is_float32_whatever_the_default_is():

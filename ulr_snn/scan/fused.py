@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.scan.held import turned_once
-from ulr_snn.scan.memory import empty
+from ulr_snn.scan.held import once
+from ulr_snn.scan.memory import empty, lean
 from ulr_snn.scan.state import RESETS, Draw, State
 
 LAWS = {"logistic": 0, "gaussian": 1}
@@ -103,7 +103,7 @@ def scan(
         empty(*current.shape),
     )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
-    sources = torch.empty(0, dtype=torch.float32) if weight is None else turned_once(weight)
+    sources = torch.empty(0, dtype=torch.float32) if weight is None else once(weight, "turned", turned_over)
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool)
@@ -183,13 +183,22 @@ def credit(
     return total if totals else None, currents
 
 
+def turned_over(weight: Tensor) -> Tensor:
+    """W^T in memory of its own."""
+    return weight.detach().T.contiguous()
+
+
 def in_columns(weight: Tensor, width: int) -> Tensor:
     """W^T, flat, in blocks of `width` outputs of a weight [outputs, inputs] on a CPU, filled up with zeros: see
-    `cpu.columns`."""
-    outputs, inputs = weight.shape
-    out = empty(-(-outputs // width) * width * inputs)
-    kernels(out).columns(weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width)
-    return out
+    `cpu.columns`. It is kept for the next part of time, unless a step is to take little memory."""
+
+    def made(weight: Tensor) -> Tensor:
+        outputs, inputs = weight.shape
+        out = empty(-(-outputs // width) * width * inputs)
+        kernels(out).columns(weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width)
+        return out
+
+    return made(weight) if lean() else once(weight, f"columns {width}", made)
 
 
 def threads(rows: int) -> int:

@@ -1,30 +1,32 @@
-"""Recurrent weights as scans read them, from each source to all targets, turned once for as long as they stay."""
+"""Weights in the order that kernels read them in, put so once for as long as they stay."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-_turned: ContextVar[dict[int, tuple[Tensor, int, Tensor]] | None] = ContextVar("turned", default=None)
+Kept = dict[tuple[int, str], tuple[Tensor, int, Tensor]]
+_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def weights_held() -> Iterator[None]:
     """One step in many scans, between which parameters hardly ever change."""
-    token = _turned.set({})
+    token = _kept.set({})
     try:
         yield
     finally:
-        _turned.reset(token)
+        _kept.reset(token)
 
 
-def turned_once(weight: Tensor) -> Tensor:
-    """W^T in memory of its own; inside `weights_held`, of a parameter that is as it was, what was made then."""
-    kept = _turned.get()
+def once(weight: Tensor, order: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """make(weight), which is the weight in this order; inside `weights_held`, of a parameter that is as it was, what
+    was made then."""
+    kept = _kept.get()
     if kept is None or not isinstance(weight, nn.Parameter):
-        return weight.detach().T.contiguous()
-    found = kept.get(id(weight))  # of a tensor that lives on, since it is kept with it
+        return make(weight)
+    found = kept.get((id(weight), order))  # of a tensor that lives on, since it is kept with it
     if found is None or found[1] != weight._version:
-        found = kept[id(weight)] = weight, weight._version, weight.detach().T.contiguous()
+        found = kept[id(weight), order] = weight, weight._version, make(weight)
     return found[2]

@@ -80,11 +80,16 @@ def in_step() -> bool:
     return _current.get() is not None
 
 
+def lean() -> bool:
+    """Whether there is no step of a pool, or one of a lean one."""
+    pool = _current.get()
+    return pool is None or pool.lean
+
+
 def empty(*shape: int) -> Tensor:
     """A float32 tensor on the CPU, of any values; within a step of a pool, and where it is large, of its memory."""
-    pool = _current.get()
     large = 4 * math.prod(shape) >= SMALLEST
-    return pool.take(shape) if large and pool is not None and not pool.lean else torch.empty(shape, dtype=torch.float32)
+    return _current.get().take(shape) if large and not lean() else torch.empty(shape, dtype=torch.float32)
 
 
 def fits(x: Tensor) -> bool:
