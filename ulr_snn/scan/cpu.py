@@ -376,25 +376,21 @@ def credit(a, x, law, scale, own, spikes, beta, threshold, columns, reset, later
 @_compiled()
 def _credit(a, x, law, scale, valid, spikes, beta, threshold, reset, recurrent, g, total, slope):
     """Of one row at one time step: total credit, and g, one step back. slope: room for p'."""
-    # in loops over few arrays each: of many the compiler does not see that they do not overlap
     _slope(law, x, slope)
     for n in range(len(g)):
         slope[n] = slope[n] / scale[n] if valid else _f(0)
-    for n in range(len(g)):
-        total[n] = a[n] + recurrent[n]
     if reset == SUBTRACT:
         for n in range(len(g)):
-            total[n] -= threshold[n] * g[n]
+            total[n] = a[n] + recurrent[n] - threshold[n] * g[n]
+            g[n] = beta[n] * g[n] + total[n] * slope[n]
     elif reset == ZERO:
         for n in range(len(g)):
-            g[n] *= beta[n]
-            total[n] -= (x[n] * scale[n] + threshold[n]) * g[n]
-            g[n] *= _ONE - spikes[n]
-    if reset != ZERO:
+            total[n] = a[n] + recurrent[n] - beta[n] * (x[n] * scale[n] + threshold[n]) * g[n]
+            g[n] = beta[n] * (_ONE - spikes[n]) * g[n] + total[n] * slope[n]
+    else:
         for n in range(len(g)):
-            g[n] *= beta[n]
-    for n in range(len(g)):
-        g[n] += total[n] * slope[n]
+            total[n] = a[n] + recurrent[n]
+            g[n] = beta[n] * g[n] + total[n] * slope[n]
     _flush(g, _LEAST_CREDIT)
 
 
