@@ -231,10 +231,10 @@ def test_turned_is_a_permutation(shape: tuple[int, ...], cut: bool):
 
 def test_weights_are_put_in_order_once_until_they_change():
     weight = nn.Parameter(torch.randn(5, 7))
-    assert fused.turned_over(weight).is_contiguous()
+    assert fused.transposed(weight).is_contiguous()
     with weights_held():
-        first = once(weight, "turned", fused.turned_over)
-        assert once(weight, "turned", fused.turned_over) is first and torch.equal(first, weight.T)
+        first = once(weight, "transposed", fused.transposed)
+        assert once(weight, "transposed", fused.transposed) is first and torch.equal(first, weight.T)
         with Pool().used():
             columns = fused.in_columns(weight, 16)
             assert fused.in_columns(weight, 16) is columns and fused.in_columns(weight, 32) is not columns
@@ -242,8 +242,8 @@ def test_weights_are_put_in_order_once_until_they_change():
             assert fused.in_columns(weight, 16) is not columns
         with torch.no_grad():
             weight += 1
-        assert torch.equal(once(weight, "turned", fused.turned_over), weight.T) and not torch.equal(first, weight.T)
-    assert once(weight, "turned", fused.turned_over) is not once(weight, "turned", fused.turned_over)
+        assert torch.equal(once(weight, "transposed", fused.transposed), weight.T) and not torch.equal(first, weight.T)
+    assert once(weight, "transposed", fused.transposed) is not once(weight, "transposed", fused.transposed)
 
 
 def test_float32_is_float32_whatever_the_default_is():

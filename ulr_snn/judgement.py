@@ -80,10 +80,10 @@ def judge(
     activity: Mapping[str, Tensor],
     targets: Tensor,
     mask: Tensor | None,
-    noise: Noise,
+    noise: Noise | None,
 ) -> Judgement:
     """The objective of outputs [T, rows, ...] or [rows, C], in single precision at least, and of the activity of their
-    spikes."""
+    spikes. noise: for the losses that are smoothed, where there are some."""
     outputs = widened(outputs.detach())
     errors: list[Tensor | None] = []
     values: list[Tensor] = []

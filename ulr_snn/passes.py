@@ -113,7 +113,6 @@ class Forward:
         self.varied: str | None = None  # the only site at which copies differ, if there is but one
         self.extra_passes = 0  # so far, of a batch each: to set levels of noise, and to see what depends on what
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
-        self._noises: dict[tuple[int, tuple[int, ...], str | None], Noise] = {}
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
         """Copies in one pass where that changes nothing, and no noise is to take less room; else one pass a copy."""
@@ -166,7 +165,7 @@ class Forward:
         """What the objective says about outputs and activity of a pass of these copies."""
         k = len(copies)
         mask = output_mask(lengths.repeat(k) if lengths is not None else None, outputs)
-        noise = self.noise(len(targets), copies, outputs.device)
+        noise = self.noise(len(targets), copies, outputs.device) if self.judging.smoothed else None
         repeated = targets.repeat(k, *[1] * (targets.ndim - 1))
         return judge(objective, self.judging, outputs, activity, repeated, mask, noise)
 
@@ -185,12 +184,6 @@ class Forward:
 
     def noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         """That of these copies of a batch of so many samples."""
-        about = batch, tuple(copies), self.varied
-        if about not in self._noises:
-            self._noises[about] = self._noise(batch, copies, device)
-        return self._noises[about]
-
-    def _noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
         sample = torch.arange(batch, dtype=torch.int32, device=device).repeat(len(copies))
         varied = None if self.varied is None else site_index(self.layers, self.varied)

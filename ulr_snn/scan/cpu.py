@@ -170,6 +170,12 @@ _weighted16, _weighted64 = _summer(16), _summer(64)
 
 
 @_compiled(inline="always")
+def _share(part, parts, rows):
+    """First and end of one part of the rows, of so many parts as equal as can be."""
+    return part * rows // parts, (part + 1) * rows // parts
+
+
+@_compiled(inline="always")
 def _exp(x):
     """exp of -80 <= x <= 80 to the precision of float32 (Cephes' polynomial), in operations that vectorise."""
     n = np.floor(x * _LOG2E + _HALF)
@@ -277,7 +283,7 @@ def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirror
     """
     steps, rows, neurons = current.shape
     for part in numba.prange(parts):
-        first, end = part * rows // parts, (part + 1) * rows // parts
+        first, end = _share(part, parts, rows)
         uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
         places, values = np.empty(neurons, np.int32), np.empty(neurons, np.float32)
         blank = np.zeros(neurons, np.float32)
@@ -310,7 +316,11 @@ def _flush(values, least):
 
 
 @_compiled()
-def _slope(law, x, out):
+def _slope(law, x, scale, valid, out):
+    """p' per unit of membrane of one row at one time step; 0 on padding."""
+    if not valid:
+        out[:] = 0
+        return
     if law == LOGISTIC:
         for n in range(len(x)):
             p = _sigmoid(x[n])
@@ -319,21 +329,17 @@ def _slope(law, x, out):
         for n in range(len(x)):
             out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
     _flush(out, _LEAST_SLOPE)
+    for n in range(len(x)):
+        out[n] /= scale[n]
 
 
 @_compiled(parallel=True)
 def slopes(law, x, scale, own, out):
     """p' per unit of membrane [T, B, N] of standardised drives x; 0 on padding."""
-    steps, rows, neurons = x.shape
+    steps, rows = x.shape[:2]
     for t in numba.prange(steps):
         for b in range(rows):
-            here = out[t, b]
-            if t >= own[b]:
-                here[:] = 0
-                continue
-            _slope(law, x[t, b], here)
-            for n in range(neurons):
-                here[n] /= scale[n]
+            _slope(law, x[t, b], scale, t < own[b], out[t, b])
 
 
 @_compiled(parallel=True)
@@ -346,39 +352,34 @@ def credit(a, x, law, scale, own, spikes, beta, threshold, columns, reset, later
     steps, rows, neurons = x.shape
     wide = -(-neurons // LINE) * LINE
     for part in numba.prange(parts):
-        first, end = part * rows // parts, (part + 1) * rows // parts
-        size = -(-(end - first) // TILE) * TILE * wide  # rows and neurons filled up with zeros
-        g, recurrent = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        first, end = _share(part, parts, rows)
+        high = -(-(end - first) // TILE) * TILE
+        g, recurrent = np.zeros((high, wide), np.float32), np.zeros((high, wide), np.float32)  # filled up with zeros
+        flat, sums = g.reshape(high * wide), recurrent.reshape(high * wide)
         total, slope = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
-        for b in range(first, end):
-            at = (b - first) * wide
-            g[at : at + neurons] = later[b]
+        g[: end - first, :neurons] = later[first:end]
         for back in range(steps):
             t = steps - 1 - back
             if len(columns):
                 for low in range(0, wide, LINE):
-                    for at in range(0, size, TILE * wide):
-                        _products(recurrent, at + low, g, at, wide, columns, low * neurons, neurons)
+                    for at in range(0, high * wide, TILE * wide):
+                        _products(sums, at + low, flat, at, wide, columns, low * neurons, neurons)
             for b in range(first, end):
-                at = (b - first) * wide
+                now = g[b - first, :neurons]
                 _credit(
                     a[min(t, len(a) - 1), b], x[t, b], law, scale, t < own[b], spikes[t, b], beta, threshold, reset,
-                    recurrent[at : at + neurons], g[at : at + neurons], total, slope,
+                    recurrent[b - first, :neurons], now, total, slope,
                 )  # fmt: skip
-                currents[t, b] = g[at : at + neurons]
+                currents[t, b] = now
                 if len(totals):
                     totals[t, b] = total
-        for b in range(first, end):
-            at = (b - first) * wide
-            later[b] = g[at : at + neurons]
+        later[first:end] = g[: end - first, :neurons]
 
 
 @_compiled()
 def _credit(a, x, law, scale, valid, spikes, beta, threshold, reset, recurrent, g, total, slope):
     """Of one row at one time step: total credit, and g, one step back. slope: room for p'."""
-    _slope(law, x, slope)
-    for n in range(len(g)):
-        slope[n] = slope[n] / scale[n] if valid else _f(0)
+    _slope(law, x, scale, valid, slope)
     if reset == SUBTRACT:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - threshold[n] * g[n]
@@ -400,9 +401,10 @@ def leaky(c, spikes, beta, reset, later, out, parts):
     rows, one for each thread."""
     steps, rows, neurons = c.shape
     for part in numba.prange(parts):
+        first, end = _share(part, parts, rows)
         for back in range(steps):
             t = steps - 1 - back
-            for b in range(part * rows // parts, (part + 1) * rows // parts):
+            for b in range(first, end):
                 g = later[b]
                 if reset == ZERO:
                     for n in range(neurons):
@@ -511,10 +513,11 @@ def gather(starts, places, values, columns, inputs, start, out, width, parts):
         block, part = i // parts, i % parts
         low, high = block * width, min((block + 1) * width, outputs)
         origin = low * inputs
-        first, total = np.zeros(width, np.float32), np.empty(width, np.float32)
-        first[: high - low] = start[low:high]
-        for r in range(part * rows // parts, (part + 1) * rows // parts):
-            _weighted(total, 0, first, 0, columns, origin, width, places, values, starts[r], starts[r + 1], width)
+        bias, total = np.zeros(width, np.float32), np.empty(width, np.float32)
+        bias[: high - low] = start[low:high]
+        first, end = _share(part, parts, rows)
+        for r in range(first, end):
+            _weighted(total, 0, bias, 0, columns, origin, width, places, values, starts[r], starts[r + 1], width)
             out[r, low:high] = total[: high - low]
 
 
@@ -526,7 +529,8 @@ def spread(starts, places, values, to, which, patches, blank, steps, wide, shape
     lines, length, step, lead = steps
     for part in numba.prange(parts):
         grid = np.empty(len(blank), np.float32)  # outputs last, where a frame of it stays in the cache
-        for r in range(part * rows // parts, (part + 1) * rows // parts):
+        first, end = _share(part, parts, rows)
+        for r in range(first, end):
             grid[:] = blank
             for k in range(starts[r], starts[r + 1]):
                 t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
@@ -545,7 +549,8 @@ def spread_weight(starts, places, values, to, which, sums, steps, wide, size, sh
     parts = len(sums)
     for part in numba.prange(parts):
         grid, own = np.zeros(size * wide, np.float32), np.zeros(sums.shape[1], np.float32)
-        for r in range(part * rows // parts, (part + 1) * rows // parts):
+        first, end = _share(part, parts, rows)
+        for r in range(first, end):
             if starts[r] == starts[r + 1]:
                 continue
             for y in range(high):

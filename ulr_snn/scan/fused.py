@@ -103,7 +103,7 @@ def scan(
         empty(*current.shape),
     )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
-    sources = torch.empty(0, dtype=torch.float32) if weight is None else once(weight, "turned", turned_over)
+    sources = torch.empty(0, dtype=torch.float32) if weight is None else once(weight, "transposed", transposed)
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool)
@@ -183,7 +183,7 @@ def credit(
     return total if totals else None, currents
 
 
-def turned_over(weight: Tensor) -> Tensor:
+def transposed(weight: Tensor) -> Tensor:
     """W^T in memory of its own."""
     return weight.detach().T.contiguous()
 
