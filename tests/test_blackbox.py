@@ -107,7 +107,7 @@ def test_plan_says_what_it_chose_for_whom():
         ("1", "gaussian on its current"),
         ("3", "logistic"),
     ]
-    assert [credit for *_, credit in found.sites] == ["learned response + learned from layer 3", "direct"]
+    assert [credit for *_, credit in found.sites] == ["learned response + exact map to layer 3", "direct"]
     found = plan(stepwise(), data())
     said = {name: source for name, _, source in found.rows}
     assert said["fc.weight"] == "credit at site neuron" and found.copies == 2

@@ -31,7 +31,8 @@ def test_every_number_of_copies(credit: str, copies: int, antithetic: bool, monk
     model.to(device)
     x = (torch.rand(7, 10, 5, device=device) < 0.5).float()
     y = torch.randint(0, 3, (10,), device=device)
-    estimator = ulr_snn.ULR(credit=credit, copies=copies, antithetic=antithetic, firing=ulr_snn.Logistic(0.3))
+    options = {"maps": "learned", "antithetic": antithetic, "firing": ulr_snn.Logistic(0.3)}
+    estimator = ulr_snn.ULR(credit=credit, copies=copies, **options)
     with ulr_snn.attach(model, estimator) as ulr:
         for _ in range(3):
             estimate = ulr.backward(x, y)

@@ -1,5 +1,7 @@
 """The credit inside a neuron, and feedback where layers are too wide for what is learned between small ones."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,7 +103,7 @@ each_path = pytest.mark.parametrize("name", PATHS)
 def test_where_the_feedback_between_two_layers_comes_from(name, monkeypatch):
     PATHS[name](monkeypatch)
     model, batch = net(), batches()[0]
-    with attach(model) as ulr:
+    with attach(model, ULR(maps="learned")) as ulr:
         ulr.backward(*batch)
         learned = ulr.state_dict()["feedback"]
         feeds = {site: list(paths) for site, paths in ulr.structure.feeds.items()}
@@ -109,7 +111,7 @@ def test_where_the_feedback_between_two_layers_comes_from(name, monkeypatch):
         assert ulr.structure.from_outputs == (["1"] if name == "wide" else [])
     assert set(learned["layers"]) == (set() if name == "wide" else {"1 -> 3"})
     assert set(learned["outputs"]) == ({"1"} if name == "wide" else set())
-    credit = {site: text for site, _, text in plan(model, batch).sites}
+    credit = {site: text for site, _, text in plan(model, batch, ULR(maps="learned")).sites}
     assert ("from the outputs" in credit["1"]) == (name == "wide")
     assert ("from layer 3" in credit["1"]) == (name != "wide")
 
@@ -121,7 +123,7 @@ def test_every_kind_of_feedback_learns(name, monkeypatch, device):
     model, validation = net(), batches(64, seed=1)
     before = model[0].weight.detach().clone()
     settings = {"epochs": 8, "lr": 0.02, "val_loader": validation, "device": device}
-    result = train(model, estimator=ULR(credit="feedback", time_functions=2), **settings)
+    result = train(model, estimator=ULR(credit="feedback", maps="learned", time_functions=2), **settings)
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
     assert evaluate(model, validation, device=device)["accuracy"] > 0.95
     assert (model[0].weight.detach().cpu() - before).norm() > 0.05 * before.norm()
@@ -135,7 +137,7 @@ def test_bias_of_feedback_between_wide_layers_is_bounded(name, case, monkeypatch
     case_ = make(case)
     exact = case_.exact()
     case_.to(device)
-    estimator = ULR(credit="feedback", refresh=1, firing=case_.firing)
+    estimator = ULR(credit="feedback", maps="learned", refresh=1, firing=dataclasses.replace(case_.firing, secants=0))
     draws = case_.draws(estimator, 2048, 40, warm_up=60).cpu()
     first = slice(0, case_.model[0].weight.numel() if case != "convolution" else case_.model[0][0].weight.numel())
     for what, part in (("all", slice(None)), ("first layer", first)):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Fold, RecurrentLIF, TimeAverage, UsageError, attach, parts, sparse
+from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, parts, sparse
 from ulr_snn.event_list import EventList
 from ulr_snn.events import DENSITY, FEWEST, Events
 from ulr_snn.passes import as_sequence
@@ -306,7 +306,7 @@ ESTIMATORS = {
     "bits": ULR(memory="bits"),
     "replay": ULR(memory="replay"),
     "copies": ULR(credit="residual", copies=4),
-    "copies in turn": ULR(credit="global", copies=4, memory="replay"),
+    "copies in turn": ULR(credit="global", copies=4, memory="replay", firing=Logistic(0.3)),
     "surrogate": SurrogateBPTT(),
 }
 

@@ -73,9 +73,9 @@ def test_a_part_marked_backprop_never_gets_noise_of_its_own():
         return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
 
     quiet = {"outputs": None}
-    usual = plan(net(), data(), ULR(noise=quiet), loss=errors)
+    usual = plan(net(), data(), ULR(noise=quiet, firing=FIRING), loss=errors)
     assert usual.untrained == []
-    found = plan(net(), data(), ULR(noise=quiet, flow={"5": "backprop"}), loss=errors)
+    found = plan(net(), data(), ULR(noise=quiet, firing=FIRING, flow={"5": "backprop"}), loss=errors)
     assert [line.split(":")[0] for line in found.untrained] == ["5.weight", "5.bias"]
     with pytest.raises(UsageError, match="in which 1 fires"):
         attach(net(), ULR(flow={"1": "backprop"}))

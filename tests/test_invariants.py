@@ -24,11 +24,13 @@ WARM_UP = ulr_snn.credit.prediction.WARM_UP
 CREDITS = [
     ULR(credit="global", copies=4),
     ULR(credit="global", copies=2, antithetic=False),
-    ULR(credit="feedback", refresh=2),
-    ULR(credit="feedback", copies=4),
+    ULR(credit="feedback", maps="learned", refresh=2),
+    ULR(credit="feedback", maps="learned", copies=4),
+    ULR(credit="residual", maps="learned", copies=4),
+    ULR(credit="feedback"),
     ULR(credit="residual", copies=4),
 ]
-NAMES = ["global-4", "global-2-independent", "feedback", "feedback-4", "residual"]
+NAMES = ["global-4", "global-2-independent", "feedback", "feedback-4", "residual", "exact", "exact-residual"]
 each_credit = pytest.mark.parametrize("estimator", CREDITS, ids=NAMES)
 
 
@@ -318,7 +320,7 @@ def test_backward_adds_to_gradients_and_counts_its_passes():
 def test_the_usual_step_of_feedback_is_one_forward_pass(warm_up, monkeypatch):
     set_warm_up(monkeypatch, warm_up)
     model, (x, y) = dense(), data()
-    with attach(model, ULR(refresh=4)) as ulr:
+    with attach(model, ULR(maps="learned", refresh=4)) as ulr:
         copies = [ulr.backward(x, y).stats["copies"] for _ in range(17)]
     assert copies == [2] * warm_up + [2 if step % 4 == 0 else 1 for step in range(warm_up, 17)]
     assert ulr.forward_passes == (sum(copies) + 1) * BATCH  # one to see what depends on the events

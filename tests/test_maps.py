@@ -159,7 +159,7 @@ def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned
     model.to(device)
     x, y = 3 * torch.rand(16, 96, 6, device=device), torch.arange(96, device=device) % 3
     rows = []
-    with attach(model, ULR(firing=Logistic(2.0))) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(2.0))) as ulr:
         learn = ulr.prediction.learn
 
         def watched(lesson, spikes, current):
@@ -213,7 +213,7 @@ def test_maps_learn_kernels_from_training(device):
     model = nn.Sequential(Fold(nn.Conv2d(1, 4, 3, padding=1)), LIF(), Fold(nn.Conv2d(4, 5, 3, 2, 1)), LIF())
     model = nn.Sequential(*model, nn.Flatten(2), TimeAverage(), nn.Linear(5 * 16, 3)).to(device)
     x = 2 * torch.rand(6, 32, 1, 8, 8, device=device)
-    with attach(model, seed=1) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         for _ in range(40):  # eight lessons: with weights that keep still, one in eight steps
             ulr.backward(x, torch.arange(32, device=device) % 3)
         learned = ulr.feedback.layers["1 -> 3"]
@@ -238,14 +238,14 @@ def test_a_map_that_differs_from_place_to_place_gets_a_full_matrix(device):
     model = nn.Sequential(nn.Flatten(2), nn.Linear(6, 60), nn.Unflatten(2, (2, 5, 6)), LIF(), Gains(), LIF())
     model = nn.Sequential(*model, nn.Flatten(2), TimeAverage(), nn.Linear(60, 3)).to(device)
     x, y = 3 * torch.rand(8, 64, 6, device=device), torch.arange(64, device=device) % 3
-    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         for _ in range(16):
             ulr.backward(x, y)
         assert isinstance(ulr.structure.feeds["3"]["5"], Full)
         learned = ulr.feedback.layers["3 -> 5"]
     expected = torch.diag(model[4].gain.detach().flatten())
     assert likeness(learned, expected) > 0.98
-    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as resumed:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as resumed:
         resumed.load_state_dict(ulr.state_dict())
         resumed.backward(x, y)
         assert isinstance(resumed.structure.feeds["3"]["5"], Full)  # it is not found out anew
@@ -257,12 +257,12 @@ def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch)
     model = nn.Sequential(nn.Linear(6, 60), nn.Unflatten(2, (2, 5, 6)), LIF(), Gains(), LIF(), nn.Flatten(2))
     model = nn.Sequential(*model, TimeAverage(), nn.Linear(60, 3)).to(device)
     x, y = 3 * torch.rand(8, 64, 6, device=device), torch.arange(64, device=device) % 3
-    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         for _ in range(4):
             ulr.backward(x, y)
         state = ulr.state_dict()
     monkeypatch.setattr(ulr_snn.credit.prediction, "UNEXPLAINED", 2.0)  # no lesson finds out that it is not shared
-    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         ulr.backward(x, y)
         assert isinstance(ulr.structure.feeds["2"]["4"], Shared)
         ulr.load_state_dict(state)
@@ -274,7 +274,7 @@ def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch)
 def test_a_matrix_that_is_not_known_is_learned_though_no_lesson_is_due(device):
     model = nn.Sequential(nn.Linear(6, 8), LIF(), nn.Linear(8, 7), LIF(), TimeAverage(), nn.Linear(7, 3)).to(device)
     x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
-    with attach(model) as ulr:
+    with attach(model, ULR(maps="learned")) as ulr:
         ulr.feedback.paces["3"] = Pace(every=8, due=100)
         ulr.backward(x, y)
         assert "1 -> 3" in ulr.feedback.layers
@@ -298,7 +298,7 @@ def test_credit_follows_the_order_of_running_not_of_definition(device):
     torch.manual_seed(0)
     model = OtherWayRound().to(device)
     x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
-    with attach(model, ULR(firing=Logistic(0.5))) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5))) as ulr:
         ulr.backward(x, y)
         feeds = {site: list(paths) for site, paths in ulr.structure.feeds.items()}
     assert feeds == {"lif": ["last"], "last": ["lif#2"], "lif#2": []}
@@ -312,7 +312,7 @@ def test_low_precision_learns_too(dtype, device):
         device, dtype
     )
     x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
-    with attach(model, ULR(firing=Logistic(0.5))) as ulr:
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5))) as ulr:
         for _ in range(3):
             ulr.backward(x, y)
         learned, weight = ulr.feedback.layers["1 -> 3"].float(), model[2].weight.detach().T.float()
@@ -349,8 +349,8 @@ def test_where_events_take_a_shortcut_only_pairs_tell_what_spikes_do(device):
     torch.manual_seed(0)
     model = Shortcut().to(device)
     x, y = 2 * torch.rand(8, 64, 6, device=device), torch.arange(64, device=device) % 3
-    assert "every 4 steps" in str(plan(model, (x, y)))
-    with attach(model, ULR(firing=Logistic(0.5)), seed=1) as ulr:
+    assert "every 4 steps" in str(plan(model, (x, y), ULR(maps="learned")))
+    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         copies = [ulr.backward(x, y).stats["copies"] for _ in range(40)]
         assert ulr.structure.paired == {"last"}
         # The first lesson, and those of weights that keep still: where both one is due and the step is a fourth one.

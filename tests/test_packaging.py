@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ulr_snn"
 LAYERS = (
     "scan/sparse",
+    "secant",
     "noise",
-    "neurons/adapters",
+    "neurons/adapters/pooling",
     "records/steps/sites/events/event_list",
     "passes",
     "credit/structure",

@@ -74,7 +74,8 @@ def test_dense():
         ("5.weight", "3x8", "exact, through the outputs"),
         ("5.bias", "3", "exact, through the outputs"),
     ]
-    assert credits(found) == {"1": "learned from layer 3", "3": "direct"}
+    assert credits(found) == {"1": "exact map to layer 3", "3": "direct"}
+    assert credits(plan(dense(), data(), ULR(maps="learned"))) == {"1": "learned from layer 3", "3": "direct"}
     assert found.notes == []
     printed = str(found)
     for row in [*found.rows, *found.sites]:
@@ -87,7 +88,9 @@ def test_dense():
 def test_recurrent():
     found = plan(recurrent(), data())
     assert not found.notes
-    assert credits(found) == {"1": "direct + learned from its recurrent current"}
+    assert credits(found) == {"1": "direct + its recurrent weights"}
+    learned = plan(recurrent(), data(), ULR(maps="learned"))
+    assert credits(learned) == {"1": "direct + learned from its recurrent current"}
     assert sources(found) == {
         "0.weight": "credit at site 1",
         "0.bias": "credit at site 1",
@@ -165,15 +168,16 @@ def test_spikes_that_reach_nothing():
             self.side(x)
             return self.net(x)
 
-    # No derivative tells whether spikes reach the outputs, so that what they do is left to be learned: here, nothing.
-    assert credits(plan(Aside(), data()))["side.1"] == "learned from the outputs, resolved in time"
+    found = plan(Aside(), data())
+    assert credits(found)["side.1"].startswith("none, and no noise")
+    assert [line.split(":")[0] for line in found.untrained] == ["side.0.weight", "side.0.bias"]
 
 
 def test_estimators_and_noise():
     found = plan(dense(), data(), ULR(credit="residual", firing=Gaussian(0.3)))
     assert (found.credit, found.copies) == ("residual", 4)
     assert [noise for _, noise, _ in found.sites] == ["gaussian, scale 0.3"] * 2
-    assert credits(found)["1"].startswith("loss times score, less learned from layer 3")
+    assert credits(found)["1"].startswith("loss times score, less exact map to layer 3")
     found = plan(dense(), data(), ULR(credit="global", copies=2))
     assert (found.credit, found.copies) == ("global", 2)
     assert all(note.startswith("site") for note in found.notes)

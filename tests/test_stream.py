@@ -43,15 +43,17 @@ def data() -> tuple[Tensor, Tensor]:
 
 def estimator(memory: str = "stream", **options: object) -> ULR:
     """Of constant scale: that at the start is measured by fewer samples than over the whole sequence."""
-    return ULR(**{"firing": Logistic(scale=SCALE), "memory": memory, **options})
+    return ULR(**{"firing": Logistic(scale=SCALE, secants=0), "maps": "learned", "memory": memory, **options})
 
 
-def third_step(model, memory="stream", loss="ce_rate", lengths=None) -> tuple[list[Tensor], list[Tensor], dict]:
+def third_step(
+    model, memory="stream", loss="ce_rate", lengths=None, **options
+) -> tuple[list[Tensor], list[Tensor], dict]:
     """Gradients, spikes of each layer, and the feedback that the step goes by."""
     x, y = data()
     lengths = lengths and torch.tensor(lengths)
     targets = torch.eye(3).double()[y] if loss == "mse" else y
-    with attach(model, estimator(memory), loss, seed=1, total_steps=20) as ulr:
+    with attach(model, estimator(memory, **options), loss, seed=1, total_steps=20) as ulr:
         for _ in range(2):
             ulr.backward(x, targets, lengths=lengths)
         model.zero_grad()
@@ -77,9 +79,10 @@ def distance(mine: list[Tensor], others: list[Tensor]) -> float:
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
 @pytest.mark.parametrize("loss", ["ce_rate", "mse", {"ce_rate": 0.7}], ids=["ce_rate", "mse", "weighted"])
 @pytest.mark.parametrize("make", [one_layer, convolution])
-def test_where_spikes_reach_their_own_step_alone_the_sum_is_the_whole_gradient(make, loss, lengths):
-    whole, spikes, _ = third_step(make(), "auto", loss, lengths)
-    ours, seen, _ = third_step(make(), "stream", loss, lengths)
+@pytest.mark.parametrize("options", [{}, {"maps": "exact", "firing": Logistic(scale=SCALE)}], ids=["learned", "exact"])
+def test_where_spikes_reach_their_own_step_alone_the_sum_is_the_whole_gradient(make, loss, lengths, options):
+    whole, spikes, _ = third_step(make(), "auto", loss, lengths, **options)
+    ours, seen, _ = third_step(make(), "stream", loss, lengths, **options)
     assert all(map(torch.equal, seen, spikes)) and spikes[0].any()
     assert distance(ours, whole) < 1e-9
 

@@ -133,6 +133,9 @@ def test_forward_passes_are_counted_honestly():
     model = net()
     model[0].register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
     result = train(model, estimator=ULR(credit="residual", copies=4))
+    assert result.metrics["forward_passes"] == sum(calls) == 2 * 96 * 4
+    calls.clear()
+    result = train(model, estimator=ULR(credit="residual", maps="learned", copies=4))
     replay = 16  # the first batch once more, to see which layers the events reach otherwise than by spikes
     assert result.metrics["forward_passes"] == sum(calls) == 2 * 96 * 4 + replay
 
@@ -217,7 +220,7 @@ def test_clipping_bounds_the_step():
 def test_accumulated_batches_are_one_big_batch():
     """With firing noise too small to matter, so that the noise of another step changes nothing."""
     settings = {
-        "estimator": ULR(credit="feedback", copies=1, firing=Logistic(1e-9)),
+        "estimator": ULR(credit="feedback", copies=1, firing=Logistic(1e-9, secants=0)),
         "optimizer": lambda parameters: torch.optim.SGD(parameters, 0.5),
         "epochs": 1,
     }

@@ -58,6 +58,7 @@ class CurrentSite(StepSite):
         spikes = self._own_steps(t, spikes, spikes).clone()
         if self.noise is not None and not self.measured:
             self.trace.spikes.append(spikes.requires_grad_())
+            self.trace.resets.append(spikes)
             self.trace.states.append([])
         return spikes
 

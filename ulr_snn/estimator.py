@@ -44,6 +44,7 @@ from ulr_snn.variance import BY_SAMPLE, calmer_weights
 from ulr_snn.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
+MAPS = ("auto", "exact", "learned")
 MEMORY = ("auto", "bits", "replay", "stream")
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
@@ -54,6 +55,11 @@ class ULR:
 
     credit: "auto" is feedback where the loss is differentiable in the outputs, or noise on these makes it so, otherwise
         global. Of a mix of losses, those without a gradient then get the credit of "global".
+    maps: what spikes of a layer do to the input current of the next, for credit. "auto": the vector-Jacobian product of
+        the modules between the two at fixed spikes where they are differentiable (max pooling of spikes counts as an
+        OR), and recurrent weights as they are; a learned map where a step function such as rounding lies between.
+        "exact": the same, and UsageError where there is no product. "learned": maps are learned by regression on
+        forward passes, so that no weights are transported backwards.
     copies: runs of every sample a step; None: 1 for feedback, 8 for global and such mixes, 4 for residual. With credit
         "global" or "residual" also AdaptiveCopies(): as many as the measured variance of the gradient asks for.
     antithetic: copies come in pairs from mirrored uniforms.
@@ -92,6 +98,7 @@ class ULR:
     """
 
     credit: str = "auto"
+    maps: str = "auto"
     copies: int | AdaptiveCopies | None = None
     antithetic: bool = True
     quasi_monte_carlo: bool = False
@@ -111,6 +118,8 @@ class ULR:
     def __post_init__(self) -> None:
         if self.credit not in CREDITS:
             raise UsageError(f"ULR got credit={self.credit!r}; it is one of {', '.join(CREDITS)}")
+        if self.maps not in MAPS:
+            raise UsageError(f"ULR got maps={self.maps!r}; it is one of {', '.join(MAPS)}")
         if self.memory not in MEMORY:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -393,17 +402,19 @@ class Attachment:
         self.chosen = None
         check_layers(self.model, self.layers, self.structure.weights)
         self.driven = self.structure.driven
+        self.level.quiet = self.structure.quiet
         self.prediction.take(self.structure)
         if self.structure.untrained:
             names = ", ".join(self.structure.untrained)
             warnings.warn(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why", stacklevel=4)
 
-    def measure(self, p: Pass) -> None:
-        """What a pass says about lengths of steps, and about the noise of layers that began at rest."""
+    def measure(self, p: Pass, whole: bool = True) -> None:
+        """What a pass says about lengths of steps, and about the noise of layers that began at rest. whole: it is over
+        all time steps."""
         if not torch.isfinite(p.loss).all():
             return
         if self.step_sizes is not None:
-            self.step_sizes.measure(self.model, p, self.step)
+            self.step_sizes.measure(self.model, p, self.step, whole)
         if self.began_at_rest and not self.structure.has_readout:
             for r in p.records:
                 if r.site not in self.level.currents:
@@ -466,6 +477,8 @@ class Attachment:
             return estimate
         add()
         self._add_weight_gradients(passes, losses)
+        if self.structure.credit != "global":
+            self.level.see([p.records for p in passes])
         self.level.learn()
         self.mean_loss = moving(self.mean_loss, losses)
         self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
@@ -575,7 +588,11 @@ class Attachment:
         shares = multi_sample_weights(losses) if self.estimator.multi_sample else torch.ones_like(losses)
         for p, predicted in zip(passes, predictions, strict=True):
             weight = shares[p.copies].flatten() / losses.numel()  # [rows]
-            sites = [pair for pair in zip(p.records, predicted, strict=True) if group.site in (None, pair[0].site)]
+            sites = [
+                (record, credit)
+                for record, credit in zip(p.records, predicted, strict=True)
+                if group.site in (None, record.site) and record.site not in structure.quiet
+            ]
             signal = None  # of the score, [rows] or, by time step, [rows, T]
             if unbiased:
                 signal = self._signal(group, p)
@@ -596,7 +613,7 @@ class Attachment:
                 if record.entry is not None and credit.current is not None:  # the filter inside the neuron is done
                     yield Entry(record.entry, credit.current.mul_(rows), p.copies)  # it has no further use
                 elif credit.a is not None:
-                    yield Entry(record.x, credit.a * record.slope * rows, p.copies)
+                    yield Entry(record.x, credit.a * (record.slope if unbiased else record.response) * rows, p.copies)
             for end, gradient in p.ends:  # the exact path that meets no spike
                 if end.requires_grad:
                     rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
@@ -649,6 +666,9 @@ class Attachment:
             "mean_blind": self.mean_blind,
             "noise_starts": dict(self.level.starts),
             "noise_resting": sorted(self.level.resting),
+            "noise_floors": dict(self.level.floors),
+            "quiet": sorted(self.level.quiet),
+            "farthest": dict(self.level.farthest),
             "noise_factors": {site: (w.detach().clone(), self.level.powers[site]) for site, w in factors},
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
@@ -666,6 +686,9 @@ class Attachment:
             setattr(self, name, None if state[name] is None else state[name].to(device))
         self.level.starts = dict(state["noise_starts"])
         self.level.resting = set(state["noise_resting"])
+        self.level.floors = dict(state.get("noise_floors", {}))
+        self.level.quiet = set(state.get("quiet", ()))
+        self.level.farthest = {site: d.to(device) for site, d in state.get("farthest", {}).items()}
         for site, (factor, power) in state["noise_factors"].items():
             self.level.factors[site], self.level.powers[site] = factor.to(device).clone().requires_grad_(), power
         if state["step_sizes"] is not None:
@@ -722,8 +745,10 @@ def observed(
         model,
         p,
         estimator.credit,
+        estimator.maps,
         estimator.time_functions,
         lambda: forward.driven_by_events(x, lengths, p) if driven is None else driven,
+        lambda sites: forward.read_by_nobody(x, lengths, p, sites),
     )
 
     def outcome() -> Tensor:
@@ -731,6 +756,11 @@ def observed(
         return forward.run(x, targets, lengths, objective, p.copies).outputs.detach()
 
     structure.judging = forward.judging
+    if estimator.maps == "exact" and (pairs := [(a, b) for a, paths in structure.feeds.items() for b in paths]):
+        raise UsageError(
+            f"ULR got maps='exact', but no derivative leads from the spikes of {pairs[0][0]} to the current of "
+            f"{pairs[0][1]}; use maps='auto'"
+        )
     if weights is None:
         weights = choose(model, estimator.noise, structure.untrained, outcome)
         if estimator.credit == "auto" and structure.credit == "global":

@@ -50,7 +50,7 @@ def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
         owner, where = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
         if type(owner) in (nn.Linear, *CONVOLUTIONS) and where.startswith("torch.nn.modules"):
             module, x = owner, frame.f_locals.get("input", x if owner is module else None)
-        elif not where.startswith("torch"):
+        elif not where.startswith(("torch", "ulr_snn.pooling")):  # which stands between a module and its function
             module = x = None
         traceback = traceback.tb_next
     return module, x

@@ -19,3 +19,19 @@ def leaves(tensors: Iterable[Tensor]) -> set[int]:
                 seen.add(parent)
                 stack.append(parent)
     return found
+
+
+def passes_through(tensors: Iterable[Tensor], ids: set[int], names: tuple[str, ...]) -> bool:
+    """Whether a path from the tensors to leaves of these ids passes a node whose name begins with one of the names."""
+    stack = [(t.grad_fn, False) for t in tensors if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node, passed = stack.pop()
+        if id(getattr(node, "variable", None)) in ids and passed:
+            return True
+        passed = passed or type(node).__name__.startswith(names)
+        for parent, _ in node.next_functions:
+            if parent is not None and (parent, passed) not in seen:
+                seen.add((parent, passed))
+                stack.append((parent, passed))
+    return False

@@ -1,19 +1,22 @@
 """Firing noise: the distribution of the threshold noise, and the counter-based uniforms that draw from it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.scan.state import Draw
+from ulr_snn.secant import between, farthest
 
-LEVELS = (0.14, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
+LEVELS = (0.07, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
 FARTHEST = 1.5  # the logarithm of a learned factor of the scale goes no further than this from 0
+FLOOR, TINY = 0.01, 1e-6  # of the membranes' spread, that a threshold counts as at least; where that is not known
 WIDENED = 1.0  # up to here the starting scale follows them then
 
 
@@ -24,17 +27,22 @@ class Firing:
     scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
     start: sets the starting scale, from the spread of the layer's membranes, > 0.
     end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
+    secants: number of measured distances over which credit takes secants of F in place of its derivative (see
+        `secant`); 0: the derivative.
     learn: if above 0, each layer's scale is multiplied by a factor of its own, which learns by the score of the scale:
         about so far goes its logarithm in a step. `evaluate` does without the factor.
     """
 
     scale: float | None = None
-    start: float = 0.1
-    end: float = 0.09
+    start: float = 0.05
+    end: float = 0.05
+    secants: int = 4
     learn: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "start", "end")
+        if not (isinstance(self.secants, int) and self.secants >= 0):
+            raise UsageError(f"{type(self).__name__} got secants={self.secants!r}; it is a whole number, at least 0")
         if not self.learn >= 0:
             raise UsageError(f"{type(self).__name__} got learn={self.learn}; it must not be negative")
 
@@ -162,7 +170,7 @@ class NoiseLevel:
 
     Wide noise lets silent neurons fire and find credit; narrow noise makes the stochastic net the deterministic
     one. So the scale falls geometrically to `end` times the threshold. It begins at `start * d * max(1, d)` times the
-    threshold, but at 0.14 to 3 times, with d the standard deviation of the layer's membranes in the first batch, under
+    threshold, but at 0.07 to 3 times, with d the standard deviation of the layer's membranes in the first batch, under
     deterministic firing, over the threshold: where d is large, few neurons are near the threshold, and narrow noise
     reaches only these. Where the outputs are spikes, no readout learns by an exact gradient, and layers that begin with
     the narrowest noise, since their membranes hardly leave rest yet, are thrown far from the threshold by the first
@@ -171,7 +179,9 @@ class NoiseLevel:
     progress: from 0, first step, to 1, the end of training. currents: noise of the sites on input currents. starts: by
     site, the calibrated scale over the threshold, of input currents their standard deviation. resting: sites that began
     with the narrowest noise. idle: sites that did not run when the others were measured. factors: by site, the
-    logarithm of what a learned scale is multiplied by; powers: mean squares of its gradient.
+    logarithm of what a learned scale is multiplied by; powers: mean squares of its gradient. quiet: sites that get
+    none. floors: by site, what a threshold counts at least as. farthest: by site, the largest distance of a membrane to
+    the threshold that the last step found.
     """
 
     firing: Firing
@@ -182,6 +192,28 @@ class NoiseLevel:
     idle: set[str] = field(default_factory=set)
     factors: dict[str, Tensor] = field(default_factory=dict)
     powers: dict[str, float] = field(default_factory=dict)
+    quiet: set[str] = field(default_factory=set)
+    floors: dict[str, float] = field(default_factory=dict)
+    farthest: dict[str, Tensor] = field(default_factory=dict)
+
+    def over(self, site: str, scale: Tensor) -> Tensor | None:
+        """Standardised distances [K] for the secants of a site with noise of this scale; None: its derivative."""
+        found = self.farthest.get(site) if self.firing.secants else None
+        return None if found is None else between(found / scale.detach().mean(), self.firing.secants)
+
+    def see(self, passes: Iterable[list[Any]]) -> None:
+        """Measures how far from their threshold membranes are, for the secants of the next step. passes: records of
+        each pass of a step."""
+        found: dict[str, Tensor] = {}
+        for r in [r for records in passes for r in records if r.site not in self.currents]:
+            here = farthest(r.x if r.mask is None else r.x * r.mask) * r.scale.detach().mean()
+            found[r.site] = torch.maximum(found.get(r.site, here), here)
+        self.take(found)
+
+    def take(self, found: dict[str, Tensor]) -> None:
+        """Such distances by site, where they have been measured."""
+        if self.firing.secants:
+            self.farthest |= {site: distance for site, distance in found.items() if distance.isfinite()}
 
     def knows(self, site: str) -> bool:
         """Whether the scale of this site does not depend any more on the spread of what it is measured by."""
@@ -197,7 +229,7 @@ class NoiseLevel:
     def widen(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> None:
         """Lets the starting scale of a layer that began at rest follow the spread of its membranes, while it may."""
         if site in self.resting and self.progress <= WIDENING and self.starts[site] < WIDENED:
-            d = spread() / threshold.detach().mean().item()
+            d = spread() / self.unit(site, threshold).detach().mean().item()
             self.starts[site] = max(self.starts[site], self._start(d, WIDENED))
 
     def current_scale(self, site: str, spread: Callable[[], float]) -> float:
@@ -212,7 +244,6 @@ class NoiseLevel:
     def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
         """Scale of neurons with this threshold, differentiable in a learned one, and in what is learned of the scale.
         spread() is called where the site is not known yet."""
-        threshold = threshold if threshold.is_floating_point() else threshold.to(torch.get_default_dtype())
         annealed = self._annealed(site, threshold, spread)
         if not self.firing.learn or self.progress >= 1:
             return annealed
@@ -220,17 +251,24 @@ class NoiseLevel:
             self.factors[site] = torch.zeros((), dtype=annealed.dtype, device=annealed.device, requires_grad=True)
         return annealed * self.factors[site].exp()
 
+    def unit(self, site: str, threshold: Tensor) -> Tensor:
+        """What the scale counts in: the threshold, or a part of what the membranes spread by where it is less."""
+        threshold = threshold if threshold.is_floating_point() else threshold.to(torch.get_default_dtype())
+        return threshold.abs().clamp(min=self.floors.get(site, TINY))
+
     def _annealed(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
         firing = self.firing
         if firing.scale is not None:
-            return torch.full_like(threshold, firing.scale)
+            return torch.full_like(self.unit(site, threshold), firing.scale)
         if self.progress >= 1:
-            return firing.end * threshold
+            return firing.end * self.unit(site, threshold)
         if site not in self.starts:
-            self.starts[site] = self._start(spread() / threshold.detach().mean().item(), LEVELS[1])
+            found = spread()
+            self.floors[site] = FLOOR * found if 0 < found < math.inf else TINY
+            self.starts[site] = self._start(found / self.unit(site, threshold).detach().mean().item(), LEVELS[1])
             if self.starts[site] == LEVELS[0]:
                 self.resting.add(site)
-        return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * threshold
+        return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * self.unit(site, threshold)
 
     @torch.no_grad()
     def learn(self) -> None:

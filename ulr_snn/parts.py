@@ -17,12 +17,14 @@ from ulr_snn.engine import Chain, EachStep, hooked
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch
 from ulr_snn.events import Events, Frames
-from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage, shaped
+from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage, shaped, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.passes import coupled_modules
+from ulr_snn.pooling import SpikePooling
 from ulr_snn.records import Record
 from ulr_snn.scan.bits import pack_bits, unpack_bits
 from ulr_snn.scan.state import State
+from ulr_snn.secant import farthest
 from ulr_snn.sites import bind_sites, own_modules, record_of
 from ulr_snn.stateless import run
 
@@ -118,6 +120,7 @@ class PartSite:
     current: Tensor | None = None
     spikes: Tensor | None = None
     fed_back: Tensor | None = None
+    farthest: Tensor | None = None  # distance of a membrane to its threshold
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
         scale = self.level.scale(self.name, neuron.threshold, None).detach()
@@ -130,9 +133,12 @@ class PartSite:
         with torch.no_grad():
             fired = neuron.fired(current, drawer, self.state, known)
         if self.watched:
+            x = fired[1] if neuron.lengths is None else fired[1] * step_mask(neuron.lengths, fired[1])
+            self.farthest = farthest(x) * scale.mean()
+        if self.watched:
             self.before, self.current, (self.spikes, _, self.fed_back) = before, current.detach(), fired
         if self.records is not None:
-            record = record_of(self.name, neuron, current, scale, fired, self.level.firing, before)
+            record = record_of(self.name, neuron, current, scale, fired, self.level, before)
             self.records.append(replace(record, current=None, fed_back=None))
         return fired[0]
 
@@ -194,6 +200,7 @@ class Parts:
         self.bits: dict[str, Tensor] | None = {} if bits else None  # [T, B, words] of each site
         self.kept: list[tuple[list[range], Standing]] = []  # groups of parts, and how the layers stand before each
         self.sizes: dict[str, torch.Size] = {}  # of a layer at one time step
+        self.farthest: dict[str, Tensor] = {}  # see `PartSite`, of all parts
         self.known = False  # whether the first pass is over
         self.steps_run = 0  # by all parts together
 
@@ -219,7 +226,7 @@ class Parts:
             sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known, watched)
         membranes = iter(standing.membranes or [None] * len(self.split.readouts))
         last = []
-        with bind_sites(self.model, list(sites.values()), lengths, self.layers):
+        with bind_sites(self.model, list(sites.values()), lengths, self.layers), SpikePooling():
             for module in self.split.front:
                 if isinstance(module, LeakyReadout):
                     x = module(x, next(membranes))
@@ -251,6 +258,7 @@ class Parts:
             rows.see(part, sites, self.batch.valid)
         for name, site in sites.items():
             self.sizes[name] = site.spikes.shape[2:]
+            self.farthest[name] = torch.maximum(self.farthest.get(name, site.farthest), site.farthest)
             if self.bits is not None:
                 packed = pack_bits(site.spikes.flatten(2))
                 if name not in self.bits:  # in one piece: many small ones would scatter over the heap

@@ -1,6 +1,6 @@
 """Stochastic forward passes: draw the spikes of some copies of a batch, keep what the estimator needs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from ulr_snn.judgement import Judgement, Judging, judge
 from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
+from ulr_snn.pooling import SpikePooling
 from ulr_snn.records import Record
 from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, site_index, spiking_layers
 from ulr_snn.stateless import run
@@ -147,7 +148,7 @@ class Forward:
             if self.weights is None
             else self.weights.disturbed(self.model, self.step, *copies, len(x), batch)
         )
-        with self._traceless(), disturbed, counted as activity:
+        with self._traceless(), disturbed, counted as activity, SpikePooling():
             outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
         judgement = self.judge(outputs, activity, targets, lengths, objective, copies)
@@ -177,10 +178,25 @@ class Forward:
         if torch.equal(others, x):
             return {r.site for r in p.records}  # nothing to tell by
         records, currents = {r.site: r for r in p.records}, {}
-        sites = [Replay(name, records, currents) for name, _ in self.layers]
+        sites = [Replay(name, records, currents, lengths) for name, _ in self.layers]
         with torch.no_grad(), self._traceless(), bind_sites(self.model, sites, lengths, self.layers):
             model_outputs(self.model, others, self.by_step)
         return {r.site for r in p.records if not torch.equal(currents[r.site], r.current)}
+
+    def read_by_nobody(self, x: Tensor, lengths: Tensor | None, p: Pass, sites: Collection[str]) -> set[str]:
+        """Those of these sites whose spikes neither the outputs nor the input current of another layer depend on: all
+        of them are flipped in a replay of the pass p of one copy, in which all other spikes stay."""
+        records, found = {r.site: r for r in p.records}, set()
+        for site in sites:
+            self.extra_passes += 1
+            currents: dict[str, Tensor] = {}
+            replays = [Replay(name, records, currents, lengths, flipped=name == site) for name, _ in self.layers]
+            with torch.no_grad(), self._traceless(), bind_sites(self.model, replays, lengths, self.layers):
+                outputs = model_outputs(self.model, x.clone(), self.by_step)
+            others = (r for r in p.records if r.site != site)
+            if torch.equal(outputs, p.outputs) and all(torch.equal(currents[r.site], r.current) for r in others):
+                found.add(site)
+        return found
 
     def noise(self, batch: int, copies: list[int], device: torch.device) -> Noise:
         """That of these copies of a batch of so many samples."""
@@ -208,10 +224,10 @@ class Forward:
 
 def measure_levels(model: nn.Module, layers: Layers, level: NoiseLevel, run: Callable[[], Any]) -> int:
     """Runs passes until the level of noise is known in all layers that run by themselves; returns how many it took."""
-    names = [site for site, neuron in layers if not isinstance(neuron, SpikingNeuron)]
+    names = [site for site, neuron in layers if not (isinstance(neuron, SpikingNeuron) or neuron.scans)]
     level.currents.update({site: neuron.noise for site, neuron in layers if isinstance(neuron, BlackBox)})
     passes = 0
-    while unknown := [site for site in names if not level.knows(site)]:
+    while unknown := [site for site in names if not (level.knows(site) or site in level.quiet)]:
         known = len(level.starts)
         with keep_traces(model), torch.no_grad():
             run()

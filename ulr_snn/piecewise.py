@@ -143,7 +143,7 @@ class InParts(Piecewise):
             attached.driven, attached.chosen = known
             return None
         if p is not None:
-            attached.measure(p)
+            attached.measure(p, whole=False)
         del p  # with its graph
         forward.judging = attached.structure.judging
         run = self._parts(forward, batch)
@@ -166,6 +166,7 @@ class InParts(Piecewise):
             for lesson in lessons:
                 attached.prediction.learn(lesson, *learned.pop(0))  # what it is learned from is not kept any longer
             self._backward(run, seen, outputs, judgement.error)
+            attached.level.take(run.farthest)
             attached.mean_loss = moving(attached.mean_loss, losses)
         else:
             stats["skipped"] = True

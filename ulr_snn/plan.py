@@ -136,12 +136,16 @@ def _noise(estimator: ULR, record: Record, level: NoiseLevel) -> str:
 
 
 def _credit(structure: Structure, site: str) -> str:
+    if site in structure.quiet:
+        return "none, and no noise: nothing that the loss reads depends on its spikes"
     if structure.credit == "global":
         return "loss minus baseline, times the score"
     parts = ["learned response"] * (site in structure.responding)
     parts += ["direct"] * (site in structure.direct)
+    parts += [f"exact map to layer {target}" for target in structure.exact[site]]
     for target, path in structure.feeds[site].items():
         parts.append(f"learned from layer {target}" + ", one kernel for all positions" * isinstance(path, Shared))
+    parts += ["its recurrent weights"] * (structure.products and site in structure.recurs)
     parts += ["learned from its recurrent current"] * (site in structure.recurrent)
     parts += ["learned from the outputs, resolved in time"] * (site in structure.from_outputs)
     text = " + ".join(parts)

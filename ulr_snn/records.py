@@ -1,7 +1,7 @@
 """What one forward pass leaves at one firing site."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,18 +11,21 @@ from torch import Tensor
 from ulr_snn.noise import Firing, law_of
 from ulr_snn.scan import fused
 from ulr_snn.scan.bits import unpack_bits
+from ulr_snn.secant import secant
 
 
 @dataclass
 class Trace:
     """Of a layer that its library's code ran: its tensors of every call, as they stand in the autograd graph.
 
-    inputs, x, spikes: [B, ...] each, or one [T, B, ...]; states: what the layer carries to the next call.
+    inputs, x, spikes: [B, ...] each, or one [T, B, ...]; resets: the spikes as the layer's own reset sees
+    them, where its library asks for them apart; states: what the layer carries to the next call.
     """
 
     inputs: list[Tensor]
     x: list[Tensor]
     spikes: list[Tensor]
+    resets: list[Tensor]
     states: list[list[Tensor]]
 
 
@@ -42,6 +45,8 @@ class Record:
     fed_back: Tensor | None = None  # recurrent current, of a layer that has one; None of a part of time
     trace: Trace | None = None  # of a layer of another library
     entry: Tensor | None = None  # of its current in the graph, no numbers, where x depends on nothing else that learns
+    over: Tensor | None = None  # standardised distances [K] of the secants that stand for p' in credit; None: p'
+    arrived: list[Tensor] = field(default_factory=list)  # its current in the graph: all in one, or one a time step
 
     @property
     def whole(self) -> bool:
@@ -67,14 +72,23 @@ class Record:
 
     @cached_property
     def slope(self) -> Tensor:
-        """p' = ∂p/∂x; used by the credit of the reset and by the formula."""
+        """p' = ∂p/∂x, as the formula has it."""
         return self._on_own_steps(self.firing.slope(self.x.detach()))
 
-    def slope_of_membrane(self) -> Tensor:
-        """∂p/∂u = p' / scale, anew."""
+    @cached_property
+    def response(self) -> Tensor:
+        """What credit takes for ∂p/∂x: p', or secants of F."""
+        if self.over is None:
+            return self.slope
+        x, law = self.x.detach(), law_of(self.firing)
+        done = None if law is None else fused.slopes(x, law, torch.ones(()), self._lengths, self.over)
+        return self._on_own_steps(secant(self.firing.probability, x, self.over)) if done is None else done
+
+    def response_of_membrane(self) -> Tensor:
+        """`response` per unit of membrane, anew."""
         law = law_of(self.firing)
-        done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, self._lengths)
-        return self.slope / self.scale if done is None else done
+        done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, self._lengths, self.over)
+        return self.response / self.scale if done is None else done
 
     def fused_credit(
         self, a: Tensor, later: Tensor, totals: bool, overwrite: bool, weight: Tensor | None
@@ -85,7 +99,7 @@ class Record:
             return None
         beta, threshold = neuron.beta.detach().clamp(0, 1), neuron.threshold.detach()
         of_pass = self.x.detach(), law, self.scale, self._lengths, self.spikes.detach()
-        return fused.credit(a, *of_pass, beta, threshold, neuron.reset, later, totals, overwrite, weight)
+        return fused.credit(a, *of_pass, beta, threshold, neuron.reset, later, totals, overwrite, weight, self.over)
 
     @property
     def _lengths(self) -> Tensor | None:

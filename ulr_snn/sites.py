@@ -12,7 +12,7 @@ from ulr_snn.adapters import LIBRARIES, BlackBox, StepNeuron, adapt, fresh_memor
 from ulr_snn.currents import CurrentSite
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, own_spread, step_mask
-from ulr_snn.noise import Drawer, Firing, Noise, NoiseLevel
+from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Record
 from ulr_snn.steps import StepSite
 
@@ -26,6 +26,7 @@ class Site:
     level: NoiseLevel
     noise: Noise | None
     records: list[Record]  # of all sites, in the order in which they ran
+    lengths: Tensor | None = None
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Site:
         drawer = Drawer(self.noise, self.level.firing, index, len(current), scale.detach())
         with torch.no_grad():
             fired = neuron.fired(current, drawer)
-        self.records.append(record_of(name, neuron, current, scale, fired, self.level.firing))
+        self.records.append(record_of(name, neuron, current, scale, fired, self.level))
         return self.records[-1].spikes
 
 
@@ -50,7 +51,7 @@ def record_of(
     current: Tensor,
     scale: Tensor,
     fired: tuple[Tensor, Tensor, Tensor | None],
-    firing: Firing,
+    level: NoiseLevel,
     before: Tensor | None = None,
 ) -> Record:
     """Of a layer that has fired (see `SpikingNeuron.fired`); its spikes become leaves of the graph. before: spikes of
@@ -58,26 +59,33 @@ def record_of(
     spikes, x, fed_back = fired
     x, entry = neuron.x_at(current, spikes, x, fed_back, scale, before)
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-    about = (name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), [spikes], firing, mask)
-    return Record(*about, fed_back, entry=entry)
+    about = (name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), [spikes], level.firing, mask)
+    return Record(*about, fed_back, entry=entry, over=level.over(name, scale), arrived=[current])
 
 
 @dataclass
 class Replay:
-    """Fires what a layer's records hold, whatever comes in, and keeps what came in."""
+    """Fires what a layer's records hold, whatever comes in, and keeps what came in. flipped: it fires the opposite, but
+    for its own reset, where that is told apart."""
 
     name: str
     records: dict[str, Record]
     currents: dict[str, Tensor]  # of all layers, by site
+    lengths: Tensor | None = None
     calls: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     last: Tensor | None = None
+    resetting: Tensor | None = None
+    flipped: bool = False
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         self.calls += 1
         site = call_name(self.name, self.calls)
         self.currents[site] = current.detach()
-        return self.records[site].spikes.detach()
+        return self._fired(self.records[site].spikes.detach())
+
+    def _fired(self, spikes: Tensor) -> Tensor:
+        return 1 - spikes if self.flipped else spikes
 
     def begin(self, current: Tensor) -> None:
         self.inputs.append(current.detach())
@@ -93,7 +101,8 @@ class Replay:
 
     def fire(self, drive: Tensor) -> Tensor:
         record = self.records[self.name]
-        self.last = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
+        self.resetting = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
+        self.last = self._fired(self.resetting)
         return self.last
 
     def end(self, states: list[Any]) -> None:
@@ -196,11 +205,12 @@ def bind(
     layers = spiking_layers(model) if layers is None else layers
     sites = []
     for index, (name, neuron) in enumerate(layers):
-        if isinstance(neuron, SpikingNeuron):
-            sites.append(Site(name, index, level, noise, records))
+        own = None if name in level.quiet or never_fires(neuron) else noise
+        if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
+            sites.append(Site(name, index, level, own, records, lengths))
         else:
             kind = CurrentSite if isinstance(neuron, BlackBox) else StepSite
-            sites.append(kind(name, index, level, noise, records, neuron, steps, lengths))
+            sites.append(kind(name, index, level, own, records, neuron, steps, lengths))
     with bind_sites(model, sites, lengths, layers):
         yield records
     stepwise = [site for site in sites if isinstance(site, StepSite)]
@@ -215,6 +225,11 @@ def bind(
     for site in later:  # what comes after a layer that is measured does not see what it will see
         level.starts.pop(site.site if isinstance(site, Record) else site.name, None)
     records.clear()
+
+
+def never_fires(neuron: SpikingNeuron | StepNeuron) -> bool:
+    """Whether a threshold is infinite: such neurons are readouts."""
+    return not bool(torch.isfinite(torch.as_tensor(neuron.threshold)).all())
 
 
 @contextmanager

@@ -31,9 +31,10 @@ class StepSite:
     steps: int
     lengths: Tensor | None
     last: Tensor | None = None
+    resetting: Tensor | None = None
     measured: bool = False
     calls: int = 0
-    trace: Trace = field(default_factory=lambda: Trace([], [], [], []))
+    trace: Trace = field(default_factory=lambda: Trace([], [], [], [], []))
     _draw: Drawer | None = None
     _scale: Tensor | None = None
 
@@ -67,7 +68,9 @@ class StepSite:
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
             self.last = self._own_steps(t, drawn, drive)
+        self.resetting = self.last.clone().requires_grad_()
         self.last.requires_grad_()
+        self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
         self.trace.spikes.append(self.last)
         return self.last
@@ -105,9 +108,8 @@ class StepSite:
         x, spikes = self._joined(trace.x), self._joined(trace.spikes).detach()
         current = self._joined(trace.inputs).detach()
         firing, scale = self.level.firing, self._scale.detach()
-        return Record(
-            self.name, self.neuron, current, scale, x, spikes, trace.spikes, firing, self._mask(x), trace=trace
-        )
+        about = self.name, self.neuron, current, scale, x, spikes, trace.spikes, firing, self._mask(x)
+        return Record(*about, trace=trace, over=self.level.over(self.name, scale), arrived=trace.inputs)
 
     def _joined(self, calls: list[Tensor]) -> Tensor:
         """[T, B, ...] of what belongs to each call."""

@@ -7,10 +7,15 @@ A readout of rates averaged over time has no thresholds and needs large weights:
 parameter's learning rate is
 
     lr min(1, REACH / G)     of parameters that feed a spiking layer
-    lr READOUT / τ           where the gradient is exact, through the outputs alone
+    lr max(READOUT / τ, min(OUTPUTS / H, MOST_READOUT))     where the gradient is exact, through the outputs alone
 
     G = sum over a parameter's entries of |m| / threshold, m the mean of ∂u/∂entry over samples, times and neurons
+    H = the same sum for an output that the loss sees, without a threshold: how far a step of learning rate 1 moves it
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
+
+Behind few neurons, or such as hardly fire, H is small, and a readout needs large weights to say anything. This is for
+readouts that are linear, but for an offset of all outputs. Others, such as a long short-term memory, have the rate lr:
+larger steps destroy what they have learned.
 
 Where τ > READOUT and layers begin at rest, such a readout learns more slowly than they do. In their silence gradients
 are single spikes of noise, of each of which Adam, whose steps have one size whatever the gradient, makes a step of
@@ -33,18 +38,23 @@ REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane b
 READOUT = 6.0
 SLOW = 0.2  # of the training: until then all rates are lower; LEAST: what is left of them at first; MOST: the highest
 LEAST, MOST = 1 / 3, 2.5
-OFTEN, SELDOM = 32, 16  # G is measured at each of the first steps, then at every so many
+OUTPUTS, MOST_READOUT = 50.0, 20.0  # that far a step of learning rate 1 may move an output; the largest factor for it
+LINEAR = 0.03  # of all values: what a sum of linear ones may be off by
+OFTEN, SELDOM = 4, 16  # G is measured at each of the first steps, then at every so many
 
 
 class StepSizes:
-    """reach: by site, G of each parameter by name. summed: τ, None before it is known."""
+    """reach: by site, G of each parameter by name, and H by "outputs". summed: τ, None before it is known. linear:
+    whether outputs are linear in what they alone teach."""
 
     def __init__(self) -> None:
         self.reach: dict[str, dict[str, float]] = {}
         self.summed: float | None = None
+        self.linear = True
 
-    def measure(self, model: nn.Module, p: Pass, step: int) -> None:
-        """Takes τ from the first pass, and all G from one pass, where it is due at this step."""
+    def measure(self, model: nn.Module, p: Pass, step: int, whole: bool = True) -> None:
+        """Takes τ from the first pass, and all G and H from one pass, where it is due at this step. whole: the pass is
+        over all time steps; the first ones alone do not tell H."""
         if self.summed is None and p.error is not None:
             self.summed = times_summed(p.judgement)
         if not self.due(step):
@@ -54,6 +64,11 @@ class StepSizes:
             if r.x.requires_grad:
                 unit = r.scale / r.neuron.threshold.detach() * (1 if r.mask is None else r.mask)
                 self.reach[r.site] = reach(r.x * unit.to(r.x.dtype) / r.x.numel(), parameters)
+        if whole and p.outputs.requires_grad and self.summed is not None:
+            signs = 1.0 - 2.0 * (torch.arange(p.outputs.shape[-1], device=p.outputs.device) % 2)
+            values = p.outputs * (signs - signs.mean()) * (self.summed / p.outputs.numel())  # no offset of all counts
+            self.linear = linear(values, parameters)
+            self.reach["outputs"] = reach(values, parameters) if self.linear else {}
 
     def due(self, step: int) -> bool:
         """Whether this is a step to measure at."""
@@ -62,7 +77,10 @@ class StepSizes:
     def factor(self, parameter: str, sources: list[str]) -> float:
         """Of the learning rate, for a parameter whose gradient comes from these sites or "outputs"."""
         if sources == ["outputs"]:
-            return READOUT / (self.summed or 1.0)
+            if not self.linear:
+                return 1.0
+            moved = self.reach.get("outputs", {}).get(parameter)
+            return max(READOUT / (self.summed or 1.0), min(OUTPUTS / moved, MOST_READOUT) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
         return min([1.0, *(REACH / g for g in reached if g)])
 
@@ -73,11 +91,12 @@ class StepSizes:
         return min(MOST, max(LEAST, (progress / SLOW) ** 2))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reach": {source: dict(found) for source, found in self.reach.items()}, "summed": self.summed}
+        reach = {source: dict(found) for source, found in self.reach.items()}
+        return {"reach": reach, "summed": self.summed, "linear": self.linear}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reach = {source: dict(found) for source, found in state["reach"].items()}
-        self.summed = state["summed"]
+        self.summed, self.linear = state["summed"], state.get("linear", True)
 
 
 def times_summed(judgement: Judgement) -> float:
@@ -91,6 +110,17 @@ def times_summed(judgement: Judgement) -> float:
             asked = error.abs().flatten(2).sum(2).mean().item() / abs(weight)
             found.append(len(error) * (1.0 if i in judgement.judging.smoothed else min(1.0, asked)))
     return max(found)
+
+
+def linear(values: Tensor, parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether values are linear in the parameters that they depend on, as behind a single linear readout: the sum of
+    parameters times derivatives is the sum of the values, as far as a few percent of both tell."""
+    whole = list(parameters.values())
+    if not whole:
+        return False
+    found = torch.autograd.grad(values.sum(), whole, retain_graph=True, allow_unused=True)
+    total = sum(float((q.detach() * g).sum()) for q, g in zip(whole, found, strict=True) if g is not None)
+    return abs(total - float(values.detach().sum())) <= LINEAR * float(values.detach().abs().sum())
 
 
 def reach(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:

@@ -32,6 +32,7 @@ from ulr_snn.neurons import LIF, Fold, LeakyReadout, TimeAverage
 from ulr_snn.parts import PartSite, Piece, Rows, chain
 from ulr_snn.passes import Forward, check_outputs
 from ulr_snn.piecewise import Piecewise
+from ulr_snn.pooling import SpikePooling
 from ulr_snn.precision import widened
 from ulr_snn.records import Record
 from ulr_snn.scan.state import State
@@ -146,6 +147,7 @@ class Stream:
         self.traces = [None if s.into is None else Trace(s.into.beta) for s in self.stages]
         self.recurrent = {name: Trace(neuron.beta) for name, neuron in attached.layers if neuron.recurrent is not None}
         self.states: dict[str, State] = {}
+        self.farthest: dict[str, Tensor] = {}  # see `PartSite`, so far
         self.membrane: Tensor | None = None  # of the readout
         sites = [name for name, _ in attached.layers]
         lessons = attached.prediction.lessons(sites, batch.valid, batch.samples, attached.step)
@@ -158,12 +160,13 @@ class Stream:
         attached = self.attached
         torch.clear_autocast_cache()  # which has the weights of before the last update
         records: list[Record] = []
+        about = attached.level, self.noise, t
         sites = {
-            name: PartSite(name, i, attached.level, self.noise, t, self.states.get(name), records, watched=True)
+            name: PartSite(name, i, *about, self.states.get(name), records, watched=True)
             for i, (name, _) in enumerate(attached.layers)
         }
         lengths = None if self.batch.lengths is None else (self.batch.lengths - t).clamp(0, 1)
-        with bind_sites(attached.model, list(sites.values()), lengths, attached.layers):
+        with bind_sites(attached.model, list(sites.values()), lengths, attached.layers), SpikePooling():
             outputs = self._forward(Events.of(self.batch.frames[t : t + 1], self.batch.dtype), sites)
         self.states = {name: site.state for name, site in sites.items()}
         with torch.no_grad():
@@ -173,6 +176,10 @@ class Stream:
         stats = {"copies": 1, "step": attached.step, "time": t, "times": self.batch.steps}
         if attached.usable(loss):
             self._backward(outputs, error, records)
+            for name, site in sites.items():
+                self.farthest[name] = torch.maximum(self.farthest.get(name, site.farthest), site.farthest)
+            if t == self.batch.steps - 1:
+                attached.level.take(self.farthest)
         else:
             self.usable, stats["skipped"] = False, True
         if t == self.batch.steps - 1 and self.usable:
@@ -181,9 +188,9 @@ class Stream:
         return Estimate(loss, outputs.detach()[None], stats)
 
     def _forward(self, x: Tensor, sites: dict[str, PartSite]) -> Tensor:
-        """Outputs [1, B, ...], in the graph from the last layer's spikes on. Traces go on."""
+        """Outputs [1, B, ...], in the graph from each layer's spikes to what they reach. Traces go on."""
         for stage, trace in zip(self.stages, self.traces, strict=True):
-            with torch.set_grad_enabled(stage is self.stages[-1]):
+            with torch.enable_grad():
                 for module in stage.still:
                     x = module(x)
                 if trace is not None and stage.learning:
@@ -248,7 +255,7 @@ class Streaming(Piecewise):
             if not attached.feedback.layers and attached.usable(p.loss):
                 attached.prediction.learn_layers([p], attached.step)
         if p is not None:
-            attached.measure(p)
+            attached.measure(p, whole=False)
         forward.judging = attached.structure.judging
         attached.forward_passes += batch.samples
         return Stream(attached, forward, batch)

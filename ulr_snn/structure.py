@@ -11,29 +11,32 @@ from torch import Tensor, nn
 from ulr_snn.credit.feedback import ENTRIES, time_basis
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
-from ulr_snn.graph import leaves
+from ulr_snn.graph import leaves, passes_through
 from ulr_snn.judgement import Judging
 from ulr_snn.losses import Objective
 from ulr_snn.noise import OutputNoise, WeightNoise
 from ulr_snn.passes import Pass
 from ulr_snn.records import CurrentRecord, Record
 
+STEPS = ("Round", "Sign", "Floor", "Ceil", "Trunc", "Heaviside", "Fix")  # functions of torch with derivative zero
+
 
 @dataclass
 class Structure:
     """What the first pass shows: the credit in use, and where each site's credit comes from.
 
-    direct: sites whose spikes reach the outputs without passing another spike. feeds: per site, the layers whose
-    input current its spikes reach so, and by which path. paired: layers whose input current also depends on the
-    events otherwise than by spikes, so that only differences between copies tell what spikes do. recurrent: per site
-    with a recurrent current, the path of its spikes to it. from_outputs: sites with learned feedback from the outputs:
-    those that feed a layer at other time steps or one too wide for a matrix between the two (or are themselves, and
-    recurrent), those that act on the outputs only through something that is not differentiable, and black boxes whose
-    outputs do not belong to inputs one by one.
+    direct: sites whose spikes reach the outputs without passing another spike. exact, feeds: per site, the layers whose
+    input current its spikes reach so: those by a product of known derivatives, and those by a learned map, with its
+    path. paired: layers whose input current also depends on the events otherwise than by spikes, so that only
+    differences between copies tell what spikes do. recurrent: per site with a learned recurrent current, the path of
+    its spikes to it. from_outputs: sites with learned feedback from the outputs: those that act on the outputs only
+    through something that is not differentiable, those with a learned map that feed a layer at other time steps or one
+    too wide for a matrix between the two, and black boxes whose outputs do not belong to inputs one by one.
     """
 
     credit: str
     direct: set[str]
+    exact: dict[str, list[str]]
     feeds: dict[str, dict[str, Path]]
     paired: set[str]
     recurrent: dict[str, Path]
@@ -45,6 +48,9 @@ class Structure:
     driven: set[str] | None  # sites that see the events otherwise than by spikes; None where it does not matter
     judging: Judging = field(default_factory=Judging)  # how the losses are taken
     weights: dict[str, WeightNoise] = field(default_factory=dict)  # parameters with noise of their own
+    products: bool = True  # whether maps are taken as products, and recurrent weights as they are
+    recurs: set[str] = field(default_factory=set)  # sites with recurrent weights of ours
+    quiet: set[str] = field(default_factory=set)  # sites whose spikes nobody reads, but for their own reset: no noise
 
     @property
     def needs_pairs(self) -> bool:
@@ -67,10 +73,12 @@ class Structure:
         model: nn.Module,
         p: Pass,
         credit: str,
+        maps: str,
         time_functions: int,
         driven_by_events: Callable[[], set[str]],
+        read_by_nobody: Callable[[list[str]], set[str]],
     ) -> "Structure":
-        """driven_by_events: see `Forward`; called where it matters."""
+        """driven_by_events, read_by_nobody: see `Forward`; called where it matters."""
         if not p.ends and credit in ("feedback", "residual"):
             raise UsageError(
                 f"the loss has no gradient with respect to the outputs, which credit={credit!r} needs; "
@@ -81,12 +89,21 @@ class Structure:
         reached = {"outputs": leaves([end for end, _ in p.ends])}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
-        feeds, recurrent, from_outputs = learned_paths(p, reached, direct) if credit != "global" else ({}, {}, [])
+        nowhere = [
+            r.site
+            for r in p.records
+            if r.site not in direct and not any(reaches(r, reached[t.site]) for t in p.records if t is not r)
+        ]
+        quiet = read_by_nobody(nowhere) if nowhere else set()
+        exact, feeds, recurrent, from_outputs = {}, {}, {}, []
+        if credit != "global":
+            exact, feeds, recurrent, from_outputs = routes(p, reached, direct, maps != "learned")
+            from_outputs = [site for site in from_outputs if site not in quiet]
         fed = {target for paths in feeds.values() for target in paths}
         driven = driven_by_events() if fed else None
         paired = fed & driven if fed else set()
         parameters = {
-            name: [source for source, ids in reached.items() if id(q) in ids]
+            name: [source for source, ids in reached.items() if id(q) in ids and source not in quiet]
             for name, q in model.named_parameters()
             if q.requires_grad
         }
@@ -97,8 +114,10 @@ class Structure:
                 functions = time_functions
         differentiable = p.error is not None
         responding = {r.site for r in p.records if isinstance(r, CurrentRecord) and r.elementwise}
-        found = (direct, feeds, paired, recurrent, from_outputs, functions, parameters, differentiable, responding)
-        return cls(credit, *found, driven)
+        recurs = {r.site for r in p.records if r.fed_back is not None}
+        maps_of = direct, exact, feeds, paired, recurrent, from_outputs
+        found = *maps_of, functions, parameters, differentiable, responding
+        return cls(credit, *found, driven, products=maps != "learned", recurs=recurs, quiet=quiet)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
@@ -130,29 +149,43 @@ def reads_out(p: Pass, model: nn.Module) -> bool:
     return any(id(q) in reached for q in model.parameters())
 
 
-def learned_paths(
-    p: Pass, reached: dict[str, set[int]], direct: set[str]
-) -> tuple[dict[str, dict[str, Path]], dict[str, Path], list[str]]:
-    """feeds, recurrent, from_outputs of `Structure`. reached: ids of the leaves that a site's drive depends on."""
+def routes(
+    p: Pass, reached: dict[str, set[int]], direct: set[str], products: bool
+) -> tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]:
+    """exact, feeds, recurrent, from_outputs of `Structure`.
+
+    reached: ids of the leaves that a site's drive depends on. products: whether maps are taken as exact
+    vector-Jacobian products where there are some, and recurrent weights as they are."""
+    exact: dict[str, list[str]] = {}
     feeds: dict[str, dict[str, Path]] = {}
     recurrent: dict[str, Path] = {}
     from_outputs = []
-    for r in p.records:
+    for i, r in enumerate(p.records):
         targets = [t for t in p.records if t is not r and reaches(r, reached[t.site])]
         mixed = isinstance(r, CurrentRecord) and not r.elementwise  # what its inputs do to its outputs is not learned
-        in_step = [] if mixed else [target for target in targets if feeds_in_step(r, target)]
+        later = {t.site for t in p.records[i + 1 :]}
+        exact[r.site] = [
+            t.site for t in targets if products and not mixed and t.site in later and not steps_between(r, t)
+        ]
+        others = [t for t in targets if t.site not in exact[r.site]]
+        in_step = [] if mixed else [target for target in others if feeds_in_step(r, target)]
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
         leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
-        learns = r.fed_back is not None and r.neuron.learns_recurrence
+        learns = r.fed_back is not None and r.neuron.learns_recurrence and not products
         if learns:
             path = Full(tuple(r.spikes.shape[2:]), tuple(r.fed_back.shape[2:]))
             if math.prod(path.size) <= ENTRIES:
                 recurrent[r.site] = path
-        too_wide = len(feeds[r.site]) < len(targets) or (learns and r.site not in recurrent)
+        too_wide = len(feeds[r.site]) < len(others) or (learns and r.site not in recurrent)
         if too_wide or leads_nowhere or mixed:
             from_outputs.append(r.site)
-    return feeds, recurrent, from_outputs
+    return exact, feeds, recurrent, from_outputs
+
+
+def steps_between(source: Record, target: Record) -> bool:
+    """Whether a step function lies between spikes and a current: rounding and such, whose derivative is zero."""
+    return passes_through(target.arrived, {id(leaf) for leaf in source.leaves}, STEPS)
 
 
 def reaches(source: Record, ids: set[int]) -> bool:

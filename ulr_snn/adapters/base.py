@@ -23,6 +23,7 @@ class Step(Protocol):
         """What the module carries to the next step; all but tensors are left out."""
 
     last: Tensor | None  # the spikes fired last; None before the first, and where firing is deterministic
+    resetting: Tensor | None  # the same for the layer's own reset, so that it is known whether anything else reads them
 
 
 class StepNeuron:
@@ -34,6 +35,7 @@ class StepNeuron:
 
     strict = True
     whole = False
+    scans = False  # whether the module sees whole sequences, over which a scan of `ulr_snn` may run in its place
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -63,6 +65,15 @@ class StepNeuron:
         """A neuron of `ulr_snn` with the module's equations and its very parameters, and modules that its current goes
         through before; or why there is none. like: a current's dtype and device."""
         return "its equations are no scan of ulr_snn's"
+
+    def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, SpikingNeuron]:
+        """The current [T, B, ...] of a neuron of `ulr_snn` that does for x [T, B, ...] what the module does, and that
+        neuron, where the module `scans`. lengths: steps of each sample that are no padding."""
+        entry, neuron = self.ours(x)
+        for module in entry:
+            x = module(x)
+        neuron.lengths = lengths
+        return x, neuron
 
     def unsupported(self) -> str | None:
         """Why this module, as it is configured, cannot be trained; None where it can."""

@@ -88,10 +88,11 @@ class Neuron(StepNeuron):
             return result
 
         def mem_reset(mem: Tensor) -> Tensor:
-            if delayed and site.last is not None and site.last.shape == mem.shape:
-                return site.last
+            spikes = site.resetting
+            if delayed and spikes is not None and spikes.shape == mem.shape:
+                return spikes
             above = (mem - module.threshold > 0).to(mem.dtype)
-            return above if delayed or site.last is None else above * site.last.detach()
+            return above if delayed or spikes is None else above * spikes.detach()
 
         return {"forward": forward, "spike_grad": site.fire, "mem_reset": mem_reset}
 

@@ -1,8 +1,8 @@
 """SpikingJelly's nodes, as they are: their own code runs one step at a time, only `surrogate_function` is replaced.
 
 A reset that is detached (`detach_reset`) is the same reset; while a site is bound it is not detached, so that what a
-spike does to its own neuron is known. In multi-step mode the steps run one by one, whatever the node has for all of
-them at once.
+spike does to its own neuron is known. In multi-step mode IF, LIF and parametric LIF nodes run as a scan of
+`ulr_snn`, batch norm, dropout and whatever else the model has as they are; other nodes run one step at a time.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Step, StepNeuron
 from ulr_snn.neurons import LIF, Scaled
+from ulr_snn.precision import full_precision, widened
 
 KINDS = (
     neuron.IFNode,
@@ -55,8 +56,27 @@ class Node(StepNeuron):
         reset = "subtract" if module.v_reset is None else "zero"
         return entry, LIF.sharing(module, reset, None, beta=beta, threshold=self.threshold.to(like))
 
+    @property
+    def scans(self) -> bool:
+        module, leaks = self.module, not isinstance(self.module, neuron.IFNode)
+        known = type(module) in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
+        soft = leaks and module.v_reset is None
+        return known and module.step_mode == "m" and not soft and not module.store_v_seq
+
+    def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, LIF]:
+        module = self.module
+        if type(module) is not neuron.ParametricLIFNode:
+            return super().as_scan(x, lengths)
+        share = module.w.sigmoid()  # 1 / tau, which is learned
+        values = {"beta": 1 - share, "threshold": self.threshold.to(x)}
+        ours = LIF.sharing(module, "zero", None, **values)
+        ours.lengths = lengths
+        return share * x if module.decay_input else x, ours
+
     def patches(self, site: Step) -> dict[str, Any]:
         module = self.module
+        if self.scans and hasattr(site, "fire_sequence"):
+            return {"forward": lambda x: fired(site, *self.as_scan(widened(x), site.lengths)).to(x.dtype)}
 
         def step(x: Tensor) -> Tensor:
             site.begin(x)
@@ -68,6 +88,12 @@ class Node(StepNeuron):
             return step(x) if module.step_mode == "s" else torch.stack([step(now) for now in x])
 
         return {"forward": forward, "surrogate_function": site.fire, "detach_reset": False}
+
+
+@full_precision()
+def fired(site: Any, current: Tensor, scan: LIF) -> Tensor:
+    """Spikes [T, B, ...] of the site's layer, run as this scan."""
+    return site.fire_sequence(scan, current)
 
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:

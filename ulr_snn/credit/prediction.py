@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ulr_snn.credit.direct import direct_credit, direct_effect
+from ulr_snn.credit.direct import direct_credit, direct_effect, in_parts
 from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, Feedback, Pace, edge
 from ulr_snn.credit.maps import Full, Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
@@ -66,11 +66,11 @@ class Prediction:
 
         later: of a pass over a part of time, g [rows, ...] of each site at the step after it, which becomes that of its
         first step."""
-        direct = direct_credit(p.ends, p.records)
         error = None if p.error is None else self.structure.summarise_error(p.error)
         currents: dict[str, Tensor] = {}  # ∂L/∂J of the layers done so far
         predictions: list[Credit] = []
-        for record, a in zip(reversed(p.records), reversed(direct), strict=True):
+        for record in reversed(p.records):
+            a = self._exact(p, record, currents)
             for target, path in self.structure.feeds[record.site].items():
                 if target in currents:
                     a = added(a, self.feedback.from_layer(edge(record.site, target), path, currents[target]))
@@ -86,22 +86,36 @@ class Prediction:
                 if a is not None:
                     totals = self.structure.credit != "feedback" or record.entry is None
                     after = None if later is None else later.setdefault(record.site, a.new_zeros(a.shape[1:]))
-                    made_here = bool(self.structure.feeds[record.site]) and not totals  # nobody else sees it
+                    made_here = not totals and self._made_here(a, p, currents)
                     a, currents[record.site] = self._recurrence(record).credit(a, totals, after, made_here)
             predictions.append(Credit(a, currents.get(record.site)))
         return predictions[::-1]
+
+    @staticmethod
+    def _made_here(a: Tensor, p: Pass, currents: dict[str, Tensor]) -> bool:
+        """Whether nobody else sees the memory of a. A product over sums and shapes alone may give back its input."""
+        others = [*currents.values(), *(gradient for _, gradient in p.ends)]
+        return a.untyped_storage().data_ptr() not in {other.untyped_storage().data_ptr() for other in others}
+
+    def _exact(self, p: Pass, record: Record, currents: dict[str, Tensor]) -> Tensor | None:
+        """Credit of a layer's spikes through the modules that follow: to the loss, and to ∂L/∂J of other layers."""
+        ends = list(p.ends) if record.site in self.structure.direct else []
+        for other in p.records:
+            if other.site in currents and other.site in self.structure.exact[record.site]:
+                ends += zip(other.arrived, in_parts(currents[other.site], other.arrived), strict=True)
+        return direct_credit(ends, record)
 
     @full_precision()
     def credit_at_once(self, p: Pass) -> dict[str, Tensor]:
         """∂L/∂J [T, B, ...] by site, of what spikes do within their own time step alone."""
         found: dict[str, Tensor] = {}
-        direct = direct_credit(p.ends, p.records)
-        for record, a in zip(reversed(p.records), reversed(direct), strict=True):
+        for record in reversed(p.records):
+            a = self._exact(p, record, found)
             for target, path in self.structure.feeds[record.site].items():
                 if target in found:
                     a = added(a, self.feedback.from_layer(edge(record.site, target), path, found[target]))
             if a is not None:
-                found[record.site] = record.slope_of_membrane().mul_(a)
+                found[record.site] = record.response_of_membrane().mul_(a)
         return found
 
     @full_precision()
@@ -192,7 +206,7 @@ class Prediction:
     def _unexplained(self, p: Pass, innovations: list[Tensor]) -> Tensor:
         """Outputs [rows, O] less what the credit in use says that the pass's innovations did to them."""
         moved, spikes = self._responses(p, innovations)
-        left = self.structure.summarise(p.outputs.detach() - direct_effect(p.outputs, p.records, spikes))
+        left = self.structure.summarise(p.outputs.detach() - direct_effect([p.outputs], p.records, spikes)[0])
         for record, change in zip(p.records, moved, strict=True):
             if record.site in self.feedback.outputs:
                 left = left - self.feedback.to_outputs(record.site, change)
@@ -219,6 +233,10 @@ class Prediction:
                 change = self.feedback.to_layer(edge(record.site, target), path, spikes[-1])
                 if change is not None:
                     arriving[target] = arriving.get(target, 0) + change
+            for target in [r for r in p.records if r.site in self.structure.exact[record.site]]:
+                change = direct_effect(target.arrived, [record], [spikes[-1]])
+                change = change[0] if target.whole else torch.stack(change)
+                arriving[target.site] = arriving.get(target.site, 0) + change
         return moved, spikes
 
     def _recurrence(self, record: Record) -> Recurrence | StepRecurrence:
@@ -227,10 +245,10 @@ class Prediction:
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
         recurrent = getattr(record.neuron, "recurrent", None)
-        if recurrent is not None and not record.neuron.learns_recurrence:
+        if recurrent is not None and (self.structure.products or not record.neuron.learns_recurrence):
             path = Full(*[tuple(record.spikes.shape[2:])] * 2)
-            weight = recurrent.weight.detach().T
-        gives = record.slope_of_membrane, record.spikes.detach(), record.membrane
+            weight = recurrent.weight.detach().T.to(record.x.dtype)
+        gives = record.response_of_membrane, record.spikes.detach(), record.membrane
         return Recurrence(record.neuron, *gives, path, weight, record.fused_credit)
 
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, rich: bool) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ class StepRecurrence:
     def credit(self, a: Tensor, totals: bool = True, later: None = None, twice: bool = False) -> tuple[Tensor, Tensor]:
         """As `Recurrence.credit`, always with totals, from the last step of the sequence on; twice: differentiable in
         a."""
-        trace, slope = self.record.trace, self.record.slope
+        trace, slope = self.record.trace, self.record.response
         if self.record.whole:
             (current,) = gradients([(trace.x[0], a * slope)], trace.inputs, twice)
             return a, torch.zeros_like(trace.inputs[0]) if current is None else current
@@ -134,11 +134,11 @@ class StepRecurrence:
             total.append(a[t] + arriving)
             known = [(x, g) for x, g in zip(trace.states[t], carried, strict=False) if g is not None]
             known.append((trace.x[t], total[-1] * slope[t]))
-            before = [trace.spikes[t - 1], *trace.states[t - 1]] if t else []
+            before = [trace.spikes[t - 1], trace.resets[t - 1], *trace.states[t - 1]] if t else []
             found = gradients(known, [trace.inputs[t], *before], twice)
             currents.append(torch.zeros_like(trace.inputs[t]) if found[0] is None else found[0])
-            arriving = torch.zeros_like(a[0]) if not t or found[1] is None else found[1]
-            carried = found[2:]
+            arriving = sum((g for g in found[1:3] if g is not None), torch.zeros_like(a[0]))
+            carried = found[3:]
         return torch.stack(total[::-1]), torch.stack(currents[::-1])
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32
 _ONE, _HALF, _BIT = _f(1), _f(0.5), _f(2.0**-23)
+_LN2 = _f(0.6931471805)
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 _FARTHEST = _f(80)  # exp of no more than this, which float32 can hold
 _LEAST_SLOPE, _LEAST_CREDIT = _f(1e-25), _f(1e-30)  # less is zero: numbers below 1e-38 take a hundred times as long
@@ -315,13 +316,60 @@ def _flush(values, least):
         values[n] *= _f(abs(values[n]) >= least)  # a choice between two would be made one by one
 
 
+@_compiled(inline="always")
+def _quick_exp(x):
+    """exp of -80 <= x <= 80 to five digits, in two thirds of the time of `_exp`."""
+    n = np.floor(x * _LOG2E + _HALF)
+    r = x - n * _LN2
+    y = (((_f(8.3334519e-3) * r + _f(4.1665796e-2)) * r + _f(1.6666667e-1)) * r + _HALF) * r * r + r + _ONE
+    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_compiled(inline="always")
+def _beyond(r, d):
+    return _quick_exp(min(max(r - d, -_FARTHEST), _FARTHEST))
+
+
 @_compiled()
-def _slope(law, x, scale, valid, out):
-    """p' per unit of membrane of one row at one time step; 0 on padding."""
+def _secants(law, x, over, out):
+    """Mean of the secants of F over distances `over`, of the logistic law sinh d / (2 d (cosh x + cosh d)) each: four
+    at a time, which stay in registers."""
+    count = len(over)
+    out[:] = 0
+    if law != LOGISTIC:
+        for d in over:
+            for n in range(len(x)):
+                out[n] += (_gaussian(x[n] + d) - _gaussian(x[n] - d)) * _HALF / (d * _f(count))
+        return
+    distance, small = np.ones(count + 3, np.float32), np.ones(count + 3, np.float32)  # filled up to fours
+    high, low = np.zeros(count + 3, np.float32), np.ones(count + 3, np.float32)
+    for k in range(count):
+        distance[k], small[k] = over[k], _exp(-min(over[k], _FARTHEST))
+        high[k] = (_ONE - small[k] * small[k]) * _HALF / (over[k] * _f(count))
+        low[k] = _ONE + small[k] * small[k]
+    for k in range(0, count, 4):
+        d0, d1, d2, d3 = distance[k], distance[k + 1], distance[k + 2], distance[k + 3]
+        s0, s1, s2, s3 = small[k], small[k + 1], small[k + 2], small[k + 3]
+        h0, h1, h2, h3 = high[k], high[k + 1], high[k + 2], high[k + 3]
+        l0, l1, l2, l3 = low[k], low[k + 1], low[k + 2], low[k + 3]
+        for n in range(len(x)):
+            r = abs(x[n])
+            near = _quick_exp(-min(r, _FARTHEST))
+            out[n] += (
+                h0 / (l0 + _beyond(r, d0) + near * s0) + h1 / (l1 + _beyond(r, d1) + near * s1)
+                + h2 / (l2 + _beyond(r, d2) + near * s2) + h3 / (l3 + _beyond(r, d3) + near * s3)
+            )  # fmt: skip
+
+
+@_compiled()
+def _slope(law, x, over, scale, valid, out):
+    """p' per unit of membrane of one row at one time step, or secants in its place; 0 on padding."""
     if not valid:
         out[:] = 0
         return
-    if law == LOGISTIC:
+    if len(over):
+        _secants(law, x, over, out)
+    elif law == LOGISTIC:
         for n in range(len(x)):
             p = _sigmoid(x[n])
             out[n] = p * (_ONE - p)
@@ -334,16 +382,16 @@ def _slope(law, x, scale, valid, out):
 
 
 @_compiled(parallel=True)
-def slopes(law, x, scale, own, out):
-    """p' per unit of membrane [T, B, N] of standardised drives x; 0 on padding."""
+def slopes(law, x, over, scale, own, out):
+    """p' per unit of membrane [T, B, N] of drives x, or secants over distances `over`; 0 on padding."""
     steps, rows = x.shape[:2]
     for t in numba.prange(steps):
         for b in range(rows):
-            _slope(law, x[t, b], scale, t < own[b], out[t, b])
+            _slope(law, x[t, b], over, scale, t < own[b], out[t, b])
 
 
 @_compiled(parallel=True)
-def credit(a, x, law, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents, parts):
+def credit(a, x, law, over, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents, parts):
     """`Recurrence.credit`: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t, all [T, B, N],
     from g = later [B, N] on, which becomes the first step's. a: or [1, B, N], of every step; x: standardised drives, of
     which p' is made (see `slopes`); spikes: read for "zero" alone; columns: C^T in blocks of a line (see there), or [0]
@@ -367,8 +415,8 @@ def credit(a, x, law, scale, own, spikes, beta, threshold, columns, reset, later
             for b in range(first, end):
                 now = g[b - first, :neurons]
                 _credit(
-                    a[min(t, len(a) - 1), b], x[t, b], law, scale, t < own[b], spikes[t, b], beta, threshold, reset,
-                    recurrent[b - first, :neurons], now, total, slope,
+                    a[min(t, len(a) - 1), b], x[t, b], law, over, scale, t < own[b], spikes[t, b], beta, threshold,
+                    reset, recurrent[b - first, :neurons], now, total, slope,
                 )  # fmt: skip
                 currents[t, b] = now
                 if len(totals):
@@ -377,9 +425,9 @@ def credit(a, x, law, scale, own, spikes, beta, threshold, columns, reset, later
 
 
 @_compiled()
-def _credit(a, x, law, scale, valid, spikes, beta, threshold, reset, recurrent, g, total, slope):
+def _credit(a, x, law, over, scale, valid, spikes, beta, threshold, reset, recurrent, g, total, slope):
     """Of one row at one time step: total credit, and g, one step back. slope: room for p'."""
-    _slope(law, x, scale, valid, slope)
+    _slope(law, x, over, scale, valid, slope)
     if reset == SUBTRACT:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - threshold[n] * g[n]

@@ -58,7 +58,10 @@ def kernels(like: Tensor) -> ModuleType | None:
 
     from ulr_snn.scan import cpu
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # numba's threads, when they start, set OpenMP's number to that of all cores
+        torch.set_num_threads(threads)
     return cpu
 
 
@@ -136,13 +139,15 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
         )
 
 
-def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """p' per unit of membrane [T, B, ...] of standardised drives; None where the reference has to do it."""
+def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Tensor | None = None) -> Tensor | None:
+    """p' per unit of membrane [T, B, ...] of standardised drives, or the secants over these distances [K]; None where
+    the reference has to do it."""
     cpu = kernels(x)
     if cpu is None:
         return None
     out, (steps, rows) = empty(*x.shape), x.shape[:2]
-    cpu.slopes(LAWS[law], _array(x), _per_neuron(scale, x.shape[2:]), _own(lengths, steps, rows), _array(out))
+    of_neurons = _distances(over), _per_neuron(scale, x.shape[2:])
+    cpu.slopes(LAWS[law], _array(x), *of_neurons, _own(lengths, steps, rows), _array(out))
     return out
 
 
@@ -160,11 +165,15 @@ def credit(
     totals: bool,
     overwrite: bool = False,
     weight: Tensor | None = None,
+    over: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor] | None:
     """`credit.recurrence.Recurrence.credit` of standardised drives x; None where the reference has to do it. later: g
     [B, ...] of the step after the last; becomes that of the first. totals: whether they are asked for; overwrite: a is
-    not needed any more; weight: C [N, N] of the recurrent current."""
+    not needed any more; weight: C [N, N] of the recurrent current; over: distances [K] of the secants in place of p'.
+    """
     gpu = _gpu(a)
+    if gpu is not None and over is not None:
+        return None
     if gpu is not None:
         given = a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals
         return gpu.credit(*given) if weight is None else None
@@ -177,8 +186,9 @@ def credit(
     columns = torch.empty(0, dtype=torch.float32) if weight is None else in_columns(weight, cpu.LINE)
     each = a if a.stride(0) else a[:1]  # the same at every step
     cpu.credit(
-        _array(each), _array(x), LAWS[law], scale, _own(lengths, *a.shape[:2]), _array(spikes), beta, threshold,
-        columns.numpy(), RESETS.index(reset), _rows(later), _array(total), _array(currents), threads(a.shape[1]),
+        _array(each), _array(x), LAWS[law], _distances(over), scale, _own(lengths, *a.shape[:2]), _array(spikes),
+        beta, threshold, columns.numpy(), RESETS.index(reset), _rows(later), _array(total), _array(currents),
+        threads(a.shape[1]),
     )  # fmt: skip
     return total if totals else None, currents
 
@@ -253,6 +263,11 @@ def _per_neuron(value: Tensor, features: torch.Size) -> Any:
     while value.ndim > len(features) and value.shape[0] == 1:
         value = value[0]
     return value.detach().to(torch.float32).expand(features).reshape(-1).contiguous().numpy()
+
+
+def _distances(over: Tensor | None) -> Any:
+    """[K] float32; [0] for none."""
+    return torch.empty(0).numpy() if over is None else over.to(torch.float32).numpy()
 
 
 def _own(lengths: Tensor | None, steps: int, rows: int) -> Any:
