@@ -243,3 +243,32 @@ def test_the_peers_nets_have_the_same_shapes_and_gradients(name, library):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_is_measured_in_a_fresh_process():
     assert abs(memory.fresh("recurrent", "ulr replay", 20)) < 200  # MB
+
+
+def test_the_zoo_trains_both_ways_and_sums_up(tmp_path):
+    pytest.importorskip("spikingjelly")
+    pytest.importorskip("snntorch")
+    pytest.importorskip("norse")
+    command = [sys.executable, "-m", "benchmarks.zoo", "--networks", "sj_seq_plain", "--steps", "3", "--seeds", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "runs.csv")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert [row["method"] for row in rows] == ["ulr", "bptt:1e-3", "bptt:3e-3", "bptt:1e-2"]
+    assert all(float(row["accuracy"]) >= 0 and float(row["ms"]) > 0 and not row["note"] for row in rows)
+    assert "| sj_seq_plain* | 1 |" in done.stdout and "1 networks" in done.stdout
+    assert (tmp_path / "zoo.png").stat().st_size > 1000
+
+
+def test_a_limit_on_threads_is_kept():
+    code = """
+import torch
+torch.set_num_threads(1)
+import ulr_snn
+model = torch.nn.Sequential(torch.nn.Linear(64, 96), ulr_snn.LIF(), torch.nn.Linear(96, 10))
+batch = (torch.rand(12, 64, 64) < 0.3).float(), torch.randint(0, 10, (64,))
+ulr_snn.train(model, [batch], 1, device="cpu", progress=False)
+ulr_snn.evaluate(model, [batch])
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,215 @@
+"""Networks that nobody of this project wrote: untuned `ULR()` against surrogate-gradient BPTT at three learning rates.
+
+    python -m benchmarks.zoo                       # all networks, methods and seeds; stop and start it at will
+    python -m benchmarks.zoo --networks sj_csnn --methods ulr
+    python -m benchmarks.zoo --table               # prints the table and draws the picture of what there is
+
+A row a run in results/zoo_runs.csv: accuracy on the test part after 150 steps of 32 samples, processor time of a step
+(median, one thread) and forward passes a sample. Of "mse" the accuracy is minus the loss.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from torch import Tensor
+
+from benchmarks.zoo_networks import ZOO, Network
+from ulr_snn import ULR, evaluate, train
+from ulr_snn.peers import METHODS
+from ulr_snn.runs import versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RATES = ("1e-3", "3e-3", "1e-2")
+COLUMNS = ("network", "method", "seed", "steps", "accuracy", "ms", "passes", "note", "machine", "torch", "date")
+
+
+class Batches:
+    """Shuffled batches [T, B, ...] of one part; notes the processor time between one and the next."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int, seed: int | None) -> None:
+        self.x, self.y, self.size, self.seed, self.epoch = x, y, size, seed, 0
+        self.spent: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.y) // self.size if self.seed is not None else -(-len(self.y) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self.y))
+        if self.seed is not None:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(1000 * self.seed + self.epoch))
+        self.epoch += 1
+        for i in range(len(self)):
+            now = order[i * self.size : (i + 1) * self.size]
+            started = time.process_time()
+            yield self.x[now].transpose(0, 1).contiguous(), self.y[now]
+            self.spent.append(time.process_time() - started)
+
+
+def trained(network: Network, method: str, seed: int, steps: int, root: str, batch: int = 32) -> dict[str, object]:
+    """The measured columns of one run."""
+    (x, y), (test_x, test_y) = network.data(root)
+    torch.manual_seed(seed)
+    model, batches = network.make(), Batches(x, y, batch, seed)
+    name, _, rate = method.partition(":")
+    estimator = ULR() if name == "ulr" else METHODS["surrogate"]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = train(
+            model,
+            batches,
+            epochs=-(-steps // len(batches)),
+            max_steps=steps,
+            estimator=estimator,
+            lr=float(rate) if rate else None,
+            seed=seed,
+            loss=network.loss,
+            progress=False,
+        )
+        found = evaluate(model, Batches(test_x, test_y, batch, None), loss=network.loss)
+    accuracy = -found["loss"] if network.loss == "mse" else 100 * found["accuracy"]
+    passes = result.metrics["forward_passes"] / (steps * batch)
+    return {"accuracy": round(accuracy, 3), "ms": round(1e3 * median(batches.spent), 2), "passes": round(passes, 3)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.out)
+    done = {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+    for seed in range(arguments.first_seed, arguments.seeds):
+        for name in arguments.networks or ZOO:
+            for method in arguments.methods:
+                if (name, method, str(seed)) in done:
+                    continue
+                try:
+                    found, note = trained(ZOO[name], method, seed, arguments.steps, arguments.root), ""
+                except (ValueError, RuntimeError, ArithmeticError) as error:
+                    found, note = {}, f"{type(error).__name__}: {str(error)[:200]}"
+                about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
+                row = {"network": name, "method": method, "seed": seed, "steps": arguments.steps, "note": note}
+                append(path, row | found | about)
+                print(name, method, seed, *found.values(), note, flush=True)
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {os.cpu_count()} cores, one thread"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, object]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+# -- the table ---------------------------------------------------------------------------------------------
+
+
+def summary(found: list[dict[str, str]]) -> list[dict[str, object]]:
+    """Of each network with runs of both: means over the seeds that both have, and the best rate of BPTT by them."""
+    table = []
+    for name, network in ZOO.items():
+        by_method = {
+            method: {r["seed"]: r for r in found if (r["network"], r["method"]) == (name, method) and r["accuracy"]}
+            for method in ("ulr", *(f"bptt:{rate}" for rate in RATES))
+        }
+        seeds = sorted(set.intersection(*(set(runs) for runs in by_method.values())))
+        if not seeds:
+            continue
+
+        def average(method: str, column: str, by_method=by_method, seeds=seeds) -> float:
+            return mean(float(by_method[method][seed][column]) for seed in seeds)
+
+        best = max((m for m in by_method if m != "ulr"), key=lambda m: average(m, "accuracy"))
+        table.append(
+            {
+                "network": name,
+                "seeds": len(seeds),
+                "tuned": network.tuned,
+                "ulr": average("ulr", "accuracy"),
+                "bptt": average(best, "accuracy"),
+                "rate": best.partition(":")[2],
+                "difference": average("ulr", "accuracy") - average(best, "accuracy"),
+                "time": average("ulr", "ms") / mean(average(m, "ms") for m in by_method if m != "ulr"),
+                "passes": average("ulr", "passes"),
+            }
+        )
+    return table
+
+
+def show(path: Path) -> None:
+    table = summary(rows(path))
+    print("| network | seeds | ULR() | best BPTT (rate) | difference | time | passes |\n|---|---|---|---|---|---|---|")
+    for r in table:
+        tuned = "*" if r["tuned"] else ""
+        print(
+            f"| {r['network']}{tuned} | {r['seeds']} | {r['ulr']:.1f} | {r['bptt']:.1f} ({r['rate']}) "
+            f"| {r['difference']:+.1f} | {r['time']:.2f} | {r['passes']:.2f} |"
+        )
+    if table:
+        differences = [r["difference"] for r in table]
+        print(
+            f"\n{len(table)} networks: mean difference {mean(differences):+.2f}, ahead or level "
+            f"{sum(d >= 0 for d in differences)}, more than 3 behind {sum(d < -3 for d in differences)}; "
+            f"median time {median(r['time'] for r in table):.2f}; * looked at while defaults were tuned"
+        )
+        draw(table, path.with_name("zoo.png"))
+
+
+def draw(table: list[dict[str, object]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    ordered = sorted(table, key=lambda r: r["difference"])
+    names = [r["network"] + ("*" if r["tuned"] else "") for r in ordered]
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(9, 0.2 * len(table) + 1.2), layout="constrained")
+    for axis, values, line, label in (
+        (left, [r["difference"] for r in ordered], 0, "accuracy of ULR() less that of the best BPTT, points"),
+        (right, [r["time"] for r in ordered], 1, "processor time of a step, over BPTT's"),
+    ):
+        axis.barh(names, values, color=["tab:blue" if (v >= line) == (axis is left) else "tab:red" for v in values])
+        axis.axvline(line, color="black", linewidth=0.8)
+        axis.set_xlabel(label)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.margins(y=0.01)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=ZOO, metavar="NAME")
+    parser.add_argument("--methods", nargs="*", default=["ulr", *(f"bptt:{rate}" for rate in RATES)])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
+    parser.add_argument("--out", default=RESULTS / "zoo_runs.csv")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.table:
+        run(arguments)
+    show(Path(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
