@@ -14,7 +14,7 @@ parameter's learning rate is
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
 
 Behind few neurons, or such as hardly fire, H is small, and a readout needs large weights to say anything. This is for
-readouts that are linear, but for an offset of all outputs. Others, such as a long short-term memory, have the rate lr:
+readouts that are linear, but for an offset of all outputs. Others, such as a long short-term memory, have at most lr:
 larger steps destroy what they have learned.
 
 Where τ > READOUT and layers begin at rest, such a readout learns more slowly than they do. In their silence gradients
@@ -78,7 +78,7 @@ class StepSizes:
         """Of the learning rate, for a parameter whose gradient comes from these sites or "outputs"."""
         if sources == ["outputs"]:
             if not self.linear:
-                return 1.0
+                return min(1.0, READOUT / (self.summed or 1.0))
             moved = self.reach.get("outputs", {}).get(parameter)
             return max(READOUT / (self.summed or 1.0), min(OUTPUTS / moved, MOST_READOUT) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
