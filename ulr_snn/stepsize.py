@@ -63,12 +63,13 @@ class StepSizes:
         for r in p.records:
             if r.x.requires_grad:
                 unit = r.scale / r.neuron.threshold.detach() * (1 if r.mask is None else r.mask)
-                self.reach[r.site] = reach(r.x * unit.to(r.x.dtype) / r.x.numel(), parameters)
+                self.reach[r.site] = reach(derivatives(r.x * unit.to(r.x.dtype) / r.x.numel(), parameters))
         if whole and p.outputs.requires_grad and self.summed is not None:
             signs = 1.0 - 2.0 * (torch.arange(p.outputs.shape[-1], device=p.outputs.device) % 2)
             values = p.outputs * (signs - signs.mean()) * (self.summed / p.outputs.numel())  # no offset of all counts
-            self.linear = linear(values, parameters)
-            self.reach["outputs"] = reach(values, parameters) if self.linear else {}
+            found = derivatives(values, parameters)
+            self.linear = bool(found) and linear(values, parameters, found)
+            self.reach["outputs"] = reach(found) if self.linear else {}
 
     def due(self, step: int) -> bool:
         """Whether this is a step to measure at."""
@@ -112,20 +113,21 @@ def times_summed(judgement: Judgement) -> float:
     return max(found)
 
 
-def linear(values: Tensor, parameters: dict[str, nn.Parameter]) -> bool:
+def linear(values: Tensor, parameters: dict[str, nn.Parameter], found: dict[str, Tensor]) -> bool:
     """Whether values are linear in the parameters that they depend on, as behind a single linear readout: the sum of
     parameters times derivatives is the sum of the values, as far as a few percent of both tell."""
-    whole = list(parameters.values())
-    if not whole:
-        return False
-    found = torch.autograd.grad(values.sum(), whole, retain_graph=True, allow_unused=True)
-    total = sum(float((q.detach() * g).sum()) for q, g in zip(whole, found, strict=True) if g is not None)
+    total = sum(float((parameters[name].detach() * g).sum()) for name, g in found.items())
     return abs(total - float(values.detach().sum())) <= LINEAR * float(values.detach().abs().sum())
 
 
-def reach(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+def reach(found: dict[str, Tensor]) -> dict[str, float]:
     """By how much each parameter's entries, all moved by 1 in the right direction, move the sum of the values."""
+    return {name: float(g.abs().sum()) for name, g in found.items()}
+
+
+def derivatives(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of the sum of the values, in each parameter that they depend on."""
     if not parameters:
         return {}
-    moved = torch.autograd.grad(values.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
-    return {name: float(q.abs().sum()) for name, q in zip(parameters, moved, strict=True) if q is not None}
+    found = torch.autograd.grad(values.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}

@@ -97,7 +97,7 @@ class Structure:
         quiet = read_by_nobody(nowhere) if nowhere else set()
         exact, feeds, recurrent, from_outputs = {}, {}, {}, []
         if credit != "global":
-            exact, feeds, recurrent, from_outputs = routes(p, reached, direct, maps != "learned")
+            exact, feeds, recurrent, from_outputs = routes(p, reached, set(nowhere), maps != "learned")
             from_outputs = [site for site in from_outputs if site not in quiet]
         fed = {target for paths in feeds.values() for target in paths}
         driven = driven_by_events() if fed else None
@@ -150,12 +150,13 @@ def reads_out(p: Pass, model: nn.Module) -> bool:
 
 
 def routes(
-    p: Pass, reached: dict[str, set[int]], direct: set[str], products: bool
+    p: Pass, reached: dict[str, set[int]], nowhere: set[str], products: bool
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]:
     """exact, feeds, recurrent, from_outputs of `Structure`.
 
-    reached: ids of the leaves that a site's drive depends on. products: whether maps are taken as exact
-    vector-Jacobian products where there are some, and recurrent weights as they are."""
+    reached: ids of the leaves that a site's drive depends on. nowhere: sites from which no differentiable path leads to
+    the outputs or to another layer. products: whether maps are taken as exact vector-Jacobian products where there are
+    some, and recurrent weights as they are."""
     exact: dict[str, list[str]] = {}
     feeds: dict[str, dict[str, Path]] = {}
     recurrent: dict[str, Path] = {}
@@ -171,14 +172,13 @@ def routes(
         in_step = [] if mixed else [target for target in others if feeds_in_step(r, target)]
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
-        leads_nowhere = r.site not in direct and not targets  # as far as differentiable paths tell
         learns = r.fed_back is not None and r.neuron.learns_recurrence and not products
         if learns:
             path = Full(tuple(r.spikes.shape[2:]), tuple(r.fed_back.shape[2:]))
             if math.prod(path.size) <= ENTRIES:
                 recurrent[r.site] = path
         too_wide = len(feeds[r.site]) < len(others) or (learns and r.site not in recurrent)
-        if too_wide or leads_nowhere or mixed:
+        if too_wide or r.site in nowhere or mixed:
             from_outputs.append(r.site)
     return exact, feeds, recurrent, from_outputs
 
