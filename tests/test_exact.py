@@ -110,12 +110,13 @@ def through(model: nn.Module, p: Pass) -> Tensor:
 @pytest.mark.parametrize(
     ("size", "stride", "padding", "ceil"), [(2, 2, 0, False), (3, 2, 1, False), (3, 1, 1, True), (2, 2, 0, True)]
 )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["torch", "kernels"])
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_max_pooling_of_spikes_is_an_or(axes, size, stride, padding, ceil):
+def test_max_pooling_of_spikes_is_an_or(axes, dtype, size, stride, padding, ceil):
     """Its derivative in a spike is the difference that this spike makes, the others as they are."""
     torch.manual_seed(0)
     pool = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}[axes]
-    x = (torch.rand(2, 1, *[5] * axes) < 0.3).double().requires_grad_()
+    x = (torch.rand(2, 1, *[5] * axes) < 0.3).to(dtype).requires_grad_()
     with SpikePooling():
         y = pool(x, size, stride, padding, ceil_mode=ceil)
     torch.testing.assert_close(y, pool(x.detach(), size, stride, padding, ceil_mode=ceil), rtol=0, atol=0)

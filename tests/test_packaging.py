@@ -78,7 +78,7 @@ def in_layer(layer: str) -> list[str]:
 
 def test_every_module_imports_without_the_optional_libraries():
     theirs = {f"ulr_snn.adapters.{library}" for library in LIBRARIES} | {
-        f"ulr_snn.scan.{kind}" for kind in ("cpu", "gpu", "triton")
+        f"ulr_snn.scan.{kind}" for kind in ("cpu", "windows", "gpu", "triton")
     }
     names = [name for name in SOURCES if not name.endswith("__main__") and name not in theirs]
     code = f"""

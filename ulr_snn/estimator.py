@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ulr_snn.copies import AdaptiveCopies, CopyBudget
 from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.global_ import baseline, moving, multi_sample_signals, multi_sample_weights, to_go
+from ulr_snn.credit.linked import Linked
 from ulr_snn.credit.prediction import Credit, Prediction
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.credit.shrinkage import Shrinkage
@@ -32,7 +33,7 @@ from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.flow import FLOWS, check_flow, frozen, with_flow
 from ulr_snn.losses import LossSpec, Objective, resolve
 from ulr_snn.neurons import own_spread
-from ulr_snn.noise import CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
+from ulr_snn.noise import WIDENING, CurrentNoise, Firing, Logistic, NoiseLevel, OutputNoise, WeightNoise
 from ulr_snn.passes import Forward, Pass, as_frames, runs_by_step
 from ulr_snn.piecewise import InParts
 from ulr_snn.scan.memory import Pool
@@ -378,6 +379,8 @@ class Attachment:
                 forward.extra_passes += 1
         copies = self._copies(self.structure.credit)
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
+        forward.links = Linked() if self._links() else None
+        forward.pools = self.structure.pools or forward.links is None
         if self.in_turn:
             return self._backward_in_turn(forward, copies, passes, x, targets, lengths, objective)
         groups: list[Group] = [Group(None, passes)]
@@ -395,6 +398,12 @@ class Attachment:
         self.step += 1
         self.forward_passes += (sum(len(p.copies) for p in passes) + forward.extra_passes) * x.shape[1]
         return self._finish(passes, copies, lambda: self._add_gradients(passes, groups))
+
+    def _links(self) -> bool:
+        """Whether credit of this step's passes goes through all layers at once (see credit/linked.py). What looks at
+        membranes, or at one layer alone, needs records of it."""
+        measured = self.step_sizes is not None and self.step_sizes.due(self.step)
+        return self.structure.all_exact and not (measured or self._widens or self.estimator.multi_sample)
 
     def observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
         """Learns from the first pass what the loss and the layers are."""
@@ -415,10 +424,15 @@ class Attachment:
             return
         if self.step_sizes is not None:
             self.step_sizes.measure(self.model, p, self.step, whole)
-        if self.began_at_rest and not self.structure.has_readout:
+        if self._widens:
             for r in p.records:
                 if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+
+    @property
+    def _widens(self) -> bool:
+        """Whether the noise of layers that began at rest may still follow their membranes."""
+        return self.began_at_rest and not self.structure.has_readout and self.level.progress <= WIDENING
 
     @property
     def began_at_rest(self) -> bool:
@@ -491,7 +505,7 @@ class Attachment:
         if structure.credit == "global" and self.budget is None and not self.estimator.layerwise:
             self._add_by_pass(passes, passes)
             return
-        if structure.credit == "feedback":
+        if structure.credit == "feedback" and not structure.all_exact:
             self.prediction.learn_layers(passes, self.step - 1)
         predicted, scored = [], []  # pairs of tensors in the graph, and the gradients that enter there
         for group in groups:
@@ -588,9 +602,9 @@ class Attachment:
         shares = multi_sample_weights(losses) if self.estimator.multi_sample else torch.ones_like(losses)
         for p, predicted in zip(passes, predictions, strict=True):
             weight = shares[p.copies].flatten() / losses.numel()  # [rows]
-            sites = [
+            sites = [  # of a linked pass the ends alone, from which credit goes on by itself
                 (record, credit)
-                for record, credit in zip(p.records, predicted, strict=True)
+                for record, credit in zip(p.records, predicted, strict=not p.linked)
                 if group.site in (None, record.site) and record.site not in structure.quiet
             ]
             signal = None  # of the score, [rows] or, by time step, [rows, T]
@@ -640,7 +654,7 @@ class Attachment:
         """Of each record, from its own copy: direct credit plus learned feedback."""
         if self.structure.credit == "global":
             return [[Credit(None, None)] * len(p.records) for p in passes]
-        return [self.prediction.credit(p) for p in passes]
+        return [[] if p.linked else self.prediction.credit(p) for p in passes]
 
     def advise_step_sizes(self) -> None:
         """From now on, measures what `rate_factors` needs."""

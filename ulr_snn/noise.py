@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.scan.state import Draw
-from ulr_snn.secant import between, farthest
+from ulr_snn.secant import between
 
 LEVELS = (0.07, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
@@ -206,7 +206,7 @@ class NoiseLevel:
         each pass of a step."""
         found: dict[str, Tensor] = {}
         for r in [r for records in passes for r in records if r.site not in self.currents]:
-            here = farthest(r.x if r.mask is None else r.x * r.mask) * r.scale.detach().mean()
+            here = r.farthest
             found[r.site] = torch.maximum(found.get(r.site, here), here)
         self.take(found)
 

@@ -140,6 +140,7 @@ class PartSite:
         if self.records is not None:
             record = record_of(self.name, neuron, current, scale, fired, self.level, before)
             self.records.append(replace(record, current=None, fed_back=None))
+            record.spikes.requires_grad_()
         return fired[0]
 
 

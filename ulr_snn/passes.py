@@ -21,7 +21,7 @@ from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.pooling import SpikePooling
-from ulr_snn.records import Record
+from ulr_snn.records import Links, Record
 from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, site_index, spiking_layers
 from ulr_snn.stateless import run
 from ulr_snn.weights import WeightSites
@@ -33,9 +33,13 @@ class Pass:
 
     copies: list[int]
     outputs: Tensor  # [T, copies * B, ...] or [copies * B, ...], graph cut at every spike
-    records: list[Record]
+    records: list[Record]  # of layers of other libraries in a linked pass `Seen` alone
     activity: dict[str, Tensor]  # what the objective needs of it, [copies * B], graph cut at every spike
     judgement: Judgement
+    pools: bool = True  # whether there is max pooling in it, as far as was looked for
+    linked: bool = (
+        False  # whether the graph is not cut at spikes, and a gradient that arrives at one becomes its credit
+    )
 
     @property
     def loss(self) -> Tensor:
@@ -111,6 +115,8 @@ class Forward:
         self.model, self.level, self.seed, self.step, self.antithetic = model, level, seed, step, antithetic
         self.by_step, self.layers = by_step, spiking_layers(model) if layers is None else layers
         self.weights, self.judging, self.points = weights, judging or Judging(), points
+        self.links: Links | None = None  # of passes whose graph is not cut at spikes
+        self.pools = True  # whether max pooling is looked for, which makes all of torch's functions slower
         self.varied: str | None = None  # the only site at which copies differ, if there is but one
         self.extra_passes = 0  # so far, of a batch each: to set levels of noise, and to see what depends on what
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
@@ -136,7 +142,7 @@ class Forward:
         noise = self.noise(batch, copies, x.device)
 
         def outputs_of() -> tuple[Tensor, list[Record]]:
-            with bind(self.model, self.level, noise, row_lengths, len(x), self.layers) as records:
+            with bind(self.model, self.level, noise, row_lengths, len(x), self.layers, self.links) as records:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
             return outputs, records
 
@@ -148,11 +154,13 @@ class Forward:
             if self.weights is None
             else self.weights.disturbed(self.model, self.step, *copies, len(x), batch)
         )
-        with self._traceless(), disturbed, counted as activity, SpikePooling():
+        pooling = SpikePooling() if self.pools else None
+        with self._traceless(), disturbed, counted as activity, pooling or nullcontext():
             outputs, records = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
         judgement = self.judge(outputs, activity, targets, lengths, objective, copies)
-        return Pass(copies, outputs, records, activity, judgement)
+        pools = pooling is not None and pooling.used
+        return Pass(copies, outputs, records, activity, judgement, pools, self.links is not None)
 
     def judge(
         self,

@@ -15,18 +15,28 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ulr_snn.scan import fused
+
 AXES = {functional.max_pool1d: 1, functional.max_pool2d: 2, functional.max_pool3d: 3}
 LOOK = 1 << 10  # numbers that tell at once, in most cases, that they are no spikes
 
 
 class SpikePooling(TorchFunctionMode):
-    """While it is entered, max pooling of tensors of zeros and ones has the derivative of an OR."""
+    """While it is entered, max pooling of tensors of zeros and ones has the derivative of an OR.
+
+    used: whether there has been any max pooling.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in AXES:
+            self.used = True
             found = or_pooled(AXES[func], *args, **kwargs)
             if found is not None:
                 return found
@@ -49,13 +59,12 @@ def or_pooled(
         for value in (kernel_size, kernel_size if stride is None else stride, padding, dilation)
     )
     wanted = x.requires_grad and torch.is_grad_enabled() and not return_indices
-    if not wanted or any(d != 1 for d in spread) or not binary(x.detach()):
+    if not wanted or any(d != 1 for d in spread):
         return None
-
     if axes == 1:  # a row of a picture: torch has no averages of one axis that are not divided
-        rows = _Or.apply(x.unsqueeze(-2), Windows(2, (1, *size), (1, *step), (0, *margin), ceil_mode))
-        return rows.squeeze(-2)
-    return _Or.apply(x, Windows(axes, size, step, margin, ceil_mode))
+        rows = found_in(x.unsqueeze(-2), Windows(2, (1, *size), (1, *step), (0, *margin), ceil_mode))
+        return None if rows is None else rows.squeeze(-2)
+    return found_in(x, Windows(axes, size, step, margin, ceil_mode))
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,30 @@ class Windows:
     def _given(self) -> tuple[Any, ...]:
         return self.size, self.step, self.margin, self.ceil_mode, True, 1
 
+    def spikes(self, x: Tensor) -> Tensor | None:
+        """How many spikes each window has; None if not all numbers of x are 0 or 1."""
+        few = x.flatten()[:LOOK] if x.is_contiguous() else x[:1]
+        if not binary(few):
+            return None
+        done = None
+        if self.axes == 2:
+            shape = self.total(x.new_empty(x.shape, device="meta")).shape
+            done = fused.window_sums(x, (self.size, self.step, self.margin), tuple(shape[-2:]))
+        if done is None:
+            return self.total(x) if binary(x) else None
+        return done[0] if done[1] else None
+
+    def credit(self, x: Tensor, total: Tensor, g: Tensor) -> Tensor:
+        """Gradient of spikes x from that of the OR over windows with so many in each."""
+        differentiable = torch.is_grad_enabled()  # which kernels are not
+        if self.axes == 2 and not differentiable:
+            done = fused.window_credit(x, total, g, (self.size, self.step, self.margin))
+            if done is not None:
+                return done
+        silent = _Spread.apply(g * (total == 0), x, self)
+        alone = _Spread.apply(g * (total == 1), x, self)
+        return torch.addcmul(silent, x, alone)
+
     def total(self, x: Tensor) -> Tensor:
         """Sum over each window."""
         return (functional.avg_pool2d if self.axes == 2 else functional.avg_pool3d)(x, *self._given)
@@ -84,24 +117,25 @@ class Windows:
 
 def binary(x: Tensor) -> bool:
     """Whether all numbers are 0 or 1."""
-    few = x.flatten()[:LOOK] if x.is_contiguous() else x[:1]
-    return bool((few * few == few).all()) and bool((x * x == x).all())
+    return bool((x * x == x).all())
+
+
+def found_in(x: Tensor, windows: Windows) -> Tensor | None:
+    """The OR over windows of spikes x; None of other numbers."""
+    total = windows.spikes(x.detach())
+    return None if total is None else _Or.apply(x, total, windows)
 
 
 class _Or(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, windows: Windows) -> Tensor:
-        fired = windows.total(x)
-        ctx.save_for_backward(x, fired)
+    def forward(ctx: Any, x: Tensor, total: Tensor, windows: Windows) -> Tensor:
+        ctx.save_for_backward(x, total)
         ctx.windows = windows
-        return fired.clamp(max=1)
+        return total.clamp(max=1)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        x, fired = ctx.saved_tensors
-        silent = _Spread.apply(g * (fired == 0), x, ctx.windows)
-        alone = _Spread.apply(g * (fired == 1), x, ctx.windows)
-        return torch.addcmul(silent, x, alone), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.windows.credit(*ctx.saved_tensors, g), None, None
 
 
 class _Spread(torch.autograd.Function):

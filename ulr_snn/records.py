@@ -3,15 +3,16 @@
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ulr_snn.noise import Firing, law_of
+from ulr_snn.neurons import step_mask
+from ulr_snn.noise import Drawer, Firing, law_of
 from ulr_snn.scan import fused
 from ulr_snn.scan.bits import unpack_bits
-from ulr_snn.secant import secant
+from ulr_snn.secant import farthest, secant
 
 
 @dataclass
@@ -27,6 +28,17 @@ class Trace:
     spikes: list[Tensor]
     resets: list[Tensor]
     states: list[list[Tensor]]
+
+
+def response_of(firing: Firing, x: Tensor, lengths: Tensor | None, over: Tensor | None) -> Tensor:
+    """What credit takes for ∂p/∂x of standardised drives [T, B, ...]: p', or secants of F over these distances [K];
+    zero on padding. lengths: steps of each row that are none, [B]."""
+    law = law_of(firing)
+    done = None if law is None else fused.slopes(x, law, torch.ones(()), lengths, over)
+    if done is not None:
+        return done
+    found = firing.slope(x) if over is None else secant(firing.probability, x, over)
+    return found if lengths is None else found * step_mask(lengths, found)
 
 
 @dataclass
@@ -47,6 +59,11 @@ class Record:
     entry: Tensor | None = None  # of its current in the graph, no numbers, where x depends on nothing else that learns
     over: Tensor | None = None  # standardised distances [K] of the secants that stand for p' in credit; None: p'
     arrived: list[Tensor] = field(default_factory=list)  # its current in the graph: all in one, or one a time step
+
+    @property
+    def farthest(self) -> Tensor:
+        """Largest distance of a membrane to the threshold, a number; padding left out."""
+        return farthest(self._on_own_steps(self.x)) * self.scale.detach().mean()
 
     @property
     def whole(self) -> bool:
@@ -78,11 +95,7 @@ class Record:
     @cached_property
     def response(self) -> Tensor:
         """What credit takes for ∂p/∂x: p', or secants of F."""
-        if self.over is None:
-            return self.slope
-        x, law = self.x.detach(), law_of(self.firing)
-        done = None if law is None else fused.slopes(x, law, torch.ones(()), self._lengths, self.over)
-        return self._on_own_steps(secant(self.firing.probability, x, self.over)) if done is None else done
+        return self.slope if self.over is None else response_of(self.firing, self.x.detach(), self._lengths, self.over)
 
     def response_of_membrane(self) -> Tensor:
         """`response` per unit of membrane, anew."""
@@ -109,6 +122,24 @@ class Record:
     def score(self) -> Tensor:
         """δ = ∂ log P(s) / ∂x."""
         return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a linked pass leaves at a site of another library's code. farthest: see `Record`."""
+
+    site: str
+    farthest: Tensor
+
+
+class Links(Protocol):
+    """What sites put between spikes and what they were drawn from, where the graph is to go through spikes."""
+
+    def spikes(self, record: Record) -> Tensor:
+        """Spikes [T, B, ...] of a record in the graph behind its current."""
+
+    def steps(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> Any:
+        """The same of a layer whose membranes come in time step by time step: see `credit.linked.StepLink`."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ulr_snn.currents import CurrentSite
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
-from ulr_snn.records import Record
+from ulr_snn.records import Links, Record
 from ulr_snn.steps import StepSite
 
 
@@ -27,6 +28,7 @@ class Site:
     noise: Noise | None
     records: list[Record]  # of all sites, in the order in which they ran
     lengths: Tensor | None = None
+    links: Links | None = None  # that keep spikes in the graph behind the current; else they are leaves of it
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -41,8 +43,9 @@ class Site:
         drawer = Drawer(self.noise, self.level.firing, index, len(current), scale.detach())
         with torch.no_grad():
             fired = neuron.fired(current, drawer)
-        self.records.append(record_of(name, neuron, current, scale, fired, self.level))
-        return self.records[-1].spikes
+        record = record_of(name, neuron, current, scale, fired, self.level)
+        self.records.append(record)
+        return record.spikes.requires_grad_() if self.links is None else self.links.spikes(record)
 
 
 def record_of(
@@ -54,12 +57,12 @@ def record_of(
     level: NoiseLevel,
     before: Tensor | None = None,
 ) -> Record:
-    """Of a layer that has fired (see `SpikingNeuron.fired`); its spikes become leaves of the graph. before: spikes of
-    the step before the first, if that is not the start."""
+    """Of a layer that has fired (see `SpikingNeuron.fired`). before: spikes of the step before the first, if that is
+    not the start."""
     spikes, x, fed_back = fired
     x, entry = neuron.x_at(current, spikes, x, fed_back, scale, before)
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-    about = (name, neuron, current.detach(), scale.detach(), x, spikes.requires_grad_(), [spikes], level.firing, mask)
+    about = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
     return Record(*about, fed_back, entry=entry, over=level.over(name, scale), arrived=[current])
 
 
@@ -195,11 +198,13 @@ def bind(
     lengths: Tensor | None = None,
     steps: int = 0,
     layers: Layers | None = None,
+    links: Links | None = None,
 ) -> Iterator[list[Record]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
     the list that their records go to; it stays empty as long as a layer is measured (see `StepSite`).
 
-    steps: of the events, for layers that run step by step. layers: those of the model, where they are known.
+    steps: of the events, for layers that run step by step. layers: those of the model, where they are known. links:
+    that keep spikes in the graph behind what they were drawn from; else they are leaves of it.
     """
     records: list[Any] = []
     layers = spiking_layers(model) if layers is None else layers
@@ -207,9 +212,9 @@ def bind(
     for index, (name, neuron) in enumerate(layers):
         own = None if name in level.quiet or never_fires(neuron) else noise
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
-            sites.append(Site(name, index, level, own, records, lengths))
+            sites.append(Site(name, index, level, own, records, lengths, links))
         else:
-            kind = CurrentSite if isinstance(neuron, BlackBox) else StepSite
+            kind = CurrentSite if isinstance(neuron, BlackBox) else partial(StepSite, links=links)
             sites.append(kind(name, index, level, own, records, neuron, steps, lengths))
     with bind_sites(model, sites, lengths, layers):
         yield records

@@ -43,7 +43,8 @@ class Rows:
         frames = frames.view(torch.uint8) if frames.dtype == torch.bool else frames
         cpu = fused.kernels(torch.empty(0, dtype=torch.float32))
         starts = torch.zeros(len(frames) + 1, dtype=torch.int64)
-        cpu.count(frames.numpy(), starts[1:].numpy())
+        counts, rows = starts[1:].numpy(), frames.numpy()
+        fused.shared(len(rows), lambda first, end: cpu.count(first, end, rows, counts))
         starts = starts.cumsum(0)
         if starts[-1] > most:
             return None
@@ -51,14 +52,16 @@ class Rows:
             torch.empty(int(starts[-1]), dtype=torch.int32),
             torch.empty(int(starts[-1]), dtype=torch.float32),
         )
-        cpu.collect(frames.numpy(), starts.numpy(), places.numpy(), values.numpy())
+        found = rows, starts.numpy(), places.numpy(), values.numpy()
+        fused.shared(len(rows), lambda first, end: cpu.collect(first, end, *found))
         return cls(starts, places, values, frames.shape[1])
 
     def product(self, g: Tensor) -> Tensor:
         """g^T x [outputs, inputs] of g [n, outputs] and these events x."""
         out = empty(g.shape[1], self.inputs)
-        flat = out.flatten().numpy()
-        fused.kernels(g).scatter(*self.arrays, g.detach().contiguous().numpy(), self.inputs, flat)
+        cpu, given = fused.kernels(g), (*self.arrays, g.detach().contiguous().numpy(), self.inputs)
+        flat, blocks = out.flatten().numpy(), -(-g.shape[1] // cpu.BLOCK)
+        fused.shared(blocks, lambda first, end: cpu.scatter(first, end, *given, flat))
         return out
 
     @property
@@ -88,8 +91,9 @@ def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
     together = min(max(CACHE // (4 * max(1, rows.inputs)), least), most)
     blocks = max(1, -(-len(weight) // together))
     width = max(1, -(-len(weight) // (cpu.LINE * blocks))) * cpu.LINE
-    columns, parts = fused.in_columns(weight, width), fused.threads(len(out))
-    cpu.gather(*rows.arrays, columns.numpy(), rows.inputs, start.contiguous().numpy(), out.numpy(), width, parts)
+    columns = fused.in_columns(weight, width).numpy()
+    given = *rows.arrays, columns, rows.inputs, start.contiguous().numpy(), out.numpy(), width
+    fused.shared(len(out), lambda first, end: cpu.gather(first, end, *given))
     return out
 
 
@@ -231,10 +235,10 @@ class _Convolution(torch.autograd.Function):
         if bias is not None:
             start[:outputs] = bias.detach()
         blank = start.repeat(high.grid * across.grid)
-        fused.kernels(out).spread(
-            *rows.arrays, patches.to.numpy(), patches.which.numpy(), patches.made(weight).flatten().numpy(),
-            blank.numpy(), patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy(), fused.threads(n),
-        )  # fmt: skip
+        cpu, places = fused.kernels(out), (patches.to.numpy(), patches.which.numpy())
+        given = *rows.arrays, *places, patches.made(weight).flatten().numpy(), blank.numpy()
+        about = patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy()
+        fused.shared(n, lambda first, end: cpu.spread(first, end, *given, *about))
         return out
 
     @staticmethod
@@ -243,12 +247,16 @@ class _Convolution(torch.autograd.Function):
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             g = g.contiguous()
-            sums = torch.zeros(fused.threads(len(g)), math.prod(patches.size), dtype=torch.float32)
-            fused.kernels(g).spread_weight(
-                *rows.arrays, patches.to.numpy(), patches.which.numpy(), sums.numpy(), patches.steps, patches.wide,
-                patches.high.grid * patches.across.grid, tuple(g.shape), g.detach().flatten().numpy(),
-            )  # fmt: skip
-            d_weight = patches.taken(sums.sum(0), g.shape[1])
+            cpu, given = fused.kernels(g), (*rows.arrays, patches.to.numpy(), patches.which.numpy())
+            about = patches.steps, patches.wide, patches.high.grid * patches.across.grid, tuple(g.shape)
+            flat, sums = g.detach().flatten().numpy(), []  # one of each thread
+
+            def work(first: int, end: int) -> None:
+                sums.append(torch.zeros(math.prod(patches.size), dtype=torch.float32))
+                cpu.spread_weight(first, end, *given, sums[-1].numpy(), *about, flat)
+
+            fused.shared(len(g), work)
+            d_weight = patches.taken(sum(sums), g.shape[1])
         if ctx.needs_input_grad[1]:
             d_bias = g.sum((0, 2, 3))
         return d_weight, d_bias, None, None

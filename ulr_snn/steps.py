@@ -11,7 +11,7 @@ from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
-from ulr_snn.records import Record, Trace
+from ulr_snn.records import Links, Record, Seen, Trace
 
 
 @dataclass
@@ -34,9 +34,12 @@ class StepSite:
     resetting: Tensor | None = None
     measured: bool = False
     calls: int = 0
+    links: Links | None = None  # that keep spikes in the graph behind their drive; else they are leaves of it
     trace: Trace = field(default_factory=lambda: Trace([], [], [], [], []))
     _draw: Drawer | None = None
+    _link: Any = None
     _scale: Tensor | None = None
+    _over: Tensor | None = None
 
     def begin(self, current: Tensor) -> None:
         if self.calls == 0 and self.noise is not None:
@@ -51,12 +54,15 @@ class StepSite:
                 f"{self.name} ran more than once in a time step, or over more steps than the {self.steps} of the "
                 "events; give each layer a neuron of its own, and a step of events to every step"
             )
-        if self.noise is not None and not self.measured:
+        if self.noise is not None and not self.measured and self._link is None:
             self.trace.inputs.append(current)
 
     def _start(self) -> None:
         self._scale = self.level.scale(self.name, self.neuron.threshold, None)
         self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps, self._scale)
+        self._over = self.level.over(self.name, self._scale)
+        if self.links is not None:
+            self._link = self.links.steps(self._draw, self._scale, self._over, self.lengths, self.neuron.whole)
 
     def fire(self, drive: Tensor) -> Tensor:
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
@@ -64,6 +70,9 @@ class StepSite:
             self.trace.x.append(drive.detach())
         if self.noise is None or self.measured:
             return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
+        if self._link is not None:
+            self.last, self.resetting = self._link.fired(t, drive)
+            return self.last
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
@@ -76,6 +85,8 @@ class StepSite:
         return self.last
 
     def end(self, states: list[Any]) -> None:
+        if self._link is not None:
+            return
         carried = [state for state in states if isinstance(state, Tensor) and state.grad_fn is not None]
         self.trace.states.append(carried if self.noise is not None else [])
 
@@ -102,14 +113,16 @@ class StepSite:
         spread = partial(own_spread, membranes, self._mask(membranes))
         self.level.scale(self.name, self.neuron.threshold, spread)
 
-    def record(self) -> Record:
+    def record(self) -> Record | Seen:
         """The record of the pass."""
+        if self._link is not None:
+            return self._link.seen(self.name)
         trace = self.trace
         x, spikes = self._joined(trace.x), self._joined(trace.spikes).detach()
         current = self._joined(trace.inputs).detach()
         firing, scale = self.level.firing, self._scale.detach()
         about = self.name, self.neuron, current, scale, x, spikes, trace.spikes, firing, self._mask(x)
-        return Record(*about, trace=trace, over=self.level.over(self.name, scale), arrived=trace.inputs)
+        return Record(*about, trace=trace, over=self._over, arrived=trace.inputs)
 
     def _joined(self, calls: list[Tensor]) -> Tensor:
         """[T, B, ...] of what belongs to each call."""

@@ -51,11 +51,19 @@ class Structure:
     products: bool = True  # whether maps are taken as products, and recurrent weights as they are
     recurs: set[str] = field(default_factory=set)  # sites with recurrent weights of ours
     quiet: set[str] = field(default_factory=set)  # sites whose spikes nobody reads, but for their own reset: no noise
+    pools: bool = True  # whether there is max pooling
+    current_noise: bool = False  # whether there are sites with noise on their input current
 
     @property
     def needs_pairs(self) -> bool:
         """Whether there is feedback that only pairs of copies can teach."""
         return bool(self.from_outputs or self.paired)
+
+    @property
+    def all_exact(self) -> bool:
+        """Whether credit "feedback" is made of products of known derivatives alone, in all layers."""
+        learned = any(self.feeds.values()) or self.recurrent or self.from_outputs or self.current_noise
+        return self.credit == "feedback" and self.products and not (learned or self.judging.blind)
 
     @property
     def has_readout(self) -> bool:
@@ -117,7 +125,9 @@ class Structure:
         recurs = {r.site for r in p.records if r.fed_back is not None}
         maps_of = direct, exact, feeds, paired, recurrent, from_outputs
         found = *maps_of, functions, parameters, differentiable, responding
-        return cls(credit, *found, driven, products=maps != "learned", recurs=recurs, quiet=quiet)
+        currents = any(isinstance(r, CurrentRecord) for r in p.records)
+        kinds = {"products": maps != "learned", "recurs": recurs, "quiet": quiet}
+        return cls(credit, *found, driven, **kinds, pools=p.pools, current_noise=currents)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ulr_snn.credit.direct import direct_credit, direct_effect, in_parts
 from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, Feedback, Pace, edge
-from ulr_snn.credit.maps import Full, Path
-from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
+from ulr_snn.credit.maps import Path
+from ulr_snn.credit.recurrence import Recurrence, StepRecurrence, recurrence_of
 from ulr_snn.credit.response import Response
 from ulr_snn.neurons import shaped
 from ulr_snn.passes import Pass
@@ -240,16 +240,9 @@ class Prediction:
         return moved, spikes
 
     def _recurrence(self, record: Record) -> Recurrence | StepRecurrence:
-        if record.trace is not None:
-            return StepRecurrence(record)
         path = self.structure.recurrent.get(record.site)
         weight = None if path is None else self.feedback.weight(edge(record.site, record.site), path)
-        recurrent = getattr(record.neuron, "recurrent", None)
-        if recurrent is not None and (self.structure.products or not record.neuron.learns_recurrence):
-            path = Full(*[tuple(record.spikes.shape[2:])] * 2)
-            weight = recurrent.weight.detach().T.to(record.x.dtype)
-        gives = record.response_of_membrane, record.spikes.detach(), record.membrane
-        return Recurrence(record.neuron, *gives, path, weight, record.fused_credit)
+        return recurrence_of(record, self.structure.products, path, weight)
 
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, rich: bool) -> tuple[Tensor, Tensor]:
         """What a step learns from: of time steps and samples [T, B] as many (t, b) as it can afford, at random, no

@@ -138,7 +138,7 @@ class StepRecurrence:
             found = gradients(known, [trace.inputs[t], *before], twice)
             currents.append(torch.zeros_like(trace.inputs[t]) if found[0] is None else found[0])
             arriving = sum((g for g in found[1:3] if g is not None), torch.zeros_like(a[0]))
-            carried = found[3:]
+            carried = partial(before[2:], found[3:], twice)
         return torch.stack(total[::-1]), torch.stack(currents[::-1])
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
@@ -148,6 +148,38 @@ class StepRecurrence:
             total, arrived = self.credit(a, twice=True)
         sums = [(total, innovations)] + ([(arrived, currents)] if currents is not None else [])
         return gradients(sums, [a], twice=False)[0]
+
+
+def partial(states: list[Tensor], totals: list[Tensor | None], twice: bool) -> list[Tensor | None]:
+    """Derivatives in the states of one time step, each with the others as they are, from those of autograd: in a state
+    of which another one is made, these hold what it does by way of that other, too."""
+    order = sorted(range(len(states)), key=lambda i: states[i].grad_fn._sequence_nr(), reverse=True)
+    found = list(totals)
+    for place, i in enumerate(order):
+        earlier = order[place + 1 :]
+        if found[i] is None or not earlier:
+            continue
+        for j, through in zip(
+            earlier, gradients([(states[i], found[i])], [states[j] for j in earlier], twice), strict=True
+        ):
+            if through is not None:
+                found[j] = found[j] - through
+    return found
+
+
+def recurrence_of(
+    record: Record, read: bool = True, path: Path | None = None, weight: Tensor | None = None
+) -> Recurrence | StepRecurrence:
+    """Of one pass of a layer. read: whether recurrent weights are taken as they are; else path and weight are of what
+    has been learned of them."""
+    if record.trace is not None:
+        return StepRecurrence(record)
+    recurrent = getattr(record.neuron, "recurrent", None)
+    if recurrent is not None and (read or not record.neuron.learns_recurrence):
+        path = Full(*[tuple(record.spikes.shape[2:])] * 2)
+        weight = recurrent.weight.detach().T.to(record.x.dtype)
+    gives = record.response_of_membrane, record.spikes.detach(), record.membrane
+    return Recurrence(record.neuron, *gives, path, weight, record.fused_credit)
 
 
 def gradients(known: list[tuple[Tensor, Tensor]], wanted: list[Tensor], twice: bool) -> list[Tensor | None]:

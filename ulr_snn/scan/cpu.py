@@ -1,7 +1,8 @@
 """The time scans on a CPU, fused by numba: one pass over a row's neurons and time steps draws, fires and resets.
 
-`reference.py` defines what these compute. Rows (samples, copies) run in parallel; the loops over neurons are short and
-without branches, so that they become vector instructions. All arrays are float32, [T, B, N] with features flattened.
+`reference.py` defines what these compute. Each kernel does the rows (samples, copies) from `first` to `end`, so that
+threads may share them (`fused.shared`). Loops over neurons are short and without branches, so that they become vector
+instructions. All arrays are float32, [T, B, N] with features flattened.
 """
 
 import math
@@ -17,16 +18,17 @@ SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32
 _ONE, _HALF, _BIT = _f(1), _f(0.5), _f(2.0**-23)
-_LN2 = _f(0.6931471805)
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 _FARTHEST = _f(80)  # exp of no more than this, which float32 can hold
+NEAR = _f(60)  # of a distance d up to this, e^-|x| / e^-d can be told from zero wherever it matters
 _LEAST_SLOPE, _LEAST_CREDIT = _f(1e-25), _f(1e-30)  # less is zero: numbers below 1e-38 take a hundred times as long
 _M1, _M2, _GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
+BLOCK = 64  # outputs that one thread adds up in the cache
 LINE = 16  # float32 numbers of a line of the cache
 TILE = 4  # rows whose products with as many columns as a line has stay in registers together
 
 
-def _compiled(**options):
+def compiled(**options):
     """numba.njit, cached on disk where there is a place for that."""
 
     def decorate(function):
@@ -170,13 +172,20 @@ _weighted16, _weighted64 = _summer(16), _summer(64)
 # -- scans -------------------------------------------------------------------------------------------------
 
 
-@_compiled(inline="always")
-def _share(part, parts, rows):
-    """First and end of one part of the rows, of so many parts as equal as can be."""
-    return part * rows // parts, (part + 1) * rows // parts
+@compiled()
+def _copy(source, to):
+    """One row. What numba makes of a slice that is assigned takes seconds to compile."""
+    for n in range(len(source)):
+        to[n] = source[n]
 
 
-@_compiled(inline="always")
+@compiled()
+def _fill(to, value):
+    for n in range(len(to)):
+        to[n] = value
+
+
+@compiled(inline="always")
 def _exp(x):
     """exp of -80 <= x <= 80 to the precision of float32 (Cephes' polynomial), in operations that vectorise."""
     n = np.floor(x * _LOG2E + _HALF)
@@ -190,18 +199,18 @@ def _exp(x):
     return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _sigmoid(x):
     return _ONE / (_ONE + _exp(-min(max(x, -_FARTHEST), _FARTHEST)))
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _gaussian(x):
     """Phi(x)."""
     return _f(0.5 * math.erfc(-x * 0.7071067811865476))
 
 
-@_compiled()
+@compiled()
 def _uniforms(row1, row2, mirrored, out):
     """As `Noise.uniform` of one row at one time step."""
     for n in range(len(out)):
@@ -215,7 +224,7 @@ def _uniforms(row1, row2, mirrored, out):
             out[n] = _ONE - out[n]
 
 
-@_compiled()
+@compiled()
 def _fire(law, x, uniform, spikes):
     """Spikes of one row at one time step, from its standardised drive."""
     if law == LOGISTIC:
@@ -229,7 +238,7 @@ def _fire(law, x, uniform, spikes):
             spikes[n] = _f(x[n] > 0)
 
 
-@_compiled()
+@compiled()
 def _charge(reset, membrane, before, current, beta, threshold):
     """Membranes of one row, one time step on; before: spikes of the step before."""
     if reset == SUBTRACT:
@@ -243,7 +252,7 @@ def _charge(reset, membrane, before, current, beta, threshold):
             membrane[n] = beta[n] * membrane[n] + current[n]
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _weighted(out, o, start, z, source, s, step, places, values, k, end, count):
     """out[o : o + count] = start[z : z + count] + sum over k <= i < end of values[i] * source[s + places[i] * step :
     ... + count], of flat arrays."""
@@ -261,7 +270,7 @@ def _weighted(out, o, start, z, source, s, step, places, values, k, end, count):
         n += 1
 
 
-@_compiled()
+@compiled()
 def _recurrent(weight, before, places, values, blank, out):
     """Sum of the rows of weights, flat, of the neurons that fired: silence costs nothing. places, values: room for a
     list of these; blank: zeros."""
@@ -272,100 +281,83 @@ def _recurrent(weight, before, places, values, blank, out):
     _weighted(out, 0, blank, 0, weight, 0, neurons, places, values, 0, count, neurons)
 
 
-@_compiled(parallel=True)
-def scan(current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
-         spikes, x, fed_back, parts):  # fmt: skip
-    """Runs a layer over time, from membrane and spikes [B, N] of the step before, both changed in place to the last.
+@compiled(nogil=True)
+def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
+         spikes, x, fed_back):  # fmt: skip
+    """Runs rows of a layer over time, from membrane and spikes [B, N] of the step before, which become the last step's.
 
     current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or [0]; beta, threshold, scale [N];
     row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
     Writes spikes (of law KNOWN, reads them), standardised drives and, with recurrent weights, the recurrent current,
-    all [T, B, N]. parts: of the rows, one for each thread, which reads what lies side by side at a time step.
+    all [T, B, N].
     """
-    steps, rows, neurons = current.shape
-    for part in numba.prange(parts):
-        first, end = _share(part, parts, rows)
-        uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
-        places, values = np.empty(neurons, np.int32), np.empty(neurons, np.float32)
-        blank = np.zeros(neurons, np.float32)
-        for t in range(steps):
-            for b in range(first, end):
-                arriving = current[t, b]
-                if len(weight):
-                    recurrent = fed_back[t, b]
-                    _recurrent(weight, before[b], places, values, blank, recurrent)
-                    for n in range(neurons):
-                        total[n] = arriving[n] + recurrent[n]
-                    arriving = total
-                _charge(reset, membrane[b], before[b], arriving, beta, threshold)
-                here = x[t, b]
+    steps, _, neurons = current.shape
+    uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+    places, values = np.empty(neurons, np.int32), np.empty(neurons, np.float32)
+    blank = np.zeros(neurons, np.float32)
+    for t in range(steps):
+        for b in range(first, end):
+            arriving = current[t, b]
+            if len(weight):
+                recurrent = fed_back[t, b]
+                _recurrent(weight, before[b], places, values, blank, recurrent)
                 for n in range(neurons):
-                    here[n] = (membrane[b, n] - threshold[n]) / scale[n]
-                if law < DETERMINISTIC:
-                    _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
-                _fire(law, here, uniform, spikes[t, b])
-                if t >= own[b]:
-                    spikes[t, b] = 0
-                before[b] = spikes[t, b]
+                    total[n] = arriving[n] + recurrent[n]
+                arriving = total
+            _charge(reset, membrane[b], before[b], arriving, beta, threshold)
+            here, fired = x[t, b], spikes[t, b]
+            for n in range(neurons):
+                here[n] = (membrane[b, n] - threshold[n]) / scale[n]
+            if law < DETERMINISTIC:
+                _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
+            _fire(law, here, uniform, fired)
+            if t >= own[b]:
+                _copy(blank, fired)
+            _copy(fired, before[b])
 
 
-@_compiled()
-def _flush(values, least):
-    """Zero in place of what is smaller; what is no number stays."""
-    for n in range(len(values)):
-        values[n] *= _f(abs(values[n]) >= least)  # a choice between two would be made one by one
+@compiled(inline="always")
+def _kept(credit):
+    """Zero in place of what is too small; what is no number stays."""
+    return credit * _f(abs(credit) >= _LEAST_CREDIT)  # a choice between two would be made one by one
 
 
-@_compiled(inline="always")
-def _quick_exp(x):
-    """exp of -80 <= x <= 80 to five digits, in two thirds of the time of `_exp`."""
-    n = np.floor(x * _LOG2E + _HALF)
-    r = x - n * _LN2
-    y = (((_f(8.3334519e-3) * r + _f(4.1665796e-2)) * r + _f(1.6666667e-1)) * r + _HALF) * r * r + r + _ONE
-    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@_compiled(inline="always")
-def _beyond(r, d):
-    return _quick_exp(min(max(r - d, -_FARTHEST), _FARTHEST))
-
-
-@_compiled()
+@compiled()
 def _secants(law, x, over, out):
-    """Mean of the secants of F over distances `over`, of the logistic law sinh d / (2 d (cosh x + cosh d)) each: four
-    at a time, which stay in registers."""
-    count = len(over)
-    out[:] = 0
-    if law != LOGISTIC:
-        for d in over:
+    """Mean of the secants of F over distances d; of the logistic law sinh d / (2 d (cosh x + cosh d)) each, which is
+    (1 - e^-2d) / 2d / ((1 + e^{|x| - d}) (1 + e^{-|x| - d})). over [K, 4]: see `fused._distances`."""
+    _fill(out, _f(0))
+    if law == LOGISTIC:
+        for k in range(0, len(over), 4):
+            _near_secants(x, over[k : k + 4], out)
+    for k in range(len(over)):
+        d, weight = over[k, 0], over[k, 1]
+        if law != LOGISTIC:
             for n in range(len(x)):
-                out[n] += (_gaussian(x[n] + d) - _gaussian(x[n] - d)) * _HALF / (d * _f(count))
-        return
-    distance, small = np.ones(count + 3, np.float32), np.ones(count + 3, np.float32)  # filled up to fours
-    high, low = np.zeros(count + 3, np.float32), np.ones(count + 3, np.float32)
-    for k in range(count):
-        distance[k], small[k] = over[k], _exp(-min(over[k], _FARTHEST))
-        high[k] = (_ONE - small[k] * small[k]) * _HALF / (over[k] * _f(count))
-        low[k] = _ONE + small[k] * small[k]
-    for k in range(0, count, 4):
-        d0, d1, d2, d3 = distance[k], distance[k + 1], distance[k + 2], distance[k + 3]
-        s0, s1, s2, s3 = small[k], small[k + 1], small[k + 2], small[k + 3]
-        h0, h1, h2, h3 = high[k], high[k + 1], high[k + 2], high[k + 3]
-        l0, l1, l2, l3 = low[k], low[k + 1], low[k + 2], low[k + 3]
-        for n in range(len(x)):
-            r = abs(x[n])
-            near = _quick_exp(-min(r, _FARTHEST))
-            out[n] += (
-                h0 / (l0 + _beyond(r, d0) + near * s0) + h1 / (l1 + _beyond(r, d1) + near * s1)
-                + h2 / (l2 + _beyond(r, d2) + near * s2) + h3 / (l3 + _beyond(r, d3) + near * s3)
-            )  # fmt: skip
+                out[n] += weight * (_gaussian(x[n] + d) - _gaussian(x[n] - d))
+        elif d > NEAR:
+            for n in range(len(x)):
+                out[n] += weight / (_ONE + _exp(min(max(abs(x[n]) - d, -_FARTHEST), _FARTHEST)))
 
 
-@_compiled()
+@compiled()
+def _near_secants(x, over, out):
+    """Adds four secants from one e^-|x|, those alone whose e^-d it can be added to."""
+    q0, q1, q2, q3 = over[0, 2], over[1, 2], over[2, 2], over[3, 2]
+    c0, c1, c2, c3 = over[0, 3], over[1, 3], over[2, 3], over[3, 3]
+    for n in range(len(x)):
+        e = _exp(-min(abs(x[n]), _FARTHEST))
+        out[n] += e * (
+            c0 / ((e + q0) * (_ONE + e * q0)) + c1 / ((e + q1) * (_ONE + e * q1))
+            + c2 / ((e + q2) * (_ONE + e * q2)) + c3 / ((e + q3) * (_ONE + e * q3))
+        )  # fmt: skip
+
+
+@compiled()
 def _slope(law, x, over, scale, valid, out):
     """p' per unit of membrane of one row at one time step, or secants in its place; 0 on padding."""
     if not valid:
-        out[:] = 0
+        _fill(out, _f(0))
         return
     if len(over):
         _secants(law, x, over, out)
@@ -376,121 +368,135 @@ def _slope(law, x, over, scale, valid, out):
     else:
         for n in range(len(x)):
             out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
-    _flush(out, _LEAST_SLOPE)
     for n in range(len(x)):
-        out[n] /= scale[n]
+        out[n] *= _f(abs(out[n]) >= _LEAST_SLOPE) / scale[n]
 
 
-@_compiled(parallel=True)
-def slopes(law, x, over, scale, own, out):
+@compiled(nogil=True)
+def fire(first, end, drive, scale, law, row1, row2, mirrored, valid, over, spikes, slope, farthest):
+    """One time step of some rows of a layer whose membranes are known: draws spikes of drives [B, N], and gives
+    `_slope` at them. row1, row2, mirrored [B]: as of `scan`; valid [B]: whether a row is no padding; farthest [B]: bits
+    of the largest |drive / scale| so far, which are in the order of the numbers."""
+    neurons = drive.shape[1]
+    x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+    for b in range(first, end):
+        for n in range(neurons):
+            x[n] = drive[b, n] / scale[n]
+        _slope(law, x, over, scale, valid[b], slope[b])
+        if not valid[b]:
+            _fill(spikes[b], _f(0))
+            continue
+        _uniforms(row1[b], row2[b], mirrored[b], uniform)
+        _fire(law, x, uniform, spikes[b])
+        bits, largest = x.view(np.int32), farthest[b]
+        for n in range(neurons):
+            largest = max(largest, bits[n] & np.int32(0x7FFFFFFF))
+        farthest[b] = largest
+
+
+@compiled(nogil=True)
+def slopes(first, end, law, x, over, scale, own, out):
     """p' per unit of membrane [T, B, N] of drives x, or secants over distances `over`; 0 on padding."""
-    steps, rows = x.shape[:2]
-    for t in numba.prange(steps):
-        for b in range(rows):
+    for t in range(len(x)):
+        for b in range(first, end):
             _slope(law, x[t, b], over, scale, t < own[b], out[t, b])
 
 
-@_compiled(parallel=True)
-def credit(a, x, law, over, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents, parts):
-    """`Recurrence.credit`: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t, all [T, B, N],
-    from g = later [B, N] on, which becomes the first step's. a: or [1, B, N], of every step; x: standardised drives, of
-    which p' is made (see `slopes`); spikes: read for "zero" alone; columns: C^T in blocks of a line (see there), or [0]
-    without recurrent weights; totals: [T, B, N], or [0, 0, 0] where they are not asked for; parts: of the rows, one for
-    each thread. currents may be a."""
-    steps, rows, neurons = x.shape
-    wide = -(-neurons // LINE) * LINE
-    for part in numba.prange(parts):
-        first, end = _share(part, parts, rows)
-        high = -(-(end - first) // TILE) * TILE
-        g, recurrent = np.zeros((high, wide), np.float32), np.zeros((high, wide), np.float32)  # filled up with zeros
-        flat, sums = g.reshape(high * wide), recurrent.reshape(high * wide)
-        total, slope = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
-        g[: end - first, :neurons] = later[first:end]
-        for back in range(steps):
-            t = steps - 1 - back
-            if len(columns):
-                for low in range(0, wide, LINE):
-                    for at in range(0, high * wide, TILE * wide):
-                        _products(sums, at + low, flat, at, wide, columns, low * neurons, neurons)
-            for b in range(first, end):
-                now = g[b - first, :neurons]
-                _credit(
-                    a[min(t, len(a) - 1), b], x[t, b], law, over, scale, t < own[b], spikes[t, b], beta, threshold,
-                    reset, recurrent[b - first, :neurons], now, total, slope,
-                )  # fmt: skip
-                currents[t, b] = now
-                if len(totals):
-                    totals[t, b] = total
-        later[first:end] = g[: end - first, :neurons]
+@compiled(nogil=True)
+def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents):
+    """`Recurrence.credit` of some rows: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
+    all [T, B, N], from g = later [B, N] on, which becomes the first step's. a: or [1, B, N], of every step; x:
+    standardised drives, of which p' is made (see `slopes`); spikes: read for "zero" alone; columns: C^T in blocks of a
+    line (see there), or [0] without recurrent weights; totals: [T, B, N], or [0, 0, 0] where they are not asked for.
+    currents may be a."""
+    steps, _, neurons = x.shape
+    wide, high = -(-neurons // LINE) * LINE, -(-(end - first) // TILE) * TILE
+    flat, sums = np.zeros(high * wide, np.float32), np.zeros(high * wide, np.float32)  # g; filled up with zeros
+    total, slope = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+    for b in range(first, end):
+        _copy(later[b], flat[(b - first) * wide :])
+    for back in range(steps):
+        t = steps - 1 - back
+        if len(columns):
+            for low in range(0, wide, LINE):
+                for at in range(0, high * wide, TILE * wide):
+                    _products(sums, at + low, flat, at, wide, columns, low * neurons, neurons)
+        for b in range(first, end):
+            at = (b - first) * wide
+            now, recurrent = flat[at : at + neurons], sums[at : at + neurons]
+            _slope(law, x[t, b], over, scale, t < own[b], slope)
+            _credit(
+                a[min(t, len(a) - 1), b], x[t, b], scale, spikes[t, b], beta, threshold, reset, recurrent, now, total,
+                slope,
+            )  # fmt: skip
+            _copy(now, currents[t, b])
+            if len(totals):
+                _copy(total, totals[t, b])
+    for b in range(first, end):
+        _copy(flat[(b - first) * wide : (b - first) * wide + neurons], later[b])
 
 
-@_compiled()
-def _credit(a, x, law, over, scale, valid, spikes, beta, threshold, reset, recurrent, g, total, slope):
-    """Of one row at one time step: total credit, and g, one step back. slope: room for p'."""
-    _slope(law, x, over, scale, valid, slope)
+@compiled()
+def _credit(a, x, scale, spikes, beta, threshold, reset, recurrent, g, total, slope):
+    """Of one row at one time step: total credit, and g, one step back."""
     if reset == SUBTRACT:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - threshold[n] * g[n]
-            g[n] = beta[n] * g[n] + total[n] * slope[n]
+            g[n] = _kept(beta[n] * g[n] + total[n] * slope[n])
     elif reset == ZERO:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - beta[n] * (x[n] * scale[n] + threshold[n]) * g[n]
-            g[n] = beta[n] * (_ONE - spikes[n]) * g[n] + total[n] * slope[n]
+            g[n] = _kept(beta[n] * (_ONE - spikes[n]) * g[n] + total[n] * slope[n])
     else:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n]
-            g[n] = beta[n] * g[n] + total[n] * slope[n]
-    _flush(g, _LEAST_CREDIT)
+            g[n] = _kept(beta[n] * g[n] + total[n] * slope[n])
 
 
-@_compiled(parallel=True)
-def leaky(c, spikes, beta, reset, later, out, parts):
-    """g_t = c_t + beta k_t g_{t+1} [T, B, N], from g = later [B, N] on, which becomes the first step's. parts: of the
-    rows, one for each thread."""
-    steps, rows, neurons = c.shape
-    for part in numba.prange(parts):
-        first, end = _share(part, parts, rows)
-        for back in range(steps):
-            t = steps - 1 - back
-            for b in range(first, end):
-                g = later[b]
-                if reset == ZERO:
-                    for n in range(neurons):
-                        g[n] = c[t, b, n] + beta[n] * (_ONE - spikes[t, b, n]) * g[n]
-                else:
-                    for n in range(neurons):
-                        g[n] = c[t, b, n] + beta[n] * g[n]
-                _flush(g, _LEAST_CREDIT)
-                out[t, b] = g
+@compiled(nogil=True)
+def leaky(first, end, c, spikes, beta, reset, later, out):
+    """g_t = c_t + beta k_t g_{t+1} [T, B, N] of some rows, from g = later [B, N] on, which becomes the first step's."""
+    steps, _, neurons = c.shape
+    for back in range(steps):
+        t = steps - 1 - back
+        for b in range(first, end):
+            g = later[b]
+            if reset == ZERO:
+                for n in range(neurons):
+                    g[n] = _kept(c[t, b, n] + beta[n] * (_ONE - spikes[t, b, n]) * g[n])
+            else:
+                for n in range(neurons):
+                    g[n] = _kept(c[t, b, n] + beta[n] * g[n])
+            _copy(g, out[t, b])
 
 
 # -- sparse events -----------------------------------------------------------------------------------------
 
 
-@_compiled(parallel=True)
-def count(frames, counts):
-    """Inputs that are not zero in each row of frames [n, inputs]."""
-    for r in numba.prange(len(frames)):
+@compiled(nogil=True)
+def count(first, end, frames, counts):
+    """Inputs that are not zero in each of some rows of frames [n, inputs]."""
+    for r in range(first, end):
         found = 0
         for i in range(frames.shape[1]):
             found += frames[r, i] != 0
         counts[r] = found
 
 
-@_compiled(parallel=True)
-def collect(frames, starts, places, values):
+@compiled(nogil=True)
+def collect(first, end, frames, starts, places, values):
     """Where in its row each of them is, and its size; those of row r from starts[r] on."""
-    for r in numba.prange(len(frames)):
-        k, end = starts[r], starts[r + 1]
+    for r in range(first, end):
+        k, last = starts[r], starts[r + 1]
         i = 0
-        while k < end:
+        while k < last:
             if frames[r, i] != 0:
                 places[k], values[k] = i, frames[r, i]
                 k += 1
             i += 1
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _turn(to, t, to_step, source, s, step, rows, columns):
     """to[t + j to_step + i] = source[s + i step + j] for i < rows, j < columns, of flat arrays."""
     if rows < 4 or columns < 4:
@@ -505,7 +511,7 @@ def _turn(to, t, to_step, source, s, step, rows, columns):
             _turn4(to, t + j * to_step + i, to_step, source, s + i * step + j, step)
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _add(to, t, source, s, value, count):
     """to[t : t + count] += value * source[s : s + count], of a count in fours."""
     wide = count & ~15
@@ -515,7 +521,7 @@ def _add(to, t, source, s, value, count):
         _add4(to, t + n, source, s + n, value)
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _add_lines(to, t, to_step, source, s, step, value, lines, length):
     """`_add` of so many lines, from one to the next by these steps."""
     for _ in range(lines):
@@ -524,99 +530,90 @@ def _add_lines(to, t, to_step, source, s, step, value, lines, length):
         s += step
 
 
-@_compiled(parallel=True)
-def scatter(starts, places, values, g, inputs, out):
-    """g^T x [outputs, inputs], flat, of rows of events x and g [n, outputs]; by blocks of 64 outputs, so that what is
-    added to stays in the cache."""
-    outputs, width = g.shape[1], 64
-    for block in numba.prange(-(-outputs // width)):
+@compiled(nogil=True)
+def scatter(first, end, starts, places, values, g, inputs, out):
+    """g^T x [outputs, inputs], flat, of rows of events x and g [n, outputs]; some blocks of BLOCK outputs, so that what
+    is added to stays in the cache."""
+    outputs, width = g.shape[1], BLOCK
+    for block in range(first, end):
         low, high = block * width, min((block + 1) * width, outputs)
         own, row = np.zeros(inputs * width, np.float32), np.zeros(width, np.float32)
         for r in range(len(g)):
-            row[: high - low] = g[r, low:high]
+            _copy(g[r, low:high], row)
             for k in range(starts[r], starts[r + 1]):
                 _add64(own, places[k] * width, row, 0, values[k])
         _turn(out, low * inputs, inputs, own, 0, width, inputs, high - low)
 
 
-@_compiled(parallel=True)
-def columns(matrix, outputs, inputs, out, width):
-    """W^T [blocks, inputs, width] of W [outputs, inputs], both flat, in blocks of outputs, filled up with zeros. By few
-    outputs at a time, since lines of W that lie far apart may exclude each other from the cache."""
-    for block in numba.prange(-(-outputs // width)):
+@compiled(nogil=True)
+def columns(first, end, matrix, outputs, inputs, out, width):
+    """W^T [blocks, inputs, width] of W [outputs, inputs], both flat, in blocks of outputs, filled up with zeros, some
+    of them. By few outputs at a time, since lines of W that lie far apart may exclude each other from the cache."""
+    for block in range(first, end):
         low, high = block * width, min((block + 1) * width, outputs)
         if high - low < width:
-            out[low * inputs : (low + width) * inputs] = 0
+            _fill(out[low * inputs : (low + width) * inputs], _f(0))
         for n in range(low, high, LINE):
             few = min(LINE, high - n)
             _turn(out, low * inputs + n - low, width, matrix, n * inputs, inputs, few, inputs)
 
 
-@_compiled(parallel=True)
-def gather(starts, places, values, columns, inputs, start, out, width, parts):
-    """x W^T + b [n, outputs] of rows of events x. columns: W^T in blocks of this width (see there), so that one stays
-    in the cache while the rows go by; start: b; parts: of the rows, one for each thread."""
-    rows, outputs = out.shape
-    for i in numba.prange(-(-outputs // width) * parts):
-        block, part = i // parts, i % parts
-        low, high = block * width, min((block + 1) * width, outputs)
-        origin = low * inputs
-        bias, total = np.zeros(width, np.float32), np.empty(width, np.float32)
-        bias[: high - low] = start[low:high]
-        first, end = _share(part, parts, rows)
+@compiled(nogil=True)
+def gather(first, end, starts, places, values, columns, inputs, start, out, width):
+    """x W^T + b [n, outputs] of some rows of events x. columns: W^T in blocks of this width (see there), so that one
+    stays in the cache while the rows go by; start: b."""
+    outputs = out.shape[1]
+    bias, total = np.zeros(width, np.float32), np.empty(width, np.float32)
+    for low in range(0, outputs, width):
+        high = min(low + width, outputs)
+        _copy(start[low:high], bias)
         for r in range(first, end):
-            _weighted(total, 0, bias, 0, columns, origin, width, places, values, starts[r], starts[r + 1], width)
-            out[r, low:high] = total[: high - low]
+            _weighted(total, 0, bias, 0, columns, low * inputs, width, places, values, starts[r], starts[r + 1], width)
+            _copy(total[: high - low], out[r, low:high])
 
 
-@_compiled(parallel=True)
-def spread(starts, places, values, to, which, patches, blank, steps, wide, shape, out, parts):
-    """Convolution [n, outputs, high, across] of rows of events: see `sparse.Patches`. blank: the grid before any event;
-    steps: `Patches.steps`; parts: of the rows, one for each thread."""
-    rows, outputs, high, across = shape
+@compiled(nogil=True)
+def spread(first, end, starts, places, values, to, which, patches, blank, steps, wide, shape, out):
+    """Convolution [n, outputs, high, across] of some rows of events: see `sparse.Patches`. blank: the grid before any
+    event; steps: `Patches.steps`."""
+    _, outputs, high, across = shape
     lines, length, step, lead = steps
-    for part in numba.prange(parts):
-        grid = np.empty(len(blank), np.float32)  # outputs last, where a frame of it stays in the cache
-        first, end = _share(part, parts, rows)
-        for r in range(first, end):
-            grid[:] = blank
-            for k in range(starts[r], starts[r + 1]):
-                t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
-                _add_lines(grid, t, step, patches, s, length, value, lines, length)
-            for y in range(high):
-                at = (r * outputs * high + y) * across
-                _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
+    grid = np.empty(len(blank), np.float32)  # outputs last, where a frame of it stays in the cache
+    for r in range(first, end):
+        _copy(blank, grid)
+        for k in range(starts[r], starts[r + 1]):
+            t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
+            _add_lines(grid, t, step, patches, s, length, value, lines, length)
+        for y in range(high):
+            at = (r * outputs * high + y) * across
+            _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
 
 
-@_compiled(parallel=True)
-def spread_weight(starts, places, values, to, which, sums, steps, wide, size, shape, g):
-    """Adds the gradient of the patches to sums, one for each thread and its part of the rows, from that of the outputs
-    g, flat. size: outputs in the grid."""
-    rows, outputs, high, across = shape
+@compiled(nogil=True)
+def spread_weight(first, end, starts, places, values, to, which, own, steps, wide, size, shape, g):
+    """Adds the gradient of the patches of some rows to `own`, from that of the outputs g, flat. size: outputs in the
+    grid."""
+    _, outputs, high, across = shape
     lines, length, step, lead = steps
-    parts = len(sums)
-    for part in numba.prange(parts):
-        grid, own = np.zeros(size * wide, np.float32), np.zeros(sums.shape[1], np.float32)
-        first, end = _share(part, parts, rows)
-        for r in range(first, end):
-            if starts[r] == starts[r + 1]:
-                continue
-            for y in range(high):
-                at = (r * outputs * high + y) * across
-                _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)
-            for k in range(starts[r], starts[r + 1]):
-                t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
-                _add_lines(own, s, length, grid, t, step, value, lines, length)
-        sums[part] += own
+    grid = np.zeros(size * wide, np.float32)
+    for r in range(first, end):
+        if starts[r] == starts[r + 1]:
+            continue
+        for y in range(high):
+            at = (r * outputs * high + y) * across
+            _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)
+        for k in range(starts[r], starts[r + 1]):
+            t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
+            _add_lines(own, s, length, grid, t, step, value, lines, length)
 
 
-@_compiled(parallel=True)
-def turn(source, start, steps, shape, out):
-    """Turns [n, high, across, channels], of which only the last two axes lie side by side, to [n, channels, high,
-    across]. source, out: flat; start, steps: where the first number is, and those from one n and from one line to the
-    next."""
-    rows, high, across, channels = shape
-    for r in numba.prange(rows):
+@compiled(nogil=True)
+def turn(first, end, source, start, steps, shape, out):
+    """Turns some rows of [n, high, across, channels], of which only the last two axes lie side by side, to [n,
+    channels, high, across]. source, out: flat; start, steps: where the first number is, and those from one n and from
+    one line to the next."""
+    _, high, across, channels = shape
+    for r in range(first, end):
         for y in range(high):
             at = (r * channels * high + y) * across
             _turn(out, at, high * across, source, start + r * steps[0] + y * steps[1], channels, across, channels)

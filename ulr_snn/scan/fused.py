@@ -5,10 +5,13 @@ One resolver, `choice`, chooses by what a tensor is. An error in a kernel is an 
 
 import importlib.util
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,19 +20,10 @@ from ulr_snn.scan.held import once
 from ulr_snn.scan.memory import empty, lean
 from ulr_snn.scan.state import RESETS, Draw, State
 
+Pair = tuple[int, int]
+
+SMALL = 1 << 14  # numbers that other threads would take longer to be told of
 LAWS = {"logistic": 0, "gaussian": 1}
-
-
-_forked = False  # OpenMP ends a process that goes on with its threads after a fork
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 @lru_cache
@@ -41,8 +35,6 @@ def choice(like: Tensor) -> tuple[str, str]:
     """Which code scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
     if like.dtype != torch.float32:
         return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
-    if like.device.type == "cpu" and _forked:
-        return "reference", "in a forked process, where numba's threads are not"
     if like.device.type == "cpu":
         return ("cpu", "float32 on a CPU") if _installed("numba") else ("reference", "numba is not installed")
     if like.device.type == "cuda":
@@ -52,16 +44,12 @@ def choice(like: Tensor) -> tuple[str, str]:
 
 def kernels(like: Tensor) -> ModuleType | None:
     """The module of kernels for tensors like this one on a CPU; None elsewhere."""
-    if choice(like)[0] != "cpu":
-        return None
-    import numba
+    return _cpu() if choice(like)[0] == "cpu" else None
 
+
+def _cpu() -> ModuleType:
     from ulr_snn.scan import cpu
 
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != threads:  # numba's threads, when they start, set OpenMP's number to that of all cores
-        torch.set_num_threads(threads)
     return cpu
 
 
@@ -113,12 +101,13 @@ def scan(
     if draw is not None and draw.mirrored is not None:
         mirrored = draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
-    cpu.scan(
+    given = (
         _array(current), sources.view(-1).numpy(), *per_neuron, RESETS.index(reset),
         law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
-        _array(spikes), _array(x), fed_back.flatten(2).numpy(), threads(rows),
+        _array(spikes), _array(x), fed_back.flatten(2).numpy(),
     )  # fmt: skip
+    shared(rows, lambda first, end: cpu.scan(first, end, *given))
     return spikes, x, None if weight is None else fed_back
 
 
@@ -139,6 +128,42 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
         )
 
 
+class StepDraw:
+    """Draws the spikes of a layer on a CPU whose membranes come in time step by time step."""
+
+    def __init__(self, draw: Draw, lengths: Tensor | None, over: Tensor | None) -> None:
+        rows = draw.words[0].shape[1]
+        none = torch.zeros(rows, dtype=torch.bool)
+        self._law, self._scale, self._over = LAWS[draw.law], draw.scale, _distances(over)
+        self._words = [word.numpy().view("uint32") for word in draw.words]
+        self._mirrored = (none if draw.mirrored is None else draw.mirrored).numpy()
+        self._own = _own(lengths, len(draw.words[0]), rows)
+        self._farthest = np.zeros(rows, np.int32)
+        self._per_neuron: Any = None
+
+    @property
+    def farthest(self) -> Tensor:
+        """Largest |drive / scale| so far, a number."""
+        return torch.from_numpy(self._farthest.view(np.float32)).max()
+
+    def __call__(self, t: int, drive: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Spikes of drives [B, ...] of time step t, and the slope that credit takes at them, per unit of membrane.
+        whole: the drives are [T, B, ...], of all time steps."""
+        if whole:
+            found = [self(now, step) for now, step in enumerate(drive)]
+            return torch.stack([spikes for spikes, _ in found]), torch.stack([slope for _, slope in found])
+        if self._per_neuron is None:
+            self._per_neuron = _per_neuron(self._scale, drive.shape[1:])
+        spikes, slope = empty(*drive.shape), empty(*drive.shape)
+        x, fired, slopes = (tensor.view(len(drive), -1).numpy() for tensor in (drive.contiguous(), spikes, slope))
+        words = [words[t] for words in self._words]
+        valid = t < self._own
+        given = x, self._per_neuron, self._law, *words, self._mirrored, valid, self._over, fired, slopes, self._farthest
+        parts = None if drive.numel() > SMALL else 1
+        shared(len(drive), lambda first, end: _cpu().fire(first, end, *given), parts)
+        return spikes, slope
+
+
 def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Tensor | None = None) -> Tensor | None:
     """p' per unit of membrane [T, B, ...] of standardised drives, or the secants over these distances [K]; None where
     the reference has to do it."""
@@ -147,7 +172,8 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Ten
         return None
     out, (steps, rows) = empty(*x.shape), x.shape[:2]
     of_neurons = _distances(over), _per_neuron(scale, x.shape[2:])
-    cpu.slopes(LAWS[law], _array(x), *of_neurons, _own(lengths, steps, rows), _array(out))
+    given = LAWS[law], _array(x), *of_neurons, _own(lengths, steps, rows), _array(out)
+    shared(rows, lambda first, end: cpu.slopes(first, end, *given))
     return out
 
 
@@ -185,11 +211,11 @@ def credit(
     scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
     columns = torch.empty(0, dtype=torch.float32) if weight is None else in_columns(weight, cpu.LINE)
     each = a if a.stride(0) else a[:1]  # the same at every step
-    cpu.credit(
+    given = (
         _array(each), _array(x), LAWS[law], _distances(over), scale, _own(lengths, *a.shape[:2]), _array(spikes),
         beta, threshold, columns.numpy(), RESETS.index(reset), _rows(later), _array(total), _array(currents),
-        threads(a.shape[1]),
     )  # fmt: skip
+    shared(a.shape[1], lambda first, end: cpu.credit(first, end, *given))
     return total if totals else None, currents
 
 
@@ -205,15 +231,36 @@ def in_columns(weight: Tensor, width: int) -> Tensor:
     def made(weight: Tensor) -> Tensor:
         outputs, inputs = weight.shape
         out = empty(-(-outputs // width) * width * inputs)
-        kernels(out).columns(weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width)
+        cpu, given = kernels(out), (weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width)
+        shared(-(-outputs // width), lambda first, end: cpu.columns(first, end, *given))
         return out
 
     return made(weight) if lean() else once(weight, f"columns {width}", made)
 
 
 def threads(rows: int) -> int:
-    """That share rows on a CPU."""
+    """That share rows on a CPU, as many as torch uses."""
     return max(1, min(torch.get_num_threads(), rows))
+
+
+def shared(rows: int, work: Callable[[int, int], Any], parts: int | None = None) -> None:
+    """Calls work(first, end) for ranges that make up all rows, as equal as can be, each in a thread. parts: how many;
+    None: as many as torch uses."""
+    parts = threads(rows) if parts is None else parts
+    ends = [part * rows // parts for part in range(parts + 1)]
+    others = [_workers().submit(work, *ends[i : i + 2]) for i in range(1, parts)]
+    work(*ends[:2])
+    for other in others:
+        other.result()
+
+
+@lru_cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:
@@ -228,9 +275,34 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
         return None
     out, later = empty(*c.shape), torch.zeros(c.shape[1:], dtype=torch.float32)
     arrays = [_array(c), _array(c if spikes is None else spikes)]
-    cpu.leaky(
-        *arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out), threads(c.shape[1])
-    )
+    given = *arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out)
+    shared(c.shape[1], lambda first, end: cpu.leaky(first, end, *given))
+    return out
+
+
+def window_sums(x: Tensor, windows: tuple[Pair, Pair, Pair], size: Pair) -> tuple[Tensor, bool] | None:
+    """Sums over the windows of pictures x [..., high, across], and whether all of x is 0 or 1; None where torch has to
+    do it. windows: their size, step and margin; size: of the result."""
+    if kernels(x) is None:
+        return None
+    from ulr_snn.scan.windows import fired
+
+    out, spikes = empty(*x.shape[:-2], *size), []
+    pictures, sums = (t.contiguous().view(-1, *t.shape[-2:]).numpy() for t in (x, out))
+    shared(len(pictures), lambda first, end: spikes.append(fired(first, end, pictures, windows, sums)))
+    return out, all(spikes)
+
+
+def window_credit(x: Tensor, total: Tensor, g: Tensor, windows: tuple[Pair, Pair, Pair]) -> Tensor | None:
+    """Gradient of spikes x from that of the OR over windows, whose sums are `total`; None where torch has to do it."""
+    if kernels(x) is None or g.dtype != x.dtype or total.dtype != x.dtype:
+        return None
+    from ulr_snn.scan.windows import credited
+
+    out = empty(*x.shape)
+    given = [t.detach().contiguous().view(-1, *t.shape[-2:]).numpy() for t in (x, total, g)]
+    to = out.view(-1, *x.shape[-2:]).numpy()
+    shared(len(to), lambda first, end: credited(first, end, *given, windows, to))
     return out
 
 
@@ -244,7 +316,8 @@ def turned(x: Tensor) -> Tensor:
     out = empty(n, channels, high, across)
     x = x.detach()
     flat = x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0).numpy()
-    cpu.turn(flat, x.storage_offset(), x.stride()[:2], (n, high, across, channels), out.view(-1).numpy())
+    given = flat, x.storage_offset(), x.stride()[:2], (n, high, across, channels), out.view(-1).numpy()
+    shared(n, lambda first, end: cpu.turn(first, end, *given))
     return out
 
 
@@ -266,8 +339,15 @@ def _per_neuron(value: Tensor, features: torch.Size) -> Any:
 
 
 def _distances(over: Tensor | None) -> Any:
-    """[K] float32; [0] for none."""
-    return torch.empty(0).numpy() if over is None else over.to(torch.float32).numpy()
+    """Of distances d [K], K filled up to fours: d, 1 / 2dK, e^-d, and 1 / 2dK (1 - e^-2d), but 1 and 0 where e^-d is as
+    good as zero, [K, 4] float32; [0, 4] of none."""
+    if over is None:
+        return torch.empty(0, 4).numpy()
+    d = over.to(torch.float64)
+    near, share, q = d <= float(_cpu().NEAR), 1 / (2 * d * len(d)), torch.exp(-d)
+    of_exponential = torch.where(near, q, 1.0), torch.where(near, share * (1 - q * q), 0.0)
+    rows = torch.stack([d, share, *of_exponential], 1).float()
+    return torch.cat([rows, torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(-len(d) % 4, 4)]).numpy()
 
 
 def _own(lengths: Tensor | None, steps: int, rows: int) -> Any:

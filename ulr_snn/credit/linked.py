@@ -1,0 +1,118 @@
+"""Exact credit of all layers in one backward pass.
+
+Where every map between layers is the product of known derivatives, credit needs no layer to be taken by itself: each
+layer's spikes stand in the graph behind what they were drawn from, and where a gradient arrives at them, the layer
+turns it into that of its input current, by `Recurrence` or by its own library's graph. So products are taken once for
+credit and for parameters together. It is the same credit as `Prediction.credit` of the same pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_snn.credit.recurrence import recurrence_of
+from ulr_snn.neurons import step_mask
+from ulr_snn.noise import Drawer
+from ulr_snn.precision import full_precision
+from ulr_snn.records import Record, Seen, response_of
+from ulr_snn.scan import fused
+from ulr_snn.secant import farthest
+
+
+class Linked:
+    """The `records.Links` of credit."""
+
+    @staticmethod
+    def spikes(record: Record) -> Tensor:
+        """The spikes [T, B, ...] of a layer of ours, in the graph behind its input current."""
+        return _Spikes.apply(record.x if record.entry is None else record.entry, record)
+
+    @staticmethod
+    def steps(*about: Any) -> "StepLink":
+        """For a layer whose membranes come in time step by time step."""
+        return StepLink(*about)
+
+
+class _Spikes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, entry: Tensor, record: Record) -> Tensor:
+        ctx.record = record
+        return record.spikes.detach()
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None]:
+        record = ctx.record
+        with full_precision():
+            total, current = recurrence_of(record).credit(a, totals=record.entry is None)
+            return (current if total is None else total * record.response), None
+
+
+class StepLink:
+    """Draws the spikes of a layer that its library's code runs, and keeps what turns a gradient at them into that of
+    the membranes: no graph, so that the graph can refer to it.
+
+    scale: of the noise, which may depend on a threshold that is learned; over: distances [K] of the secants, see
+    `Record`; lengths [B]: steps of each row that are no padding; whole: whether all time steps come in at once.
+    """
+
+    def __init__(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> None:
+        self.drawer, self.scale, self.over, self.lengths, self.whole = drawer, scale, over, lengths, whole
+        self._slopes: dict[int, Tensor] = {}  # by time step, per unit of membrane
+        self._x: dict[int, Tensor] = {}  # standardised drives, where slopes are made of them later
+        self._draw: fused.StepDraw | None = None
+
+    def fired(self, t: int, drive: Tensor) -> tuple[Tensor, Tensor]:
+        """Spikes of drives [B, ...] of time step t (or of all, [T, B, ...]) in the graph behind them: as others see
+        them, and as the layer itself does."""
+        with torch.no_grad():
+            spikes = self._drawn(t, drive.detach())
+        x = drive / self.scale if self.scale.requires_grad else drive
+        return _Step.apply(x, spikes, self, t), _Step.apply(x, spikes, self, t)
+
+    def _drawn(self, t: int, drive: Tensor) -> Tensor:
+        if self._draw is None and fused.kernels(drive) is not None:
+            draw = self.drawer.draw()
+            self._draw = None if draw is None else fused.StepDraw(draw, self.lengths, self.over)
+        if self._draw is not None:
+            spikes, self._slopes[t] = self._draw(t, drive, self.whole)
+            return spikes
+        x = self._x[t] = drive / self.scale
+        spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
+        return self._own_steps(t, spikes)
+
+    def _own_steps(self, t: int, x: Tensor) -> Tensor:
+        if self.lengths is None:
+            return x
+        if self.whole:
+            return x * step_mask(self.lengths, x)
+        return x * (t < self.lengths).to(x).view(-1, *[1] * (x.ndim - 1))
+
+    def slope(self, t: int) -> Tensor:
+        """What credit takes for ∂p/∂drive, in the shape of the drive."""
+        if t not in self._slopes:
+            x = self._x[t] if self.whole else torch.stack([self._x[step] for step in range(len(self._x))])
+            slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
+            self._slopes = {t: slopes} if self.whole else dict(enumerate(slopes))
+        return self._slopes[t]
+
+    def seen(self, site: str) -> Seen:
+        """Of the pass, once it is over."""
+        if self._draw is not None:
+            largest = self._draw.farthest
+        else:
+            largest = torch.stack([farthest(self._own_steps(*now)) for now in self._x.items()]).max()
+        return Seen(site, largest * self.scale.detach().mean())
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, drive: Tensor, spikes: Tensor, link: StepLink, t: int) -> Tensor:
+        ctx.link, ctx.t = link, t
+        return spikes.detach()
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None, None, None]:
+        link = ctx.link
+        credit = a * link.slope(ctx.t)
+        return credit * link.scale.detach() if link.scale.requires_grad else credit, None, None, None
