@@ -124,6 +124,20 @@ def simulate(
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
+def distance_without_noise(layer: nn.Linear, neuron: LIF, x: Tensor) -> Tensor:
+    """Largest |u - threshold| of a layer that fires deterministically."""
+    u = s = torch.zeros(x.shape[1], len(layer.weight), dtype=x.dtype)
+    beta, threshold, found = neuron.beta.detach(), neuron.threshold.detach(), []
+    for now in x:
+        kept = u * (1 - s) if neuron.reset == "zero" else u
+        u = beta * kept + layer(now).detach() - (threshold * s if neuron.reset == "subtract" else 0.0)
+        if neuron.recurrent is not None:
+            u = u + neuron.recurrent(s).detach()
+        s = (u > threshold).to(x.dtype)
+        found.append((u - threshold).abs().max())
+    return torch.stack(found).max()
+
+
 def predict(
     layers: list,
     readout: nn.Linear,
@@ -184,6 +198,7 @@ def copies_by_hand(
 ) -> list[list[dict]]:
     """What each layer of each copy does in the step that `state` comes before."""
     group, steps, runs = 2 if estimator.antithetic else 1, len(x), []
+    known = {name: value.cpu() for name, value in state["farthest"].items()}
     for c in range(copies):
         here, records = x, []
         for site, (_, layer, name, neuron) in enumerate(layers_of(model)):
@@ -193,8 +208,9 @@ def copies_by_hand(
             noise = Noise(SEED, state["step"], sample, stream, mirrored)
             uniform = noise.uniform(site, 0, steps, torch.Size([layer.out_features]), x.dtype)
             progress = state["step"] / TOTAL
-            farthest = state["farthest"].get(name)
-            about = estimator.firing, progress, None if farthest is None else farthest.cpu()
+            if name not in known and estimator.firing.scale is None:  # measured before the first step, once
+                known[name] = distance_without_noise(layer, neuron, here)
+            about = estimator.firing, progress, known.get(name)
             records.append(simulate(layer, neuron, *about, here, uniform, wrong))
             here = records[-1]["s"]
         runs.append(records)

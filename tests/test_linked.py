@@ -139,10 +139,10 @@ def test_a_step_of_the_kernel_is_a_step_of_the_drawer():
     noise = Noise(3, 5, torch.arange(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
     scale, drive = torch.rand(9) + 0.1, torch.randn(3, 4, 9)
     drawer = Drawer(noise, Logistic(), 2, 3, scale)
-    step = fused.StepDraw(drawer.draw(), torch.tensor([3, 3, 1, 2]), None)
-    drawn = [step(t, now) for t, now in enumerate(drive)]
+    step = fused.StepDraw(drawer.draw(), drive[0], torch.tensor([3, 3, 1, 2]), None)
+    spikes = torch.stack([step(*now) for now in enumerate(drive)])
     own = (torch.arange(3)[:, None] < torch.tensor([3, 3, 1, 2]))[..., None]
     x = drive / scale
-    assert torch.equal(torch.stack([s for s, _ in drawn]), torch.stack([drawer(*now) for now in enumerate(x)]) * own)
-    torch.testing.assert_close(torch.stack([k for _, k in drawn]), Logistic().slope(x) / scale * own)
+    assert torch.equal(spikes, torch.stack([drawer(*now) for now in enumerate(x)]) * own)
+    torch.testing.assert_close(step.slope, Logistic().slope(x) / scale * own)
     assert step.farthest == (x * own).abs().max()

@@ -13,8 +13,9 @@ equal probability. It is exact for the difference between the two, and it is the
 
 Which distance a membrane has to go differs from neuron to neuron and from sample to sample. So the K distances are
 spaced evenly on a logarithmic scale, from the scale of the noise, below which F is straight and every secant p', to
-the farthest membrane that the layer's last step has found. That step's draws are others than those of the credit, so
-that credit from independent copies keeps the unbiased estimators unbiased.
+the farthest membrane that the layer's last step has found, or, before the first, deterministic firing. These are no
+draws of the step that credit is taken in, so that credit from independent copies keeps the unbiased estimators
+unbiased. The first step needs secants, too: an optimizer that divides by past gradients remembers it for long.
 """
 
 from collections.abc import Callable

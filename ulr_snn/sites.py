@@ -15,6 +15,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Links, Record
+from ulr_snn.secant import farthest
 from ulr_snn.steps import StepSite
 
 
@@ -39,13 +40,21 @@ class Site:
                 return neuron.fired(current)[0]
         mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
         name, index = call_name(self.name, self.calls), call_index(self.index, call)
-        scale = self.level.scale(name, neuron.threshold, lambda: _spread(neuron, current, mask))
+        scale = self.level.scale(name, neuron.threshold, lambda: self._spread(name, neuron, current, mask))
         drawer = Drawer(self.noise, self.level.firing, index, len(current), scale.detach())
         with torch.no_grad():
             fired = neuron.fired(current, drawer)
         record = record_of(name, neuron, current, scale, fired, self.level)
         self.records.append(record)
         return record.spikes.requires_grad_() if self.links is None else self.links.spikes(record)
+
+    @torch.no_grad()
+    def _spread(self, name: str, neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
+        """Standard deviation of the membranes that the current charges under deterministic firing, padding left out.
+        Their distance from the threshold is noted."""
+        drive = neuron.fired(current)[1]
+        self.level.take({name: farthest(drive if mask is None else drive * mask)})
+        return own_spread(drive + neuron.threshold, mask)
 
 
 def record_of(
@@ -131,12 +140,6 @@ def site_index(layers: "Layers", site: str) -> int:
     """`call_index` of a site's name."""
     name, _, call = site.partition("#")
     return call_index([name for name, _ in layers].index(name), int(call or 1) - 1)
-
-
-def _spread(neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
-    """Standard deviation of the membranes that the current charges under deterministic firing, padding left out."""
-    with torch.no_grad():
-        return own_spread(neuron.fired(current)[1] + neuron.threshold, mask)
 
 
 KNOWN = ("torch", "ulr_snn", *LIBRARIES)  # packages whose modules either fire as is known, or do not

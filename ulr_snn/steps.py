@@ -12,6 +12,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.neurons import own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Links, Record, Seen, Trace
+from ulr_snn.secant import farthest
 
 
 @dataclass
@@ -71,7 +72,7 @@ class StepSite:
         if self.noise is None or self.measured:
             return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         if self._link is not None:
-            self.last, self.resetting = self._link.fired(t, drive)
+            self.last = self.resetting = self._link.fired(t, drive)
             return self.last
         x = drive / self._scale
         with torch.no_grad():
@@ -108,9 +109,11 @@ class StepSite:
             self.measure()
 
     def measure(self) -> None:
-        """Sets the level at which the noise begins."""
-        membranes = self._joined(self.trace.x) + self.neuron.threshold.detach()
-        spread = partial(own_spread, membranes, self._mask(membranes))
+        """Sets the level at which the noise begins, and notes how far membranes are from the threshold."""
+        drive = self._joined(self.trace.x)
+        mask = self._mask(drive)
+        self.level.take({self.name: farthest(drive if mask is None else drive * mask)})
+        spread = partial(own_spread, drive + self.neuron.threshold.detach(), mask)
         self.level.scale(self.name, self.neuron.threshold, spread)
 
     def record(self) -> Record | Seen:

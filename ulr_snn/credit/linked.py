@@ -58,26 +58,23 @@ class StepLink:
 
     def __init__(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> None:
         self.drawer, self.scale, self.over, self.lengths, self.whole = drawer, scale, over, lengths, whole
-        self._slopes: dict[int, Tensor] = {}  # by time step, per unit of membrane
+        self._slopes: Tensor | None = None  # [T, B, ...], per unit of membrane
         self._x: dict[int, Tensor] = {}  # standardised drives, where slopes are made of them later
         self._draw: fused.StepDraw | None = None
 
-    def fired(self, t: int, drive: Tensor) -> tuple[Tensor, Tensor]:
-        """Spikes of drives [B, ...] of time step t (or of all, [T, B, ...]) in the graph behind them: as others see
-        them, and as the layer itself does."""
-        with torch.no_grad():
-            spikes = self._drawn(t, drive.detach())
+    def fired(self, t: int, drive: Tensor) -> Tensor:
+        """Spikes of drives [B, ...] of time step t (or of all, [T, B, ...]) in the graph behind them."""
         x = drive / self.scale if self.scale.requires_grad else drive
-        return _Step.apply(x, spikes, self, t), _Step.apply(x, spikes, self, t)
+        return _Step.apply(x, drive.detach(), self, t)
 
-    def _drawn(self, t: int, drive: Tensor) -> Tensor:
+    def drawn(self, t: int, drive: Tensor) -> Tensor:
+        """Spikes of such drives, without a graph."""
         if self._draw is None and fused.kernels(drive) is not None:
-            draw = self.drawer.draw()
-            self._draw = None if draw is None else fused.StepDraw(draw, self.lengths, self.over)
+            draw, like = self.drawer.draw(), drive[0] if self.whole else drive
+            self._draw = None if draw is None else fused.StepDraw(draw, like, self.lengths, self.over)
         if self._draw is not None:
-            spikes, self._slopes[t] = self._draw(t, drive, self.whole)
-            return spikes
-        x = self._x[t] = drive / self.scale
+            return torch.stack([self._draw(*now) for now in enumerate(drive)]) if self.whole else self._draw(t, drive)
+        x = self._x[t] = drive / self.scale.detach()
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
         return self._own_steps(t, spikes)
 
@@ -90,11 +87,13 @@ class StepLink:
 
     def slope(self, t: int) -> Tensor:
         """What credit takes for ∂p/∂drive, in the shape of the drive."""
-        if t not in self._slopes:
-            x = self._x[t] if self.whole else torch.stack([self._x[step] for step in range(len(self._x))])
-            slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
-            self._slopes = {t: slopes} if self.whole else dict(enumerate(slopes))
-        return self._slopes[t]
+        if self._slopes is None:
+            if self._draw is not None:
+                self._slopes = self._draw.slope
+            else:
+                x = self._x[t] if self.whole else torch.stack([self._x[step] for step in range(len(self._x))])
+                self._slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
+        return self._slopes if self.whole else self._slopes[t]
 
     def seen(self, site: str) -> Seen:
         """Of the pass, once it is over."""
@@ -107,9 +106,9 @@ class StepLink:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, drive: Tensor, spikes: Tensor, link: StepLink, t: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, drive: Tensor, link: StepLink, t: int) -> Tensor:
         ctx.link, ctx.t = link, t
-        return spikes.detach()
+        return link.drawn(t, drive)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None, None, None]:

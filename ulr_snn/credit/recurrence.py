@@ -153,7 +153,8 @@ class StepRecurrence:
 def partial(states: list[Tensor], totals: list[Tensor | None], twice: bool) -> list[Tensor | None]:
     """Derivatives in the states of one time step, each with the others as they are, from those of autograd: in a state
     of which another one is made, these hold what it does by way of that other, too."""
-    order = sorted(range(len(states)), key=lambda i: states[i].grad_fn._sequence_nr(), reverse=True)
+    made = [i for i, state in enumerate(states) if state.grad_fn is not None]  # not cut off since then
+    order = sorted(made, key=lambda i: states[i].grad_fn._sequence_nr(), reverse=True)
     found = list(totals)
     for place, i in enumerate(order):
         earlier = order[place + 1 :]

@@ -373,21 +373,21 @@ def _slope(law, x, over, scale, valid, out):
 
 
 @compiled(nogil=True)
-def fire(first, end, drive, scale, law, row1, row2, mirrored, valid, over, spikes, slope, farthest):
-    """One time step of some rows of a layer whose membranes are known: draws spikes of drives [B, N], and gives
-    `_slope` at them. row1, row2, mirrored [B]: as of `scan`; valid [B]: whether a row is no padding; farthest [B]: bits
-    of the largest |drive / scale| so far, which are in the order of the numbers."""
+def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, spikes, slope, farthest):
+    """Time step t of some rows of a layer whose membranes are known: draws spikes of drives [B, N], and gives `_slope`
+    at them, both [T, B, N]. row1, row2, mirrored, own: as of `scan`; farthest [B]: bits of the largest |drive / scale|
+    so far, which are in the order of the numbers."""
     neurons = drive.shape[1]
     x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
     for b in range(first, end):
         for n in range(neurons):
             x[n] = drive[b, n] / scale[n]
-        _slope(law, x, over, scale, valid[b], slope[b])
-        if not valid[b]:
-            _fill(spikes[b], _f(0))
+        _slope(law, x, over, scale, t < own[b], slope[t, b])
+        if t >= own[b]:
+            _fill(spikes[t, b], _f(0))
             continue
-        _uniforms(row1[b], row2[b], mirrored[b], uniform)
-        _fire(law, x, uniform, spikes[b])
+        _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
+        _fire(law, x, uniform, spikes[t, b])
         bits, largest = x.view(np.int32), farthest[b]
         for n in range(neurons):
             largest = max(largest, bits[n] & np.int32(0x7FFFFFFF))

@@ -129,39 +129,31 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
 
 
 class StepDraw:
-    """Draws the spikes of a layer on a CPU whose membranes come in time step by time step."""
+    """Draws the spikes of a layer on a CPU whose membranes come in time step by time step. like: the drives [B, ...] of
+    one; lengths, over: as of `credit`. spikes: [T, B, ...]; slope: the one that credit takes at them, per unit of
+    membrane; both as far as they have been drawn."""
 
-    def __init__(self, draw: Draw, lengths: Tensor | None, over: Tensor | None) -> None:
-        rows = draw.words[0].shape[1]
-        none = torch.zeros(rows, dtype=torch.bool)
-        self._law, self._scale, self._over = LAWS[draw.law], draw.scale, _distances(over)
-        self._words = [word.numpy().view("uint32") for word in draw.words]
-        self._mirrored = (none if draw.mirrored is None else draw.mirrored).numpy()
-        self._own = _own(lengths, len(draw.words[0]), rows)
+    def __init__(self, draw: Draw, like: Tensor, lengths: Tensor | None, over: Tensor | None) -> None:
+        steps, rows = draw.words[0].shape
+        self.spikes, self.slope = empty(steps, *like.shape), empty(steps, *like.shape)
         self._farthest = np.zeros(rows, np.int32)
-        self._per_neuron: Any = None
+        mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
+        words = [word.numpy().view("uint32") for word in draw.words]
+        about = mirrored.numpy(), _own(lengths, steps, rows), _distances(over), _array(self.spikes), _array(self.slope)
+        self._given = _per_neuron(draw.scale, like.shape[1:]), LAWS[draw.law], *words, *about, self._farthest
+        self._parts = None if like.numel() > SMALL else 1
+        self._fire = _cpu().fire
 
     @property
     def farthest(self) -> Tensor:
         """Largest |drive / scale| so far, a number."""
         return torch.from_numpy(self._farthest.view(np.float32)).max()
 
-    def __call__(self, t: int, drive: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
-        """Spikes of drives [B, ...] of time step t, and the slope that credit takes at them, per unit of membrane.
-        whole: the drives are [T, B, ...], of all time steps."""
-        if whole:
-            found = [self(now, step) for now, step in enumerate(drive)]
-            return torch.stack([spikes for spikes, _ in found]), torch.stack([slope for _, slope in found])
-        if self._per_neuron is None:
-            self._per_neuron = _per_neuron(self._scale, drive.shape[1:])
-        spikes, slope = empty(*drive.shape), empty(*drive.shape)
-        x, fired, slopes = (tensor.view(len(drive), -1).numpy() for tensor in (drive.contiguous(), spikes, slope))
-        words = [words[t] for words in self._words]
-        valid = t < self._own
-        given = x, self._per_neuron, self._law, *words, self._mirrored, valid, self._over, fired, slopes, self._farthest
-        parts = None if drive.numel() > SMALL else 1
-        shared(len(drive), lambda first, end: _cpu().fire(first, end, *given), parts)
-        return spikes, slope
+    def __call__(self, t: int, drive: Tensor) -> Tensor:
+        """Spikes of drives [B, ...] of time step t."""
+        given = drive.detach().contiguous().view(len(drive), -1).numpy(), t, *self._given
+        shared(len(drive), lambda first, end: self._fire(first, end, *given), self._parts)
+        return self.spikes[t]
 
 
 def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Tensor | None = None) -> Tensor | None:
