@@ -163,7 +163,7 @@ def test_a_secant_is_exact_for_its_own_changes_and_tends_to_the_slope(firing):
 
 
 def test_distances_go_from_the_noise_to_the_farthest_membrane():
-    torch.testing.assert_close(between(torch.tensor(27.0), 4), torch.tensor([1.0, 3.0, 9.0, 27.0]))
+    torch.testing.assert_close(between(torch.tensor(81.0), 2), torch.tensor([3.0, 27.0]))  # 1, 3, 9, 27, 81
     torch.testing.assert_close(between(torch.tensor(0.2), 4), torch.ones(4))  # all within the noise
 
 

@@ -106,7 +106,7 @@ def simulate(
         response = slope
         if farthest is not None and wrong != "slopes in place of secants":
             spread = torch.as_tensor(sigma, dtype=x.dtype).mean()
-            deltas = [max(float(farthest / spread), 1.0) ** (k / (firing.secants - 1)) for k in range(firing.secants)]
+            deltas = [max(float(farthest / spread), 1.0) ** ((k + 0.5) / firing.secants) for k in range(firing.secants)]
             ups = [distribution(firing, d / sigma + delta)[0] for delta in deltas]
             downs = [distribution(firing, d / sigma - delta)[0] for delta in deltas]
             response = sum((a - b) / (2 * delta) for a, b, delta in zip(ups, downs, deltas, strict=True))

@@ -11,11 +11,12 @@ A secant is the least-squares linear response to changes ±δ: k = argmin E[(F(x
 equal probability. It is exact for the difference between the two, and it is the mean of F' over [x - δ, x + δ]. With
 δ -> 0 it is p'. For a network whose firing is linear in its membranes over these distances, all of it is exact.
 
-Which distance a membrane has to go differs from neuron to neuron and from sample to sample. So the K distances are
-spaced evenly on a logarithmic scale, from the scale of the noise, below which F is straight and every secant p', to
-the farthest membrane that the layer's last step has found, or, before the first, deterministic firing. These are no
-draws of the step that credit is taken in, so that credit from independent copies keeps the unbiased estimators
-unbiased. The first step needs secants, too: an optimizer that divides by past gradients remembers it for long.
+Which distance a membrane has to go differs from neuron to neuron and from sample to sample, and nothing is known of its
+order of magnitude. So the K distances stand for one that is uniform on a logarithmic scale: the middles of K equal
+parts of it, from the scale of the noise, below which F is straight and every secant p', to the farthest membrane that
+the layer's last step has found, or, before the first, deterministic firing. These are no draws of the step that credit
+is taken in, so that credit from independent copies keeps the unbiased estimators unbiased. The first step needs
+secants, too: an optimizer that divides by past gradients remembers it for long.
 """
 
 from collections.abc import Callable
@@ -39,5 +40,7 @@ def farthest(x: Tensor) -> Tensor:
 
 
 def between(end: Tensor, count: int) -> Tensor:
-    """[count] standardised distances from 1, the scale of the noise, to the end, which is at least 1."""
-    return end.clamp(min=1.0) ** torch.linspace(0, 1, count, device=end.device, dtype=end.dtype)
+    """[count] standardised distances, the middles of equal parts of the logarithmic scale from 1, the scale of the
+    noise, to the end, which is at least 1."""
+    middles = (torch.arange(count, device=end.device, dtype=end.dtype) + 0.5) / count
+    return end.clamp(min=1.0) ** middles
