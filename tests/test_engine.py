@@ -5,7 +5,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -350,6 +350,27 @@ def engine_of(model: nn.Module, estimator: ULR | None = None) -> Any:
     with attach(model, estimator, seed=5) as ulr:
         ulr.backward(*batch(torch.float32))
     return ulr.engine
+
+
+@pytest.mark.parametrize("count", [None, 40], ids=["as many steps as come", "forty"])
+def test_of_long_sequences_a_part_is_recorded_where_the_model_takes_it(count):
+    """So that what is kept in parts of time takes no more memory for more of it."""
+
+    class Long(Loop):
+        seen: ClassVar[list[int]] = []
+
+        def forward(self, x: Tensor) -> Any:
+            if count not in (None, len(x)):
+                raise ValueError(f"{count} time steps")
+            self.seen.append(len(x))
+            return super().forward(x)
+
+    snn, x, y = snntorch(), torch.rand(40, 4, 5), torch.arange(4) % 3
+    model = Long(lambda: snn.Leaky(0.8))
+    with attach(model, ULR(memory="replay")) as ulr:
+        ulr.backward(x, y)
+    assert ulr.engine.running is not model
+    assert max(model.seen) == (32 if count is None else 40)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -26,7 +26,7 @@ from ulr_snn.precision import full_precision
 from ulr_snn.sites import Layers, bind, inside, spiking_layers
 from ulr_snn.stateless import run
 
-SAMPLES = 8  # of a batch that are recorded
+SAMPLES, STEPS = 8, 32  # of a batch and of its time steps that are recorded
 TRIAL = 24  # time steps of random currents by which a neuron's equations are compared
 EACH_STEP = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Dropout)  # whatever axes come before the features
 EACH_ROW = (
@@ -489,15 +489,20 @@ class Engine:
                 raise NoChain(f"there is noise of its own at {name}")
         if not any(isinstance(neuron, StepNeuron) for _, neuron in spiking_layers(self.model)):
             raise NoChain("")
-        x = frames[:, :SAMPLES].to(dtype)
+        for steps in sorted({min(STEPS, len(frames)), len(frames)}):
+            try:
+                return self._recorded(frames[:steps, :SAMPLES].to(dtype))
+            except NoChain:
+                raise
+            except Exception as error:  # it may ask for all time steps; else it is the model's own, which it will raise
+                reason = error
+        raise NoChain(f"it cannot be recorded, {type(reason).__name__}") from reason
+
+    def _recorded(self, x: Tensor) -> Chain:
+        """Of events x [T, B, ...], the only ones twice. Raises NoChain, and what the model raises."""
         x = x.repeat(2 if len(x) == 1 else 1, 2 if x.shape[1] == 1 else 1, *[1] * (x.ndim - 2)).contiguous()
-        try:
-            by_step = runs_by_step(self.model, x)
-            return recognised(self.model, x, by_step, find_layers(self.model, x, by_step, self.noise))
-        except NoChain:
-            raise
-        except Exception as error:  # of the model's own: it will say so when it runs
-            raise NoChain(f"it cannot be recorded, {type(error).__name__}") from error
+        by_step = runs_by_step(self.model, x)
+        return recognised(self.model, x, by_step, find_layers(self.model, x, by_step, self.noise))
 
     def line(self) -> list[str]:
         """For the plan, of models that have layers of other libraries."""
