@@ -2,10 +2,12 @@
 
     python -m benchmarks.zoo                       # all networks, methods and seeds; stop and start it at will
     python -m benchmarks.zoo --networks sj_csnn --methods ulr
+    python -m benchmarks.zoo --times               # processor time of a step of both in turn, on a quiet machine
     python -m benchmarks.zoo --table               # prints the table and draws the picture of what there is
 
 A row a run in results/zoo_runs.csv: accuracy on the test part after 150 steps of 32 samples, processor time of a step
-(median, one thread) and forward passes a sample. Of "mse" the accuracy is minus the loss.
+(median, one thread) and forward passes a sample. Of "mse" the accuracy is minus the loss. A row a short run in
+results/zoo_times.csv, from which the table has its times.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ from ulr_snn.runs import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("1e-3", "3e-3", "1e-2")
+TIMED, FIRST = 20, 5  # steps of a short run, and those that look at the model and are not timed
 COLUMNS = ("network", "method", "seed", "steps", "accuracy", "ms", "passes", "note", "machine", "torch", "date")
 
 
@@ -53,13 +57,26 @@ class Batches:
             self.spent.append(time.process_time() - started)
 
 
-def trained(network: Network, method: str, seed: int, steps: int, root: str, batch: int = 32) -> dict[str, object]:
-    """The measured columns of one run."""
+def estimator_of(method: str) -> tuple[Any, float | None]:
+    """The estimator of "ulr" or "bptt:RATE", and the learning rate."""
+    name, _, rate = method.partition(":")
+    return ULR() if name == "ulr" else METHODS["surrogate"](), float(rate) if rate else None
+
+
+def trained(
+    network: Network,
+    estimator: Any,
+    seed: int,
+    steps: int,
+    root: str,
+    lr: float | None = None,
+    batch: int = 32,
+    tested: bool = True,
+) -> dict[str, object]:
+    """The measured columns of one run, tested or not."""
     (x, y), (test_x, test_y) = network.data(root)
     torch.manual_seed(seed)
     model, batches = network.make(), Batches(x, y, batch, seed)
-    name, _, rate = method.partition(":")
-    estimator = ULR() if name == "ulr" else METHODS["surrogate"]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = train(
@@ -68,15 +85,20 @@ def trained(network: Network, method: str, seed: int, steps: int, root: str, bat
             epochs=-(-steps // len(batches)),
             max_steps=steps,
             estimator=estimator,
-            lr=float(rate) if rate else None,
+            lr=lr,
             seed=seed,
             loss=network.loss,
             progress=False,
         )
-        found = evaluate(model, Batches(test_x, test_y, batch, None), loss=network.loss)
+        kept = slice(None) if tested else slice(batch)
+        found = evaluate(model, Batches(test_x[kept], test_y[kept], batch, None), loss=network.loss)
     accuracy = -found["loss"] if network.loss == "mse" else 100 * found["accuracy"]
     passes = result.metrics["forward_passes"] / (steps * batch)
-    return {"accuracy": round(accuracy, 3), "ms": round(1e3 * median(batches.spent), 2), "passes": round(passes, 3)}
+    return {
+        "accuracy": round(accuracy, 3),
+        "ms": round(1e3 * median(batches.spent[FIRST:] or batches.spent), 2),
+        "passes": round(passes, 3),
+    }
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -88,13 +110,31 @@ def run(arguments: argparse.Namespace) -> None:
                 if (name, method, str(seed)) in done:
                     continue
                 try:
-                    found, note = trained(ZOO[name], method, seed, arguments.steps, arguments.root), ""
+                    estimator, rate = estimator_of(method)
+                    found, note = trained(ZOO[name], estimator, seed, arguments.steps, arguments.root, rate), ""
                 except (ValueError, RuntimeError, ArithmeticError) as error:
                     found, note = {}, f"{type(error).__name__}: {str(error)[:200]}"
                 about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
                 row = {"network": name, "method": method, "seed": seed, "steps": arguments.steps, "note": note}
                 append(path, row | found | about)
                 print(name, method, seed, *found.values(), note, flush=True)
+
+
+def measure_times(arguments: argparse.Namespace) -> None:
+    """Short runs of both methods in turn, so many rounds."""
+    path = Path(arguments.out).with_name("zoo_times.csv")
+    done = {(r["network"], r["seed"]) for r in rows(path)}
+    about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
+    for name in arguments.networks or ZOO:
+        for turn in range(arguments.seeds):
+            if (name, str(turn)) in done:
+                continue
+            for method in ("ulr", f"bptt:{RATES[0]}"):
+                estimator, rate = estimator_of(method)
+                found = trained(ZOO[name], estimator, turn, TIMED, arguments.root, rate, tested=False)
+                row = {"network": name, "method": method, "seed": turn, "steps": TIMED, "note": ""}
+                append(path, row | {"ms": found["ms"], "passes": found["passes"]} | about)
+                print(name, method, turn, found["ms"], flush=True)
 
 
 def machine() -> str:
@@ -122,8 +162,17 @@ def append(path: Path, row: dict[str, object]) -> None:
 # -- the table ---------------------------------------------------------------------------------------------
 
 
-def summary(found: list[dict[str, str]]) -> list[dict[str, object]]:
-    """Of each network with runs of both: means over the seeds that both have, and the best rate of BPTT by them."""
+def ratios(path: Path) -> dict[str, float]:
+    """By network, the time of a step of ULR() over that of BPTT, median of the rounds."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for r in rows(path):
+        found.setdefault(r["network"], {}).setdefault(r["seed"], {})[r["method"].partition(":")[0]] = float(r["ms"])
+    return {name: median(turn["ulr"] / turn["bptt"] for turn in turns.values()) for name, turns in found.items()}
+
+
+def summary(found: list[dict[str, str]], times: dict[str, float]) -> list[dict[str, object]]:
+    """Of each network with runs of both: means over the seeds that both have, and the best rate of BPTT by them. times:
+    of a step, over BPTT's, as they were measured in turn."""
     table = []
     for name, network in ZOO.items():
         by_method = {
@@ -147,7 +196,7 @@ def summary(found: list[dict[str, str]]) -> list[dict[str, object]]:
                 "bptt": average(best, "accuracy"),
                 "rate": best.partition(":")[2],
                 "difference": average("ulr", "accuracy") - average(best, "accuracy"),
-                "time": average("ulr", "ms") / mean(average(m, "ms") for m in by_method if m != "ulr"),
+                "time": times.get(name, float("nan")),
                 "passes": average("ulr", "passes"),
             }
         )
@@ -155,7 +204,7 @@ def summary(found: list[dict[str, str]]) -> list[dict[str, object]]:
 
 
 def show(path: Path) -> None:
-    table = summary(rows(path))
+    table = summary(rows(path), ratios(path.with_name("zoo_times.csv")))
     print("| network | seeds | ULR() | best BPTT (rate) | difference | time | passes |\n|---|---|---|---|---|---|---|")
     for r in table:
         tuned = "*" if r["tuned"] else ""
@@ -164,11 +213,11 @@ def show(path: Path) -> None:
             f"| {r['difference']:+.1f} | {r['time']:.2f} | {r['passes']:.2f} |"
         )
     if table:
-        differences = [r["difference"] for r in table]
+        differences, times = [r["difference"] for r in table], [r["time"] for r in table if r["time"] == r["time"]]
         print(
             f"\n{len(table)} networks: mean difference {mean(differences):+.2f}, ahead or level "
             f"{sum(d >= 0 for d in differences)}, more than 3 behind {sum(d < -3 for d in differences)}; "
-            f"median time {median(r['time'] for r in table):.2f}; * looked at while defaults were tuned"
+            f"median time {median(times or [float('nan')]):.2f}; * looked at while defaults were tuned"
         )
         draw(table, path.with_name("zoo.png"))
 
@@ -203,10 +252,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
     parser.add_argument("--out", default=RESULTS / "zoo_runs.csv")
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if not arguments.table:
+    if arguments.times:
+        measure_times(arguments)
+    elif not arguments.table:
         run(arguments)
     show(Path(arguments.out))
 

@@ -1,0 +1,135 @@
+"""Does a likelihood-ratio correction of the feedback pay? λ between 0 and 1, at equal passes and at equal steps.
+
+    python -m benchmarks.correction            # all networks, methods and seeds; stop and start it at will
+    python -m benchmarks.correction --table
+
+The gradient is that of the prediction a, times (1 - λ) k + λ p' (secants k, derivative p'), plus λ times that of the
+scores, with a from the other copies as control variate: feedback with λ = 0, unbiased with λ = 1. "x2", "x4": so many
+times the steps. A row a run in results/correction.csv; on six networks of the zoo and on the memory task, there on a
+part of the training set that is held out.
+"""
+
+import argparse
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks.tasks import TASKS
+from benchmarks.zoo import RESULTS, append, machine, rows, trained
+from benchmarks.zoo_networks import ZOO, Network, Parts
+from ulr_snn import ULR
+from ulr_snn.estimator import Attachment, Entry, Group
+from ulr_snn.runs import versions
+
+NETWORKS = ("sj_csnn", "snn_t6_cnn", "v_deep4", "sj_seq_plain", "no_speech_lif", "v_spike_LIF", "memory")
+STEPS = {"memory": 1000}  # others: 150
+
+
+@dataclass(frozen=True)
+class Corrected(ULR):
+    """`ULR(credit="residual")` with the summand of the scores times a factor."""
+
+    share: float = 1.0
+
+    def attach(self, *about: Any) -> Attachment:
+        model, *others = about
+        return Mixed(model, self, *others)
+
+
+class Mixed(Attachment):
+    def _gradients(self, group: Group, share: float) -> Iterator[Entry]:
+        factor = self.estimator.share
+        for record in (r for p in group.passes for r in p.records):
+            record.__dict__["slope"] = torch.lerp(record.response, record.slope, factor)  # in place of what is cached
+        for entry in super()._gradients(group, share):
+            yield replace(entry, gradient=entry.gradient * factor) if entry.by_score else entry
+
+
+def corrected(share: float, copies: int) -> ULR:
+    return Corrected(credit="residual", copies=copies, antithetic=False, share=share)
+
+
+METHODS: dict[str, tuple[Any, int]] = {  # estimator, times the steps
+    "feedback 1": (ULR(), 1),
+    "feedback 1 x2": (ULR(), 2),
+    "feedback 2": (ULR(copies=2, antithetic=False), 1),
+    "lambda 0.1, 2": (corrected(0.1, 2), 1),
+    "lambda 0.3, 2": (corrected(0.3, 2), 1),
+    "lambda 1, 2": (corrected(1.0, 2), 1),
+    "feedback 1 x4": (ULR(), 4),
+    "feedback 4": (ULR(copies=4), 1),
+    "lambda 0.1, 4": (corrected(0.1, 4), 1),
+    "lambda 0.3, 4": (corrected(0.3, 4), 1),
+    "lambda 1, 4": (corrected(1.0, 4), 1),
+    "shrunk, 4": (ULR(credit="residual", copies=4, antithetic=False, shrink=True), 1),
+}
+
+
+def memory(root: str) -> Parts:
+    """The memory task, of whose training set a fifth is held out."""
+    part, _ = TASKS["memory"].recordings(root)
+    samples = [TASKS["memory"].view(part)[i] for i in range(len(part))]
+    x = torch.stack([torch.as_tensor(sample[0]) for sample in samples])
+    y = torch.tensor([int(sample[1]) for sample in samples])
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    held, kept = order[: len(y) // 5], order[len(y) // 5 :]
+    return (x[kept], y[kept]), (x[held], y[held])
+
+
+def network(name: str) -> Network:
+    return ZOO[name] if name in ZOO else Network(TASKS["memory"].net, memory, "ce_count")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.out)
+    done = {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+    for seed in range(arguments.seeds):
+        for name in arguments.networks:
+            for method, (estimator, times) in METHODS.items():
+                if (name, method, str(seed)) in done:
+                    continue
+                steps = times * STEPS.get(name, 150)
+                found = trained(network(name), estimator, seed, steps, arguments.root)
+                about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
+                row = {"network": name, "method": method, "seed": seed, "steps": steps, "note": ""}
+                append(path, row | found | about)
+                print(name, method, seed, *found.values(), flush=True)
+
+
+def show(path: Path) -> None:
+    found = rows(path)
+    names = [name for name in NETWORKS if any(r["network"] == name for r in found)]
+    print("| method | " + " | ".join(names) + " | mean | time |\n|" + "---|" * (len(names) + 3))
+    spent = {}
+    for method in METHODS:
+        cells = [[r for r in found if (r["network"], r["method"]) == (name, method)] for name in names]
+        if not all(cells):
+            continue
+        accuracy = [mean(float(r["accuracy"]) for r in cell) for cell in cells]
+        spent[method] = [mean(float(r["ms"]) * int(r["steps"]) for r in cell) for cell in cells]
+        time = mean(a / b for a, b in zip(spent[method], spent["feedback 1"], strict=True))
+        print(f"| {method} | " + " | ".join(f"{a:.1f}" for a in accuracy) + f" | {mean(accuracy):.1f} | {time:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
+    parser.add_argument("--out", default=RESULTS / "correction.csv")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.table:
+        run(arguments)
+    show(Path(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
