@@ -288,3 +288,11 @@ def test_numbers_too_small_for_the_processor_to_be_quick_with_are_zero():
     assert fused.slopes(broken, "logistic", torch.tensor(0.5), None).isnan().all()
     given = broken, x, "logistic", torch.tensor(0.5), None, spikes, 0.9 * one, one, "none", later
     assert fused.credit(*given, False, False)[1].isnan().all()
+
+
+def test_words_of_the_noise_are_the_same_from_the_kernel(monkeypatch):
+    sample, stream = torch.arange(6, dtype=torch.int32) * 7919, torch.tensor([0, 1, 0, 2, 1, 5], dtype=torch.int32)
+    noise = Noise(2**40 + 3, 5, sample, stream)
+    found = noise.words(3, 11, 4)
+    monkeypatch.setattr(fused, "words", lambda *about: None)
+    assert all(map(torch.equal, found, noise.words(3, 11, 4)))

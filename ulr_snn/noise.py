@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.scan import fused
 from ulr_snn.scan.state import Draw
 from ulr_snn.secant import between
 
@@ -368,6 +369,9 @@ class Noise:
     def words(self, site: int, first_step: int, steps: int) -> tuple[Tensor, Tensor]:
         """The two random words of every row at every time, [steps, B] int32, that `_hash` mixes with the neurons."""
         key = _splitmix(self.seed, self.step, site)
+        done = fused.words(key, self.sample, self.stream, first_step, steps)
+        if done is not None:
+            return done
         time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=self.sample.device)[:, None]
         rows = torch.stack([self.sample + _int32(word) for word in (key, key >> 32)])
         row1, row2 = _mix(_mix(_mix(rows) + self.stream)[:, None] + time)

@@ -39,6 +39,7 @@ class StepNeuron:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._scan: tuple[Any, list[nn.Module], SpikingNeuron] | None = None  # and what it was made for
 
     @property
     def threshold(self) -> Tensor:
@@ -69,7 +70,10 @@ class StepNeuron:
     def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, SpikingNeuron]:
         """The current [T, B, ...] of a neuron of `ulr_snn` that does for x [T, B, ...] what the module does, and that
         neuron, where the module `scans`. lengths: steps of each sample that are no padding."""
-        entry, neuron = self.ours(x)
+        about = self.options(), x.dtype, x.device
+        if self._scan is None or self._scan[0] != about:
+            self._scan = about, *self.ours(x)
+        _, entry, neuron = self._scan
         for module in entry:
             x = module(x)
         neuron.lengths = lengths

@@ -224,6 +224,23 @@ def _uniforms(row1, row2, mirrored, out):
             out[n] = _ONE - out[n]
 
 
+@compiled(inline="always")
+def _mix(h):
+    """As `noise._mix`."""
+    h = _u(_u(h ^ (h >> _u(16))) * _M1)
+    h = _u(_u(h ^ (h >> _u(15))) * _M2)
+    return _u(h ^ (h >> _u(16)))
+
+
+@compiled()
+def words(sample, stream, low, high, time, row1, row2):
+    """As `Noise.words` [T, B], from the time of the first step on. low, high: halves of the site's key."""
+    for b in range(len(sample)):
+        one, two = _mix(_u(_mix(_u(sample[b] + low)) + stream[b])), _mix(_u(_mix(_u(sample[b] + high)) + stream[b]))
+        for t in range(len(row1)):
+            row1[t, b], row2[t, b] = _mix(_u(one + _u(time + t))), _mix(_u(two + _u(time + t)))
+
+
 @compiled()
 def _fire(law, x, uniform, spikes):
     """Spikes of one row at one time step, from its standardised drive."""

@@ -128,6 +128,17 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
         )
 
 
+def words(key: int, sample: Tensor, stream: Tensor, first: int, steps: int) -> tuple[Tensor, Tensor] | None:
+    """`Noise.words` of a site with this key; None where torch has to make them."""
+    if sample.device.type != "cpu" or not _installed("numba"):
+        return None
+    found = torch.empty(2, steps, len(sample), dtype=torch.int32)
+    low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
+    rows = (tensor.contiguous().numpy().view("uint32") for tensor in (sample, stream))
+    _cpu().words(*rows, low, high, np.uint32(first), *found.numpy().view("uint32"))
+    return found[0], found[1]
+
+
 class StepDraw:
     """Draws the spikes of a layer on a CPU whose membranes come in time step by time step. like: the drives [B, ...] of
     one; lengths, over: as of `credit`. spikes: [T, B, ...]; slope: the one that credit takes at them, per unit of
@@ -335,11 +346,12 @@ def _distances(over: Tensor | None) -> Any:
     good as zero, [K, 4] float32; [0, 4] of none."""
     if over is None:
         return torch.empty(0, 4).numpy()
-    d = over.to(torch.float64)
-    near, share, q = d <= float(_cpu().NEAR), 1 / (2 * d * len(d)), torch.exp(-d)
-    of_exponential = torch.where(near, q, 1.0), torch.where(near, share * (1 - q * q), 0.0)
-    rows = torch.stack([d, share, *of_exponential], 1).float()
-    return torch.cat([rows, torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(-len(d) % 4, 4)]).numpy()
+    d = over.to(torch.float64).numpy()
+    near, share, q = d <= _cpu().NEAR, 1 / (2 * d * len(d)), np.exp(-d)
+    rows = np.zeros((-(-len(d) // 4) * 4, 4), np.float32)
+    rows[:, 2] = 1
+    rows[: len(d)] = np.stack([d, share, np.where(near, q, 1), np.where(near, share * (1 - q * q), 0)], 1)
+    return rows
 
 
 def _own(lengths: Tensor | None, steps: int, rows: int) -> Any:
