@@ -86,6 +86,20 @@ def test_the_factors_of_the_learning_rate():
     assert found.factor("inside", ["weight noise"]) == 1.0
 
 
+def test_a_readout_that_was_not_linear_once_is_none_when_hardly_anything_comes_in():
+    net = model(TimeAverage(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    x, y = data()
+    with attach(net, seed=0) as ulr:
+        ulr.advise_step_sizes()
+        ulr.backward(10 * x, y)
+        assert not ulr.step_sizes.linear
+        with torch.no_grad():
+            net[3].weight *= 1e-3
+            net[3].bias *= 1e-3
+        ulr.backward(x, y)
+        assert not ulr.step_sizes.linear and ulr.rate_factors()["5.weight"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("drive", "summed", "slow"), [(0.01, True, True), (0.01, False, False), (5.0, True, False)],
     ids=["at rest, summed", "at rest, averaged", "awake, summed"],

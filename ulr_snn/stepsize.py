@@ -68,7 +68,8 @@ class StepSizes:
             signs = 1.0 - 2.0 * (torch.arange(p.outputs.shape[-1], device=p.outputs.device) % 2)
             values = p.outputs * (signs - signs.mean()) * (self.summed / p.outputs.numel())  # no offset of all counts
             found = derivatives(values, parameters)
-            self.linear = bool(found) and linear(values, parameters, found)
+            # Where hardly anything comes in, others are nearly linear, too: what has once been none is none.
+            self.linear = self.linear and bool(found) and linear(values, parameters, found)
             self.reach["outputs"] = reach(found) if self.linear else {}
 
     def due(self, step: int) -> bool:
