@@ -36,6 +36,11 @@ def recurrent() -> nn.Module:
     return nn.Sequential(*layers, RecurrentLIF(6), nn.Linear(6, 3), LeakyReadout(), TimeAverage())
 
 
+def leaks() -> nn.Module:
+    first, second = LIF(torch.full((9,), 0.7), learn_beta=True), LIF(0.8, reset="zero", learn_beta=True)
+    return nn.Sequential(nn.Linear(INPUTS, 9), first, nn.Linear(9, 6), second, nn.Linear(6, 3), TimeAverage())
+
+
 def snntorch_steps(name: str, **options: object) -> nn.Module:
     snn = pytest.importorskip("snntorch")
 
@@ -83,6 +88,7 @@ def norse_steps() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "sums": Sums,
     "recurrent": recurrent,
+    "leaks": leaks,
     "Synaptic": lambda: snntorch_steps("Synaptic", alpha=0.7, beta=0.8, learn_threshold=True),
     "Leaky, reset at once": lambda: snntorch_steps("Leaky", beta=0.8, reset_delay=False),
     "SLSTM": lambda: snntorch_steps("SLSTM", reset_mechanism="subtract", threshold=0.1),
@@ -117,7 +123,7 @@ def test_linked_credit_is_that_of_one_layer_after_another(name, options, monkeyp
     assert sum(float(g.abs().sum()) > 0 for g in linked) == len(linked)
 
 
-@pytest.mark.parametrize("name", ["recurrent", "Synaptic", "Norse"])
+@pytest.mark.parametrize("name", ["recurrent", "leaks", "Synaptic", "Norse"])
 def test_padding_takes_no_part(name, monkeypatch):
     options = {"lengths": True}
     apart, linked = (gradients(MODELS[name], flag, monkeypatch, torch.float64, **options) for flag in (False, True))
@@ -125,8 +131,8 @@ def test_padding_takes_no_part(name, monkeypatch):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["Synaptic", "Norse"])
-def test_the_kernel_of_a_step_draws_the_same_spikes_and_gives_the_same_credit(name, monkeypatch):
+@pytest.mark.parametrize("name", ["leaks", "Synaptic", "Norse"])
+def test_kernels_draw_the_same_spikes_and_give_the_same_credit(name, monkeypatch):
     """In single precision, on a CPU."""
     with_kernel = gradients(MODELS[name], True, monkeypatch, torch.float32)
     monkeypatch.setattr(fused, "kernels", lambda like: None)

@@ -77,8 +77,8 @@ class SpikingNeuron(Timed):
         before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The known standardised drive again, now differentiable as in `drive_at`, and in the scale. And the current
-        with all that adds to it, if the drive depends on nothing else that learns, as a place in the graph, whose
-        numbers mean nothing. before: spikes of the step before the first, if that is not the start."""
+        with all that adds to it, if the drive depends on nothing else that learns but a leak, as a place in the graph,
+        whose numbers mean nothing. before: spikes of the step before the first, if that is not the start."""
         return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
 
     def forward(self, current: Tensor) -> Tensor:
@@ -203,8 +203,7 @@ class LIF(SpikingNeuron):
             return super().x_at(current, spikes, x, fed_back, scale)
         total = self._total(current, spikes, fed_back, before)
         x = leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, x, scale)
-        fixed = not (self.beta.requires_grad or self.threshold.requires_grad)
-        return x, total if fixed else None
+        return x, None if self.threshold.requires_grad else total
 
     def extra_repr(self) -> str:
         return f"beta={_show(self.beta)}, threshold={_show(self.threshold)}, reset={self.reset!r}"

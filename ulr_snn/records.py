@@ -57,6 +57,7 @@ class Record:
     fed_back: Tensor | None = None  # recurrent current, of a layer that has one; None of a part of time
     trace: Trace | None = None  # of a layer of another library
     entry: Tensor | None = None  # of its current in the graph, no numbers, where x depends on nothing else that learns
+    through: Tensor | None = None  # the same, also where x depends on a leak that learns
     over: Tensor | None = None  # standardised distances [K] of the secants that stand for p' in credit; None: p'
     arrived: list[Tensor] = field(default_factory=list)  # its current in the graph: all in one, or one a time step
 
@@ -102,6 +103,17 @@ class Record:
         law = law_of(self.firing)
         done = None if law is None else fused.slopes(self.x.detach(), law, self.scale, self._lengths, self.over)
         return self.response / self.scale if done is None else done
+
+    def leak_gradient(self, currents: Tensor) -> Tensor:
+        """∂L/∂beta [...], of each neuron, from g = ∂L/∂J [T, B, ...] at fixed spikes."""
+        scale, threshold = self.scale, self.neuron.threshold.detach()
+        x, spikes = self.x.detach(), self.spikes.detach()
+        done = fused.leak_gradient(currents, x, scale, threshold, spikes, self.neuron.reset)
+        if done is not None:
+            return done
+        before = self.membrane()[:-1]
+        before = before * (1 - spikes[:-1]) if self.neuron.reset == "zero" else before
+        return (currents[1:] * before).sum((0, 1))
 
     def fused_credit(
         self, a: Tensor, later: Tensor, totals: bool, overwrite: bool, weight: Tensor | None

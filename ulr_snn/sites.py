@@ -69,10 +69,12 @@ def record_of(
     """Of a layer that has fired (see `SpikingNeuron.fired`). before: spikes of the step before the first, if that is
     not the start."""
     spikes, x, fed_back = fired
-    x, entry = neuron.x_at(current, spikes, x, fed_back, scale, before)
+    x, through = neuron.x_at(current, spikes, x, fed_back, scale, before)
+    entry = None if through is None or neuron.beta.requires_grad else through
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
     about = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
-    return Record(*about, fed_back, entry=entry, over=level.over(name, scale), arrived=[current])
+    over = level.over(name, scale)
+    return Record(*about, fed_back, entry=entry, through=through, over=over, arrived=[current])
 
 
 @dataclass

@@ -26,7 +26,9 @@ class Linked:
     @staticmethod
     def spikes(record: Record) -> Tensor:
         """The spikes [T, B, ...] of a layer of ours, in the graph behind its input current."""
-        return _Spikes.apply(record.x if record.entry is None else record.entry, record)
+        if record.through is None:
+            return _Spikes.apply(record.x, None, record)
+        return _Spikes.apply(record.through, record.neuron.beta.clamp(0, 1), record)
 
     @staticmethod
     def steps(*about: Any) -> "StepLink":
@@ -36,16 +38,20 @@ class Linked:
 
 class _Spikes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, entry: Tensor, record: Record) -> Tensor:
-        ctx.record = record
+    def forward(ctx: Any, entry: Tensor, beta: Tensor | None, record: Record) -> Tensor:
+        ctx.record, ctx.shape = record, None if beta is None else beta.shape
         return record.spikes.detach()
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor | None, None]:
         record = ctx.record
         with full_precision():
-            total, current = recurrence_of(record).credit(a, totals=record.entry is None)
-            return (current if total is None else total * record.response), None
+            total, current = recurrence_of(record).credit(a, totals=record.through is None)
+            if total is not None:
+                return total * record.response, None, None
+            if not ctx.needs_input_grad[1]:
+                return current, None, None
+            return current, record.leak_gradient(current).sum_to_size(ctx.shape), None
 
 
 class StepLink:

@@ -487,6 +487,22 @@ def leaky(first, end, c, spikes, beta, reset, later, out):
             _copy(g, out[t, b])
 
 
+@compiled(nogil=True)
+def leak(first, end, g, x, scale, threshold, spikes, reset, out):
+    """Adds to out [N] the sum over time steps and some rows of g_t times the membrane that the step before left, of
+    standardised drives x."""
+    steps, _, neurons = g.shape
+    for t in range(1, steps):
+        for b in range(first, end):
+            if reset == ZERO:
+                for n in range(neurons):
+                    left = (x[t - 1, b, n] * scale[n] + threshold[n]) * (_ONE - spikes[t - 1, b, n])
+                    out[n] += g[t, b, n] * left
+            else:
+                for n in range(neurons):
+                    out[n] += g[t, b, n] * (x[t - 1, b, n] * scale[n] + threshold[n])
+
+
 # -- sparse events -----------------------------------------------------------------------------------------
 
 

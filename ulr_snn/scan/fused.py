@@ -222,6 +222,22 @@ def credit(
     return total if totals else None, currents
 
 
+def leak_gradient(g: Tensor, x: Tensor, scale: Tensor, threshold: Tensor, spikes: Tensor, reset: str) -> Tensor | None:
+    """`Record.leak_gradient` of g, drives and spikes [T, B, ...]; None where torch has to do it."""
+    cpu = kernels(g)
+    if cpu is None or not g.dtype == x.dtype == spikes.dtype:
+        return None
+    per_neuron = (_per_neuron(value, g.shape[2:]) for value in (scale, threshold))
+    given, sums = (_array(g), _array(x), *per_neuron, _array(spikes), RESETS.index(reset)), []  # one of each thread
+
+    def work(first: int, end: int) -> None:
+        sums.append(torch.zeros(g[0, 0].numel(), dtype=torch.float32))
+        cpu.leak(first, end, *given, sums[-1].numpy())
+
+    shared(g.shape[1], work)
+    return sum(sums).view(g.shape[2:])
+
+
 def transposed(weight: Tensor) -> Tensor:
     """W^T in memory of its own."""
     return weight.detach().T.contiguous()
