@@ -274,6 +274,46 @@ def test_multi_step_nodes_run_as_scans_with_the_nodes_own_spikes(kind, options):
     assert torch.equal(ours.fired(current)[0], theirs)
 
 
+class Steady:
+    """A site of neurons that fire whenever they can; their gradient goes straight through."""
+
+    def begin(self, current: Tensor) -> None:
+        pass
+
+    def fire(self, drive: Tensor) -> Tensor:
+        return (drive >= 0).to(drive) + drive - drive.detach()
+
+    def end(self, states: list) -> None:
+        self.states = states
+
+
+@pytest.mark.parametrize("kind", ["IFNode", "LIFNode", "ParametricLIFNode"])
+@pytest.mark.parametrize("options", [{}, {"v_reset": 0.1}, {"v_reset": None}, {"decay_input": False}])
+def test_steps_of_nodes_are_the_nodes_own(kind, options):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    from ulr_snn.adapters import adapt
+
+    if kind == "IFNode" and "decay_input" in options:
+        return
+    found = []
+    for module_kind in (getattr(neuron, kind), type("Own", (getattr(neuron, kind),), {})):  # which nobody knows
+        node = module_kind(detach_reset=False, **options).double()
+        x = (2 * torch.randn(9, 3, 7, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
+        site = Steady()
+        adapted = adapt(node, "node") if module_kind.__name__ != "Own" else None
+        if adapted is not None:
+            with adapted.bound(site):
+                spikes = torch.stack([node(now) for now in x])
+            (membrane,) = site.states
+        else:
+            node.__dict__["surrogate_function"] = site.fire
+            spikes, membrane = torch.stack([node(now) for now in x]), node.v
+        (spikes * torch.arange(9.0).view(-1, 1, 1)).sum().backward()
+        found.append([spikes, membrane, x.grad, *(q.grad for q in node.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_scan_in_a_model_with_batch_norm_gives_the_gradient_of_the_nodes_own_steps(monkeypatch):
     """Same noise, same gradient, in double precision; the leak of parametric nodes included."""
     pytest.importorskip("spikingjelly.activation_based.neuron")
