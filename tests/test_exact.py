@@ -314,6 +314,32 @@ def test_steps_of_nodes_are_the_nodes_own(kind, options):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("recurrent", [False, True], ids=["feed forward", "recurrent"])
+def test_steps_of_norse_are_norses_own(recurrent):
+    norse = pytest.importorskip("norse.torch")
+    from ulr_snn.adapters.norse import rebound, written_out
+
+    torch.manual_seed(0)
+    module = (norse.LIFRecurrentCell(7, 7) if recurrent else norse.LIFCell()).double()
+    x = (20 * torch.rand(9, 3, 7)).double().requires_grad_()
+    site, found = Steady(), []
+    for run in (
+        written_out(module.activation, module.p, site.fire),
+        rebound(module.activation, lambda drive, method, alpha: site.fire(drive)),
+    ):
+        state, spikes = module.state_fallback(x[0]), []
+        own = (module.input_weights, module.recurrent_weights) if recurrent else ()
+        weights = [weight.detach().requires_grad_() for weight in own]
+        for now in x:
+            fired, state = run(now, state, *weights, module.p, module.dt)
+            spikes.append(fired)
+        total = (torch.stack(spikes) * torch.arange(9.0).view(-1, 1, 1)).sum()
+        found.append([*spikes, *state, *torch.autograd.grad(total, [x, *weights])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert written_out(module.activation, norse.LIFParameters(v_leak=torch.tensor(0.1)), site.fire) is None
+
+
 def test_a_scan_in_a_model_with_batch_norm_gives_the_gradient_of_the_nodes_own_steps(monkeypatch):
     """Same noise, same gradient, in double precision; the leak of parametric nodes included."""
     pytest.importorskip("spikingjelly.activation_based.neuron")

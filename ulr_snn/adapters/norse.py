@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from norse.torch import CobaLIFCell, LIFCorrelation
+from norse.torch.functional.lif import lif_feed_forward_step, lif_step
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ulr_snn.adapters.base import Step, StepNeuron
 
@@ -33,7 +35,8 @@ class Layer(StepNeuron):
         return "Norse's step filters the current in a synapse, and resets by value at once"
 
     def patches(self, site: Step) -> dict[str, Any]:
-        run = rebound(self.module.activation, lambda x, method, alpha: site.fire(x))
+        run = written_out(self.module.activation, self.module.p, site.fire)
+        run = run or rebound(self.module.activation, lambda x, method, alpha: site.fire(x))
 
         def activation(input_tensor: Tensor, *arguments: Any) -> Any:
             site.begin(input_tensor)
@@ -42,6 +45,31 @@ class Layer(StepNeuron):
             return spikes, state
 
         return {"activation": activation, "activation_sparse": None}
+
+
+def written_out(function: Callable, p: Any, fire: Callable[[Tensor], Tensor]) -> Callable | None:
+    """What Norse's step functions of LIF neurons do that leak and are reset to zero, in half of the operations; None of
+    other functions, and where leak and reset lie elsewhere."""
+    rests = [torch.as_tensor(getattr(p, name, 1.0)) for name in ("v_leak", "v_reset")]
+    if function not in (lif_feed_forward_step, lif_step) or any(r.requires_grad or bool((r != 0).any()) for r in rests):
+        return None
+
+    def charged(v: Tensor, i: Tensor, p: Any, dt: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Membranes, spikes and decayed currents."""
+        v = torch.lerp(v.to(i), i, torch.as_tensor(dt * p.tau_mem_inv).to(i))
+        return v, fire(v - p.v_th), i - dt * p.tau_syn_inv * i
+
+    def feed_forward(x: Tensor, state: Any, p: Any, dt: float = 0.001) -> tuple[Tensor, Any]:
+        v, spikes, i = charged(state.v, state.i + x, p, dt)
+        return spikes, type(state)(torch.addcmul(v, v, spikes, value=-1), i)
+
+    def recurrent(
+        x: Tensor, state: Any, into: Tensor, within: Tensor, p: Any, dt: float = 0.001
+    ) -> tuple[Tensor, Any]:  # whose reset is cut off from its spikes, as in Norse
+        v, spikes, i = charged(state.v, state.i + linear(x, into) + linear(state.z, within), p, dt)
+        return spikes, type(state)(spikes, torch.addcmul(v, v, spikes.detach(), value=-1), i)
+
+    return feed_forward if function is lif_feed_forward_step else recurrent
 
 
 def thresholds(function: Callable) -> bool:
