@@ -1,0 +1,98 @@
+"""Real recordings: a thousand of N-MNIST by an event camera, `ULR()` against surrogate-gradient BPTT, nothing tuned.
+
+    python -m benchmarks.recordings            # both nets and methods, ten seeds; stop and start it at will
+    python -m benchmarks.recordings --table
+
+900 recordings to train on for 15 epochs of 14 batches of 64, 100 to test; 20 binary frames of 15 ms. A row a run in
+results/recordings.csv. One recording is a whole point: compare the means.
+"""
+
+import argparse
+import datetime
+import os
+from functools import lru_cache
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import nn
+
+from benchmarks.zoo import RESULTS, append, machine, rows, trained
+from benchmarks.zoo_networks import Network, Parts
+from ulr_snn import LIF, ULR, Fold, TimeAverage
+from ulr_snn.data import load
+from ulr_snn.peers import METHODS
+from ulr_snn.runs import versions
+
+STEPS, BATCH = 15 * 14, 64
+
+
+@lru_cache
+def recordings(root: str) -> Parts:
+    found = []
+    for part in load("nmnist", f"{root}/n-mnist-1000", time_bins=20, bin_us=15_000, binary=True):
+        x, y, _ = part.dense(range(len(part)))
+        found.append((x.transpose(0, 1), y))
+    return found[0], found[1]
+
+
+def dense() -> nn.Module:
+    layers = nn.Linear(2312, 256), LIF(), nn.Linear(256, 256), LIF()
+    return nn.Sequential(nn.Flatten(2), *layers, TimeAverage(), nn.Linear(256, 10))
+
+
+def convolutional() -> nn.Module:
+    first = Fold(nn.Conv2d(2, 12, 5, stride=2, padding=2)), LIF()
+    second = Fold(nn.Conv2d(12, 24, 5, stride=2, padding=2)), LIF(), nn.Flatten(2)
+    return nn.Sequential(*first, *second, nn.Linear(24 * 9 * 9, 128), LIF(), TimeAverage(), nn.Linear(128, 10))
+
+
+NETWORKS = {"dense": Network(dense, recordings), "convolutional": Network(convolutional, recordings)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.out)
+    done = {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+    for seed in range(arguments.seeds):
+        for name in arguments.networks:
+            for method in ("ulr", "bptt"):
+                if (name, method, str(seed)) in done:
+                    continue
+                estimator = ULR() if method == "ulr" else METHODS["surrogate"]()
+                found = trained(NETWORKS[name], estimator, seed, STEPS, arguments.root, batch=BATCH)
+                about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
+                row = {"network": name, "method": method, "seed": seed, "steps": STEPS, "note": ""}
+                append(path, row | found | about)
+                print(name, method, seed, *found.values(), flush=True)
+
+
+def show(path: Path) -> None:
+    print("| network | seeds | ULR() | BPTT | difference, standard error |\n|---|---|---|---|---|")
+    for name in NETWORKS:
+        runs = {(r["method"], r["seed"]): float(r["accuracy"]) for r in rows(path) if r["network"] == name}
+        seeds = sorted({seed for _, seed in runs if {("ulr", seed), ("bptt", seed)} <= set(runs)})
+        if len(seeds) < 2:
+            continue
+        ours, theirs = ([runs[method, seed] for seed in seeds] for method in ("ulr", "bptt"))
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        difference = f"{mean(differences):+.1f} ± {stdev(differences) / sqrt(len(seeds)):.1f}"
+        print(f"| {name} | {len(seeds)} | {mean(ours):.1f} | {mean(theirs):.1f} | {difference} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
+    parser.add_argument("--out", default=RESULTS / "recordings.csv")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.table:
+        run(arguments)
+    show(Path(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
