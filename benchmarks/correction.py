@@ -74,7 +74,8 @@ METHODS: dict[str, tuple[Any, int]] = {  # estimator, times the steps
 def memory(root: str) -> Parts:
     """The memory task, of whose training set a fifth is held out."""
     part, _ = TASKS["memory"].recordings(root)
-    samples = [TASKS["memory"].view(part)[i] for i in range(len(part))]
+    seen = TASKS["memory"].view(part)
+    samples = [seen[i] for i in range(len(seen))]
     x = torch.stack([torch.as_tensor(sample[0]) for sample in samples])
     y = torch.tensor([int(sample[1]) for sample in samples])
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))

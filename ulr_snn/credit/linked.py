@@ -75,11 +75,13 @@ class StepLink:
 
     def drawn(self, t: int, drive: Tensor) -> Tensor:
         """Spikes of such drives, without a graph."""
-        if self._draw is None and fused.kernels(drive) is not None:
+        if not self._x and self._draw is None and fused.kernels(drive) is not None:  # the first step decides
             draw, like = self.drawer.draw(), drive[0] if self.whole else drive
             self._draw = None if draw is None else fused.StepDraw(draw, like, self.lengths, self.over)
         if self._draw is not None:
-            return torch.stack([self._draw(*now) for now in enumerate(drive)]) if self.whole else self._draw(t, drive)
+            wide = drive.float()
+            spikes = torch.stack([self._draw(*now) for now in enumerate(wide)]) if self.whole else self._draw(t, wide)
+            return spikes.to(drive.dtype)
         x = self._x[t] = drive / self.scale.detach()
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
         return self._own_steps(t, spikes)
