@@ -10,8 +10,6 @@ part of the training set that is held out.
 """
 
 import argparse
-import datetime
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.tasks import TASKS
-from benchmarks.zoo import RESULTS, append, machine, rows, trained
+from benchmarks.zoo import command_line, done, note_run, rows, trained
 from benchmarks.zoo_networks import ZOO, Network, Parts
 from ulr_snn import ULR
 from ulr_snn.estimator import Attachment, Entry, Group
-from ulr_snn.runs import versions
 
 NETWORKS = ("sj_csnn", "snn_t6_cnn", "v_deep4", "sj_seq_plain", "no_speech_lif", "v_spike_LIF", "memory")
 STEPS = {"memory": 1000}  # others: 150
@@ -89,18 +86,15 @@ def network(name: str) -> Network:
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
-    done = {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+    known = done(path)
     for seed in range(arguments.seeds):
         for name in arguments.networks:
             for method, (estimator, times) in METHODS.items():
-                if (name, method, str(seed)) in done:
+                if (name, method, str(seed)) in known:
                     continue
                 steps = times * STEPS.get(name, 150)
                 found = trained(network(name), estimator, seed, steps, arguments.root)
-                about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
-                row = {"network": name, "method": method, "seed": seed, "steps": steps, "note": ""}
-                append(path, row | found | about)
-                print(name, method, seed, *found.values(), flush=True)
+                note_run(path, name, method, seed, steps, found)
 
 
 def show(path: Path) -> None:
@@ -119,14 +113,7 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
-    parser.add_argument("--out", default=RESULTS / "correction.csv")
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = command_line(__doc__, NETWORKS, 2, "correction.csv").parse_args()
     if not arguments.table:
         run(arguments)
     show(Path(arguments.out))

@@ -8,22 +8,18 @@ results/recordings.csv. One recording is a whole point: compare the means.
 """
 
 import argparse
-import datetime
-import os
 from functools import lru_cache
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
 from torch import nn
 
-from benchmarks.zoo import RESULTS, append, machine, rows, trained
+from benchmarks.zoo import command_line, done, note_run, rows, trained
 from benchmarks.zoo_networks import Network, Parts
 from ulr_snn import LIF, ULR, Fold, TimeAverage
 from ulr_snn.data import load
 from ulr_snn.peers import METHODS
-from ulr_snn.runs import versions
 
 STEPS, BATCH = 15 * 14, 64
 
@@ -53,18 +49,15 @@ NETWORKS = {"dense": Network(dense, recordings), "convolutional": Network(convol
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
-    done = {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+    known = done(path)
     for seed in range(arguments.seeds):
         for name in arguments.networks:
             for method in ("ulr", "bptt"):
-                if (name, method, str(seed)) in done:
+                if (name, method, str(seed)) in known:
                     continue
                 estimator = ULR() if method == "ulr" else METHODS["surrogate"]()
                 found = trained(NETWORKS[name], estimator, seed, STEPS, arguments.root, batch=BATCH)
-                about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
-                row = {"network": name, "method": method, "seed": seed, "steps": STEPS, "note": ""}
-                append(path, row | found | about)
-                print(name, method, seed, *found.values(), flush=True)
+                note_run(path, name, method, seed, STEPS, found)
 
 
 def show(path: Path) -> None:
@@ -81,14 +74,7 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
-    parser.add_argument("--out", default=RESULTS / "recordings.csv")
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = command_line(__doc__, NETWORKS, 10, "recordings.csv").parse_args()
     if not arguments.table:
         run(arguments)
     show(Path(arguments.out))

@@ -16,7 +16,7 @@ import datetime
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -103,38 +103,32 @@ def trained(
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
-    done = {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+    known = done(path)
     for seed in range(arguments.first_seed, arguments.seeds):
-        for name in arguments.networks or ZOO:
+        for name in arguments.networks:
             for method in arguments.methods:
-                if (name, method, str(seed)) in done:
+                if (name, method, str(seed)) in known:
                     continue
                 try:
                     estimator, rate = estimator_of(method)
                     found, note = trained(ZOO[name], estimator, seed, arguments.steps, arguments.root, rate), ""
                 except (ValueError, RuntimeError, ArithmeticError) as error:
                     found, note = {}, f"{type(error).__name__}: {str(error)[:200]}"
-                about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
-                row = {"network": name, "method": method, "seed": seed, "steps": arguments.steps, "note": note}
-                append(path, row | found | about)
-                print(name, method, seed, *found.values(), note, flush=True)
+                note_run(path, name, method, seed, arguments.steps, found, note)
 
 
 def measure_times(arguments: argparse.Namespace) -> None:
     """Short runs of both methods in turn, so many rounds."""
     path = Path(arguments.out).with_name("zoo_times.csv")
-    done = {(r["network"], r["seed"]) for r in rows(path)}
-    about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
-    for name in arguments.networks or ZOO:
+    known = {(name, turn) for name, _, turn in done(path)}
+    for name in arguments.networks:
         for turn in range(arguments.seeds):
-            if (name, str(turn)) in done:
+            if (name, str(turn)) in known:
                 continue
             for method in ("ulr", f"bptt:{RATES[0]}"):
                 estimator, rate = estimator_of(method)
                 found = trained(ZOO[name], estimator, turn, TIMED, arguments.root, rate, tested=False)
-                row = {"network": name, "method": method, "seed": turn, "steps": TIMED, "note": ""}
-                append(path, row | {"ms": found["ms"], "passes": found["passes"]} | about)
-                print(name, method, turn, found["ms"], flush=True)
+                note_run(path, name, method, turn, TIMED, {"ms": found["ms"], "passes": found["passes"]})
 
 
 def machine() -> str:
@@ -148,6 +142,21 @@ def rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def done(path: Path) -> set[tuple[str, str, str]]:
+    """Network, method and seed of each run that has a row."""
+    return {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+
+
+def note_run(
+    path: Path, network: str, method: str, seed: int, steps: int, found: dict[str, object], note: str = ""
+) -> None:
+    """Prints a run and appends its row."""
+    about = {"machine": machine(), "torch": versions()["torch"], "date": str(datetime.date.today())}
+    row = {"network": network, "method": method, "seed": seed, "steps": steps, "note": note}
+    append(path, row | found | about)
+    print(network, method, seed, *found.values(), note, flush=True)
 
 
 def append(path: Path, row: dict[str, object]) -> None:
@@ -243,19 +252,25 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def command_line(about: str, networks: Iterable[str], seeds: int, out: str) -> argparse.ArgumentParser:
+    """What all benchmarks of networks in one CSV are asked; out: its name. One thread from here on."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=list(networks), default=list(networks), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
+    parser.add_argument("--out", default=RESULTS / out)
+    parser.add_argument("--table", action="store_true")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", choices=ZOO, metavar="NAME")
+    parser = command_line(__doc__, ZOO, 3, "zoo_runs.csv")
     parser.add_argument("--methods", nargs="*", default=["ulr", *(f"bptt:{rate}" for rate in RATES)])
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--root", default=os.environ.get("ULR_SNN_DATA", "../shared/data"))
-    parser.add_argument("--out", default=RESULTS / "zoo_runs.csv")
     parser.add_argument("--times", action="store_true")
-    parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     if arguments.times:
         measure_times(arguments)
     elif not arguments.table:

@@ -402,8 +402,7 @@ class Attachment:
     def _links(self) -> bool:
         """Whether credit of this step's passes goes through all layers at once (see credit/linked.py). What looks at
         membranes, or at one layer alone, needs records of it."""
-        measured = self.step_sizes is not None and self.step_sizes.due(self.step)
-        return self.structure.all_exact and not (measured or self._widens or self.estimator.multi_sample)
+        return self.structure.all_exact and not (self.measures or self.estimator.multi_sample)
 
     def observe(self, forward: Forward, p: Pass, *batch: Any) -> None:
         """Learns from the first pass what the loss and the layers are."""
@@ -428,6 +427,11 @@ class Attachment:
             for r in p.records:
                 if r.site not in self.level.currents:
                     self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` would do something at this step."""
+        return self._widens or (self.step_sizes is not None and self.step_sizes.due(self.step))
 
     @property
     def _widens(self) -> bool:

@@ -342,6 +342,13 @@ def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
     return shaped(mask, sequence)
 
 
+def own_steps(x: Tensor, t: int, lengths: Tensor | None, whole: bool) -> Tensor:
+    """x [B, ...] of time step t, zero in samples for which that is padding; whole: x is [T, B, ...], of all steps."""
+    if lengths is None:
+        return x
+    return x * (step_mask(lengths, x) if whole else (t < lengths).to(x).view(-1, *[1] * (x.ndim - 1)))
+
+
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
     """[T, B, 1, ...] of [T, B], to broadcast against [T, B, ...]."""
     return rows.view(*rows.shape, *[1] * (like.ndim - 2))

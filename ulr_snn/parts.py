@@ -133,8 +133,8 @@ class PartSite:
         with torch.no_grad():
             fired = neuron.fired(current, drawer, self.state, known)
         if self.watched:
-            x = fired[1] if neuron.lengths is None else fired[1] * step_mask(neuron.lengths, fired[1])
-            self.farthest = farthest(x) * scale.mean()
+            mask = None if neuron.lengths is None else step_mask(neuron.lengths, fired[1])
+            self.farthest = farthest(fired[1], mask) * scale.mean()
         if self.watched:
             self.before, self.current, (self.spikes, _, self.fed_back) = before, current.detach(), fired
         if self.records is not None:

@@ -11,7 +11,6 @@ from ulr_snn.credit.global_ import moving
 from ulr_snn.errors import UsageError
 from ulr_snn.estimate import Batch, Estimate
 from ulr_snn.explained import explained
-from ulr_snn.noise import WIDENING
 from ulr_snn.passes import Forward, Pass, check_outputs, keep_traces
 from ulr_snn.scan.held import weights_held
 from ulr_snn.stepsize import times_summed
@@ -92,7 +91,7 @@ class Piecewise:
     def sample(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Pass | None:
         """A pass over a sample, where one is due: the first shows what the model is, others are to be measured."""
         attached, first = self.attached, self.attached.structure is None
-        if not first and not self._wants_to_measure():
+        if not first and not attached.measures:
             return None
         part = batch.part(few)
         given = part.x, part.targets, part.lengths, part.objective
@@ -103,13 +102,6 @@ class Piecewise:
         attached.forward_passes += (forward.extra_passes + 1) * part.samples
         forward.extra_passes = 0
         return p
-
-    def _wants_to_measure(self) -> bool:
-        """Whether `Attachment.measure` would do something at this step."""
-        attached = self.attached
-        due = attached.step_sizes is not None and attached.step_sizes.due(attached.step)
-        widens = attached.began_at_rest and not attached.structure.has_readout and attached.level.progress <= WIDENING
-        return bool(due or widens)
 
 
 class InParts(Piecewise):

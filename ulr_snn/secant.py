@@ -33,9 +33,9 @@ def secant(probability: Callable[[Tensor], Tensor], x: Tensor, distances: Tensor
     return found / len(distances)
 
 
-def farthest(x: Tensor) -> Tensor:
-    """Largest |x|, a number."""
-    low, high = x.detach().aminmax()
+def farthest(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Largest |x|, a number; mask: 0 on what is left out."""
+    low, high = (x if mask is None else x * mask).detach().aminmax()
     return torch.maximum(-low, high)
 
 

@@ -53,7 +53,7 @@ class Site:
         """Standard deviation of the membranes that the current charges under deterministic firing, padding left out.
         Their distance from the threshold is noted."""
         drive = neuron.fired(current)[1]
-        self.level.take({name: farthest(drive if mask is None else drive * mask)})
+        self.level.take({name: farthest(drive, mask)})
         return own_spread(drive + neuron.threshold, mask)
 
 

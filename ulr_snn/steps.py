@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import own_spread, step_mask
+from ulr_snn.neurons import own_spread, own_steps, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
 from ulr_snn.records import Links, Record, Seen, Trace
 from ulr_snn.secant import farthest
@@ -92,12 +92,7 @@ class StepSite:
         self.trace.states.append(carried if self.noise is not None else [])
 
     def _own_steps(self, t: int, spikes: Tensor, drive: Tensor) -> Tensor:
-        spikes = spikes.to(drive.dtype)
-        if self.lengths is None:
-            return spikes
-        if self.neuron.whole:
-            return spikes * self._mask(spikes)
-        return spikes * (t < self.lengths).to(drive.dtype).view(-1, *[1] * (drive.ndim - 1))
+        return own_steps(spikes.to(drive.dtype), t, self.lengths, self.neuron.whole)
 
     def finish(self) -> None:
         """Checks that the layer ran once a step. If it was measured, sets the level at which its noise begins."""
@@ -112,7 +107,7 @@ class StepSite:
         """Sets the level at which the noise begins, and notes how far membranes are from the threshold."""
         drive = self._joined(self.trace.x)
         mask = self._mask(drive)
-        self.level.take({self.name: farthest(drive if mask is None else drive * mask)})
+        self.level.take({self.name: farthest(drive, mask)})
         spread = partial(own_spread, drive + self.neuron.threshold.detach(), mask)
         self.level.scale(self.name, self.neuron.threshold, spread)
 

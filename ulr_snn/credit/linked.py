@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.recurrence import recurrence_of
-from ulr_snn.neurons import step_mask
+from ulr_snn.neurons import own_steps
 from ulr_snn.noise import Drawer
 from ulr_snn.precision import full_precision
 from ulr_snn.records import Record, Seen, response_of
@@ -84,14 +84,7 @@ class StepLink:
             return spikes.to(drive.dtype)
         x = self._x[t] = drive / self.scale.detach()
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
-        return self._own_steps(t, spikes)
-
-    def _own_steps(self, t: int, x: Tensor) -> Tensor:
-        if self.lengths is None:
-            return x
-        if self.whole:
-            return x * step_mask(self.lengths, x)
-        return x * (t < self.lengths).to(x).view(-1, *[1] * (x.ndim - 1))
+        return own_steps(spikes, t, self.lengths, self.whole)
 
     def slope(self, t: int) -> Tensor:
         """What credit takes for ∂p/∂drive, in the shape of the drive."""
@@ -108,7 +101,8 @@ class StepLink:
         if self._draw is not None:
             largest = self._draw.farthest
         else:
-            largest = torch.stack([farthest(self._own_steps(*now)) for now in self._x.items()]).max()
+            own = (own_steps(x, t, self.lengths, self.whole) for t, x in self._x.items())
+            largest = torch.stack([farthest(x) for x in own]).max()
         return Seen(site, largest * self.scale.detach().mean())
 
 
