@@ -60,7 +60,7 @@ class CurrentSite(StepSite):
             self.trace.spikes.append(spikes.requires_grad_())
             self.trace.resets.append(spikes)
             self.trace.states.append([])
-        return spikes
+        return self.handed(spikes)
 
     def measure(self) -> None:
         current = self._joined(self.trace.x)

@@ -380,6 +380,7 @@ class Attachment:
         copies = self._copies(self.structure.credit)
         forward.weights, forward.judging = self._weight_sites(), self.structure.judging
         forward.links = Linked() if self._links() else None
+        forward.changes = self.structure.changes
         forward.pools = self.structure.pools or forward.links is None
         if self.in_turn:
             return self._backward_in_turn(forward, copies, passes, x, targets, lengths, objective)

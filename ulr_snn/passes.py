@@ -21,7 +21,7 @@ from ulr_snn.losses import Objective
 from ulr_snn.neurons import SpikingNeuron, output_mask
 from ulr_snn.noise import Logistic, Noise, NoiseLevel
 from ulr_snn.pooling import SpikePooling
-from ulr_snn.records import Links, Record
+from ulr_snn.records import Handed, Links, Record
 from ulr_snn.sites import Layers, Replay, bind, bind_sites, own_modules, site_index, spiking_layers
 from ulr_snn.stateless import run
 from ulr_snn.weights import WeightSites
@@ -37,6 +37,7 @@ class Pass:
     activity: dict[str, Tensor]  # what the objective needs of it, [copies * B], graph cut at every spike
     judgement: Judgement
     pools: bool = True  # whether there is max pooling in it, as far as was looked for
+    changes: bool = True  # whether the model changes spikes in place, as far as was looked for
     linked: bool = (
         False  # whether the graph is not cut at spikes, and a gradient that arrives at one becomes its credit
     )
@@ -117,6 +118,7 @@ class Forward:
         self.weights, self.judging, self.points = weights, judging or Judging(), points
         self.links: Links | None = None  # of passes whose graph is not cut at spikes
         self.pools = True  # whether max pooling is looked for, which makes all of torch's functions slower
+        self.changes = True  # whether the model may change spikes in place
         self.varied: str | None = None  # the only site at which copies differ, if there is but one
         self.extra_passes = 0  # so far, of a batch each: to set levels of noise, and to see what depends on what
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
@@ -139,10 +141,10 @@ class Forward:
         batch, k = x.shape[1], len(copies)
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
         row_lengths = lengths.repeat(k) if lengths is not None else None
-        noise = self.noise(batch, copies, x.device)
+        noise, handed = self.noise(batch, copies, x.device), Handed(copies=self.changes)
 
         def outputs_of() -> tuple[Tensor, list[Record]]:
-            with bind(self.model, self.level, noise, row_lengths, len(x), self.layers, self.links) as records:
+            with bind(self.model, self.level, noise, row_lengths, len(x), self.layers, self.links, handed) as records:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
             return outputs, records
 
@@ -160,7 +162,7 @@ class Forward:
         check_outputs(outputs, x.shape[0], batch * k)
         judgement = self.judge(outputs, activity, targets, lengths, objective, copies)
         pools = pooling is not None and pooling.used
-        return Pass(copies, outputs, records, activity, judgement, pools, self.links is not None)
+        return Pass(copies, outputs, records, activity, judgement, pools, handed.changed, self.links is not None)
 
     def judge(
         self,

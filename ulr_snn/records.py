@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ulr_snn.errors import UsageError
 from ulr_snn.neurons import step_mask
 from ulr_snn.noise import Drawer, Firing, law_of
 from ulr_snn.scan import fused
@@ -152,6 +153,31 @@ class Links(Protocol):
 
     def steps(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> Any:
         """The same of a layer whose membranes come in time step by time step: see `credit.linked.StepLink`."""
+
+
+class Handed:
+    """What layers hand to the model, which may change it in place (`spikes += x`): copies, or, of a model that is known
+    not to, the spikes themselves."""
+
+    def __init__(self, copies: bool) -> None:
+        self.copies = copies
+        self._given: list[tuple[Tensor, int]] = []
+
+    def __call__(self, spikes: Tensor) -> Tensor:
+        given = spikes.clone() if self.copies else spikes
+        self._given.append((given, given._version))
+        return given
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model has changed anything of it. Raises UsageError where these were no copies."""
+        found = any(given._version != version for given, version in self._given)
+        if found and not self.copies:
+            raise UsageError(
+                "the model changed the spikes of a layer in place, which it did not in the first step, so that credit "
+                "would be wrong; write spikes = spikes + x in place of spikes += x"
+            )
+        return found
 
 
 @dataclass

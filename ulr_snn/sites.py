@@ -14,7 +14,7 @@ from ulr_snn.currents import CurrentSite
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import SpikingNeuron, Timed, own_spread, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
-from ulr_snn.records import Links, Record
+from ulr_snn.records import Handed, Links, Record
 from ulr_snn.secant import farthest
 from ulr_snn.steps import StepSite
 
@@ -30,6 +30,7 @@ class Site:
     records: list[Record]  # of all sites, in the order in which they ran
     lengths: Tensor | None = None
     links: Links | None = None  # that keep spikes in the graph behind the current; else they are leaves of it
+    handed: Handed = field(default_factory=lambda: Handed(copies=True))
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class Site:
             fired = neuron.fired(current, drawer)
         record = record_of(name, neuron, current, scale, fired, self.level)
         self.records.append(record)
-        return record.spikes.requires_grad_() if self.links is None else self.links.spikes(record)
+        return self.handed(record.spikes.requires_grad_() if self.links is None else self.links.spikes(record))
 
     @torch.no_grad()
     def _spread(self, name: str, neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
@@ -96,7 +97,7 @@ class Replay:
         self.calls += 1
         site = call_name(self.name, self.calls)
         self.currents[site] = current.detach()
-        return self._fired(self.records[site].spikes.detach())
+        return self._fired(self.records[site].spikes.detach().clone())
 
     def _fired(self, spikes: Tensor) -> Tensor:
         return 1 - spikes if self.flipped else spikes
@@ -117,7 +118,7 @@ class Replay:
         record = self.records[self.name]
         self.resetting = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
         self.last = self._fired(self.resetting)
-        return self.last
+        return self.last.detach().clone()
 
     def end(self, states: list[Any]) -> None:
         record = self.records[self.name]
@@ -204,23 +205,25 @@ def bind(
     steps: int = 0,
     layers: Layers | None = None,
     links: Links | None = None,
+    handed: Handed | None = None,
 ) -> Iterator[list[Record]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
     the list that their records go to; it stays empty as long as a layer is measured (see `StepSite`).
 
     steps: of the events, for layers that run step by step. layers: those of the model, where they are known. links:
-    that keep spikes in the graph behind what they were drawn from; else they are leaves of it.
+    that keep spikes in the graph behind what they were drawn from; else they are leaves of it. handed: see there.
     """
+    handed = handed or Handed(copies=True)
     records: list[Any] = []
     layers = spiking_layers(model) if layers is None else layers
     sites = []
     for index, (name, neuron) in enumerate(layers):
         own = None if name in level.quiet or never_fires(neuron) else noise
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
-            sites.append(Site(name, index, level, own, records, lengths, links))
+            sites.append(Site(name, index, level, own, records, lengths, links, handed))
         else:
             kind = CurrentSite if isinstance(neuron, BlackBox) else partial(StepSite, links=links)
-            sites.append(kind(name, index, level, own, records, neuron, steps, lengths))
+            sites.append(kind(name, index, level, own, records, neuron, steps, lengths, handed))
     with bind_sites(model, sites, lengths, layers):
         yield records
     stepwise = [site for site in sites if isinstance(site, StepSite)]

@@ -11,7 +11,7 @@ from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.neurons import own_spread, own_steps, step_mask
 from ulr_snn.noise import Drawer, Noise, NoiseLevel
-from ulr_snn.records import Links, Record, Seen, Trace
+from ulr_snn.records import Handed, Links, Record, Seen, Trace
 from ulr_snn.secant import farthest
 
 
@@ -31,6 +31,7 @@ class StepSite:
     neuron: StepNeuron
     steps: int
     lengths: Tensor | None
+    handed: Handed
     last: Tensor | None = None
     resetting: Tensor | None = None
     measured: bool = False
@@ -73,7 +74,7 @@ class StepSite:
             return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         if self._link is not None:
             self.last = self.resetting = self._link.fired(t, drive)
-            return self.last
+            return self.handed(self.last)
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
@@ -83,7 +84,7 @@ class StepSite:
         self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
         self.trace.spikes.append(self.last)
-        return self.last
+        return self.handed(self.last)
 
     def end(self, states: list[Any]) -> None:
         if self._link is not None:

@@ -52,6 +52,7 @@ class Structure:
     recurs: set[str] = field(default_factory=set)  # sites with recurrent weights of ours
     quiet: set[str] = field(default_factory=set)  # sites whose spikes nobody reads, but for their own reset: no noise
     pools: bool = True  # whether there is max pooling
+    changes: bool = True  # whether the model changes spikes in place
     current_noise: bool = False  # whether there are sites with noise on their input current
 
     @property
@@ -127,7 +128,7 @@ class Structure:
         found = *maps_of, functions, parameters, differentiable, responding
         currents = any(isinstance(r, CurrentRecord) for r in p.records)
         kinds = {"products": maps != "learned", "recurs": recurs, "quiet": quiet}
-        return cls(credit, *found, driven, **kinds, pools=p.pools, current_noise=currents)
+        return cls(credit, *found, driven, **kinds, pools=p.pools, changes=p.changes, current_noise=currents)
 
     def summarise(self, outputs: Tensor) -> Tensor:
         """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
