@@ -57,7 +57,7 @@ class CurrentSite(StepSite):
             raise UsageError(f"{self.name} gave spikes of shape {list(spikes.shape)}; keep steps and samples in front")
         spikes = self._own_steps(t, spikes, spikes).clone()
         if self.noise is not None and not self.measured:
-            self.trace.spikes.append(spikes.requires_grad_())
+            self.leaves.append(spikes.requires_grad_())
             self.trace.resets.append(spikes)
             self.trace.states.append([])
         return self.handed(spikes)

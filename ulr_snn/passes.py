@@ -38,9 +38,7 @@ class Pass:
     judgement: Judgement
     pools: bool = True  # whether there is max pooling in it, as far as was looked for
     changes: bool = True  # whether the model changes spikes in place, as far as was looked for
-    linked: bool = (
-        False  # whether the graph is not cut at spikes, and a gradient that arrives at one becomes its credit
-    )
+    linked: bool = False  # whether a gradient that arrives at spikes becomes their credit, where else the graph is cut
 
     @property
     def loss(self) -> Tensor:

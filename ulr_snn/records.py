@@ -20,15 +20,13 @@ from ulr_snn.secant import farthest, secant
 class Trace:
     """Of a layer that its library's code ran: its tensors of every call, as they stand in the autograd graph.
 
-    inputs, x, spikes: [B, ...] each, or one [T, B, ...]; resets: the spikes as the layer's own reset sees
-    them, where its library asks for them apart; states: what the layer carries to the next call.
+    x: [B, ...] each, or one [T, B, ...]; resets: the spikes as the layer's own reset sees them, where its library asks
+    for them apart; states: what the layer carries to the next call.
     """
 
-    inputs: list[Tensor]
-    x: list[Tensor]
-    spikes: list[Tensor]
-    resets: list[Tensor]
-    states: list[list[Tensor]]
+    x: list[Tensor] = field(default_factory=list)
+    resets: list[Tensor] = field(default_factory=list)
+    states: list[list[Tensor]] = field(default_factory=list)
 
 
 def response_of(firing: Firing, x: Tensor, lengths: Tensor | None, over: Tensor | None) -> Tensor:
@@ -57,8 +55,7 @@ class Record:
     mask: Tensor | None
     fed_back: Tensor | None = None  # recurrent current, of a layer that has one; None of a part of time
     trace: Trace | None = None  # of a layer of another library
-    entry: Tensor | None = None  # of its current in the graph, no numbers, where x depends on nothing else that learns
-    through: Tensor | None = None  # the same, also where x depends on a leak that learns
+    through: Tensor | None = None  # of its current in the graph, no numbers, where x needs but that and a leak
     over: Tensor | None = None  # standardised distances [K] of the secants that stand for p' in credit; None: p'
     arrived: list[Tensor] = field(default_factory=list)  # its current in the graph: all in one, or one a time step
 
@@ -66,6 +63,11 @@ class Record:
     def farthest(self) -> Tensor:
         """Largest distance of a membrane to the threshold, a number; padding left out."""
         return farthest(self.x, self.mask) * self.scale.detach().mean()
+
+    @property
+    def entry(self) -> Tensor | None:
+        """Where credit of the current goes on, if x depends on nothing else that learns."""
+        return None if self.through is None or self.neuron.beta.requires_grad else self.through
 
     @property
     def whole(self) -> bool:

@@ -71,11 +71,10 @@ def record_of(
     not the start."""
     spikes, x, fed_back = fired
     x, through = neuron.x_at(current, spikes, x, fed_back, scale, before)
-    entry = None if through is None or neuron.beta.requires_grad else through
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
     about = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
     over = level.over(name, scale)
-    return Record(*about, fed_back, entry=entry, through=through, over=over, arrived=[current])
+    return Record(*about, fed_back, through=through, over=over, arrived=[current])
 
 
 @dataclass

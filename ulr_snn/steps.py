@@ -37,7 +37,9 @@ class StepSite:
     measured: bool = False
     calls: int = 0
     links: Links | None = None  # that keep spikes in the graph behind their drive; else they are leaves of it
-    trace: Trace = field(default_factory=lambda: Trace([], [], [], [], []))
+    arrived: list[Tensor] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
     _draw: Drawer | None = None
     _link: Any = None
     _scale: Tensor | None = None
@@ -57,7 +59,7 @@ class StepSite:
                 "events; give each layer a neuron of its own, and a step of events to every step"
             )
         if self.noise is not None and not self.measured and self._link is None:
-            self.trace.inputs.append(current)
+            self.arrived.append(current)
 
     def _start(self) -> None:
         self._scale = self.level.scale(self.name, self.neuron.threshold, None)
@@ -83,7 +85,7 @@ class StepSite:
         self.last.requires_grad_()
         self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
-        self.trace.spikes.append(self.last)
+        self.leaves.append(self.last)
         return self.handed(self.last)
 
     def end(self, states: list[Any]) -> None:
@@ -117,11 +119,11 @@ class StepSite:
         if self._link is not None:
             return self._link.seen(self.name)
         trace = self.trace
-        x, spikes = self._joined(trace.x), self._joined(trace.spikes).detach()
-        current = self._joined(trace.inputs).detach()
+        x, spikes = self._joined(trace.x), self._joined(self.leaves).detach()
+        current = self._joined(self.arrived).detach()
         firing, scale = self.level.firing, self._scale.detach()
-        about = self.name, self.neuron, current, scale, x, spikes, trace.spikes, firing, self._mask(x)
-        return Record(*about, trace=trace, over=self._over, arrived=trace.inputs)
+        about = self.name, self.neuron, current, scale, x, spikes, self.leaves, firing, self._mask(x)
+        return Record(*about, trace=trace, over=self._over, arrived=self.arrived)
 
     def _joined(self, calls: list[Tensor]) -> Tensor:
         """[T, B, ...] of what belongs to each call."""

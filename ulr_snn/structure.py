@@ -212,12 +212,12 @@ def feeds_in_step(source: Record, target: Record) -> bool:
         return True
     middle = len(target.current) // 2
     own_step = source.leaves if source.whole else [source.leaves[middle]]
-    seen = leaves([target.trace.inputs[middle]])
+    seen = leaves([target.arrived[middle]])
     return any(id(leaf) in seen for leaf in own_step)
 
 
 def path_between(source: Record, target: Record) -> Path:
     """How the spikes of one layer act on the input current of another."""
     shapes = tuple(source.spikes.shape[2:]), tuple(target.current.shape[2:])
-    result = target.x if target.trace is None else target.trace.inputs[-1]
+    result = target.x if target.trace is None else target.arrived[-1]
     return window(result, source.leaves[-1], *shapes) or Full(*shapes)

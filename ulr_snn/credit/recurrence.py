@@ -124,19 +124,19 @@ class StepRecurrence:
     def credit(self, a: Tensor, totals: bool = True, later: None = None, twice: bool = False) -> tuple[Tensor, Tensor]:
         """As `Recurrence.credit`, always with totals, from the last step of the sequence on; twice: differentiable in
         a."""
-        trace, slope = self.record.trace, self.record.response
+        trace, arrived, slope = self.record.trace, self.record.arrived, self.record.response
         if self.record.whole:
-            (current,) = gradients([(trace.x[0], a * slope)], trace.inputs, twice)
-            return a, torch.zeros_like(trace.inputs[0]) if current is None else current
+            (current,) = gradients([(trace.x[0], a * slope)], arrived, twice)
+            return a, torch.zeros_like(arrived[0]) if current is None else current
         total, currents = [], []
         arriving, carried = torch.zeros_like(a[0]), []  # what later steps say about this step's spikes and states
         for t in range(len(a) - 1, -1, -1):
             total.append(a[t] + arriving)
             known = [(x, g) for x, g in zip(trace.states[t], carried, strict=False) if g is not None]
             known.append((trace.x[t], total[-1] * slope[t]))
-            before = [trace.spikes[t - 1], trace.resets[t - 1], *trace.states[t - 1]] if t else []
-            found = gradients(known, [trace.inputs[t], *before], twice)
-            currents.append(torch.zeros_like(trace.inputs[t]) if found[0] is None else found[0])
+            before = [self.record.leaves[t - 1], trace.resets[t - 1], *trace.states[t - 1]] if t else []
+            found = gradients(known, [arrived[t], *before], twice)
+            currents.append(torch.zeros_like(arrived[t]) if found[0] is None else found[0])
             arriving = sum((g for g in found[1:3] if g is not None), torch.zeros_like(a[0]))
             carried = partial(before[2:], found[3:], twice)
         return torch.stack(total[::-1]), torch.stack(currents[::-1])
