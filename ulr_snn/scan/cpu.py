@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LOGISTIC, GAUSSIAN, DETERMINISTIC, KNOWN = 0, 1, 2, 3  # laws of firing; spikes that are given
+LOGISTIC, DETERMINISTIC, KNOWN = 0, 1, 2  # laws of firing; spikes that are given
+GAUSSIAN = None  # as all that is None, its code is left out where it is not used, and takes no time to compile
 SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32
@@ -242,14 +243,22 @@ def words(sample, stream, low, high, time, row1, row2):
 
 
 @compiled()
+def _draws(law):
+    """Whether spikes of this law are drawn."""
+    if law is None:
+        return True
+    return law < DETERMINISTIC
+
+
+@compiled()
 def _fire(law, x, uniform, spikes):
     """Spikes of one row at one time step, from its standardised drive."""
-    if law == LOGISTIC:
-        for n in range(len(x)):
-            spikes[n] = _f(uniform[n] < _sigmoid(x[n]))
-    elif law == GAUSSIAN:
+    if law is None:
         for n in range(len(x)):
             spikes[n] = _f(uniform[n] < _gaussian(x[n]))
+    elif law == LOGISTIC:
+        for n in range(len(x)):
+            spikes[n] = _f(uniform[n] < _sigmoid(x[n]))
     elif law == DETERMINISTIC:
         for n in range(len(x)):
             spikes[n] = _f(x[n] > 0)
@@ -303,7 +312,7 @@ def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, 
          spikes, x, fed_back):  # fmt: skip
     """Runs rows of a layer over time, from membrane and spikes [B, N] of the step before, which become the last step's.
 
-    current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or [0]; beta, threshold, scale [N];
+    current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or None; beta, threshold, scale [N];
     row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
     Writes spikes (of law KNOWN, reads them), standardised drives and, with recurrent weights, the recurrent current,
     all [T, B, N].
@@ -315,7 +324,7 @@ def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, 
     for t in range(steps):
         for b in range(first, end):
             arriving = current[t, b]
-            if len(weight):
+            if weight is not None:
                 recurrent = fed_back[t, b]
                 _recurrent(weight, before[b], places, values, blank, recurrent)
                 for n in range(neurons):
@@ -325,7 +334,7 @@ def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, 
             here, fired = x[t, b], spikes[t, b]
             for n in range(neurons):
                 here[n] = (membrane[b, n] - threshold[n]) / scale[n]
-            if law < DETERMINISTIC:
+            if _draws(law):
                 _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
             _fire(law, here, uniform, fired)
             if t >= own[b]:
@@ -344,17 +353,19 @@ def _secants(law, x, over, out):
     """Mean of the secants of F over distances d; of the logistic law sinh d / (2 d (cosh x + cosh d)) each, which is
     (1 - e^-2d) / 2d / ((1 + e^{|x| - d}) (1 + e^{-|x| - d})). over [K, 4]: see `fused._distances`."""
     _fill(out, _f(0))
-    if law == LOGISTIC:
-        for k in range(0, len(over), 4):
-            _near_secants(x, over[k : k + 4], out)
-    for k in range(len(over)):
-        d, weight = over[k, 0], over[k, 1]
-        if law != LOGISTIC:
+    if law is None:
+        for k in range(len(over)):
+            d, weight = over[k, 0], over[k, 1]
             for n in range(len(x)):
                 out[n] += weight * (_gaussian(x[n] + d) - _gaussian(x[n] - d))
-        elif d > NEAR:
-            for n in range(len(x)):
-                out[n] += weight / (_ONE + _exp(min(max(abs(x[n]) - d, -_FARTHEST), _FARTHEST)))
+    else:
+        for k in range(0, len(over), 4):
+            _near_secants(x, over[k : k + 4], out)
+        for k in range(len(over)):
+            d, weight = over[k, 0], over[k, 1]
+            if d > NEAR:
+                for n in range(len(x)):
+                    out[n] += weight / (_ONE + _exp(min(max(abs(x[n]) - d, -_FARTHEST), _FARTHEST)))
 
 
 @compiled()
@@ -376,15 +387,15 @@ def _slope(law, x, over, scale, valid, out):
     if not valid:
         _fill(out, _f(0))
         return
-    if len(over):
+    if over is not None:
         _secants(law, x, over, out)
-    elif law == LOGISTIC:
+    elif law is None:
+        for n in range(len(x)):
+            out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
+    else:
         for n in range(len(x)):
             p = _sigmoid(x[n])
             out[n] = p * (_ONE - p)
-    else:
-        for n in range(len(x)):
-            out[n] = _exp(-min(_HALF * x[n] * x[n], _FARTHEST)) * _f(0.3989422804014327)
     for n in range(len(x)):
         out[n] *= _f(abs(out[n]) >= _LEAST_SLOPE) / scale[n]
 
@@ -424,7 +435,7 @@ def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, col
     """`Recurrence.credit` of some rows: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
     all [T, B, N], from g = later [B, N] on, which becomes the first step's. a: or [1, B, N], of every step; x:
     standardised drives, of which p' is made (see `slopes`); spikes: read for "zero" alone; columns: C^T in blocks of a
-    line (see there), or [0] without recurrent weights; totals: [T, B, N], or [0, 0, 0] where they are not asked for.
+    line (see there), or None without recurrent weights; totals: [T, B, N], or [0, 0, 0] where they are not asked for.
     currents may be a."""
     steps, _, neurons = x.shape
     wide, high = -(-neurons // LINE) * LINE, -(-(end - first) // TILE) * TILE
@@ -434,7 +445,7 @@ def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, col
         _copy(later[b], flat[(b - first) * wide :])
     for back in range(steps):
         t = steps - 1 - back
-        if len(columns):
+        if columns is not None:
             for low in range(0, wide, LINE):
                 for at in range(0, high * wide, TILE * wide):
                     _products(sums, at + low, flat, at, wide, columns, low * neurons, neurons)

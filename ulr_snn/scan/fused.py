@@ -23,7 +23,7 @@ from ulr_snn.scan.state import RESETS, Draw, State
 Pair = tuple[int, int]
 
 SMALL = 1 << 14  # numbers that other threads would take longer to be told of
-LAWS = {"logistic": 0, "gaussian": 1}
+LAWS = {"logistic": 0, "gaussian": None}
 
 
 @lru_cache
@@ -94,7 +94,7 @@ def scan(
         empty(*current.shape),
     )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
-    sources = torch.empty(0, dtype=torch.float32) if weight is None else once(weight, "transposed", transposed)
+    sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool)
@@ -102,7 +102,7 @@ def scan(
         mirrored = draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     given = (
-        _array(current), sources.view(-1).numpy(), *per_neuron, RESETS.index(reset),
+        _array(current), sources, *per_neuron, RESETS.index(reset),
         law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
         mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
         _array(spikes), _array(x), fed_back.flatten(2).numpy(),
@@ -212,11 +212,11 @@ def credit(
     total = empty(*(a.shape if totals else (0, 0, 0)))
     currents = a if overwrite and a.is_contiguous() else empty(*a.shape)
     scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
-    columns = torch.empty(0, dtype=torch.float32) if weight is None else in_columns(weight, cpu.LINE)
+    columns = None if weight is None else in_columns(weight, cpu.LINE).numpy()
     each = a if a.stride(0) else a[:1]  # the same at every step
     given = (
         _array(each), _array(x), LAWS[law], _distances(over), scale, _own(lengths, *a.shape[:2]), _array(spikes),
-        beta, threshold, columns.numpy(), RESETS.index(reset), _rows(later), _array(total), _array(currents),
+        beta, threshold, columns, RESETS.index(reset), _rows(later), _array(total), _array(currents),
     )  # fmt: skip
     shared(a.shape[1], lambda first, end: cpu.credit(first, end, *given))
     return total if totals else None, currents
@@ -359,9 +359,9 @@ def _per_neuron(value: Tensor, features: torch.Size) -> Any:
 
 def _distances(over: Tensor | None) -> Any:
     """Of distances d [K], K filled up to fours: d, 1 / 2dK, e^-d, and 1 / 2dK (1 - e^-2d), but 1 and 0 where e^-d is as
-    good as zero, [K, 4] float32; [0, 4] of none."""
+    good as zero, [K, 4] float32; None of none."""
     if over is None:
-        return torch.empty(0, 4).numpy()
+        return None
     d = over.to(torch.float64).numpy()
     near, share, q = d <= _cpu().NEAR, 1 / (2 * d * len(d)), np.exp(-d)
     rows = np.zeros((-(-len(d) // 4) * 4, 4), np.float32)
