@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.stepsize import LEAST, MOST, MOST_READOUT, OUTPUTS, REACH, READOUT, SLOW, StepSizes
+from ulr_snn.stepsize import LEAST, MOST, MOST_READOUT, OUTPUTS, REACH, READOUT, SIZE, SLOW, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -79,11 +79,31 @@ def test_the_factors_of_the_learning_rate():
     assert found.factor("readout", ["outputs"]) == READOUT
     found.summed = 2.0
     assert found.factor("readout", ["outputs"]) == READOUT / 2
-    found.reach["outputs"] = {"readout": OUTPUTS / 5, "rich": 100 * OUTPUTS, "silent": 0.0, "poor": 1e-3}
+    found.reach["outputs"] = {"readout": OUTPUTS / 5, "rich": 100 * OUTPUTS, "silent": 0.0, "poor": 1e-3, "bias": 1e-3}
+    found.size = {"readout": 1.0, "rich": 1.0, "silent": 1.0, "poor": 9 / SIZE}
     assert found.factor("readout", ["outputs"]) == 5.0  # so that a step moves the outputs far enough
     assert found.factor("rich", ["outputs"]) == found.factor("silent", ["outputs"]) == READOUT / 2
-    assert found.factor("poor", ["outputs"]) == MOST_READOUT
+    assert found.factor("poor", ["outputs"]) == 9.0  # but does not turn the readout around
+    assert found.factor("bias", ["outputs"]) == MOST_READOUT
     assert found.factor("inside", ["weight noise"]) == 1.0
+
+
+def test_the_size_of_a_readout_is_that_of_its_weights_at_the_start_and_is_kept():
+    net = model()
+    with attach(net, seed=0) as ulr:
+        ulr.advise_step_sizes()
+        ulr.backward(*data())
+        expected = {name: float(q.detach().square().mean().sqrt()) for name, q in net.named_parameters() if q.ndim == 2}
+        assert ulr.step_sizes.size == pytest.approx(expected)
+        with torch.no_grad():
+            net[3].weight *= 2
+        ulr.backward(*data())
+        state = ulr.state_dict()
+    with attach(net, seed=0) as ulr:
+        ulr.advise_step_sizes()
+        ulr.load_state_dict(state)
+        ulr.backward(*data())
+        assert ulr.step_sizes.size == pytest.approx(expected)
 
 
 def test_a_readout_that_was_not_linear_once_is_none_when_hardly_anything_comes_in():

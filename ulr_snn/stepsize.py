@@ -7,15 +7,17 @@ A readout of rates averaged over time has no thresholds and needs large weights:
 parameter's learning rate is
 
     lr min(1, REACH / G)     of parameters that feed a spiking layer
-    lr max(READOUT / τ, min(OUTPUTS / H, MOST_READOUT))     where the gradient is exact, through the outputs alone
+    lr max(READOUT / τ, min(OUTPUTS / H, MOST_READOUT, SIZE W))     of a readout's, whose gradient is exact
 
     G = sum over a parameter's entries of |m| / threshold, m the mean of ∂u/∂entry over samples, times and neurons
     H = the same sum for an output that the loss sees, without a threshold: how far a step of learning rate 1 moves it
+    W = root mean square of its weights at the start, infinite of parameters of one dimension
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
 
-Behind few neurons, or such as hardly fire, H is small, and a readout needs large weights to say anything. This is for
-readouts that are linear, but for an offset of all outputs. Others, such as a long short-term memory, have at most lr:
-larger steps destroy what they have learned.
+Behind few neurons, or such as hardly fire, H is small, and a readout needs large weights to say anything. But credit
+for the layers below goes through it, and where steps turn it around they cannot follow: so a step is at most a part of
+what weights are at the start. This is for readouts that are linear, but for an offset of all outputs. Others, such as
+a long short-term memory, have at most lr: larger steps destroy what they have learned.
 
 Where τ > READOUT and layers begin at rest, such a readout learns more slowly than they do. In their silence gradients
 are single spikes of noise, of each of which Adam, whose steps have one size whatever the gradient, makes a step of
@@ -26,6 +28,7 @@ when they should fire by what they have learned, the rates are higher for it:
     factor max(1/3, (progress / SLOW)²), at most MOST, where the length of the training is known
 """
 
+import math
 from typing import Any
 
 import torch
@@ -39,16 +42,18 @@ READOUT = 6.0
 SLOW = 0.2  # of the training: until then all rates are lower; LEAST: what is left of them at first; MOST: the highest
 LEAST, MOST = 1 / 3, 2.5
 OUTPUTS, MOST_READOUT = 50.0, 20.0  # that far a step of learning rate 1 may move an output; the largest factor for it
+SIZE = 140.0  # that many times W it may move a weight of a readout
 LINEAR = 0.03  # of all values: what a sum of linear ones may be off by
 OFTEN, SELDOM = 4, 16  # G is measured at each of the first steps, then at every so many
 
 
 class StepSizes:
-    """reach: by site, G of each parameter by name, and H by "outputs". summed: τ, None before it is known. linear:
-    whether outputs are linear in what they alone teach."""
+    """reach: by site, G of each parameter by name, and H by "outputs". size: W of each parameter of several dimensions.
+    summed: τ, None before it is known. linear: whether outputs are linear in what they alone teach."""
 
     def __init__(self) -> None:
         self.reach: dict[str, dict[str, float]] = {}
+        self.size: dict[str, float] = {}
         self.summed: float | None = None
         self.linear = True
 
@@ -60,6 +65,9 @@ class StepSizes:
         if not self.due(step):
             return
         parameters = {name: q for name, q in model.named_parameters() if q.requires_grad}
+        self.size = self.size or {
+            name: float(q.detach().norm()) / q.numel() ** 0.5 for name, q in parameters.items() if q.ndim > 1
+        }
         for r in p.records:
             if r.x.requires_grad:
                 unit = r.scale / r.neuron.threshold.detach() * (1 if r.mask is None else r.mask)
@@ -79,10 +87,12 @@ class StepSizes:
     def factor(self, parameter: str, sources: list[str]) -> float:
         """Of the learning rate, for a parameter whose gradient comes from these sites or "outputs"."""
         if sources == ["outputs"]:
+            least = READOUT / (self.summed or 1.0)
             if not self.linear:
-                return min(1.0, READOUT / (self.summed or 1.0))
+                return min(1.0, least)
             moved = self.reach.get("outputs", {}).get(parameter)
-            return max(READOUT / (self.summed or 1.0), min(OUTPUTS / moved, MOST_READOUT) if moved else 0.0)
+            size = self.size.get(parameter, math.inf)
+            return max(least, min(OUTPUTS / moved, MOST_READOUT, SIZE * size) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
         return min([1.0, *(REACH / g for g in reached if g)])
 
@@ -94,10 +104,11 @@ class StepSizes:
 
     def state_dict(self) -> dict[str, Any]:
         reach = {source: dict(found) for source, found in self.reach.items()}
-        return {"reach": reach, "summed": self.summed, "linear": self.linear}
+        return {"reach": reach, "size": dict(self.size), "summed": self.summed, "linear": self.linear}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reach = {source: dict(found) for source, found in state["reach"].items()}
+        self.size = dict(state.get("size", {}))
         self.summed, self.linear = state["summed"], state.get("linear", True)
 
 
