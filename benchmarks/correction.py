@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.tasks import TASKS
-from benchmarks.zoo import command_line, done, note_run, rows, trained
+from benchmarks.zoo import command_line, missing, note_run, rows, run_or_show, trained
 from benchmarks.zoo_networks import ZOO, Network, Parts
 from ulr_snn import ULR
 from ulr_snn.estimator import Attachment, Entry, Group
@@ -86,15 +86,10 @@ def network(name: str) -> Network:
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
-    known = done(path)
-    for seed in range(arguments.seeds):
-        for name in arguments.networks:
-            for method, (estimator, times) in METHODS.items():
-                if (name, method, str(seed)) in known:
-                    continue
-                steps = times * STEPS.get(name, 150)
-                found = trained(network(name), estimator, seed, steps, arguments.root)
-                note_run(path, name, method, seed, steps, found)
+    for name, method, seed in missing(path, arguments.networks, METHODS, range(arguments.seeds)):
+        estimator, times = METHODS[method]
+        steps = times * STEPS.get(name, 150)
+        note_run(path, name, method, seed, steps, trained(network(name), estimator, seed, steps, arguments.root))
 
 
 def show(path: Path) -> None:
@@ -113,10 +108,7 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    arguments = command_line(__doc__, NETWORKS, 2, "correction.csv").parse_args()
-    if not arguments.table:
-        run(arguments)
-    show(Path(arguments.out))
+    run_or_show(command_line(__doc__, NETWORKS, 2, "correction.csv"), run, show)
 
 
 if __name__ == "__main__":

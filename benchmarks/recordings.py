@@ -15,11 +15,10 @@ from statistics import mean, stdev
 
 from torch import nn
 
-from benchmarks.zoo import command_line, done, note_run, rows, trained
+from benchmarks.zoo import command_line, estimator_of, missing, note_run, rows, run_or_show, trained
 from benchmarks.zoo_networks import Network, Parts
-from ulr_snn import LIF, ULR, Fold, TimeAverage
+from ulr_snn import LIF, Fold, TimeAverage
 from ulr_snn.data import load
-from ulr_snn.peers import METHODS
 
 STEPS, BATCH = 15 * 14, 64
 
@@ -49,15 +48,10 @@ NETWORKS = {"dense": Network(dense, recordings), "convolutional": Network(convol
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
-    known = done(path)
-    for seed in range(arguments.seeds):
-        for name in arguments.networks:
-            for method in ("ulr", "bptt"):
-                if (name, method, str(seed)) in known:
-                    continue
-                estimator = ULR() if method == "ulr" else METHODS["surrogate"]()
-                found = trained(NETWORKS[name], estimator, seed, STEPS, arguments.root, batch=BATCH)
-                note_run(path, name, method, seed, STEPS, found)
+    for name, method, seed in missing(path, arguments.networks, ("ulr", "bptt"), range(arguments.seeds)):
+        estimator, rate = estimator_of(method)  # train's own
+        found = trained(NETWORKS[name], estimator, seed, STEPS, arguments.root, rate, BATCH)
+        note_run(path, name, method, seed, STEPS, found)
 
 
 def show(path: Path) -> None:
@@ -74,10 +68,7 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    arguments = command_line(__doc__, NETWORKS, 10, "recordings.csv").parse_args()
-    if not arguments.table:
-        run(arguments)
-    show(Path(arguments.out))
+    run_or_show(command_line(__doc__, NETWORKS, 10, "recordings.csv"), run, show)
 
 
 if __name__ == "__main__":

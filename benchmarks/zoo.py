@@ -13,10 +13,11 @@ results/zoo_times.csv, from which the table has its times.
 import argparse
 import csv
 import datetime
+import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -58,7 +59,7 @@ class Batches:
 
 
 def estimator_of(method: str) -> tuple[Any, float | None]:
-    """The estimator of "ulr" or "bptt:RATE", and the learning rate."""
+    """The estimator of "ulr" or "bptt:RATE", and the learning rate; None: the default of `train`."""
     name, _, rate = method.partition(":")
     return ULR() if name == "ulr" else METHODS["surrogate"](), float(rate) if rate else None
 
@@ -103,18 +104,14 @@ def trained(
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
-    known = done(path)
-    for seed in range(arguments.first_seed, arguments.seeds):
-        for name in arguments.networks:
-            for method in arguments.methods:
-                if (name, method, str(seed)) in known:
-                    continue
-                try:
-                    estimator, rate = estimator_of(method)
-                    found, note = trained(ZOO[name], estimator, seed, arguments.steps, arguments.root, rate), ""
-                except (ValueError, RuntimeError, ArithmeticError) as error:
-                    found, note = {}, f"{type(error).__name__}: {str(error)[:200]}"
-                note_run(path, name, method, seed, arguments.steps, found, note)
+    seeds = range(arguments.first_seed, arguments.seeds)
+    for name, method, seed in missing(path, arguments.networks, arguments.methods, seeds):
+        try:
+            estimator, rate = estimator_of(method)
+            found, note = trained(ZOO[name], estimator, seed, arguments.steps, arguments.root, rate), ""
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            found, note = {}, f"{type(error).__name__}: {str(error)[:200]}"
+        note_run(path, name, method, seed, arguments.steps, found, note)
 
 
 def measure_times(arguments: argparse.Namespace) -> None:
@@ -147,6 +144,16 @@ def rows(path: Path) -> list[dict[str, str]]:
 def done(path: Path) -> set[tuple[str, str, str]]:
     """Network, method and seed of each run that has a row."""
     return {(r["network"], r["method"], r["seed"]) for r in rows(path)}
+
+
+def missing(
+    path: Path, networks: Iterable[str], methods: Iterable[str], seeds: Iterable[int]
+) -> Iterator[tuple[str, str, int]]:
+    """Network, method and seed of each run that has no row, seed by seed."""
+    known = done(path)
+    for seed, name, method in itertools.product(seeds, networks, methods):
+        if (name, method, str(seed)) not in known:
+            yield name, method, seed
 
 
 def note_run(
@@ -262,6 +269,16 @@ def command_line(about: str, networks: Iterable[str], seeds: int, out: str) -> a
     parser.add_argument("--out", default=RESULTS / out)
     parser.add_argument("--table", action="store_true")
     return parser
+
+
+def run_or_show(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], show: Callable[[Path], None]
+) -> None:
+    """Makes the runs that are asked for, unless for the table alone, and shows the table."""
+    arguments = parser.parse_args()
+    if not arguments.table:
+        run(arguments)
+    show(Path(arguments.out))
 
 
 def main() -> None:
