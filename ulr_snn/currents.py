@@ -56,10 +56,11 @@ class CurrentSite(StepSite):
         if self.noise is not None and tuple(rows) != ((self.steps,) * self.neuron.whole + (len(self.noise.sample),)):
             raise UsageError(f"{self.name} gave spikes of shape {list(spikes.shape)}; keep steps and samples in front")
         spikes = self._own_steps(t, spikes, spikes).clone()
-        if self.noise is not None and not self.measured:
-            self.leaves.append(spikes.requires_grad_())
-            self.trace.resets.append(spikes)
-            self.trace.states.append([])
+        if self.noise is None or self.measured:
+            return spikes
+        self.leaves.append(spikes.requires_grad_())
+        self.trace.resets.append(spikes)
+        self.trace.states.append([])
         return self.handed(spikes)
 
     def measure(self) -> None:

@@ -135,7 +135,6 @@ class PartSite:
         if self.watched:
             mask = None if neuron.lengths is None else step_mask(neuron.lengths, fired[1])
             self.farthest = farthest(fired[1], mask) * scale.mean()
-        if self.watched:
             self.before, self.current, (self.spikes, _, self.fed_back) = before, current.detach(), fired
         if self.records is not None:
             record = record_of(self.name, neuron, current, scale, fired, self.level, before)

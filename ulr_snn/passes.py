@@ -139,12 +139,13 @@ class Forward:
         batch, k = x.shape[1], len(copies)
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
         row_lengths = lengths.repeat(k) if lengths is not None else None
-        noise, handed = self.noise(batch, copies, x.device), Handed(copies=self.changes)
+        noise = self.noise(batch, copies, x.device)
 
-        def outputs_of() -> tuple[Tensor, list[Record]]:
+        def outputs_of() -> tuple[Tensor, list[Record], bool]:
+            handed = Handed(copies=self.changes)
             with bind(self.model, self.level, noise, row_lengths, len(x), self.layers, self.links, handed) as records:
                 outputs = model_outputs(self.model, rows.clone(), self.by_step)  # a model may change its input in place
-            return outputs, records
+            return outputs, records, handed.changed
 
         counted = counting(self.model, self.layers, objective.counts, len(x), batch * k, row_lengths)
 
@@ -156,11 +157,11 @@ class Forward:
         )
         pooling = SpikePooling() if self.pools else None
         with self._traceless(), disturbed, counted as activity, pooling or nullcontext():
-            outputs, records = outputs_of()
+            outputs, records, changes = outputs_of()
         check_outputs(outputs, x.shape[0], batch * k)
         judgement = self.judge(outputs, activity, targets, lengths, objective, copies)
         pools = pooling is not None and pooling.used
-        return Pass(copies, outputs, records, activity, judgement, pools, handed.changed, self.links is not None)
+        return Pass(copies, outputs, records, activity, judgement, pools, changes, self.links is not None)
 
     def judge(
         self,

@@ -55,7 +55,7 @@ class Record:
     mask: Tensor | None
     fed_back: Tensor | None = None  # recurrent current, of a layer that has one; None of a part of time
     trace: Trace | None = None  # of a layer of another library
-    through: Tensor | None = None  # of its current in the graph, no numbers, where x needs but that and a leak
+    through: Tensor | None = None  # of its current in the graph, no numbers; None if x has more that learns than a leak
     over: Tensor | None = None  # standardised distances [K] of the secants that stand for p' in credit; None: p'
     arrived: list[Tensor] = field(default_factory=list)  # its current in the graph: all in one, or one a time step
 

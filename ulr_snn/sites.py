@@ -28,9 +28,9 @@ class Site:
     level: NoiseLevel
     noise: Noise | None
     records: list[Record]  # of all sites, in the order in which they ran
-    lengths: Tensor | None = None
-    links: Links | None = None  # that keep spikes in the graph behind the current; else they are leaves of it
-    handed: Handed = field(default_factory=lambda: Handed(copies=True))
+    lengths: Tensor | None
+    links: Links | None  # that keep spikes in the graph behind the current; else they are leaves of it
+    handed: Handed
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -88,7 +88,6 @@ class Replay:
     lengths: Tensor | None = None
     calls: int = 0
     inputs: list[Tensor] = field(default_factory=list)
-    last: Tensor | None = None
     resetting: Tensor | None = None
     flipped: bool = False
 
@@ -96,10 +95,11 @@ class Replay:
         self.calls += 1
         site = call_name(self.name, self.calls)
         self.currents[site] = current.detach()
-        return self._fired(self.records[site].spikes.detach().clone())
+        return self._fired(self.records[site].spikes)
 
     def _fired(self, spikes: Tensor) -> Tensor:
-        return 1 - spikes if self.flipped else spikes
+        spikes = spikes.detach()
+        return 1 - spikes if self.flipped else spikes.clone()  # a model may change them in place
 
     def begin(self, current: Tensor) -> None:
         self.inputs.append(current.detach())
@@ -116,8 +116,7 @@ class Replay:
     def fire(self, drive: Tensor) -> Tensor:
         record = self.records[self.name]
         self.resetting = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
-        self.last = self._fired(self.resetting)
-        return self.last.detach().clone()
+        return self._fired(self.resetting)
 
     def end(self, states: list[Any]) -> None:
         record = self.records[self.name]

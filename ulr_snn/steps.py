@@ -32,7 +32,6 @@ class StepSite:
     steps: int
     lengths: Tensor | None
     handed: Handed
-    last: Tensor | None = None
     resetting: Tensor | None = None
     measured: bool = False
     calls: int = 0
@@ -75,18 +74,17 @@ class StepSite:
         if self.noise is None or self.measured:
             return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         if self._link is not None:
-            self.last = self.resetting = self._link.fired(t, drive)
-            return self.handed(self.last)
+            self.resetting = self._link.fired(t, drive)
+            return self.handed(self.resetting)
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
-            self.last = self._own_steps(t, drawn, drive)
-        self.resetting = self.last.clone().requires_grad_()
-        self.last.requires_grad_()
+            spikes = self._own_steps(t, drawn, drive)
+        self.resetting = spikes.clone().requires_grad_()
         self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
-        self.leaves.append(self.last)
-        return self.handed(self.last)
+        self.leaves.append(spikes.requires_grad_())
+        return self.handed(spikes)
 
     def end(self, states: list[Any]) -> None:
         if self._link is not None:

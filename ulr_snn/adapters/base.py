@@ -22,8 +22,9 @@ class Step(Protocol):
     def end(self, states: list[Any]) -> None:
         """What the module carries to the next step; all but tensors are left out."""
 
-    last: Tensor | None  # the spikes fired last; None before the first, and where firing is deterministic
-    resetting: Tensor | None  # the same for the layer's own reset, so that it is known whether anything else reads them
+    # The spikes fired last, for the layer's own reset, so that it is known whether anything else reads them; None
+    # before the first, and where firing is deterministic.
+    resetting: Tensor | None
 
 
 class StepNeuron:

@@ -13,8 +13,9 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LOGISTIC, DETERMINISTIC, KNOWN = 0, 1, 2  # laws of firing; spikes that are given
-GAUSSIAN = None  # as all that is None, its code is left out where it is not used, and takes no time to compile
+# Laws of firing, and spikes that are given. The Gaussian law is None: what is None is known when a kernel is compiled,
+# so that code for it, or without it, is left out.
+LOGISTIC, DETERMINISTIC, KNOWN = 0, 1, 2
 SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32

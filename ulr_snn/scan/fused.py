@@ -23,7 +23,7 @@ from ulr_snn.scan.state import RESETS, Draw, State
 Pair = tuple[int, int]
 
 SMALL = 1 << 14  # numbers that other threads would take longer to be told of
-LAWS = {"logistic": 0, "gaussian": None}
+LAWS = {"logistic": 0, "gaussian": None}  # as of cpu.py
 
 
 @lru_cache
