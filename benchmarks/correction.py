@@ -22,7 +22,7 @@ from benchmarks.tasks import TASKS
 from benchmarks.zoo import command_line, missing, note_run, rows, run_or_show, trained
 from benchmarks.zoo_networks import ZOO, Network, Parts
 from ulr_snn import ULR
-from ulr_snn.estimator import Attachment, Entry, Group
+from ulr_snn.estimators.ulr import Attachment, Entry, Group
 
 NETWORKS = ("sj_csnn", "snn_t6_cnn", "v_deep4", "sj_seq_plain", "no_speech_lif", "v_spike_LIF", "memory")
 STEPS = {"memory": 1000}  # others: 150

@@ -33,7 +33,7 @@ from ulr_snn import (
     train,
 )
 from ulr_snn.peers import METHODS, SurrogateBPTT
-from ulr_snn.sites import bind_sites, spiking_layers
+from ulr_snn.sites.binding import bind_sites, spiking_layers
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("question", "seed", "task", "method", "setting", "measure", "value", "machine", "torch", "date")

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ulr_snn import LIF, Fold, RecurrentLIF, TimeAverage
 from ulr_snn.data import EventDataset, load
-from ulr_snn.models import default_model
+from ulr_snn.runs.models import default_model
 
 CLASSES = 10
 

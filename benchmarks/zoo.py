@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.zoo_networks import ZOO, Network
 from ulr_snn import ULR, evaluate, train
 from ulr_snn.peers import METHODS
-from ulr_snn.runs import versions
+from ulr_snn.runs.directory import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("1e-3", "3e-3", "1e-2")

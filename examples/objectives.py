@@ -9,7 +9,7 @@ import torch
 
 import ulr_snn
 from ulr_snn import SpikeBudget
-from ulr_snn.models import default_model
+from ulr_snn.runs.models import default_model
 
 
 def trained(loss, epochs: int, data: tuple) -> dict:

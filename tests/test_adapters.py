@@ -19,10 +19,10 @@ import ulr_snn
 from ulr_snn import LIF, ULR, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
-from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.passes import model_outputs, runs_by_step
-from ulr_snn.records import Record
-from ulr_snn.sites import bind, bind_sites
+from ulr_snn.model.forward import model_outputs, runs_by_step
+from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.sites.binding import bind, bind_sites
+from ulr_snn.sites.records import Record
 
 LONG, STEPS, BATCH = 100, 6, 4
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ulr_snn.scan.bits import pack_bits, packed_by_torch, unpack_bits, unpacked_by_torch
+from ulr_snn.kernels.bits import pack_bits, packed_by_torch, unpack_bits, unpacked_by_torch
 
 WAYS = pytest.mark.parametrize(
     ("pack", "unpack"), [(pack_bits, unpack_bits), (packed_by_torch, unpacked_by_torch)], ids=["numpy", "torch"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ulr_snn
 from ulr_snn import LIF, ULR, CurrentNoise, Fold, TimeAverage, UsageError, WeightNoise, attach, evaluate, plan, train
 from ulr_snn.adapters.blackbox import copied
-from ulr_snn.noise import Noise, NoiseLevel
+from ulr_snn.noise.level import Noise, NoiseLevel
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import ulr_snn
-from ulr_snn.cli import main
 from ulr_snn.errors import UsageError
+from ulr_snn.runs.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--epochs", "1", "--no-progress", "--device", "cpu")

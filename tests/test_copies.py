@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-import ulr_snn.structure
+import ulr_snn.credit.structure
 from ulr_snn import LIF, ULR, AdaptiveCopies, Logistic, TimeAverage, UsageError, WeightNoise, attach
-from ulr_snn.copies import CopyBudget
-from ulr_snn.passes import Forward
+from ulr_snn.model.forward import Forward
+from ulr_snn.sampling.adaptive import CopyBudget
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from ulr_snn.passes import Forward
     ],
 )
 def test_every_number_of_copies(credit: str, copies: int, antithetic: bool, monkeypatch, device) -> None:
-    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", 50)  # the first layer is too wide for its recurrent current
+    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", 50)  # too wide for its recurrent current
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), ulr_snn.RecurrentLIF(8), nn.Linear(8, 6), ulr_snn.LIF(), nn.Linear(6, 3))
     model.to(device)
@@ -55,7 +55,7 @@ def halves_of(groups: int, generator: torch.Generator, mean: Tensor) -> list[tup
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_variance_and_power_are_those_of_the_estimator(groups: int, monkeypatch):
     """Of L = w · S the mean is w; trace(cov) from many draws."""
-    monkeypatch.setattr(ulr_snn.copies, "WINDOW", 10**9)
+    monkeypatch.setattr(ulr_snn.sampling.adaptive, "WINDOW", 10**9)
     generator, mean = torch.Generator().manual_seed(groups), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     budget = CopyBudget(AdaptiveCopies(least=2), 1)
     gradients = []
@@ -71,7 +71,7 @@ def test_variance_and_power_are_those_of_the_estimator(groups: int, monkeypatch)
 
 
 def test_copies_bring_the_variance_down_to_what_is_asked(monkeypatch):
-    monkeypatch.setattr(ulr_snn.copies, "WINDOW", 10**9)
+    monkeypatch.setattr(ulr_snn.sampling.adaptive, "WINDOW", 10**9)
     budget = CopyBudget(AdaptiveCopies(variance=0.5, least=4, most=64), 2)
     assert budget.copies() == 4
     for variance, power, copies in ((1.0, 1.0, 4), (4.0, 1.0, 16), (7.9, 1.0, 32), (100.0, 1.0, 64), (1.0, -0.1, 64)):

@@ -70,7 +70,7 @@ def test_gradients_of_parameters_that_the_optimizer_leaves_out_do_not_pile_up() 
 @pytest.mark.parametrize("shape", [(16,), (16, 1), (6, 16, 1)])
 def test_mse_does_not_broadcast(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="mse got targets of shape"):
-        ulr_snn.losses.mse(torch.zeros(6, 16, 3), torch.zeros(shape))
+        ulr_snn.losses.named.mse(torch.zeros(6, 16, 3), torch.zeros(shape))
 
 
 def test_real_targets_are_kept() -> None:

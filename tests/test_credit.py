@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ulr_snn.structure
+import ulr_snn.credit.structure
 from tests.test_train import batches, net, train
 from tests.test_unbiased import make
 from ulr_snn import LIF, ULR, attach, evaluate, plan
@@ -87,7 +87,7 @@ def test_credit_of_the_input_current(reset, device):
 
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pair of layers is too wide for a matrix between the two."""
-    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", 1)
+    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", 1)
 
 
 def projected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.test_plots import size
 from ulr_snn import LIF, ULR, Diagnosis, Logistic, TimeAverage, UsageError, diagnose
 from ulr_snn.diagnose import Moments
-from ulr_snn.estimator import Estimate
+from ulr_snn.estimators.ulr import Estimate
 
 STEPS, BATCH, PIXELS, CLASSES = 6, 32, 5, 3
 FIRING = Logistic(scale=0.4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, CurrentNoise, Logistic, SpikeBudget, attach, plan, train
 from ulr_snn.adapters import adapt
-from ulr_snn.engine import Chain
+from ulr_snn.model.chain import Chain
 
 STEPS, BATCH = 9, 16
 
@@ -243,7 +243,7 @@ def test_operations_of_recurrent_weights_are_counted_by_the_models_own_code():
 
 @pytest.mark.parametrize("memory", ["bits", "replay"])
 def test_parts_of_time_have_the_gradient_of_the_whole(memory, double, monkeypatch):
-    monkeypatch.setattr("ulr_snn.parts.TOGETHER", (4 * BATCH * 16,) * 2)
+    monkeypatch.setattr("ulr_snn.memory.parts.TOGETHER", (4 * BATCH * 16,) * 2)
     for make in (leaky, recurrent, lambda: jelly("LIFNode", "m")):
         torch.manual_seed(0)
         model = make().double()
@@ -465,7 +465,7 @@ def test_training_is_the_same_and_leaves_the_model_as_it_was(monkeypatch):
     keys, modules, attributes = list(model.state_dict()), list(model.modules()), dict(model.lif1.__dict__)
     other, data = copy.deepcopy(model), [batch(torch.float32)]
     train(model, data, 10, seed=0, progress=False)
-    monkeypatch.setattr("ulr_snn.engine.Engine.own_code", True)
+    monkeypatch.setattr("ulr_snn.model.chain.Engine.own_code", True)
     train(other, data, 10, seed=0, progress=False)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

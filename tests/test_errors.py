@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
-from ulr_snn.noise import NoiseLevel
-from ulr_snn.sites import bind
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sites.binding import bind
 
 STEPS, BATCH = 4, 3
 X, Y = torch.rand(STEPS, BATCH, 2), torch.tensor([0, 1, 1])

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, parts, sparse
-from ulr_snn.event_list import EventList
-from ulr_snn.events import DENSITY, FEWEST, Events
-from ulr_snn.passes import as_sequence
+from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
+from ulr_snn.kernels import sparse
+from ulr_snn.kernels.sparse import Rows, linear, product
+from ulr_snn.memory import parts
+from ulr_snn.model.event_list import EventList
+from ulr_snn.model.events import DENSITY, FEWEST, Events
+from ulr_snn.model.forward import as_sequence
 from ulr_snn.peers import SurrogateBPTT
-from ulr_snn.sparse import Rows, linear, product
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
 
@@ -124,7 +126,7 @@ def test_a_convolution_gives_what_torch_gives(name, threads, made, monkeypatch):
     torch.manual_seed(0)
     module = nn.Conv2d(frame[0], outputs, kernel, **options)
     frames = events_in((5, 31, *frame))
-    monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
+    monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
     events = Events.of(frames, torch.float32)
     ours = convolved(module, events)
     assert not made
@@ -315,7 +317,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("net", [dense_net, conv_net])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, made, monkeypatch):
-    monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
+    monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
     monkeypatch.setattr(parts, "TOGETHER", (1000,) * 2)  # several parts
     frames, y = frames_of(), torch.arange(16) % 4
     lengths = torch.arange(16) % 8 + 1 if padded else None
@@ -376,7 +378,7 @@ def test_errors_of_lists():
 
 
 def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
-    monkeypatch.setattr("ulr_snn.events.FEWEST", 0)
+    monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
     train_set, _ = ulr_snn.data.load("digits")
     part = train_set.subset(range(100))
     found = []
@@ -397,7 +399,7 @@ def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
 @pytest.mark.parametrize("outputs", [1, 3, 63, 64, 65, 130])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.09, 0.5])
 def test_product_with_rows_that_are_sparse_or_not(density, outputs, monkeypatch):
-    monkeypatch.setattr("ulr_snn.sparse.FEWEST", 0)
+    monkeypatch.setattr("ulr_snn.kernels.sparse.FEWEST", 0)
     torch.manual_seed(0)
     x = torch.where(torch.rand(300, 37) < density, torch.randn(300, 37), 0.0)
     g = torch.randn(300, outputs)
@@ -425,7 +427,7 @@ def test_outputs_in_blocks_are_those_of_the_whole(outputs, rows, threads, monkey
 
 def test_recurrent_weights_learn_the_same_from_events_as_from_all_spikes(monkeypatch):
     def gradient(fewest: int) -> tuple[Tensor, int]:
-        monkeypatch.setattr("ulr_snn.sparse.FEWEST", fewest)
+        monkeypatch.setattr("ulr_snn.kernels.sparse.FEWEST", fewest)
         calls: list[int] = []
         own = Rows.product
         monkeypatch.setattr(Rows, "product", lambda self, g: calls.append(1) or own(self, g))

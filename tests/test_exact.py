@@ -12,12 +12,12 @@ from torch.nn import functional
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, TimeAverage, UsageError, attach
 from ulr_snn.credit.direct import direct_credit, direct_effect
-from ulr_snn.losses import resolve
-from ulr_snn.noise import NoiseLevel
-from ulr_snn.passes import Forward, Pass
-from ulr_snn.pooling import SpikePooling
-from ulr_snn.secant import between, secant
-from ulr_snn.sites import spiking_layers
+from ulr_snn.credit.pooling import SpikePooling
+from ulr_snn.losses.named import resolve
+from ulr_snn.model.forward import Forward, Pass
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.secant import between, secant
+from ulr_snn.sites.binding import spiking_layers
 
 STEPS, BATCH = 5, 3
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan
-from ulr_snn.flipout import disturbed_by_row, flips
 from ulr_snn.peers import EvolutionStrategies
+from ulr_snn.sites.flipout import disturbed_by_row, flips
 
 STEPS, ROWS = 3, 4
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn.credit.prediction
-import ulr_snn.estimator
-import ulr_snn.structure
+import ulr_snn.credit.structure
+import ulr_snn.estimators.ulr
 from tests.statistics import compare_means, gradient_draws
 from tests.test_unbiased import (
     CASES,
@@ -29,7 +29,7 @@ from tests.test_unbiased import (
 )
 from ulr_snn import LIF, ULR, Gaussian, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit import feedback
-from ulr_snn.noise import LEVELS, Firing, Noise
+from ulr_snn.noise.level import LEVELS, Firing, Noise
 
 STEPS, BATCH, SEED = 5, 3, 11
 TOTAL = 16  # steps over which the noise is annealed
@@ -475,7 +475,9 @@ def step_along(moved: Tensor, direction: Tensor) -> tuple[float, float]:
 def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, monkeypatch, device):
     """B += α mean z (Δo - direct effect of the responses - B^T of the responses of all layers)^T / v."""
     functions, batch = 3, 5
-    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", 15)  # the first layer is too wide for its recurrent weights
+    monkeypatch.setattr(
+        ulr_snn.credit.structure, "ENTRIES", 15
+    )  # the first layer is too wide for its recurrent weights
     model = net(reset, True, (4, 3))
     reference = copy.deepcopy(model)
     estimator = ULR(credit="feedback", maps="learned", time_functions=functions, firing=Logistic(0.4))
@@ -598,7 +600,7 @@ def test_bias_of_feedback_is_bounded(name, maps, device):
 def test_feedback_counts_no_path_twice(seed, entries, monkeypatch, device):
     """The first of two recurrent layers acts by its own recurrent weights and by the second layer: the gradients
     of its own parameters, which are small beside those of the readout, are those of both, each once."""
-    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", entries)
+    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", entries)
     torch.manual_seed(seed)
     case = CASES["two recurrent layers"]()
     exact = case.exact()

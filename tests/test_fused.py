@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit.maps import Full
 from ulr_snn.credit.recurrence import Recurrence
-from ulr_snn.neurons import SpikingNeuron, step_mask
-from ulr_snn.noise import Drawer, Noise
-from ulr_snn.records import Record
-from ulr_snn.scan import fused, leaky_drive
-from ulr_snn.scan.held import once, weights_held
-from ulr_snn.scan.memory import Pool
-from ulr_snn.scan.state import State
+from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.held import once, weights_held
+from ulr_snn.kernels.pool import Pool
+from ulr_snn.kernels.reference import leaky_drive
+from ulr_snn.kernels.state import State
+from ulr_snn.model.neurons import SpikingNeuron, step_mask
+from ulr_snn.noise.level import Drawer, Noise
+from ulr_snn.sites.records import Record
 
 pytest.importorskip("numba", reason="the fused scans on a CPU are made by numba")
 
@@ -29,7 +30,7 @@ each_reset = pytest.mark.parametrize("reset", RESETS)
 @pytest.fixture
 def reference(monkeypatch):
     """Switches the kernels off."""
-    return lambda: monkeypatch.setattr(fused, "choice", lambda like: ("reference", "asked for"))
+    return lambda: monkeypatch.setattr(dispatch, "choice", lambda like: ("reference", "asked for"))
 
 
 def neuron_of(shape: tuple[int, ...], reset: str, recurrent: bool) -> LIF:
@@ -66,7 +67,7 @@ def test_spikes_and_drives_equal_the_reference(shape, reset, recurrent, law, ref
         return neuron.fired(current, law and drawer_of(shape, law, True, len(current)))
 
     with torch.no_grad():
-        assert fused.kernels(current) is not None
+        assert dispatch.kernels(current) is not None
         ours = run()
         reference()
         plain = run()
@@ -145,12 +146,14 @@ def test_rows_in_parts_are_those_of_the_whole(reset, monkeypatch):
     neuron, x, spikes = neuron_of(shape, reset, True), current_of(shape, 2), (current_of(shape, 4) > 0.5).float()
     a, weight, later = current_of(shape, 1), current_of((18, 18), 5) / 18, current_of(shape[1:], 3)
     for parts in (1, 3):
-        monkeypatch.setattr(fused, "threads", lambda rows, parts=parts: parts)
+        monkeypatch.setattr(dispatch, "threads", lambda rows, parts=parts: parts)
         torch.manual_seed(2)
         with torch.no_grad():
             fired = neuron.fired(x, drawer_of(shape, Logistic(), False, len(x)))
         given = a, x, "logistic", torch.tensor(0.5), None, spikes, neuron.beta, neuron.threshold, reset, later.clone()
-        found.append([*fired, *fused.credit(*given, True, weight=weight), fused.leaky(a, spikes, neuron.beta, reset)])
+        found.append(
+            [*fired, *dispatch.credit(*given, True, weight=weight), dispatch.leaky(a, spikes, neuron.beta, reset)]
+        )
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -159,7 +162,7 @@ def test_slopes_equal_the_density(law):
     x, scale = 4 * current_of((7, 3, 5)), 0.1 + torch.rand(5)
     lengths = torch.tensor([7, 2, 5])
     own = (torch.arange(7)[:, None] < lengths)[..., None]
-    slopes = fused.slopes(x, type(law).__name__.lower(), scale, lengths)
+    slopes = dispatch.slopes(x, type(law).__name__.lower(), scale, lengths)
     torch.testing.assert_close(slopes, law.slope(x) / scale * own, rtol=1e-5, atol=1e-7)
     assert not slopes[3:, 1].any() and slopes[3:, 0].any()
 
@@ -201,8 +204,8 @@ def test_gradients_equal_those_of_the_reference(name, options, reference):
 
 
 def test_the_reference_does_what_has_no_kernel():
-    assert fused.choice(torch.zeros(1)) == ("cpu", "float32 on a CPU")
-    assert fused.choice(torch.zeros(1, dtype=torch.float64)) == ("reference", "no kernel for float64")
+    assert dispatch.choice(torch.zeros(1)) == ("cpu", "float32 on a CPU")
+    assert dispatch.choice(torch.zeros(1, dtype=torch.float64)) == ("reference", "no kernel for float64")
 
     class Own(LIF):  # may run in another way
         def run(self, current, fire, state=None):
@@ -222,28 +225,30 @@ def test_turned_is_a_permutation(shape: tuple[int, ...], cut: bool):
     n, high, across, channels = shape
     whole = torch.randn(n + 1, high + 2, across + 3, channels)
     x = whole[1:, 1 : high + 1, 2 : across + 2] if cut else torch.randn(shape)
-    found = fused.turned(x)
+    found = dispatch.turned(x)
     assert found.is_contiguous()
     assert torch.equal(found, x.permute(0, 3, 1, 2))
     assert not shape[0] or not torch.equal(found.flatten(), x.flatten()) or min(across * high, channels) == 1
-    assert torch.equal(fused.turned(x.double()), x.double().permute(0, 3, 1, 2))
+    assert torch.equal(dispatch.turned(x.double()), x.double().permute(0, 3, 1, 2))
 
 
 def test_weights_are_put_in_order_once_until_they_change():
     weight = nn.Parameter(torch.randn(5, 7))
-    assert fused.transposed(weight).is_contiguous()
+    assert dispatch.transposed(weight).is_contiguous()
     with weights_held():
-        first = once(weight, "transposed", fused.transposed)
-        assert once(weight, "transposed", fused.transposed) is first and torch.equal(first, weight.T)
+        first = once(weight, "transposed", dispatch.transposed)
+        assert once(weight, "transposed", dispatch.transposed) is first and torch.equal(first, weight.T)
         with Pool().used():
-            columns = fused.in_columns(weight, 16)
-            assert fused.in_columns(weight, 16) is columns and fused.in_columns(weight, 32) is not columns
+            columns = dispatch.in_columns(weight, 16)
+            assert dispatch.in_columns(weight, 16) is columns and dispatch.in_columns(weight, 32) is not columns
         with Pool(lean=True).used():
-            assert fused.in_columns(weight, 16) is not columns
+            assert dispatch.in_columns(weight, 16) is not columns
         with torch.no_grad():
             weight += 1
-        assert torch.equal(once(weight, "transposed", fused.transposed), weight.T) and not torch.equal(first, weight.T)
-    assert once(weight, "transposed", fused.transposed) is not once(weight, "transposed", fused.transposed)
+        assert torch.equal(once(weight, "transposed", dispatch.transposed), weight.T) and not torch.equal(
+            first, weight.T
+        )
+    assert once(weight, "transposed", dispatch.transposed) is not once(weight, "transposed", dispatch.transposed)
 
 
 def test_float32_is_float32_whatever_the_default_is():
@@ -276,23 +281,23 @@ def test_numbers_too_small_for_the_processor_to_be_quick_with_are_zero():
     """Far from the threshold p' times a small error is less than 1e-38, which made a step three times as long."""
     x = torch.tensor([-79.0, -50.0, 0.0, 50.0, 79.0]).repeat(3, 2, 1)
     for law in ("logistic", "gaussian"):
-        slopes = fused.slopes(x, law, torch.tensor(0.5), None)
+        slopes = dispatch.slopes(x, law, torch.tensor(0.5), None)
         assert not slopes[..., [0, 4]].any() and (slopes[..., 2] > 0.4).all()
     a, one, later = torch.full_like(x, 1e-12), torch.ones(5), torch.full((2, 5), 1e-35)
     spikes = torch.zeros_like(x)
     for reset in ("subtract", "zero", "none"):
         given = a.clone(), x, "logistic", torch.tensor(0.5), None, spikes, 0.9 * one, one, reset, later.clone()
-        _, currents = fused.credit(*given, False, False)
+        _, currents = dispatch.credit(*given, False, False)
         assert not currents[currents.abs() < 1e-30].any() and (currents[..., 2] > 0).all()
     broken = torch.full_like(x, float("nan"))
-    assert fused.slopes(broken, "logistic", torch.tensor(0.5), None).isnan().all()
+    assert dispatch.slopes(broken, "logistic", torch.tensor(0.5), None).isnan().all()
     given = broken, x, "logistic", torch.tensor(0.5), None, spikes, 0.9 * one, one, "none", later
-    assert fused.credit(*given, False, False)[1].isnan().all()
+    assert dispatch.credit(*given, False, False)[1].isnan().all()
 
 
 def test_words_of_the_noise_are_the_same_from_the_kernel(monkeypatch):
     sample, stream = torch.arange(6, dtype=torch.int32) * 7919, torch.tensor([0, 1, 0, 2, 1, 5], dtype=torch.int32)
     noise = Noise(2**40 + 3, 5, sample, stream)
     found = noise.words(3, 11, 4)
-    monkeypatch.setattr(fused, "words", lambda *about: None)
+    monkeypatch.setattr(dispatch, "words", lambda *about: None)
     assert all(map(torch.equal, found, noise.words(3, 11, 4)))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn.credit.prediction
-import ulr_snn.estimator
-import ulr_snn.structure
+import ulr_snn.credit.structure
+import ulr_snn.estimators.ulr
 from tests.statistics import compare_means
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
-from ulr_snn.graph import leaves
-from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.sites import bind
+from ulr_snn.model.graph import leaves
+from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.sites.binding import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 7, 6, 5, 3
 WARM_UP = ulr_snn.credit.prediction.WARM_UP
@@ -43,7 +43,7 @@ def short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Feedback shows both kinds of its steps within three: pairs that refresh it, and single passes. All kinds of
     it are at work in `dense`, whose first layer is too wide for learning from its recurrent current."""
     set_warm_up(monkeypatch, 1)
-    monkeypatch.setattr(ulr_snn.structure, "ENTRIES", 80)
+    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", 80)
 
 
 def dense(seed: int = 0) -> nn.Sequential:

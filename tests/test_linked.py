@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
-from ulr_snn.estimator import Attachment
-from ulr_snn.noise import Drawer, Noise
-from ulr_snn.scan import fused
+from ulr_snn.estimators.ulr import Attachment
+from ulr_snn.kernels import dispatch
+from ulr_snn.noise.level import Drawer, Noise
 
 STEPS, BATCH, INPUTS = 6, 5, 7
 
@@ -135,7 +135,7 @@ def test_padding_takes_no_part(name, monkeypatch):
 def test_kernels_draw_the_same_spikes_and_give_the_same_credit(name, monkeypatch):
     """In single precision, on a CPU."""
     with_kernel = gradients(MODELS[name], True, monkeypatch, torch.float32)
-    monkeypatch.setattr(fused, "kernels", lambda like: None)
+    monkeypatch.setattr(dispatch, "kernels", lambda like: None)
     without = gradients(MODELS[name], True, monkeypatch, torch.float32)
     for one, other in zip(with_kernel, without, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
@@ -145,7 +145,7 @@ def test_a_step_of_the_kernel_is_a_step_of_the_drawer():
     noise = Noise(3, 5, torch.arange(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
     scale, drive = torch.rand(9) + 0.1, torch.randn(3, 4, 9)
     drawer = Drawer(noise, Logistic(), 2, 3, scale)
-    step = fused.StepDraw(drawer.draw(), drive[0], torch.tensor([3, 3, 1, 2]), None)
+    step = dispatch.StepDraw(drawer.draw(), drive[0], torch.tensor([3, 3, 1, 2]), None)
     spikes = torch.stack([step(*now) for now in enumerate(drive)])
     own = (torch.arange(3)[:, None] < torch.tensor([3, 3, 1, 2]))[..., None]
     x = drive / scale

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ulr_snn import UsageError
-from ulr_snn.losses import LOSSES, resolve, total
+from ulr_snn.losses.named import LOSSES, resolve, total
 
 STEPS, BATCH, CLASSES = 5, 4, 3
 torch.manual_seed(0)

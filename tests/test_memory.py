@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ulr_snn import LIF, ULR, Fold, TimeAverage, attach, sparse, stateless
+from ulr_snn import LIF, ULR, Fold, TimeAverage, attach
 from ulr_snn.credit.maps import Shared
-from ulr_snn.scan import memory
-from ulr_snn.scan.memory import Pool, blocks, empty, in_step
-from ulr_snn.stateless import run
+from ulr_snn.kernels import pool as memory
+from ulr_snn.kernels import sparse, stateless
+from ulr_snn.kernels.pool import Pool, blocks, empty, in_step
+from ulr_snn.kernels.stateless import run
 
 LARGE = (memory.SMALLEST // 16, 8)  # twice the smallest
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.statistics import chi_square, compare_means, frequency, uncorrelated
 from ulr_snn import LIF, ULR, Gaussian, Logistic, TimeAverage, attach
-from ulr_snn.noise import LEVELS, Noise, NoiseLevel
+from ulr_snn.noise.level import LEVELS, Noise, NoiseLevel
 
 FIRING = [Logistic(), Gaussian()]
 NEURONS = torch.Size([64])

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 import ulr_snn
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Fold, Logistic, OutputNoise, SpikeBudget, TimeAverage, UsageError, attach, evaluate, plan
-from ulr_snn.activity import counting
-from ulr_snn.losses import resolve
+from ulr_snn.losses.named import resolve
+from ulr_snn.model.activity import counting
 from ulr_snn.peers import METHODS
-from ulr_snn.sites import spiking_layers
+from ulr_snn.sites.binding import spiking_layers
 
 STEPS, BATCH, PIXELS, CLASSES = 6, 4, 5, 3
 
@@ -365,7 +365,7 @@ def test_samples_average_probabilities():
 
 
 def test_calibration_error_of_known_predictions():
-    from ulr_snn.evaluation import calibration_error
+    from ulr_snn.evaluate import calibration_error
 
     confidence = torch.tensor([0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([1.0, 1, 1, 0])

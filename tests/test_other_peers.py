@@ -128,7 +128,7 @@ def test_evolution_strategies_are_unbiased_on_a_quadratic(rank, antithetic):
 
 
 def test_draws_of_rank_one():
-    from ulr_snn.weights import WeightSites
+    from ulr_snn.sites.weights import WeightSites
 
     sites = WeightSites({"weight": WeightNoise(rank=1)}, 0, antithetic=True)
     zeta = sites.draw("weight", torch.zeros(5, 2, 3, 3), 0, 0)

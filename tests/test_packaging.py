@@ -16,16 +16,15 @@ from ulr_snn.adapters import LIBRARIES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ulr_snn"
 LAYERS = (
-    "scan/sparse",
-    "secant",
+    "kernels",
     "noise",
-    "neurons/adapters/pooling",
-    "records/steps/sites/events/event_list",
-    "passes",
-    "credit/structure",
-    "estimator",
+    "model.neurons/adapters/credit.pooling",
+    "sites.records/sites.step/sites.binding/model.events/model.event_list",
+    "model.forward",
+    "credit.prediction/credit.structure",
+    "estimators.ulr",
     "plan/train",
-    "cli",
+    "runs.cli",
 )
 # Imported where they are needed, so that the library loads quickly and works with what is installed.
 LAZY = ("h5py", "matplotlib", "numba", "requests", "safetensors", "sklearn", "tonic", "tqdm", "triton", *LIBRARIES)
@@ -78,7 +77,7 @@ def in_layer(layer: str) -> list[str]:
 
 def test_every_module_imports_without_the_optional_libraries():
     theirs = {f"ulr_snn.adapters.{library}" for library in LIBRARIES} | {
-        f"ulr_snn.scan.{kind}" for kind in ("cpu", "windows", "gpu", "triton")
+        f"ulr_snn.kernels.{kind}" for kind in ("cpu", "windows", "gpu", "triton")
     }
     names = [name for name in SOURCES if not name.endswith("__main__") and name not in theirs]
     code = f"""
@@ -108,7 +107,7 @@ def test_dependencies_point_one_way(lower):
 def test_no_module_imports_the_command_line_or_itself():
     for name in SOURCES:
         found = reachable(name)
-        assert "ulr_snn.cli" not in found or name == "ulr_snn.__main__", name
+        assert "ulr_snn.runs.cli" not in found or name == "ulr_snn.__main__", name
         assert name not in found, f"{name} imports itself in a circle"
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, parts
+from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
+from ulr_snn.memory import parts
 
 STEPS, BATCH = 23, 6
 
@@ -127,7 +128,7 @@ def test_an_average_of_many_parts_in_reduced_precision_is_as_good_as_at_once(len
 @pytest.mark.parametrize("memory", ["auto", "bits", "stream"])
 def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     """Of a net with many neurons and few weights, too."""
-    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1000)
     model = nn.Sequential(
         nn.Unflatten(2, (1, 10)), Fold(nn.Conv2d(1, 16, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(1600, 4)
     )
@@ -159,7 +160,7 @@ def test_a_step_keeps_no_more_standings_than_it_may(monkeypatch):
 def test_steps_see_the_weights_that_the_last_one_has_left(name, monkeypatch):
     """What is made of weights for one step does not outlive it."""
     monkeypatch.setattr(parts, "TOGETHER", (BATCH * 17 * 5,) * 2)
-    monkeypatch.setattr(ulr_snn.events, "FEWEST", 1)
+    monkeypatch.setattr(ulr_snn.model.events, "FEWEST", 1)
     found = []
     for memory in ("auto", "bits"):
         model, (x, y) = nets()[name], data()
@@ -200,8 +201,8 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
     monkeypatch.setattr(parts, "ROOMY", 1000)
     with attach(model) as ulr:
         assert "parts" not in ulr.backward(x, y).stats
-    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
-    monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "SHORT", 1)
     with attach(model) as ulr:
         assert ulr.backward(x, y).stats["parts"] > 1
     with attach(nn.Sequential(Backwards(), *model)) as ulr:  # has to see all
@@ -216,8 +217,8 @@ def test_parts_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypat
     of eight neurons."""
     monkeypatch.setattr(parts, "ROOMY", 1)
     monkeypatch.setattr(parts, "LEAST", 1)
-    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1)
-    monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "SHORT", 1)
     model = nn.Sequential(nn.Linear(inputs, 8), LIF(), TimeAverage(), nn.Linear(8, 3))
     with attach(model) as ulr:
         x = (torch.rand(STEPS, BATCH, inputs) < 0.3).float()
@@ -230,8 +231,8 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss", [wrong, {"ce_count": 1.0, ulr_snn.SpikeBudget(5): 0.1}], ids=["no gradient", "costs"])
 def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
-    monkeypatch.setattr(ulr_snn.piecewise, "WHOLE", 1000)
-    monkeypatch.setattr(ulr_snn.piecewise, "SHORT", 1)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1000)
+    monkeypatch.setattr(ulr_snn.memory.strategies, "SHORT", 1)
     monkeypatch.setattr(parts, "TOGETHER", (1000,) * 2)
     for memory in ("auto", "bits"):
         with attach(nets()["spikes"], ULR(memory=memory), loss=loss) as ulr:

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ulr_snn import LIF, RecurrentLIF, TimeAverage, UsageError, train
-from ulr_snn.neurons import step_mask
+from ulr_snn.model.neurons import step_mask
 from ulr_snn.peers.surrogate import FUNCTIONS, SurrogateBPTT
-from ulr_snn.sites import bind_sites
+from ulr_snn.sites.binding import bind_sites
 
 PEERS = [SurrogateBPTT("atan", 2.0), SurrogateBPTT("fast_sigmoid", 5.0)]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, plan
-from ulr_snn.noise import NoiseLevel
-from ulr_snn.sites import bind
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sites.binding import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 FROZEN = "frozen (requires_grad is False, or by flow)"

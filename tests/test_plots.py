@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ulr_snn.errors import UsageError
-from ulr_snn.plots import save_curves
+from ulr_snn.runs.plots import save_curves
 
 pytest.importorskip("matplotlib")
 
@@ -34,7 +34,7 @@ def test_regression_draws_the_loss_alone(tmp_path):
 def test_axes_show_percent_and_whole_epochs():
     from matplotlib.figure import Figure
 
-    from ulr_snn import plots
+    from ulr_snn.runs import plots
 
     figure = Figure()
     axes = figure.subplots()

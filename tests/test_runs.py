@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ulr_snn import runs
 from ulr_snn.errors import UsageError
-from ulr_snn.runs import RunDirectory
+from ulr_snn.runs import directory as runs
+from ulr_snn.runs.directory import RunDirectory
 
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
@@ -137,7 +137,7 @@ def test_failed_finish_leaves_no_metrics_and_no_temporary_file(tmp_path, monkeyp
         file.write_bytes(b"half a picture")
         raise OSError("disk full")
 
-    monkeypatch.setattr("ulr_snn.plots.save_curves", fail)
+    monkeypatch.setattr("ulr_snn.runs.plots.save_curves", fail)
     with pytest.raises(OSError, match="disk full"):
         run.finish({}, HISTORY)
     assert names(tmp_path) == set()

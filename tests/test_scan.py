@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF
-from ulr_snn.scan import leaky_drive, scan
+from ulr_snn.kernels.reference import leaky_drive, scan
 
 STEPS, BATCH, NEURONS = 6, 3, 4
 RESETS = ["subtract", "zero", "none"]

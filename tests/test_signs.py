@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import ulr_snn
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import ULR, CurrentNoise, TimeAverage, attach
-from ulr_snn.records import CurrentRecord
+from ulr_snn.sites.records import CurrentRecord
 
 
 class Copies(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.stepsize import LEAST, MOST, MOST_READOUT, OUTPUTS, REACH, READOUT, SIZE, SLOW, StepSizes
+from ulr_snn.estimators.step_sizes import LEAST, MOST, MOST_READOUT, OUTPUTS, REACH, READOUT, SIZE, SLOW, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 

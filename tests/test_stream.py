@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ulr_snn
 from benchmarks import memory
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
-from ulr_snn.stream import Trace
+from ulr_snn.estimators.online import Trace
 
 STEPS, BATCH, SCALE = 17, 6, 0.3
 LENGTHS = [17, 4, 9, 17, 13, 1]
@@ -199,7 +199,7 @@ def test_one_step_after_another_in_ones_own_loop():
 
 
 def test_sparse_events_and_frames_agree(monkeypatch):
-    monkeypatch.setattr(ulr_snn.events, "FEWEST", 1)
+    monkeypatch.setattr(ulr_snn.model.events, "FEWEST", 1)
     torch.manual_seed(0)
     x, y = (torch.rand(9, 8, 300) < 0.04).to(torch.uint8), torch.arange(8) % 3
     found = []

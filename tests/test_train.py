@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError
-from ulr_snn.noise import Noise, NoiseLevel
-from ulr_snn.sites import bind
+from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.sites.binding import bind
 from ulr_snn.train import learning_rate_factor
 
 STEPS, PIXELS, CLASSES = 8, 8, 2

@@ -15,15 +15,16 @@ from torch import Tensor
 from ulr_snn import LIF, ULR, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit.recurrence import Recurrence
 from ulr_snn.errors import UsageError
-from ulr_snn.neurons import step_mask
-from ulr_snn.noise import Gaussian, Logistic, Noise
-from ulr_snn.scan import fused, leaky_drive, scan
-from ulr_snn.scan.bits import pack_bits
-from ulr_snn.scan.state import RESETS
+from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.bits import pack_bits
+from ulr_snn.kernels.reference import leaky_drive, scan
+from ulr_snn.kernels.state import RESETS
+from ulr_snn.model.neurons import step_mask
+from ulr_snn.noise.level import Gaussian, Logistic, Noise
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-kernels = importlib.import_module("ulr_snn.scan.triton")
+kernels = importlib.import_module("ulr_snn.kernels.triton")
 uniform = kernels.uniform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ class Absent:
 driver.set_active(Absent())
 run, made = JITFunction.run, []
 JITFunction.run = lambda self, *args, warmup, **more: made.append(run(self, *args, warmup=True, **more))
-from ulr_snn.scan.triton import leaky_filter, lif_forward, reverse_filter
+from ulr_snn.kernels.triton import leaky_filter, lif_forward, reverse_filter
 
 for shape, dtype in ((6, 3, 70), torch.bfloat16), ((1, 1, 1), torch.float32):
     a, words = torch.zeros(shape, dtype=dtype), [torch.zeros(shape[:2], dtype=torch.int32)] * 2
@@ -391,7 +392,7 @@ def test_gradients_by_the_kernels_are_those_of_the_reference(place, options, res
     monkeypatch.setattr(kernels, "lif_forward", lambda *given, **named: used.append(1) or launch(*given, **named))
 
     def run(kind: str) -> list[Tensor]:
-        monkeypatch.setattr(fused, "choice", lambda like: (kind, "asked for"))
+        monkeypatch.setattr(dispatch, "choice", lambda like: (kind, "asked for"))
         torch.manual_seed(0)
         layers = torch.nn.Linear(6, 5), LIF(reset=reset), torch.nn.Linear(5, 4), RecurrentLIF(4, reset=reset)
         model = torch.nn.Sequential(*layers, TimeAverage(), torch.nn.Linear(4, 3)).to(place)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ulr_snn.estimator
-import ulr_snn.neurons
-import ulr_snn.noise
+import ulr_snn.estimators.ulr
+import ulr_snn.model.neurons
+import ulr_snn.noise.level
 from tests.enumeration import Layer, exact_gradient, expected_bound_of_four, expected_bound_of_two, expected_loss
 from tests.statistics import Verdict, compare_means, gradient_draws
 from ulr_snn import (
@@ -32,8 +32,8 @@ from ulr_snn import (
     TimeAverage,
     attach,
 )
-from ulr_snn.losses import ce_rate
-from ulr_snn.records import CurrentRecord
+from ulr_snn.losses.named import ce_rate
+from ulr_snn.sites.records import CurrentRecord
 
 TARGET = 1
 
@@ -75,7 +75,7 @@ class Case:
     readout: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     x: Tensor  # [T, ...], one sample
-    firing: ulr_snn.noise.Firing
+    firing: ulr_snn.noise.level.Firing
     noise: dict[str, CurrentNoise] = field(default_factory=dict)  # at other sites
     named: str | None = None  # the loss by name, where it has one
     objective: Callable[[Tensor, Tensor], Tensor] = expected_loss  # of all patterns' probabilities and losses
@@ -119,7 +119,7 @@ def linear(inputs: int, outputs: int, spread: float = 0.6, bias: float = 0.4) ->
     return layer
 
 
-def describe(neuron: LIF, current: Callable, shape: tuple[int, ...], firing: ulr_snn.noise.Firing) -> Layer:
+def describe(neuron: LIF, current: Callable, shape: tuple[int, ...], firing: ulr_snn.noise.level.Firing) -> Layer:
     recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
     kind = "gaussian" if isinstance(firing, Gaussian) else "logistic"
     return Layer(current, shape, neuron.beta, neuron.threshold, neuron.reset, recurrent, kind, firing.scale)
@@ -129,7 +129,7 @@ def dense(
     neuron: LIF,
     hidden: int = 3,
     steps: int = 3,
-    firing: ulr_snn.noise.Firing = Logistic(0.4),  # noqa: B008 (frozen)
+    firing: ulr_snn.noise.level.Firing = Logistic(0.4),  # noqa: B008 (frozen)
     loss: Callable = cross_entropy,
 ) -> Case:
     first, last = linear(2, hidden), linear(hidden, 2, 1.5)
@@ -306,7 +306,7 @@ def membranes() -> Case:
 
 
 # Calibrated to the lowest level there is, halfway to an end that makes it 0.12 of the threshold all along.
-RELATIVE = Logistic(start=1e-9, end=0.12**2 / ulr_snn.noise.LEVELS[0])
+RELATIVE = Logistic(start=1e-9, end=0.12**2 / ulr_snn.noise.level.LEVELS[0])
 
 
 def learnable(reset: str, scale: float | None) -> Case:
@@ -403,24 +403,24 @@ def _partner_as_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     def partner(losses, copies, group, moving):
         return losses.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)[copies]
 
-    monkeypatch.setattr(ulr_snn.estimator, "baseline", partner)
+    monkeypatch.setattr(ulr_snn.estimators.ulr, "baseline", partner)
 
 
 def _own_loss_in_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimator, "baseline", lambda losses, copies, group, moving: losses.mean(0))
+    monkeypatch.setattr(ulr_snn.estimators.ulr, "baseline", lambda losses, copies, group, moving: losses.mean(0))
 
 
 def _own_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimator, "from_other_copies", lambda predictions, passes, group: predictions)
+    monkeypatch.setattr(ulr_snn.estimators.ulr, "from_other_copies", lambda predictions, passes, group: predictions)
 
 
 def _past(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimator, "to_go", lambda losses: losses.cumsum(-1))
+    monkeypatch.setattr(ulr_snn.estimators.ulr, "to_go", lambda losses: losses.cumsum(-1))
 
 
 def _mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimator, "multi_sample_weights", torch.ones_like)
-    monkeypatch.setattr(ulr_snn.estimator, "multi_sample_signals", lambda losses: losses - losses.flip(0))
+    monkeypatch.setattr(ulr_snn.estimators.ulr, "multi_sample_weights", torch.ones_like)
+    monkeypatch.setattr(ulr_snn.estimators.ulr, "multi_sample_signals", lambda losses: losses - losses.flip(0))
 
 
 def _no_last_summand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,33 +437,35 @@ def _no_prediction_of_current_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_reset_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ulr_snn.neurons.leaky_drive
+    right = ulr_snn.model.neurons.leaky_drive
 
     def wrong(current, beta, threshold, reset="none", *known):
         return right(current, beta, threshold, "none", *known)
 
-    monkeypatch.setattr(ulr_snn.neurons, "leaky_drive", wrong)
+    monkeypatch.setattr(ulr_snn.model.neurons, "leaky_drive", wrong)
 
 
 def _no_leak_in_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ulr_snn.neurons.leaky_drive
+    right = ulr_snn.model.neurons.leaky_drive
 
     def wrong(current, beta, *known):
         return right(current, beta * 0, *known)
 
-    monkeypatch.setattr(ulr_snn.neurons, "leaky_drive", wrong)
+    monkeypatch.setattr(ulr_snn.model.neurons, "leaky_drive", wrong)
 
 
 def _unshifted_spikes(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(ctx, g):
         return g, g.flatten(0, 1).T @ ctx.saved_tensors[0].flatten(0, 1), None, None, None
 
-    monkeypatch.setattr(ulr_snn.neurons._Total, "backward", staticmethod(wrong))
+    monkeypatch.setattr(ulr_snn.model.neurons._Total, "backward", staticmethod(wrong))
 
 
 def _constant_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ulr_snn.noise.NoiseLevel.scale
-    monkeypatch.setattr(ulr_snn.noise.NoiseLevel, "scale", lambda self, *arguments: right(self, *arguments).detach())
+    right = ulr_snn.noise.level.NoiseLevel.scale
+    monkeypatch.setattr(
+        ulr_snn.noise.level.NoiseLevel, "scale", lambda self, *arguments: right(self, *arguments).detach()
+    )
 
 
 WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -636,12 +638,12 @@ def test_the_gradient_of_a_learned_scale(estimator: ULR, monkeypatch: pytest.Mon
     case.parameters = lambda: factors
     exact, draws = case.exact(), []
 
-    def record(level: ulr_snn.noise.NoiseLevel) -> None:
+    def record(level: ulr_snn.noise.level.NoiseLevel) -> None:
         draws.append(torch.stack([level.factors[site].grad for site in ("1", "3")]))
         for factor in level.factors.values():
             factor.grad = None
 
-    monkeypatch.setattr(ulr_snn.noise.NoiseLevel, "learn", record)
+    monkeypatch.setattr(ulr_snn.noise.level.NoiseLevel, "learn", record)
     del case.parameters
     case.draws(dataclasses.replace(estimator, firing=Logistic(case.firing.scale, learn=0.1)), SAMPLES, STEPS, WARM_UP)
     right = compare_means("unbiased", torch.stack(draws[WARM_UP:]), exact)
@@ -650,14 +652,14 @@ def test_the_gradient_of_a_learned_scale(estimator: ULR, monkeypatch: pytest.Mon
 
 
 def test_a_learned_scale_follows_its_gradient_and_stays_within_bounds():
-    level = ulr_snn.noise.NoiseLevel(Logistic(learn=0.1), progress=0.5)
+    level = ulr_snn.noise.level.NoiseLevel(Logistic(learn=0.1), progress=0.5)
     scale = level.scale("a", torch.tensor(1.0), lambda: 0.5)
     for _ in range(100):
         level.scale("a", torch.tensor(1.0), lambda: 0.5).backward()
         level.learn()
-    assert level.factors["a"].item() == -ulr_snn.noise.FARTHEST
+    assert level.factors["a"].item() == -ulr_snn.noise.level.FARTHEST
     moved = level.scale("a", torch.tensor(1.0), lambda: 0.5)
-    torch.testing.assert_close(moved / scale, torch.tensor(-ulr_snn.noise.FARTHEST).exp())
+    torch.testing.assert_close(moved / scale, torch.tensor(-ulr_snn.noise.level.FARTHEST).exp())
 
 
 def test_reward_to_go_lowers_the_variance_of_both_credits():

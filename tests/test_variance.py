@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, UsageError, WeightNoise, attach, plan
-from ulr_snn.losses import resolve
-from ulr_snn.noise import NoiseLevel
-from ulr_snn.passes import Forward
-from ulr_snn.records import Record
-from ulr_snn.variance import BY_SAMPLE, by_sample, of_firing, of_weights
+from ulr_snn.losses.named import resolve
+from ulr_snn.model.forward import Forward
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sites.records import Record
+from ulr_snn.sites.variance import BY_SAMPLE, by_sample, of_firing, of_weights
 
 SCALE = 0.02
 

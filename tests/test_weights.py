@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, TimeAverage, WeightNoise, attach
-from ulr_snn.weights import WeightSites, replaced_parameters, scale_of
+from ulr_snn.sites.weights import WeightSites, replaced_parameters, scale_of
 
 STEPS, BATCH, PIXELS = 4, 5, 3
 

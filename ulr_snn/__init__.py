@@ -2,15 +2,15 @@
 
 from ulr_snn import data
 from ulr_snn.compare import Comparison, compare
-from ulr_snn.copies import AdaptiveCopies
 from ulr_snn.diagnose import Diagnosis, diagnose
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR, Attachment, Estimate, attach
-from ulr_snn.evaluation import evaluate
-from ulr_snn.losses import SpikeBudget
-from ulr_snn.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
-from ulr_snn.noise import CurrentNoise, Gaussian, Logistic, OutputNoise, WeightNoise
+from ulr_snn.estimators.ulr import ULR, Attachment, Estimate, attach
+from ulr_snn.evaluate import evaluate
+from ulr_snn.losses.named import SpikeBudget
+from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
+from ulr_snn.noise.level import CurrentNoise, Gaussian, Logistic, OutputNoise, WeightNoise
 from ulr_snn.plan import Plan, plan
+from ulr_snn.sampling.adaptive import AdaptiveCopies
 from ulr_snn.train import Result, train
 
 __version__ = "0.1.0"

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR
-from ulr_snn.losses import LossSpec
-from ulr_snn.runs import peak_memory_bytes, versions
+from ulr_snn.estimators.ulr import ULR
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.train import DEFAULT_LR, pick_device, train
 
 DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0, "history": []}
@@ -61,7 +61,7 @@ class Comparison:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws accuracy by epoch (of a regression, the loss), seconds a step and memory into a PNG file."""
-        from ulr_snn.plots import save_comparison
+        from ulr_snn.runs.plots import save_comparison
 
         save_comparison(self.rows, path)
 

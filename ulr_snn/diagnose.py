@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR
-from ulr_snn.evaluation import mode_of
-from ulr_snn.losses import LossSpec
+from ulr_snn.estimators.ulr import ULR
+from ulr_snn.evaluate import mode_of
+from ulr_snn.losses.named import LossSpec
 
 ALL = "all layers"
 COLUMNS = ("estimator", "layer", "cosine", "variance", "cosine of a step", "passes")
@@ -80,7 +80,7 @@ class Diagnosis:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws cosines and variances by layer into a PNG file."""
-        from ulr_snn.plots import save_diagnosis
+        from ulr_snn.runs.plots import save_diagnosis
 
         save_diagnosis(self.rows, path)
 

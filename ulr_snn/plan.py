@@ -6,25 +6,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.copies import AdaptiveCopies
 from ulr_snn.credit.maps import Shared
-from ulr_snn.discovery import find_layers
-from ulr_snn.engine import Engine
+from ulr_snn.credit.structure import Structure
 from ulr_snn.errors import UsageError
-from ulr_snn.estimate import Batch
-from ulr_snn.estimator import ULR, default_copies, observed, or_default
-from ulr_snn.events import Events
-from ulr_snn.flow import check_flow, frozen, with_flow
-from ulr_snn.losses import LossSpec, resolve
-from ulr_snn.noise import NoiseLevel
-from ulr_snn.passes import Forward, as_frames, coupled_modules, keep_traces, runs_by_step
-from ulr_snn.records import CurrentRecord, Record
-from ulr_snn.scan.fused import choice
-from ulr_snn.sites import check_layers, own_modules
-from ulr_snn.sparse import DENSITY
-from ulr_snn.structure import Structure
-from ulr_snn.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
-from ulr_snn.weights import SOURCE, check_names
+from ulr_snn.estimators.base import Batch
+from ulr_snn.estimators.ulr import ULR, default_copies, observed, or_default
+from ulr_snn.kernels.dispatch import choice
+from ulr_snn.kernels.sparse import DENSITY
+from ulr_snn.losses.named import LossSpec, resolve
+from ulr_snn.model.chain import Engine
+from ulr_snn.model.discovery import find_layers
+from ulr_snn.model.events import Events
+from ulr_snn.model.forward import Forward, as_frames, coupled_modules, keep_traces, runs_by_step
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sampling.adaptive import AdaptiveCopies
+from ulr_snn.sites.binding import check_layers, own_modules
+from ulr_snn.sites.flow import check_flow, frozen, with_flow
+from ulr_snn.sites.records import CurrentRecord, Record
+from ulr_snn.sites.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
+from ulr_snn.sites.weights import SOURCE, check_names
 
 
 @dataclass(frozen=True)

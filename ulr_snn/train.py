@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR, Estimate, or_default
-from ulr_snn.evaluation import Tally, evaluate, mode_of, pick_device, unpack
-from ulr_snn.losses import LossSpec, total
-from ulr_snn.neurons import output_mask
-from ulr_snn.precision import reduced_precision
-from ulr_snn.runs import RunDirectory, peak_memory_bytes, versions
+from ulr_snn.estimators.ulr import ULR, Estimate, or_default
+from ulr_snn.evaluate import Tally, evaluate, mode_of, pick_device, unpack
+from ulr_snn.kernels.precision import reduced_precision
+from ulr_snn.losses.named import LossSpec, total
+from ulr_snn.model.neurons import output_mask
+from ulr_snn.runs.directory import RunDirectory, peak_memory_bytes, versions
 
 DEFAULT_LR = 1e-2
 LR_WARM_UP = 0.1  # of the steps, in the cosine schedule
@@ -36,7 +36,7 @@ class Result:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws loss and accuracy by epoch into a PNG file."""
-        from ulr_snn.plots import save_curves
+        from ulr_snn.runs.plots import save_curves
 
         save_curves(self.history, path)
 
@@ -69,9 +69,9 @@ def train(
     loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), dense or a sparse COO
     tensor, which lists the events, y [B].
     val_loader: evaluated with deterministic firing after every epoch.
-    optimizer: an instance, or a factory parameters -> optimizer; the default is Adam with `lr` (default 1e-2), which it
-    takes by the factors of `ulr_snn.stepsize`: smaller where a step would throw membranes about, larger in a readout;
-    of nets that begin at rest, with a readout of summed outputs, a third at first and 2.5 times later.
+    optimizer: an instance, or a factory parameters -> optimizer. The default is Adam with `lr` (1e-2), multiplied
+    for each parameter by a factor (see estimators/step_sizes.py): smaller where a step would move membranes by several
+    thresholds, larger in a readout, and rising over the training where layers begin at rest.
     With ULR(memory="stream") the optimizer steps at every time step, the default one by `lr` over their number;
     schedule and max_steps go on counting batches.
     scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory

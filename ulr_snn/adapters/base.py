@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ulr_snn.neurons import SpikingNeuron
+from ulr_snn.model.neurons import SpikingNeuron
 
 
 class Step(Protocol):

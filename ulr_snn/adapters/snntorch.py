@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Step, StepNeuron
-from ulr_snn.neurons import LIF, Biased, Weighted
+from ulr_snn.model.neurons import LIF, Biased, Weighted
 
 STATES = {
     snntorch.Leaky: ("mem",),

@@ -13,8 +13,8 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Step, StepNeuron
-from ulr_snn.neurons import LIF, Scaled
-from ulr_snn.precision import full_precision, widened
+from ulr_snn.kernels.precision import full_precision, widened
+from ulr_snn.model.neurons import LIF, Scaled
 
 KINDS = (
     neuron.IFNode,

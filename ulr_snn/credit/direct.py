@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_snn.records import Record
+from ulr_snn.sites.records import Record
 
 
 def direct_credit(ends: Sequence[tuple[Tensor, Tensor]], record: Record) -> Tensor | None:

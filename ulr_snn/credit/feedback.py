@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.response import learned
-from ulr_snn.precision import widened
+from ulr_snn.kernels.precision import widened
 
 PRODUCTS = 1 << 27  # multiply-adds that a step may spend on learning the feedback between two layers,
 RICH = 16  # and so many times as many, while it is not known yet and rows make it known

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.recurrence import recurrence_of
-from ulr_snn.neurons import own_steps
-from ulr_snn.noise import Drawer
-from ulr_snn.precision import full_precision
-from ulr_snn.records import Record, Seen, response_of
-from ulr_snn.scan import fused
-from ulr_snn.secant import farthest
+from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.precision import full_precision
+from ulr_snn.model.neurons import own_steps
+from ulr_snn.noise.level import Drawer
+from ulr_snn.noise.secant import farthest
+from ulr_snn.sites.records import Record, Seen, response_of
 
 
 class Linked:
@@ -66,7 +66,7 @@ class StepLink:
         self.drawer, self.scale, self.over, self.lengths, self.whole = drawer, scale, over, lengths, whole
         self._slopes: Tensor | None = None  # [T, B, ...], per unit of membrane
         self._x: dict[int, Tensor] = {}  # standardised drives, where slopes are made of them later
-        self._draw: fused.StepDraw | None = None
+        self._draw: dispatch.StepDraw | None = None
 
     def fired(self, t: int, drive: Tensor) -> Tensor:
         """Spikes of drives [B, ...] of time step t (or of all, [T, B, ...]) in the graph behind them."""
@@ -75,9 +75,9 @@ class StepLink:
 
     def drawn(self, t: int, drive: Tensor) -> Tensor:
         """Spikes of such drives, without a graph."""
-        if not self._x and self._draw is None and fused.kernels(drive) is not None:  # the first step decides
+        if not self._x and self._draw is None and dispatch.kernels(drive) is not None:  # the first step decides
             draw, like = self.drawer.draw(), drive[0] if self.whole else drive
-            self._draw = None if draw is None else fused.StepDraw(draw, like, self.lengths, self.over)
+            self._draw = None if draw is None else dispatch.StepDraw(draw, like, self.lengths, self.over)
         if self._draw is not None:
             wide = drive.float()
             spikes = torch.stack([self._draw(*now) for now in enumerate(wide)]) if self.whole else self._draw(t, wide)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ulr_snn.scan.fused import turned
-from ulr_snn.scan.memory import blocks, by_blocks, fits
+from ulr_snn.kernels.dispatch import turned
+from ulr_snn.kernels.pool import blocks, by_blocks, fits
 
 Shape = tuple[int, ...]
 

@@ -13,11 +13,11 @@ from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, Feedba
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence, recurrence_of
 from ulr_snn.credit.response import Response
-from ulr_snn.neurons import shaped
-from ulr_snn.passes import Pass
-from ulr_snn.precision import full_precision
-from ulr_snn.records import CurrentRecord, Record
-from ulr_snn.structure import Structure
+from ulr_snn.credit.structure import Structure
+from ulr_snn.kernels.precision import full_precision
+from ulr_snn.model.forward import Pass
+from ulr_snn.model.neurons import shaped
+from ulr_snn.sites.records import CurrentRecord, Record
 
 WARM_UP = 8  # first steps, each of which refreshes the feedback that needs pairs, which starts from zero
 

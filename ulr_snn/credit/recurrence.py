@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.maps import Full, Path
-from ulr_snn.neurons import SpikingNeuron
-from ulr_snn.records import Record
-from ulr_snn.scan.memory import empty_like
+from ulr_snn.kernels.pool import empty_like
+from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.sites.records import Record
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import torch
 
 from ulr_snn.credit.prediction import Credit
-from ulr_snn.passes import Pass
+from ulr_snn.model.forward import Pass
 
 
 def from_other_copies(predictions: list[list[Credit]], passes: list[Pass], group: int) -> list[list[Credit]]:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulr_snn.neurons import shaped
-from ulr_snn.records import CurrentRecord
+from ulr_snn.model.neurons import shaped
+from ulr_snn.sites.records import CurrentRecord
 
 LAGS = 16
 WINDOW = 50  # passes that D is a mean of, nearly

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ulr_snn.noise import WeightNoise
+from ulr_snn.noise.level import WeightNoise
 from ulr_snn.peers.alignment import FeedbackAlignment
 from ulr_snn.peers.evolution import EvolutionStrategies
 from ulr_snn.peers.expected import ExpectedGradientBPTT

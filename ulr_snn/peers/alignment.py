@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import Estimate
-from ulr_snn.losses import LossSpec
-from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.passes import check_outputs, model_outputs
+from ulr_snn.estimators.ulr import Estimate
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.forward import check_outputs, model_outputs
+from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.peers.surrogate import SurrogateBPTT, check_gradient
-from ulr_snn.sites import bind_sites, check_layers, spiking_layers
+from ulr_snn.sites.binding import bind_sites, check_layers, spiking_layers
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.losses import LossSpec, Objective, resolve
-from ulr_snn.passes import as_sequence
+from ulr_snn.losses.named import LossSpec, Objective, resolve
+from ulr_snn.model.forward import as_sequence
 
 Step = tuple[Tensor, Tensor, Tensor | None, Objective]
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.credit.global_ import baseline, moving
+from ulr_snn.credit.baseline import baseline, moving
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import ULR, Estimate
-from ulr_snn.evaluation import Runner
-from ulr_snn.losses import LossSpec
-from ulr_snn.neurons import output_mask
-from ulr_snn.noise import WeightNoise
-from ulr_snn.passes import check_outputs, generator_state, keep_traces, set_generator_state
+from ulr_snn.estimators.ulr import ULR, Estimate
+from ulr_snn.evaluate import Runner
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.forward import check_outputs, generator_state, keep_traces, set_generator_state
+from ulr_snn.model.neurons import output_mask
+from ulr_snn.noise.level import WeightNoise
 from ulr_snn.peers.attachment import PeerAttachment
-from ulr_snn.weights import WeightSites
+from ulr_snn.sites.weights import WeightSites
 
 
 @dataclass(frozen=True)

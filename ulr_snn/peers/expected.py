@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.losses import LossSpec
-from ulr_snn.neurons import LIF, own_spread, step_mask
-from ulr_snn.noise import Drawer, Firing, Logistic, Noise, NoiseLevel
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.neurons import LIF, own_spread, step_mask
+from ulr_snn.noise.level import Drawer, Firing, Logistic, Noise, NoiseLevel
 from ulr_snn.peers.surrogate import SurrogateAttachment, differentiable_spikes
-from ulr_snn.sites import Layers
+from ulr_snn.sites.binding import Layers
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.activity import counting
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
-from ulr_snn.estimator import Estimate
-from ulr_snn.losses import LossSpec
-from ulr_snn.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.passes import check_outputs, model_outputs, runs_by_step
+from ulr_snn.estimators.ulr import Estimate
+from ulr_snn.kernels.reference import shift
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.activity import counting
+from ulr_snn.model.forward import check_outputs, model_outputs, runs_by_step
+from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
-from ulr_snn.scan.reference import shift
-from ulr_snn.sites import Layers, bind_sites, check_layers, spiking_layers
+from ulr_snn.sites.binding import Layers, bind_sites, check_layers, spiking_layers
 
 
 def atan_slope(drive: Tensor, a: float) -> Tensor:
@@ -166,7 +166,7 @@ def check_gradient(value: Tensor, peer: Any) -> None:
 
 
 class SurrogateAttachment(PeerAttachment):
-    """Adds surrogate gradients to `.grad`, as `ulr_snn.estimator.Attachment` adds those of likelihood ratios.
+    """Adds surrogate gradients to `.grad`, as `ulr_snn.estimators.ulr.Attachment` adds those of likelihood ratios.
 
     The model is bound only inside `backward`. `forward_passes` counts one a sample and step.
     """

@@ -1,0 +1,149 @@
+"""Max pooling of spikes as the OR that it is.
+
+The maximum over a window of spikes is 1 if any of them is. Its derivative in one spike s_j, the difference that this
+spike makes at the others as they are, is the product of (1 - s_k) over the other spikes k of the window: 1 for every
+spike of a silent window, 1 for the spike that fires alone, else 0. torch's own derivative is 1 for one spike of every
+window, the first of those that are equal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ulr_snn.kernels import dispatch
+
+AXES = {functional.max_pool1d: 1, functional.max_pool2d: 2, functional.max_pool3d: 3}
+LOOK = 1 << 10  # numbers that tell at once, in most cases, that they are no spikes
+
+
+class SpikePooling(TorchFunctionMode):
+    """While it is entered, max pooling of tensors of zeros and ones has the derivative of an OR.
+
+    used: whether there has been any max pooling.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in AXES:
+            self.used = True
+            found = or_pooled(AXES[func], *args, **kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+
+def or_pooled(
+    axes: int,
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    """The OR over windows of spikes x; None for what is pooled otherwise, or needs no derivative."""
+    size, step, margin, spread = (
+        tuple(value) if isinstance(value, tuple | list) else (value,) * axes
+        for value in (kernel_size, kernel_size if stride is None else stride, padding, dilation)
+    )
+    wanted = x.requires_grad and torch.is_grad_enabled() and not return_indices
+    if not wanted or any(d != 1 for d in spread):
+        return None
+    if axes == 1:  # a row of a picture: torch has no averages of one axis that are not divided
+        rows = found_in(x.unsqueeze(-2), Windows(2, (1, *size), (1, *step), (0, *margin), ceil_mode))
+        return None if rows is None else rows.squeeze(-2)
+    return found_in(x, Windows(axes, size, step, margin, ceil_mode))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a pooling over two or three axes, as torch takes them."""
+
+    axes: int
+    size: tuple[int, ...]
+    step: tuple[int, ...]
+    margin: tuple[int, ...]
+    ceil_mode: bool
+
+    @property
+    def _given(self) -> tuple[Any, ...]:
+        return self.size, self.step, self.margin, self.ceil_mode, True, 1
+
+    def spikes(self, x: Tensor) -> Tensor | None:
+        """How many spikes each window has; None if not all numbers of x are 0 or 1."""
+        few = x.flatten()[:LOOK] if x.is_contiguous() else x[:1]
+        if not binary(few):
+            return None
+        done = None
+        if self.axes == 2:
+            shape = self.total(x.new_empty(x.shape, device="meta")).shape
+            done = dispatch.window_sums(x, (self.size, self.step, self.margin), tuple(shape[-2:]))
+        if done is None:
+            return self.total(x) if binary(x) else None
+        return done[0] if done[1] else None
+
+    def credit(self, x: Tensor, total: Tensor, g: Tensor) -> Tensor:
+        """Gradient of spikes x from that of the OR over windows with so many in each."""
+        differentiable = torch.is_grad_enabled()  # which kernels are not
+        if self.axes == 2 and not differentiable:
+            done = dispatch.window_credit(x, total, g, (self.size, self.step, self.margin))
+            if done is not None:
+                return done
+        silent = _Spread.apply(g * (total == 0), x, self)
+        alone = _Spread.apply(g * (total == 1), x, self)
+        return torch.addcmul(silent, x, alone)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over each window."""
+        return (functional.avg_pool2d if self.axes == 2 else functional.avg_pool3d)(x, *self._given)
+
+    def spread(self, g: Tensor, like: Tensor) -> Tensor:
+        """The transpose of `total`: each number of g at all places of its window."""
+        aten = torch.ops.aten
+        return (aten.avg_pool2d_backward if self.axes == 2 else aten.avg_pool3d_backward)(g, like, *self._given)
+
+
+def binary(x: Tensor) -> bool:
+    """Whether all numbers are 0 or 1."""
+    return bool((x * x == x).all())
+
+
+def found_in(x: Tensor, windows: Windows) -> Tensor | None:
+    """The OR over windows of spikes x; None of other numbers."""
+    total = windows.spikes(x.detach())
+    return None if total is None else _Or.apply(x, total, windows)
+
+
+class _Or(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Tensor, windows: Windows) -> Tensor:
+        ctx.save_for_backward(x, total)
+        ctx.windows = windows
+        return total.clamp(max=1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.windows.credit(*ctx.saved_tensors, g), None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, like: Tensor, windows: Windows) -> Tensor:
+        ctx.windows = windows
+        return windows.spread(g, like)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.windows.total(h), None, None

@@ -1,0 +1,1 @@
+"""The estimators of this package, and the protocol that all estimators share."""

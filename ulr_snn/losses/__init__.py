@@ -1,0 +1,1 @@
+"""Losses, objectives made of them, and their evaluation."""

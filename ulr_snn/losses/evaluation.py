@@ -1,0 +1,184 @@
+"""What an objective says about the outputs of a pass: its value, and its gradient, by a likelihood ratio where it has
+none.
+
+With noise on the outputs, o + σ z, a loss that has no derivative gets one (arXiv 2305.08960, noise on logits):
+
+    ∂E[L(o + σ z)]/∂o = E[(L(o + σ z) - L(o - σ z)) z] / 2σ
+
+as the mean over pairs of draws. It is that of the smoothed loss E[L(o + σ z)], exactly in the mean.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ulr_snn.errors import UsageError
+from ulr_snn.kernels.precision import full_precision, widened
+from ulr_snn.losses.named import Objective, total
+from ulr_snn.noise.level import Noise, OutputNoise
+
+SITE = 1 << 40  # of the output noise, among the sites that draw
+ELEMENTS = 1 << 22  # of disturbed outputs held at a time
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How the losses of an objective are taken, by index. smoothed: those with noise on the outputs; blind: those that
+    stay without a gradient in the outputs. in_time: whether what each time step adds is asked for."""
+
+    smoothed: Mapping[int, OutputNoise] = field(default_factory=dict)
+    blind: frozenset[int] = frozenset()
+    in_time: bool = False
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """values, errors: each loss, weighted [rows], and its gradient in the shape of the outputs, None if it has none.
+    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. judging: how it
+    was done; weights: of the losses; steps: what each time step adds to the loss [T, rows], if it was asked for."""
+
+    values: list[Tensor]
+    errors: list[Tensor | None]
+    costs: list[tuple[Tensor, Tensor, Tensor]]
+    judging: Judging
+    weights: tuple[float, ...]
+    steps: Tensor | None
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """All together, [rows]."""
+        return added(self.values + [value for _, _, value in self.costs])
+
+    @cached_property
+    def error(self) -> Tensor | None:
+        """∂loss/∂outputs in the shape of the outputs; None if there is none."""
+        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.judging.blind]
+        return added(seen) if seen else None
+
+    @cached_property
+    def blind_loss(self) -> Tensor:
+        """The losses without a gradient, [rows]."""
+        return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.judging.blind)])
+
+    def without_gradient(self, flat: bool) -> frozenset[int]:
+        """Losses without a gradient; flat: or with one that is zero everywhere."""
+        return frozenset(i for i, e in enumerate(self.errors) if e is None or (flat and not e.any()))
+
+
+def added(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
+
+
+@full_precision()
+def judge(
+    objective: Objective,
+    judging: Judging,
+    outputs: Tensor,
+    activity: Mapping[str, Tensor],
+    targets: Tensor,
+    mask: Tensor | None,
+    noise: Noise | None,
+) -> Judgement:
+    """The objective of outputs [T, rows, ...] or [rows, C], in single precision at least, and of the activity of their
+    spikes. noise: for the losses that are smoothed, where there are some."""
+    outputs = widened(outputs.detach())
+    errors: list[Tensor | None] = []
+    values: list[Tensor] = []
+    for i, (weight, loss) in enumerate(objective.losses):
+        if i in judging.smoothed:
+            of_totals = i in objective.of_totals
+            value, error = smoothed(loss, outputs, targets, mask, judging.smoothed[i], noise, SITE + i, of_totals)
+        elif i in judging.blind:
+            value, error = loss(outputs, targets, mask), None
+        else:
+            value, error = with_gradient(loss, outputs, targets, mask)
+        values.append(weight * value)
+        errors.append(None if error is None else weight * error)
+    costs = []
+    for weight, cost in objective.costs:
+        if cost.counts not in activity:
+            raise UsageError(
+                f"{cost} has nothing to count: no spiking layer, or no linear or convolutional module, ran"
+            )
+        counted = activity[cost.counts].detach().requires_grad_()
+        with torch.enable_grad():
+            value = weight * cost({cost.counts: counted})
+        (gradient,) = torch.autograd.grad(value, counted, torch.ones_like(value))
+        costs.append((activity[cost.counts], gradient, value.detach()))
+    steps = in_time(objective, outputs, targets, mask) if judging.in_time else None
+    return Judgement(values, errors, costs, judging, tuple(weight for weight, _ in objective.losses), steps)
+
+
+def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+    """What each time step adds to the objective, [T, rows]."""
+    if objective.steps is None or outputs.ndim < 3:
+        raise UsageError(
+            "reward_to_go needs a loss that is a sum over time steps, 'ce_rate' or 'mse', of outputs [T, B, ...]"
+        )
+    return added([weight * steps(outputs, targets, mask) for weight, steps in objective.steps])
+
+
+def with_gradient(
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], outputs: Tensor, targets: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The loss [rows], and its gradient in the shape of the outputs; None if it has none."""
+    cut = outputs.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            value = loss(cut, targets, mask)
+    except RuntimeError as error:
+        if "requires grad" not in str(error):  # what NumPy says of a tensor that does
+            raise
+        value = loss(outputs, targets, mask)
+    error = (
+        torch.autograd.grad(value, cut, torch.ones_like(value), allow_unused=True)[0] if value.requires_grad else None
+    )
+    return value.detach(), error
+
+
+@torch.no_grad()
+def smoothed(
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    outputs: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    site: OutputNoise,
+    noise: Noise,
+    index: int,
+    of_totals: bool,
+) -> tuple[Tensor, Tensor]:
+    """The smoothed loss [rows], and its gradient in the shape of the outputs. Of outputs over time every step has noise
+    of its own; of_totals: or all the same, which for a loss of their sum varies less and means the same."""
+    axis = 1 if outputs.ndim >= 3 else 0  # of the rows
+    steps = len(outputs) if axis else 1
+    rows = outputs.shape[axis]
+    own = steps if mask is None else mask.sum(0, keepdim=True)  # steps of each row
+    spread = site.relative * total(outputs, mask).std().nan_to_num().item() or 1.0
+    scale = site.scale or spread / steps**0.5  # of each step's noise
+    unit = scale * (steps**0.5 / own if axis and of_totals else 1)  # what z is multiplied by
+    value, error = outputs.new_zeros(rows), torch.zeros_like(outputs)
+    pairs = site.draws // 2
+    together = max(1, min(pairs, ELEMENTS // max(1, 2 * outputs.numel())))
+    for first in range(0, pairs, together):
+        count = min(together, pairs - first)
+        drawn = [
+            noise.normal(index + (pair << 8), 0, 1 if of_totals else steps, outputs.shape[axis + 1 :], outputs.dtype)
+            for pair in range(first, first + count)
+        ]
+        z = torch.stack([d if axis else d[0] for d in drawn], axis)  # [T or 1, count, rows, ...]
+        moved = z * (unit.unsqueeze(axis) if isinstance(unit, Tensor) else unit)
+        disturbed = torch.cat([moved, -moved], axis) + outputs.unsqueeze(axis)
+        repeats = 2 * count
+        found = loss(
+            disturbed.flatten(axis, axis + 1),
+            targets.repeat(repeats, *[1] * (targets.ndim - 1)),
+            None if mask is None else mask.repeat(1, repeats, *[1] * (mask.ndim - 2)),
+        ).view(2, count, rows)
+        value += found.sum((0, 1))
+        weight = (found[0] - found[1]).view(*[1] * axis, count, rows, *[1] * (outputs.ndim - axis - 1))
+        error += (weight * z).sum(axis)
+    size = scale * (steps**0.5 if axis and of_totals else 1)  # of the noise of the sum, or of a step
+    return value / site.draws, error / (site.draws * size) * (1 if mask is None else mask)

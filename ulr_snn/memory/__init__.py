@@ -1,0 +1,1 @@
+"""What a training step keeps: the whole sequence, or chunks of time."""

@@ -1,0 +1,108 @@
+"""Activity of a forward pass: spikes, and synaptic operations as NeuroBench counts them, per sample and differentiable
+in the spikes."""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.sites.binding import Layers
+
+CONNECTIONS = (nn.Linear, _ConvNd)
+
+
+@dataclass
+class Sums:
+    """What one module saw or gave in a pass, over features, at every call: as if a call were one time step [rows], or
+    the whole sequence [T, rows], as far as its shape fits either."""
+
+    steps: list[Tensor] = field(default_factory=list)
+    whole: list[Tensor] = field(default_factory=list)
+
+
+class Activity(dict[str, Tensor]):
+    """ "spikes" and "operations", each [rows], of what ran inside `counting`, once it is over."""
+
+    def __init__(self, steps: int, rows: int, lengths: Tensor | None) -> None:
+        super().__init__()
+        self.size, self.rows, self.lengths = steps, rows, lengths
+        self.sums: dict[tuple[str, int], Sums] = {}
+
+    def see(self, name: str, module: nn.Module, sequence: Tensor) -> None:
+        """Takes a tensor [T, rows, ...], [T * rows, ...] or [rows, ...] of a module."""
+        sums = self.sums.setdefault((name, id(module)), Sums())
+        if len(sequence) == self.rows:
+            sums.steps.append(sequence.flatten(1).sum(1) if sequence.ndim > 1 else sequence)
+        if sequence.ndim > 2 and sequence.shape[:2] == (self.size, self.rows):
+            sums.whole.append(sequence.flatten(2).sum(2))
+        elif len(sequence) == self.size * self.rows:
+            sums.whole.append(sequence.unflatten(0, (self.size, self.rows)).flatten(2).sum(2))
+
+    def finish(self) -> None:
+        """Adds all up, steps of padding left out. A module that ran as often as there are steps ran a step a call."""
+        own = None
+        if self.lengths is not None:
+            own = torch.arange(self.size, device=self.lengths.device)[:, None] < self.lengths
+        for (name, _), sums in self.sums.items():
+            by_step = len(sums.steps) >= self.size > 1 or not sums.whole
+            if by_step and len(sums.steps) == self.size:
+                calls = [torch.stack(sums.steps)]  # [T, rows]
+            else:
+                calls = [call[None] for call in sums.steps] if by_step else sums.whole
+            for call in calls:
+                kept = call * own if own is not None and len(call) == self.size else call
+                self[name] = self[name] + kept.sum(0) if name in self else kept.sum(0)
+
+
+@contextmanager
+def counting(
+    model: nn.Module, layers: Layers, counts: Collection[str], steps: int, rows: int, lengths: Tensor | None = None
+) -> Iterator[Activity]:
+    """Counts what a pass of `rows` samples over `steps` time steps does; there is something in it afterwards. counts:
+    of "spikes" and "operations"; lengths: [rows], later steps are padding."""
+    found = Activity(steps, rows, lengths)
+    if not counts:
+        yield found
+        return
+    neurons = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for _, neuron in layers]
+    fan_outs: dict[tuple[int, torch.Size], Tensor | None] = {}
+
+    def spikes(module: nn.Module, _: Any, output: Any) -> None:
+        fired = output[0] if isinstance(output, tuple | list) else output
+        if "spikes" in counts:
+            found.see("spikes", module, fired)
+        recurrent = getattr(module, "recurrent", None) if isinstance(module, SpikingNeuron) else None
+        if recurrent is not None and "operations" in counts:
+            found.see("operations", module, fired * recurrent.out_features)
+
+    def operations(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        key = (id(module), inputs[0].shape[1:])
+        if key not in fan_outs:
+            fan_outs[key] = None  # meanwhile: it calls the module, and so this, again
+            fan_outs[key] = fan_out(module, inputs[0])
+        if fan_outs[key] is not None:
+            found.see("operations", module, inputs[0] * fan_outs[key])
+
+    with ExitStack() as stack:
+        for neuron in neurons:
+            stack.callback(neuron.register_forward_hook(spikes).remove)
+        inside = {id(m) for n in neurons if isinstance(n, SpikingNeuron) for m in n.modules()}
+        for module in model.modules() if "operations" in counts else ():
+            if isinstance(module, CONNECTIONS) and id(module) not in inside:
+                stack.callback(module.register_forward_pre_hook(operations).remove)
+        yield found
+    found.finish()
+
+
+def fan_out(module: nn.Module, inputs: Tensor) -> Tensor:
+    """How many outputs each input of a linear or convolutional module is connected to, in the shape of one row."""
+    ones = {name: torch.full_like(q, float(name == "weight")) for name, q in module.named_parameters()}
+    row = torch.zeros_like(inputs[:1], requires_grad=True)
+    with torch.enable_grad():
+        reached = torch.func.functional_call(module, ones, row).sum()
+    return torch.autograd.grad(reached, row)[0][0]

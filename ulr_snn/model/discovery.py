@@ -1,0 +1,180 @@
+"""Which modules nobody knows, and need noise on their input current: one pass and its replay show it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.adapters import BlackBox, current_of, detached, replaced, with_current
+from ulr_snn.errors import UsageError
+from ulr_snn.model.forward import generator_state, keep_traces, model_outputs, set_generator_state
+from ulr_snn.model.graph import leaves
+from ulr_snn.noise.level import CurrentNoise, Logistic, NoiseLevel
+from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
+
+DRAWS = 4  # changes of the input by which a black box is probed
+
+
+def find_layers(
+    model: nn.Module, x: Tensor, by_step: bool, noise: Mapping[str, Any], notes: list[str] | None = None
+) -> Layers:
+    """All layers of a model that get noise, by name, in module order. x: events [T, B, ...]; noise: see `ULR`; notes:
+    gets a line for every other module that cuts the graph, or fires by a gradient of its own.
+    """
+    names = {*unknown(model), *(name for name, site in noise.items() if isinstance(site, CurrentNoise))}
+    if not names:
+        return spiking_layers(model)
+    watched = {name: Watch(module) for name, module in model.named_modules() if name in names}
+    with keep_traces(model), torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(bind(model, NoiseLevel(Logistic()), steps=len(x)))
+        for watch in watched.values():
+            stack.enter_context(watch.watching())
+        model_outputs(model, x.clone(), by_step)
+    with keep_traces(model):
+        return spiking_layers(model, black_boxes(watched, x, noise, [] if notes is None else notes))
+
+
+def black_boxes(
+    watched: Mapping[str, "Watch"], x: Tensor, noise: Mapping[str, Any], notes: list[str]
+) -> dict[str, BlackBox]:
+    """The modules that get noise on their current, by name: those that `noise` names for it, and those whose output
+    depends on their input, and that on parameters, by no derivative; of nested ones the innermost.
+
+    Raises UsageError where one that is named does not run over time.
+    """
+    cuts = [name for name, watch in watched.items() if watch.cuts]
+    boxes: dict[str, BlackBox] = {}
+    for name, watch in watched.items():
+        asked = isinstance(noise.get(name), CurrentNoise)
+        innermost = name in cuts and not any(other.startswith(f"{name}.") for other in cuts)
+        says = f"{name} ({type(watch.module).__name__})"
+        runs = watch.runs_over_time(len(x), x.shape[1])
+        if asked and not runs:
+            how = "it must see [T, B, ...] once, or [B, ...] at every step"
+            raise UsageError(f"{says} got noise, but {watch.calls_in_words()}; {how}")
+        if not asked and watch.fires_by_its_own_gradient():
+            use = f"ULR(noise={{{name!r}: CurrentNoise()}})"
+            notes.append(f"{says} fires, with a gradient of its own; {use} puts noise in its place")
+        elif asked or (innermost and watch.trained and runs):
+            depends, elementwise = watch.probed()
+            if asked or depends:
+                site = noise[name] if asked else CurrentNoise()
+                boxes[name] = BlackBox(watch.module, site, watch.runs_whole(len(x), x.shape[1]), elementwise)
+        elif innermost:
+            why = watch.calls_in_words() if watch.trained else "no parameter lies before it"
+            notes.append(f"{says} cuts the graph and gets no noise on its current: {why}")
+    return boxes
+
+
+class Watch:
+    """Sees in one pass how a module is called, and whether a graph leads from its inputs to its outputs. Nothing is cut
+    by it. trained: the input depends on parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.trained, self.leaves_torch = module, False, False
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: list[Tensor] = []
+        self._probes: set[int] = set()
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        own = self.module.forward
+        before = self.module.__dict__.get("forward")
+        self.module.__dict__["forward"] = partial(self._forward, own)
+        try:
+            yield
+        finally:
+            del self.module.__dict__["forward"]
+            if before is not None:
+                self.module.__dict__["forward"] = before
+
+    def _forward(self, own: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        current = current_of(arguments, named)
+        if current is None:
+            return own(*arguments, **named)
+        self.trained = self.trained or current.requires_grad
+        self.calls.append((tuple(map(kept, arguments)), {name: kept(item) for name, item in named.items()}))
+        result = None
+        if not self.leaves_torch:
+            probe = torch.zeros((), dtype=current.dtype, device=current.device, requires_grad=True)
+            self._probes.add(id(probe))
+            self._kept.append(probe)
+            try:
+                watched, by_name = with_current(current + probe, arguments, named)
+                result = own(*watched, **by_name)
+            except RuntimeError as error:
+                if "requires grad" not in str(error):
+                    raise
+                self.leaves_torch = True  # it asks for a tensor without a graph
+        if self.leaves_torch:
+            with torch.no_grad():
+                result = own(*map(detached, arguments), **{name: detached(item) for name, item in named.items()})
+        replaced(result, lambda spikes: self.outputs.append(spikes) or spikes)
+        return result
+
+    @property
+    def cuts(self) -> bool:
+        """Whether no output of any call depends differentiably on an input."""
+        return bool(self.outputs) and not self._probes & leaves(self.outputs)
+
+    def runs_over_time(self, steps: int, batch: int) -> bool:
+        """Whether it sees all steps in one call, or one in each of as many calls."""
+        shapes = [current_of(*call).shape for call in self.calls]
+        return self.runs_whole(steps, batch) or (len(shapes) == steps and all(shape[0] == batch for shape in shapes))
+
+    def runs_whole(self, steps: int, batch: int) -> bool:
+        """Whether it sees all steps in one call."""
+        return len(self.calls) == 1 and tuple(current_of(*self.calls[0]).shape[:2]) == (steps, batch)
+
+    def calls_in_words(self) -> str:
+        if not self.calls:
+            return "it does not run"
+        shapes = {tuple(current_of(*call).shape) for call in self.calls}
+        return f"it is called {len(self.calls)} times with {' and '.join(str(list(shape)) for shape in shapes)}"
+
+    def fires_by_its_own_gradient(self) -> bool:
+        """Whether it gives only zeros and another value for inputs that vary, and a graph leads through it."""
+        if self.cuts or not self.outputs or not self.calls:
+            return False
+        values = torch.cat([output.detach().flatten() for output in self.outputs]).unique()
+        inputs = torch.cat([current_of(*call).flatten() for call in self.calls]).unique()
+        return len(inputs) > 4 and len(values) == 2 and bool((values == 0).any())
+
+    def probed(self) -> tuple[bool, bool]:
+        """Whether outputs change with the input at all, and whether only in the place of it: replays the calls with the
+        currents of a random half of the neurons changed a lot."""
+        generator = torch.Generator().manual_seed(0)
+        first = self._replay(None, None)
+        features = current_of(*self.calls[0])
+        shape = features.shape[2:] if len(self.calls) == 1 and features.ndim > 2 else features.shape[1:]
+        depends, alike = False, all(o.shape == current_of(*c).shape for o, c in zip(first, self.calls, strict=True))
+        elementwise = alike
+        for draw in range(DRAWS):
+            chosen = (torch.rand(shape, generator=generator) < 0.5).to(features.device)
+            chosen = chosen if chosen.any() else torch.ones_like(chosen)
+            size = (4 + 4 * features.abs().max()) * (1 - 2 * (draw % 2))
+            changed = [(a != b) for a, b in zip(self._replay(chosen, size), first, strict=True)]
+            depends = depends or any(bool(c.any()) for c in changed)
+            elementwise = elementwise and not any(bool((c & ~chosen).any()) for c in changed)
+        return depends, elementwise
+
+    def _replay(self, chosen: Tensor | None, size: Tensor | None) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        state = generator_state()
+        with torch.no_grad(), BlackBox(self.module, CurrentNoise(), whole=False).bound(None):
+            for arguments, named in self.calls:
+                current = current_of(arguments, named)
+                moved = current if chosen is None else torch.where(chosen, current + size, current)
+                arguments, named = with_current(moved.clone(), arguments, named)
+                result = self.module.forward(*arguments, **named)
+                replaced(result, lambda spikes: outputs.append(spikes.detach().clone()) or spikes)
+        set_generator_state(state)
+        return outputs
+
+
+def kept(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, Tensor) else item

@@ -1,0 +1,56 @@
+"""The usual mistake about shapes, told with the layer's name: events that are not flat, convolutions of sequences."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.sites.binding import spiking_layers
+
+CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the dimensions that they take
+
+
+@contextmanager
+def explained(model: nn.Module) -> Iterator[None]:
+    """Raises UsageError where a module of torch's refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would make
+    what it takes; other errors stay as they are, and those of models with layers of other libraries, of which it is not
+    known whether they are meant to see all time steps at once."""
+    try:
+        yield
+    except RuntimeError as error:
+        module, x = refused(error.__traceback__)
+        advice = remedy(module, x) if isinstance(x, Tensor) else None
+        if advice is None or not all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
+            raise
+        name = next((name for name, other in model.named_modules() if other is module), "") or "the model"
+        raise UsageError(
+            f"{name} ({type(module).__name__}) got a sequence of samples of shape {tuple(x.shape[2:])}; {advice}"
+        ) from error
+
+
+def remedy(module: nn.Module | None, x: Tensor) -> str | None:
+    """What would make this input one that the module takes."""
+    if type(module) is nn.Linear and x.ndim > 3 and math.prod(x.shape[2:]) == module.in_features != x.shape[-1]:
+        return "flatten them by nn.Flatten(2) before it"
+    if x.ndim == CONVOLUTIONS.get(type(module), -1) + 1 and x.shape[2] == module.in_channels:
+        return f"wrap it as Fold(nn.{type(module).__name__}(...))"
+    return None
+
+
+def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
+    """The module of torch's that the error came from, and its input; None where it came from elsewhere."""
+    module = x = None
+    while traceback is not None:
+        frame = traceback.tb_frame
+        owner, where = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
+        if type(owner) in (nn.Linear, *CONVOLUTIONS) and where.startswith("torch.nn.modules"):
+            module, x = owner, frame.f_locals.get("input", x if owner is module else None)
+        elif not where.startswith(("torch", "ulr_snn.credit.pooling")):  # between module and function
+            module = x = None
+        traceback = traceback.tb_next
+    return module, x

@@ -1,0 +1,365 @@
+"""Our own neurons, on whole sequences [T, B, ...]: LIF, RecurrentLIF, LeakyReadout; and two small helpers for time."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ulr_snn.errors import UsageError
+from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.precision import full_precision, widened
+from ulr_snn.kernels.reference import leaky_drive, scan
+from ulr_snn.kernels.sparse import product
+from ulr_snn.kernels.state import RESETS, State
+from ulr_snn.kernels.stateless import run
+from ulr_snn.noise.level import Drawer
+
+
+class Timed(nn.Module):
+    """A module that runs over time. While it is bound, `lengths` [B] marks the steps that are padding."""
+
+    lengths: Tensor | None = None
+
+
+def check_sequence(module: nn.Module, current: Tensor) -> None:
+    if current.ndim < 3 or not current.is_floating_point():
+        raise UsageError(
+            f"{type(module).__name__} got {current.dtype} of shape {tuple(current.shape)}; "
+            "it takes a floating-point sequence [T, B, ...]"
+        )
+
+
+class SpikingNeuron(Timed):
+    """What a firing site needs of a neuron. Unbound (`site` is None) it fires deterministically."""
+
+    site = None
+    reset: str
+
+    def run(
+        self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """spikes, drive, recurrent current of one pass over time (see `ulr_snn.kernels.scan`)."""
+        raise NotImplementedError
+
+    def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
+        """The known drive again, now differentiable in current and parameters with the spikes held fixed."""
+        raise NotImplementedError
+
+    def fired(
+        self,
+        current: Tensor,
+        drawer: Drawer | None = None,
+        state: State | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """spikes, standardised drive (drive, where nothing is drawn) and recurrent current of one pass over time, from
+        a state on; none on padding fires. known: the spikes, where they need not be drawn."""
+        mask = None if self.lengths is None else step_mask(self.lengths, current)
+
+        def fire(t: int, drive: Tensor) -> Tensor:
+            if known is not None:
+                return known[t]
+            spikes = heaviside(t, drive) if drawer is None else drawer(t, drive / drawer.scale)
+            return spikes if mask is None else spikes * mask[t]
+
+        spikes, drive, fed_back = self.run(current, fire, *() if state is None else (state,))
+        return spikes, drive if drawer is None else drive / drawer.scale, fed_back
+
+    def x_at(
+        self,
+        current: Tensor,
+        spikes: Tensor,
+        x: Tensor,
+        fed_back: Tensor | None,
+        scale: Tensor,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The known standardised drive again, now differentiable as in `drive_at`, and in the scale. And the current
+        with all that adds to it, if the drive depends on nothing else that learns but a leak, as a place in the graph,
+        whose numbers mean nothing. before: spikes of the step before the first, if that is not the start."""
+        return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
+
+    def forward(self, current: Tensor) -> Tensor:
+        """current [T, B, ...] -> spikes [T, B, ...] (0 or 1, in the current's dtype). Membranes are summed in single
+        precision at least."""
+        check_sequence(self, current)
+        with full_precision():
+            wide = widened(current)
+            if self.site is not None:
+                return self.site.fire_sequence(self, wide).to(current.dtype)
+            with torch.no_grad():
+                return self.fired(wide)[0].to(current.dtype)
+
+
+def heaviside(t: int, drive: Tensor) -> Tensor:
+    """Deterministic firing: a spike where the membrane exceeds the threshold (strictly)."""
+    return (drive > 0).to(drive.dtype)
+
+
+def _parameter(module: nn.Module, name: str, value: float | Tensor, learn: bool) -> None:
+    value = torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
+    if learn:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)
+
+
+class LIF(SpikingNeuron):
+    """Leaky integrate-and-fire neurons.
+
+        u_t = beta u_{t-1} + I_t - threshold s_{t-1}      reset "subtract"
+        u_t = beta (1 - s_{t-1}) u_{t-1} + I_t            reset "zero"
+        u_t = beta u_{t-1} + I_t                          reset "none"
+        s_t = 1 if u_t > threshold else 0                 deterministic firing
+        s_t ~ Bernoulli(F((u_t - threshold) / scale))     stochastic firing; F: logistic or Gaussian (`ULR.firing`)
+
+    beta: leak a step, clamped to [0, 1]; threshold: in units of the membrane. Both a number or a tensor that
+    broadcasts against one time step's features [...]; learnable with learn_beta, learn_threshold.
+    Input current [T, B, ...], output spikes of the same shape; every sequence starts from u = 0.
+    Raises UsageError for an unknown reset or a threshold that is not positive.
+    """
+
+    learns_recurrence = True  # what recurrent weights do is learned by watching; else they are read
+
+    def __init__(
+        self,
+        beta: float | Tensor = 0.9,
+        threshold: float | Tensor = 1.0,
+        reset: str = "subtract",
+        learn_beta: bool = False,
+        learn_threshold: bool = False,
+    ) -> None:
+        super().__init__()
+        if reset not in RESETS:
+            raise UsageError(f"LIF got reset={reset!r}; it is one of {', '.join(RESETS)}")
+        if not (torch.as_tensor(threshold) > 0).all():
+            raise UsageError(f"LIF got threshold={threshold}; it must be positive")
+        self.reset = reset
+        self.register_module("recurrent", None)
+        _parameter(self, "beta", beta, learn_beta)
+        _parameter(self, "threshold", threshold, learn_threshold)
+
+    @classmethod
+    def sharing(cls, module: nn.Module, reset: str, recurrent: "Weighted | None" = None, **values: Tensor) -> "LIF":
+        """Neurons with the equations above and with the parameters of another library's module, by the same names, in
+        the very same dictionaries: what is moved or replaced there is so here. values: `beta` and `threshold`, where
+        the module has no such tensors."""
+        neuron = cls(reset=reset)
+        shared = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
+        neuron.__dict__.update(shared, recurrent=recurrent, learns_recurrence=False, **values)
+        return neuron
+
+    def run(
+        self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight = self._weight(current)
+        fed_back = None if weight is None else partial(linear, weight=weight)
+        return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, fed_back, state)
+
+    def _weight(self, current: Tensor) -> Tensor | None:
+        """V in the precision of the current; None where there is none. Raises UsageError for what is no such matrix."""
+        if isinstance(self.recurrent, nn.Module) and not (
+            isinstance(self.recurrent, nn.Linear) and self.recurrent.bias is None
+        ):
+            raise UsageError(
+                f"RecurrentLIF.recurrent is {type(self.recurrent).__name__}; it has to be a Linear without a bias"
+            )
+        return None if self.recurrent is None else self.recurrent.weight.to(current.dtype)
+
+    def fired(
+        self,
+        current: Tensor,
+        drawer: Drawer | None = None,
+        state: State | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        draw = None if drawer is None else drawer.draw(words=known is None)
+        done = None
+        if type(self) in (LIF, RecurrentLIF) and (drawer is None or draw is not None):
+            leak = self.beta.clamp(0, 1), self.threshold, self.reset
+            done = dispatch.scan(current, self._weight(current), *leak, draw, self.lengths, state, known)
+        return super().fired(current, drawer, state, known) if done is None else done
+
+    def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
+        """The current with the recurrent one, in the graph alone: without numbers."""
+        return current if fed_back is None else _Total.apply(current, self._weight(current), spikes, before)
+
+    def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
+        total = self._total(current, spikes, fed_back)
+        return leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, drive)
+
+    def x_at(
+        self,
+        current: Tensor,
+        spikes: Tensor,
+        x: Tensor,
+        fed_back: Tensor | None,
+        scale: Tensor,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if scale.requires_grad:
+            return super().x_at(current, spikes, x, fed_back, scale)
+        total = self._total(current, spikes, fed_back, before)
+        x = leaky_drive(total, self.beta.clamp(0, 1), self.threshold, self.reset, spikes, x, scale)
+        return x, None if self.threshold.requires_grad else total
+
+    def extra_repr(self) -> str:
+        return f"beta={_show(self.beta)}, threshold={_show(self.threshold)}, reset={self.reset!r}"
+
+
+def _show(value: Tensor) -> str:
+    return f"{value.item():g}" if value.numel() == 1 else f"[{value.numel()}]"
+
+
+class RecurrentLIF(LIF):
+    """LIF neurons with all-to-all recurrent weights: I_t in the equations of `LIF` becomes I_t + V s_{t-1}.
+
+    features: number of neurons N; current and spikes [T, B, N]. V is `recurrent.weight` [N, N], no bias.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        beta: float | Tensor = 0.9,
+        threshold: float | Tensor = 1.0,
+        reset: str = "subtract",
+        learn_beta: bool = False,
+        learn_threshold: bool = False,
+    ) -> None:
+        super().__init__(beta, threshold, reset, learn_beta, learn_threshold)
+        self.recurrent = nn.Linear(features, features, bias=False)
+
+
+class _Total(torch.autograd.Function):
+    """The derivative of J_t + V s_{t-1} with respect to J and V (nothing flows through spikes). What comes of it knows
+    its own numbers, so that none are computed here, nor kept."""
+
+    @staticmethod
+    def forward(ctx, current, weight, spikes, before):
+        ctx.save_for_backward(spikes, before)
+        return current.new_zeros(()).expand(current.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        spikes, before = ctx.saved_tensors
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = product(g[1:].flatten(0, 1), spikes[:-1].flatten(0, 1))
+            if before is not None:
+                d_weight.addmm_(g[0].T, before)
+        return g, d_weight, None, None
+
+
+class Weighted:
+    """The weights of another library's recurrent module, without its bias, which `Biased` adds to the current."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+
+class Biased(nn.Module):
+    """Adds the bias of a module to rows."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows + self.module.bias
+
+
+class Scaled(nn.Module):
+    """Rows times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.factor * rows
+
+
+class LeakyReadout(Timed):
+    """Non-spiking leaky integrators u_t = beta u_{t-1} + I_t: current [T, B, ...] -> membranes [T, B, ...].
+
+    A sample that is shorter than T holds its last membrane through the padding.
+    """
+
+    def __init__(self, beta: float | Tensor = 0.9, learn_beta: bool = False) -> None:
+        super().__init__()
+        _parameter(self, "beta", beta, learn_beta)
+
+    def forward(self, current: Tensor, before: Tensor | None = None) -> Tensor:
+        """before: membranes [B, ...] of the step before the first; None: from rest."""
+        check_sequence(self, current)
+        with full_precision():
+            return self._integrated(widened(current), before).to(current.dtype)
+
+    def _integrated(self, current: Tensor, before: Tensor | None) -> Tensor:
+        beta = self.beta.clamp(0, 1)
+        if before is not None:
+            current = torch.cat([current[:1] + beta * before, current[1:]])
+        membrane = leaky_drive(current, beta, torch.zeros_like(self.beta))
+        if self.lengths is None:
+            return membrane
+        steps = torch.arange(len(current), device=current.device)[:, None]
+        last = torch.minimum(steps, (self.lengths[None] - 1).clamp(min=0))
+        return membrane.gather(0, shaped(last, current).expand_as(membrane))
+
+
+class TimeAverage(Timed):
+    """Mean over time, [T, B, ...] -> [B, ...]; over a sample's own steps where lengths are given."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        if self.lengths is None:
+            if sequence.dtype == torch.float16:  # of which a sum may be too large
+                return sequence.mean(0)
+            return sequence.sum(0) / len(sequence)  # the gradient of a mean would be made for each step
+        mask = step_mask(self.lengths, sequence)
+        return (sequence * mask).sum(0) / self.lengths.to(sequence.dtype).view(mask.shape[1:])
+
+
+class Fold(nn.Sequential):
+    """Stateless modules on every time step at once: folds [T, B, ...] to [T*B, ...], applies them, unfolds."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        x = sequence.flatten(0, 1)
+        for module in self:
+            x = run(module, x)
+        return x.unflatten(0, sequence.shape[:2])
+
+
+def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
+    """[T, B, 1, ...] in the dtype of `sequence` [T, B, ...]: 1 on a sample's own steps, 0 on padding."""
+    steps = torch.arange(len(sequence), device=sequence.device)[:, None]
+    mask = (steps < lengths[None].to(sequence.device)).to(sequence.dtype)
+    return shaped(mask, sequence)
+
+
+def own_steps(x: Tensor, t: int, lengths: Tensor | None, whole: bool) -> Tensor:
+    """x [B, ...] of time step t, zero in samples for which that is padding; whole: x is [T, B, ...], of all steps."""
+    if lengths is None:
+        return x
+    return x * (step_mask(lengths, x) if whole else (t < lengths).to(x).view(-1, *[1] * (x.ndim - 1)))
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[T, B, 1, ...] of [T, B], to broadcast against [T, B, ...]."""
+    return rows.view(*rows.shape, *[1] * (like.ndim - 2))
+
+
+def own_spread(sequence: Tensor, mask: Tensor | None) -> float:
+    """Standard deviation of all of a sequence [T, B, ...], padding left out."""
+    own = sequence if mask is None else sequence[mask.bool().expand_as(sequence)]
+    return own.std(correction=0).item()
+
+
+def output_mask(lengths: Tensor | None, outputs: Tensor) -> Tensor | None:
+    """The step mask of a model's outputs; None where nothing is padding or the outputs have no time axis."""
+    return step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None

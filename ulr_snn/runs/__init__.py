@@ -1,0 +1,1 @@
+"""Run directories, the command line, and pictures."""

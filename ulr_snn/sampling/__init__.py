@@ -1,0 +1,1 @@
+"""Copies of a sample: how many, and which noise they share."""

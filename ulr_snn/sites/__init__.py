@@ -1,0 +1,1 @@
+"""Where noise enters a model: at firing, on input currents, on weights."""

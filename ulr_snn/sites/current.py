@@ -1,0 +1,72 @@
+"""The site of Gaussian noise on a module's input current."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ulr_snn.errors import UsageError
+from ulr_snn.kernels.bits import pack_bits
+from ulr_snn.kernels.precision import widened
+from ulr_snn.model.neurons import own_spread
+from ulr_snn.sites.records import CurrentRecord
+from ulr_snn.sites.step import StepSite
+
+
+class CurrentSite(StepSite):
+    """The site of a black box (see `adapters.blackbox`); once a time step, or once in all: disturb, then release.
+
+    measured: the layer is on its first pass, and runs without noise, so that the spread of its current is known.
+    """
+
+    def _start(self) -> None:
+        scale = self.level.current_scale(self.name, None)
+        self._scale = torch.tensor(scale, dtype=torch.float64, device=self.noise.sample.device)
+        self.drawn: list[Tensor] = []
+
+    def disturb(self, current: Tensor) -> Tensor:
+        """J [B, ...] or [T, B, ...] -> J + scale z, detached."""
+        rows = () if self.noise is None else (len(self.noise.sample),)
+        expected = (self.steps, *rows) if self.neuron.whole else rows
+        if tuple(current.shape[: len(expected)]) != expected:
+            raise UsageError(
+                f"{self.name} got a current of shape {list(current.shape)}, not {list(expected)} and features"
+            )
+        self.begin(current)
+        now = current.detach().clone()  # the module may change it in place
+        if self.measured:
+            self.trace.x.append(now.clone())
+        if self.noise is None or self.measured:
+            return now
+        self._scale = self._scale.to(widened(current).dtype)
+        steps, shape = (len(now), now.shape[2:]) if self.neuron.whole else (1, now.shape[1:])
+        z = self.noise.normal(self.index, self.calls, steps, shape, widened(now).dtype)
+        kept = pack_bits((z > 0).flatten(2)) if self.neuron.noise.signs else z
+        self.drawn.append(kept if self.neuron.whole else kept[0])
+        self.trace.x.append(widened(current) / self._scale)
+        return (now + self._scale * (z if self.neuron.whole else z[0])).to(current.dtype)
+
+    def release(self, spikes: Tensor) -> Tensor:
+        """What the module gave, as a tensor from which the graph starts anew."""
+        t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
+        spikes = spikes.detach()
+        if not spikes.is_floating_point():
+            spikes = spikes.to(torch.get_default_dtype())
+        rows = spikes.shape[: 1 + self.neuron.whole]
+        if self.noise is not None and tuple(rows) != ((self.steps,) * self.neuron.whole + (len(self.noise.sample),)):
+            raise UsageError(f"{self.name} gave spikes of shape {list(spikes.shape)}; keep steps and samples in front")
+        spikes = self._own_steps(t, spikes, spikes).clone()
+        if self.noise is None or self.measured:
+            return spikes
+        self.leaves.append(spikes.requires_grad_())
+        self.trace.resets.append(spikes)
+        self.trace.states.append([])
+        return self.handed(spikes)
+
+    def measure(self) -> None:
+        current = self._joined(self.trace.x)
+        self.level.current_scale(self.name, partial(own_spread, current, self._mask(current)))
+
+    def record(self) -> CurrentRecord:
+        kept = {"signs" if self.neuron.noise.signs else "z": self._joined(self.drawn)}
+        return CurrentRecord(**vars(super().record()), **kept)

@@ -1,0 +1,114 @@
+"""Noise on weights, of every sample its own, at the price of a second product (Flipout, arXiv 1803.04386).
+
+The rows b of a pass share one draw ζ, with signs of their own for outputs and inputs, r_b and s_b:
+
+    W_b = W + σ ζ ∘ r_b s_b^T,     y_b = W x_b + σ r_b ∘ (ζ (x_b ∘ s_b))
+
+Given the signs, each row's noise is Gaussian as ζ is, so that g_W = mean over rows of (L_b - b) ζ ∘ r_b s_b^T / σ is
+unbiased; and since signs are independent, what a sample's loss says about the others' noise cancels in the mean.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import Conv1d, Conv2d, Conv3d
+
+from ulr_snn.errors import UsageError
+from ulr_snn.model.neurons import SpikingNeuron
+
+MODULES = (nn.Linear, Conv1d, Conv2d, Conv3d)
+
+
+@dataclass(frozen=True)
+class Flips:
+    """One parameter's draw for one copy. zeta: in its shape; outputs: r [rows, out]; inputs: s [rows, in]."""
+
+    zeta: Tensor
+    outputs: Tensor
+    inputs: Tensor
+
+    def scaled(self, scale: float) -> "Flips":
+        """With σ ζ in the place of ζ."""
+        return replace(self, zeta=scale * self.zeta)
+
+    def gradient(self, signals: Tensor) -> Tensor:
+        """Mean over rows of signal ζ_b, signals [rows]; of a bias there are no inputs."""
+        if self.zeta.ndim < 2:
+            return self.zeta * (signals @ self.outputs) / len(signals)
+        rows = torch.einsum("b,bo,bi->oi", signals, self.outputs, self.inputs) / len(signals)
+        return self.zeta * rows.view(*rows.shape, *[1] * (self.zeta.ndim - 2))
+
+
+def check_by_sample(model: nn.Module, parameter: str) -> None:
+    """Raises UsageError where samples cannot have noise of their own on this parameter."""
+    name, _, own = parameter.rpartition(".")
+    modules = dict(model.named_modules())
+    module, holder = modules.get(name), modules.get(name.rpartition(".")[0])
+    grouped = getattr(module, "groups", 1) > 1
+    recurrent = isinstance(holder, SpikingNeuron)  # which does not call it
+    mine = None if module is None else module._parameters.get(own)
+    tied = sum(q is mine for m in modules.values() for q in m._parameters.values() if q is not None)
+    if not isinstance(module, MODULES) or own not in ("weight", "bias") or grouped or recurrent or tied > 1:
+        raise UsageError(
+            f"ULR got WeightNoise(per_sample=True) for {parameter}; it is for weights and biases of linear and "
+            "ungrouped convolutional modules of which no other module, and no neuron, makes use"
+        )
+
+
+def flips(zeta: Tensor, rows: int, generator: torch.Generator) -> Flips:
+    """Signs of each row for a draw."""
+    sizes = (len(zeta), zeta.shape[1] if zeta.ndim > 1 else 1)
+    drawn = [torch.randint(0, 2, (rows, n), generator=generator, dtype=torch.int8) * 2 - 1 for n in sizes]
+    return Flips(zeta, *(signs.to(zeta.device, zeta.dtype) for signs in drawn))
+
+
+@contextmanager
+def disturbed_by_row(model: nn.Module, found: Mapping[str, Flips], steps: int) -> Iterator[None]:
+    """For a while, modules give for each row what they would with that row's weights. found: by parameter."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x, (weight, bias) = inputs[0], own[module]
+        if weight is not None:
+            extra = product(module, x * placed(weight.inputs, x, module, steps), weight.zeta)
+            output = output + extra * placed(weight.outputs, output, module, steps)
+        if bias is not None:
+            output = output + placed(bias.zeta * bias.outputs, output, module, steps)
+        return output
+
+    own = {
+        model.get_submodule(name): [found.get(f"{name}.{kind}" if name else kind) for kind in ("weight", "bias")]
+        for name in {parameter.rpartition(".")[0] for parameter in found}
+    }
+    with ExitStack() as stack:
+        for module in own:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What the module gives for x with this weight and no bias."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight)
+    over_time = x.ndim > weight.ndim  # [T, B, C, ...], as SpikingJelly's layers take it
+    flat = module._conv_forward(x.flatten(0, 1) if over_time else x, weight, None)
+    return flat.unflatten(0, x.shape[:2]) if over_time else flat
+
+
+def placed(values: Tensor, sequence: Tensor, module: nn.Module, steps: int) -> Tensor:
+    """values [rows, features] so that they broadcast against a module's input or output: [T, rows, ...],
+    [T * rows, ...] or [rows, ...], features last, or before the positions of a convolution."""
+    positions = 0 if isinstance(module, nn.Linear) else module.weight.ndim - 2
+    rows = len(values)
+    if sequence.ndim >= 3 + positions and sequence.shape[:2] == (steps, rows):  # one step's may look alike
+        lead = [1, rows]
+    elif len(sequence) == steps * rows:
+        values, lead = values.repeat(steps, 1), [steps * rows]
+    else:
+        lead = [rows]
+    between = sequence.ndim - len(lead) - 1 - positions
+    return values.view(*lead, *[1] * between, values.shape[1], *[1] * positions)

@@ -1,0 +1,58 @@
+"""Which parts of a model learn how: `ULR(flow={name: "ulr" | "backprop" | "frozen"})`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.noise.level import WeightNoise
+from ulr_snn.sites.binding import Layers, inside, spiking_layers
+
+FLOWS = ("ulr", "backprop", "frozen")
+
+
+def check_flow(model: nn.Module, flow: Mapping[str, str], layers: Layers | None = None) -> None:
+    """Raises UsageError for a name that the model does not have, or a layer that fires in a part marked "backprop"."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
+    layers = spiking_layers(model) if layers is None else layers
+    for name, kind in flow.items():
+        if name not in known:
+            raise UsageError(f"ULR got a flow for {name!r}, which is no module or parameter of the model")
+        firing = [site for site, _ in layers if inside(site, name)]
+        if kind == "backprop" and firing:
+            raise UsageError(
+                f"ULR got flow='backprop' for {name!r}, in which {firing[0]} fires or cuts the graph, and no "
+                "derivative passes a spike; mark its differentiable parts alone"
+            )
+
+
+def with_flow(model: nn.Module, flow: Mapping[str, str], noise: Mapping[str, Any]) -> dict[str, Any]:
+    """`noise` with what the flow adds: noise on the parameters of parts marked "ulr" in which nothing fires, none on
+    those of parts marked "backprop"."""
+    sites = [name for name, _ in spiking_layers(model)]
+    trainable = [name for name, q in model.named_parameters() if q.requires_grad]
+    found = dict(noise)
+    for name, kind in flow.items():
+        if not any(inside(q, name) for q in trainable):
+            continue
+        if kind == "backprop":
+            found.setdefault(name, None)
+        if kind == "ulr" and not any(inside(site, name) for site in sites):
+            found.setdefault(name, WeightNoise())
+    return found
+
+
+@contextmanager
+def frozen(model: nn.Module, flow: Mapping[str, str]) -> Iterator[None]:
+    """For a while, parameters of parts marked "frozen" want no gradient."""
+    names = [name for name, kind in flow.items() if kind == "frozen"]
+    held = [q for key, q in model.named_parameters() if q.requires_grad and any(inside(key, name) for name in names)]
+    try:
+        for q in held:
+            q.requires_grad_(False)
+        yield
+    finally:
+        for q in held:
+            q.requires_grad_(True)

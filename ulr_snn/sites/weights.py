@@ -1,0 +1,155 @@
+"""Weight noise: a copy runs with W + σ ζ in the place of a parameter W, and the gradient is that of the score ζ / σ,
+
+    g_W = mean over copies of (L - b) ζ / σ,    L: the mean loss of the copy's batch, b: its baseline,
+
+the gradient of the expected loss over ζ with σ held fixed (arXiv 2305.08960); in antithetic pairs (L⁺ - L⁻) ζ / 2σ.
+With `per_sample` every sample has noise of its own, and its own loss tells about it (flipout.py).
+"""
+
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.noise.level import CurrentNoise, WeightNoise
+from ulr_snn.sites.binding import inside
+from ulr_snn.sites.flipout import Flips, check_by_sample, disturbed_by_row, flips
+
+SOURCE = "weight noise"  # in `Structure.parameters`
+FAR = 10.0  # scales by which a parameter is moved to see whether anything comes of it
+
+
+@dataclass
+class WeightSites:
+    """The parameters with weight noise, by name, and their draws: keyed by seed, step, stream of the copy, and name."""
+
+    sites: dict[str, WeightNoise]
+    seed: int
+    antithetic: bool
+
+    def draw(self, name: str, parameter: Tensor, step: int, copy: int) -> Tensor:
+        """ζ in the shape of the parameter; of the second copy of a pair, that of the first, mirrored."""
+        stream, sign = (copy // 2, 1 - 2 * (copy % 2)) if self.antithetic else (copy, 1)
+        generator = torch.Generator()
+        generator.manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name}".encode()))
+        if self.sites[name].rank is None or parameter.ndim < 2:
+            zeta = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        else:
+            rows, columns = len(parameter), parameter[0].numel()
+            a, b = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, columns))
+            zeta = torch.outer(a, b).view(parameter.shape)
+        return sign * zeta.to(parameter.device, parameter.dtype)
+
+    def _flips(self, name: str, q: Tensor, step: int, copy: int, rows: int) -> Flips:
+        """Of a parameter whose samples have noise of their own: ζ, and the signs, which a pair shares."""
+        stream = copy // 2 if self.antithetic else copy
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name} signs".encode()))
+        return flips(self.draw(name, q, step, copy), rows, generator)
+
+    @contextmanager
+    def disturbed(self, model: nn.Module, step: int, copy: int, steps: int, rows: int) -> Iterator[None]:
+        """For a while, the model has this copy's weights, in a pass of `rows` samples over `steps` time steps."""
+        moved, by_row = {}, {}
+        for name, q in parameters_of(model, self.sites).items():
+            scale = scale_of(self.sites[name], q)
+            if self.sites[name].per_sample:
+                by_row[name] = self._flips(name, q.detach(), step, copy, rows).scaled(scale)
+            else:
+                moved[name] = q.detach() + scale * self.draw(name, q, step, copy)
+        with replaced_parameters(model, moved), disturbed_by_row(model, by_row, steps):
+            yield
+
+    def add_gradients(self, model: nn.Module, step: int, signals: Tensor) -> None:
+        """Adds to `.grad` what copies with these losses less baselines [K, B] tell."""
+        found = self.gradients(model, step, signals)
+        for name, q in parameters_of(model, self.sites).items():
+            q.grad = found[name] if q.grad is None else q.grad + found[name]
+
+    def gradients(self, model: nn.Module, step: int, signals: Tensor) -> dict[str, Tensor]:
+        """The same, by parameter."""
+        gradients = {}
+        for name, q in parameters_of(model, self.sites).items():
+            noise, found = self.sites[name], torch.zeros_like(q)
+            for copy, signal in enumerate(signals.to(q.dtype)):
+                if noise.per_sample:
+                    found += self._flips(name, q.detach(), step, copy, len(signal)).gradient(signal)
+                else:
+                    found += signal.mean() * self.draw(name, q, step, copy)
+            gradients[name] = found / (len(signals) * scale_of(noise, q))
+        return gradients
+
+
+def parameters_of(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """The parameters of these names."""
+    return {name: q for name, q in model.named_parameters() if name in names}
+
+
+def scale_of(noise: WeightNoise, parameter: Tensor) -> float:
+    """σ of the parameter as it is now."""
+    if noise.scale is not None:
+        return noise.scale
+    size = parameter.detach().double().square().mean().sqrt().item()
+    return noise.relative * (size or 1.0)
+
+
+@contextmanager
+def replaced_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """For a while, modules have these tensors in the place of their parameters of these names, shared ones too."""
+    by_id = {id(q): tensors[name] for name, q in model.named_parameters() if name in tensors}
+    places = [(m, key, q) for m in model.modules() for key, q in m._parameters.items() if id(q) in by_id]
+    try:
+        for module, key, q in places:
+            module._parameters[key] = by_id[id(q)]
+        yield
+    finally:
+        for module, key, q in places:
+            module._parameters[key] = q
+
+
+def choose(
+    model: nn.Module, noise: Mapping[str, Any], untrained: list[str], outcome: Callable[[], Tensor]
+) -> dict[str, WeightNoise]:
+    """Parameters that get weight noise: those that `noise` names for it (by their own name or that of a module), and
+    those that no gradient reaches, unless it names them otherwise or nothing comes of them. outcome: what a pass gives,
+    always with the same noise."""
+    trainable = {name: q for name, q in model.named_parameters() if q.requires_grad}
+    found: dict[str, WeightNoise] = {}
+    for key, site in noise.items():
+        if isinstance(site, WeightNoise):
+            found |= {name: site for name in trainable if named(name, [key])}
+    for name, site in found.items():
+        if site.per_sample:
+            check_by_sample(model, name)
+    unchanged = None
+    for name in untrained:
+        if name in found or named(name, [key for key, site in noise.items() if not isinstance(site, CurrentNoise)]):
+            continue
+        unchanged = outcome() if unchanged is None else unchanged
+        q = trainable[name]
+        with replaced_parameters(model, {name: q.detach() + FAR * scale_of(WeightNoise(), q)}):
+            if not torch.equal(outcome(), unchanged):
+                found[name] = WeightNoise()
+    return found
+
+
+def named(parameter: str, keys: list[str]) -> bool:
+    """Whether one of the keys is the name of the parameter or of a module that holds it."""
+    return any(inside(parameter, key) for key in keys)
+
+
+def check_names(model: nn.Module, noise: Mapping[str, Any]) -> None:
+    """Raises UsageError for a name in `noise` that the model does not have, or noise that does not fit it."""
+    modules = {name for name, _ in model.named_modules() if name}
+    trainable = [name for name, q in model.named_parameters() if q.requires_grad]
+    for key, site in noise.items():
+        if key == "outputs" and not isinstance(site, CurrentNoise | WeightNoise):
+            continue  # the model's, whatever its modules are called
+        if isinstance(site, CurrentNoise) and key not in modules:
+            raise UsageError(f"ULR got current noise for {key!r}, which is no module of the model; see named_modules()")
+        if not isinstance(site, CurrentNoise) and not any(named(name, [key]) for name in trainable):
+            raise UsageError(f"ULR got noise for {key!r}, which names no trainable parameter, nor a module with one")
