@@ -1,12 +1,11 @@
-"""How much memory many copies of a step take: whole, one after another, and with the signs of the noise alone.
+"""How much memory many copies of a step take: whole, and one after another.
 
     python -m benchmarks.copies [--copies 2 8 32] [--repeats 3]
 
 Of every figure a fresh process: the peak of what is resident (VmHWM) after a step of K copies, less that after a step
 of one; median over repeats. "firing": the dense saccade-mnist net, credit "global"; "in turn": with memory="replay";
-"currents": threshold units in the place of neurons, with noise on their currents; "signs": of which only the signs are
-kept (Approximated LR, arXiv 2403.12320). stored: bytes that the noise or score of a neuron and time step takes. Rows go
-to results/copies.csv.
+"currents": threshold units in the place of neurons, with noise on their currents. stored: bytes that the noise or score
+of a neuron and time step takes. Rows go to results/copies.csv.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from benchmarks.nets import CASES
 from benchmarks.speed import HERE, about, events_of, write
 from ulr_snn import LIF, ULR, CurrentNoise, TimeAverage, attach
 
-KINDS = {"firing": 4, "firing, in turn": 0, "currents": 4, "currents, signs": 1 / 8, "currents, in turn": 0}
+KINDS = {"firing": 4, "firing, in turn": 0, "currents": 4, "currents, in turn": 0}
 
 
 class Hard(nn.Module):
@@ -39,7 +38,7 @@ def net(kind: str) -> nn.Sequential:
 
 
 def estimator(kind: str, copies: int) -> ULR:
-    noise = {} if kind.startswith("firing") else dict.fromkeys(("2", "4"), CurrentNoise(signs=kind.endswith("signs")))
+    noise = {} if kind.startswith("firing") else dict.fromkeys(("2", "4"), CurrentNoise())
     memory = "replay" if kind.endswith("in turn") else "auto"
     return ULR(credit="global", copies=copies, antithetic=copies > 1, noise=noise, memory=memory)
 

@@ -64,7 +64,6 @@ METHODS: dict[str, tuple[Any, int]] = {  # estimator, times the steps
     "lambda 0.1, 4": (corrected(0.1, 4), 1),
     "lambda 0.3, 4": (corrected(0.3, 4), 1),
     "lambda 1, 4": (corrected(1.0, 4), 1),
-    "shrunk, 4": (ULR(credit="residual", copies=4, antithetic=False, shrink=True), 1),
 }
 
 

@@ -26,7 +26,7 @@ import torch
 from benchmarks.nets import CASES, NETS
 from benchmarks.speed import HERE, about, bptt, events_of, likelihood_ratio, write
 
-METHODS = ("ulr bits", "ulr replay", "ulr stream", "ulr auto", *(f"{library} BPTT" for library in NETS))
+METHODS = ("ulr replay", "ulr stream", "ulr auto", *(f"{library} BPTT" for library in NETS))
 MB = 1 << 20
 UPDATES = 3000  # of a method that makes one at every time step
 ALLOCATOR = {

@@ -109,7 +109,6 @@ def sites(seed: int) -> Iterator[Row]:
         "firing, global": ULR(credit="global"),
         "firing, feedback": ULR(),
         "currents, global": ULR(credit="global", noise={"1": CurrentNoise()}),
-        "currents, signs, global": ULR(credit="global", noise={"1": CurrentNoise(signs=True)}),
         "currents, feedback": ULR(noise={"1": CurrentNoise()}),
         "kernels": ULR(noise={"0": WeightNoise()}, copies=8),
         "kernels, per sample": ULR(noise={"0": WeightNoise(per_sample=True)}, copies=8),

@@ -221,8 +221,7 @@ def test_pictures_of_speed_and_memory(tmp_path):
 
 
 def test_memory_of_copies_is_measured_in_a_fresh_process():
-    assert set(copies.KINDS) >= {"firing", "currents, signs"}
-    assert copies.estimator("currents, signs", 8).noise["2"].signs
+    assert set(copies.KINDS) >= {"firing", "currents"}
     assert copies.estimator("firing, in turn", 8).memory == "replay"
     if Path("/proc/self/status").exists():
         assert abs(memory.in_fresh_process("copies", "firing, in turn", "2")) < 300  # MB

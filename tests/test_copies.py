@@ -180,9 +180,7 @@ def test_bounds(options, message):
         ULR(credit="global", copies=AdaptiveCopies(**options))
 
 
-@pytest.mark.parametrize(
-    "options", [{"credit": "feedback"}, {"credit": "auto"}, {"credit": "residual", "shrink": True}]
-)
+@pytest.mark.parametrize("options", [{"credit": "feedback"}, {"credit": "auto"}])
 def test_what_it_does_not_go_with(options):
     with pytest.raises(UsageError, match="AdaptiveCopies; it takes"):
         ULR(copies=AdaptiveCopies(), **options)
@@ -202,7 +200,6 @@ MIX = {"ce_count": 1.0, "zero_one": 0.5, ulr_snn.SpikeBudget(3): 0.1}
         ({"copies": 4, "antithetic": False, "quasi_monte_carlo": True}, "ce_count"),
         ({"copies": 4, "antithetic": False, "multi_sample": True}, "ce_count"),
         ({"copies": 4, "reward_to_go": True}, "ce_rate"),
-        ({"copies": 4, "firing": Logistic(learn=0.01)}, "ce_count"),
         ({"copies": 4}, MIX),
     ],
 )
@@ -217,7 +214,7 @@ def test_copies_in_turn_give_the_same_gradient(options, loss):
                 model.zero_grad()
                 estimate = ulr.backward(*data())
             found.append([q.grad for q in model.parameters()])
-            found[-1] += [estimate.loss, estimate.outputs, ulr.mean_loss, *ulr.level.factors.values()]
+            found[-1] += [estimate.loss, estimate.outputs, ulr.mean_loss]
             found[-1] += [torch.tensor(sorted(ulr.rate_factors().values()))]
             assert ulr.forward_passes >= (1 if memory == "auto" else 2) * 3 * options["copies"] * 256
     for a, b in zip(*found, strict=True):

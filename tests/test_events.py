@@ -305,7 +305,6 @@ def test_whatever_is_done_with_listed_events_is_done_with_the_frames(name):
 
 ESTIMATORS = {
     "": ULR(),
-    "bits": ULR(memory="bits"),
     "replay": ULR(memory="replay"),
     "copies": ULR(credit="residual", copies=4),
     "copies in turn": ULR(credit="global", copies=4, memory="replay", firing=Logistic(0.3)),

@@ -347,5 +347,5 @@ def test_steps_that_are_to_take_little_keep_no_memory():
         empty(1 << 19)
         assert not lean._arrays
     assert copy.copy(lean).lean
-    for asked, expected in (("auto", False), ("bits", True), ("replay", True)):
+    for asked, expected in (("auto", False), ("replay", True)):
         assert attach(nn.Sequential(nn.Linear(2, 2), LIF()), ULR(memory=asked)).pool.lean is expected

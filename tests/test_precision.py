@@ -59,7 +59,7 @@ def coarse_convolutions() -> bool:
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_are_those_of_float32_but_for_rounded_currents(name: str, way: str):
     """Closer to float32's of the same noise than those of other noise are by far."""
-    estimator = ULR(memory="bits") if name == "dense" else ULR()
+    estimator = ULR(memory="replay") if name == "dense" else ULR()
     exact, rounded = gradient(name, ULR(), "float32"), gradient(name, estimator, way)
     other = gradient(name, ULR(), "float32", seed=1)
     if name == "conv" and coarse_convolutions():  # of the kernel it is not known then

@@ -627,41 +627,6 @@ def test_mean_is_the_exact_gradient(name: str, estimator: ULR, wrong: str, devic
     assert not rejected.agrees, f"{wrong} goes unnoticed: p = {rejected.worst:.1e}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("estimator", [GLOBAL, RESIDUAL, LAYERWISE], ids=label)
-def test_the_gradient_of_a_learned_scale(estimator: ULR, monkeypatch: pytest.MonkeyPatch):
-    """Of the logarithm of each layer's scale: the mean over draws is the exact derivative of the expected loss."""
-    case = two_layers("subtract")
-    factors = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in case.layers]
-    for layer, factor in zip(case.layers, factors, strict=True):
-        layer.scale = layer.scale * factor.exp()
-    case.parameters = lambda: factors
-    exact, draws = case.exact(), []
-
-    def record(level: ulr_snn.noise.level.NoiseLevel) -> None:
-        draws.append(torch.stack([level.factors[site].grad for site in ("1", "3")]))
-        for factor in level.factors.values():
-            factor.grad = None
-
-    monkeypatch.setattr(ulr_snn.noise.level.NoiseLevel, "learn", record)
-    del case.parameters
-    case.draws(dataclasses.replace(estimator, firing=Logistic(case.firing.scale, learn=0.1)), SAMPLES, STEPS, WARM_UP)
-    right = compare_means("unbiased", torch.stack(draws[WARM_UP:]), exact)
-    assert right.agrees and right.error <= 0.02 * exact.norm(), right
-    assert not compare_means("unbiased", 1.2 * torch.stack(draws[WARM_UP:]), exact, spending=False).agrees
-
-
-def test_a_learned_scale_follows_its_gradient_and_stays_within_bounds():
-    level = ulr_snn.noise.level.NoiseLevel(Logistic(learn=0.1), progress=0.5)
-    scale = level.scale("a", torch.tensor(1.0), lambda: 0.5)
-    for _ in range(100):
-        level.scale("a", torch.tensor(1.0), lambda: 0.5).backward()
-        level.learn()
-    assert level.factors["a"].item() == -ulr_snn.noise.level.FARTHEST
-    moved = level.scale("a", torch.tensor(1.0), lambda: 0.5)
-    torch.testing.assert_close(moved / scale, torch.tensor(-ulr_snn.noise.level.FARTHEST).exp())
-
-
 def test_reward_to_go_lowers_the_variance_of_both_credits():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), LIF(), nn.Linear(6, 3), LIF())

@@ -24,7 +24,6 @@ from ulr_snn.credit.feedback import Feedback
 from ulr_snn.credit.linked import Linked
 from ulr_snn.credit.prediction import Credit, Prediction
 from ulr_snn.credit.residual import from_other_copies
-from ulr_snn.credit.shrinkage import Shrinkage
 from ulr_snn.credit.structure import Structure, judging_of
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Batch, Estimate
@@ -46,7 +45,7 @@ from ulr_snn.sites.weights import SOURCE, WeightSites, check_names, choose
 
 CREDITS = ("auto", "global", "feedback", "residual")
 MAPS = ("auto", "exact", "learned")
-MEMORY = ("auto", "bits", "replay", "stream")
+MEMORY = ("auto", "replay", "stream")
 DEFAULT_COPIES = {"global": 8, "feedback": 1, "residual": 4}
 
 
@@ -71,8 +70,6 @@ class ULR:
         time ("ce_rate", "mse"), models that do not look ahead, and credit "global" or "residual".
     multi_sample: the objective is the multi-sample bound -log mean over copies of exp(-loss) (GEM-SNN, arXiv
         2102.03280); with credit "feedback" or "global", antithetic=False and at least two copies.
-    shrink: with credit "residual", λ of each parameter goes between 0 and 1 by the measured variance and bias of the
-        feedback, so that their sum is least (biased, of low variance).
     firing: distribution of the threshold noise, and its scale.
     noise: by name, other noise than that: {module: CurrentNoise()} on a module's input current, {parameter or module:
         WeightNoise()} on parameters, {parameter or module: None} none on parameters, {"outputs": OutputNoise()} on the
@@ -87,11 +84,11 @@ class ULR:
         spikes, while weights move fast, else about every eighth step.
     time_functions: smooth functions of time that resolve the learned feedback (1: constant in time).
     feedback_rate: bound of the feedback's step, in units of samples / (neurons * functions).
-    memory: what a step keeps. "bits": time goes by in parts, and only the spikes of all of them are kept, one bit each;
-        "replay": not even these, they are drawn again from the same noise, so that memory does not grow with the number
-        of time steps; both run every part twice (of many, more often), for credit "feedback" and models that run
-        their modules one after another. "auto": the whole sequence at once while that is small, else "bits" where it
-        can be. With credit "global", "replay" runs one copy after another, each of them once for its loss and once more
+    memory: what a step keeps. "replay": time goes by in parts, whose spikes are drawn again from the same noise, so
+        that memory does not grow with the number of time steps; every part runs twice (of many, more often), for credit
+        "feedback" and models that run their modules one after another. "auto": the whole sequence at once while that is
+        small, else "replay" where it can be.
+        With credit "global", "replay" runs one copy after another, each of them once for its loss and once more
         for its gradient, so that memory does not grow with the number of copies. "stream": one time step, for an update
         after each (`Attachment.stream`; `train` makes them), where the loss is a sum over time; another gradient,
         without what spikes do to later time steps (see stream.py).
@@ -106,7 +103,6 @@ class ULR:
     layerwise: bool = False
     reward_to_go: bool = False
     multi_sample: bool = False
-    shrink: bool = False
     firing: Firing = field(default_factory=Logistic)
     noise: Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None] = field(default_factory=dict)
     flow: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +117,9 @@ class ULR:
             raise UsageError(f"ULR got credit={self.credit!r}; it is one of {', '.join(CREDITS)}")
         if self.maps not in MAPS:
             raise UsageError(f"ULR got maps={self.maps!r}; it is one of {', '.join(MAPS)}")
+        if self.memory == "bits":
+            warnings.warn("memory='bits' is memory='replay' now, which keeps less", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "memory", "replay")
         if self.memory not in MEMORY:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -162,10 +161,9 @@ class ULR:
         return Attachment(model, self, loss, seed, time_first, total_steps)
 
     def _check_adaptive(self) -> None:
-        if self.credit not in ("global", "residual") or self.quasi_monte_carlo or self.multi_sample or self.shrink:
+        if self.credit not in ("global", "residual") or self.quasi_monte_carlo or self.multi_sample:
             raise UsageError(
-                "ULR got AdaptiveCopies; it takes credit 'global' or 'residual', and no quasi_monte_carlo, "
-                "multi_sample or shrink"
+                "ULR got AdaptiveCopies; it takes credit 'global' or 'residual', no quasi_monte_carlo or multi_sample"
             )
         if self.memory == "replay":
             raise UsageError("ULR got memory='replay' with AdaptiveCopies; give it a number of copies")
@@ -180,8 +178,6 @@ class ULR:
                 f"ULR got quasi_monte_carlo with copies={self.copies}, antithetic={self.antithetic}; use a power of "
                 "two up to 128, and antithetic=False"
             )
-        if self.shrink and self.credit != "residual":
-            raise UsageError(f"ULR got shrink with credit={self.credit!r}; it is for 'residual'")
         for name in ("layerwise", "reward_to_go"):
             if getattr(self, name) and self.credit not in ("global", "residual"):
                 raise UsageError(f"ULR got {name} with credit={self.credit!r}; it is for 'global' and 'residual'")
@@ -251,7 +247,6 @@ class Attachment:
         self.seed, self.time_first, self.total_steps = seed, time_first, total_steps
         self.feedback = Feedback(estimator.time_functions, estimator.feedback_rate)
         self.prediction = Prediction(self.feedback, seed)
-        self.shrinkage = Shrinkage()
         self.budget: CopyBudget | None = None  # of copies, where their number follows the variance
         if isinstance(estimator.copies, AdaptiveCopies):
             self.budget = CopyBudget(estimator.copies, estimator.group)
@@ -267,7 +262,7 @@ class Attachment:
         self.level = NoiseLevel(estimator.firing)
         self.step_sizes: StepSizes | None = None  # measured where `advise_step_sizes` has been called
         self.piecewise = (Streaming if self.streams else InParts)(self)
-        self.pool = Pool(lean=estimator.memory in ("bits", "replay"))
+        self.pool = Pool(lean=estimator.memory == "replay")
         self.structure: Structure | None = None
         self._structure_loss: LossSpec | None = None
 
@@ -498,7 +493,6 @@ class Attachment:
         self._add_weight_gradients(passes, losses)
         if self.structure.credit != "global":
             self.level.see([p.records for p in passes])
-        self.level.learn()
         self.mean_loss = moving(self.mean_loss, losses)
         self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
         return estimate
@@ -526,9 +520,6 @@ class Attachment:
                 self.prediction.refresh(group.passes)
             if structure.credit == "residual":
                 self.prediction.learn_layers(group.passes, self.step - 1)
-        if self.estimator.shrink:
-            self._add_shrunk(scored, self._parameters())
-            scored = []
         enter([*predicted, *scored], self._wanted())
 
     def _add_by_pass(self, passes: Iterable[Pass], judged: list[Pass]) -> None:
@@ -543,7 +534,7 @@ class Attachment:
         return {name: q for name, q in named if q.requires_grad and name not in self.structure.weights}
 
     def _wanted(self) -> list[Tensor]:
-        return [*self._parameters().values(), *self.level.factors.values()]
+        return list(self._parameters().values())
 
     def _add_weight_gradients(self, passes: list[Pass], losses: Tensor) -> None:
         weights = self._weight_sites()
@@ -582,18 +573,6 @@ class Attachment:
             own = torch.arange(len(signals), device=signals.device) // self.estimator.group % 2 == half
             found += weights.gradients(self.model, self.step - 1, signals * own[:, None]).values()
         return found
-
-    def _add_shrunk(self, scored: list[tuple[Tensor, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
-        """Adds λ times the gradient of the scores, λ of each parameter."""
-        if not scored or not parameters:
-            return
-        tensors, gradients = zip(*scored, strict=True)
-        found = torch.autograd.grad(tensors, list(parameters.values()), gradients, retain_graph=True, allow_unused=True)
-        for (name, q), g in zip(parameters.items(), found, strict=True):
-            if g is not None:
-                shrunk = self.shrinkage.factor(name) * g
-                q.grad = shrunk if q.grad is None else q.grad + shrunk
-                self.shrinkage.see(name, g)
 
     def _gradients(self, group: Group, share: float) -> Iterator[Entry]:
         """The two summands of credit at each site, the exact gradient at the outputs.
@@ -676,7 +655,6 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on with the same steps."""
-        factors = [(site, w) for site, w in self.level.factors.items() if site in self.level.powers]
         chosen = self.chosen if self.structure is None else self.structure.weights
         return {
             "step": self.step,
@@ -688,12 +666,10 @@ class Attachment:
             "noise_floors": dict(self.level.floors),
             "quiet": sorted(self.level.quiet),
             "farthest": dict(self.level.farthest),
-            "noise_factors": {site: (w.detach().clone(), self.level.powers[site]) for site, w in factors},
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
             "weights": None if chosen is None else {q: asdict(n) for q, n in chosen.items()},
             "feedback": self.feedback.state_dict(),
-            "shrinkage": self.shrinkage.state_dict(),
             "budget": None if self.budget is None else self.budget.state_dict(),
         }
 
@@ -708,15 +684,12 @@ class Attachment:
         self.level.floors = dict(state.get("noise_floors", {}))
         self.level.quiet = set(state.get("quiet", ()))
         self.level.farthest = {site: d.to(device) for site, d in state.get("farthest", {}).items()}
-        for site, (factor, power) in state["noise_factors"].items():
-            self.level.factors[site], self.level.powers[site] = factor.to(device).clone().requires_grad_(), power
         if state["step_sizes"] is not None:
             self.advise_step_sizes()
             self.step_sizes.load_state_dict(state["step_sizes"])
         self.driven = None if state["driven"] is None else set(state["driven"])
         self.chosen = None if state["weights"] is None else {q: WeightNoise(**n) for q, n in state["weights"].items()}
         self.feedback.load_state_dict(state["feedback"], device)
-        self.shrinkage.load_state_dict(state["shrinkage"], device)
         if self.budget is not None and state.get("budget") is not None:
             self.budget.load_state_dict(state["budget"])
 

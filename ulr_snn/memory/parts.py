@@ -2,8 +2,8 @@
 
 A first pass leaves the outputs, what the feedback is learned from, and how the layers stand at some time steps. From
 there the parts run once more, last to first, each with its graph, and the credit of a part goes on from what the next
-one left: g of every layer at its first step. The second time the spikes are either known, one bit each ("bits"), or
-drawn again from the same noise ("replay"). Both give the gradient of the whole sequence.
+one left: g of every layer at its first step. The second time the spikes are drawn again from the same noise. This gives
+the gradient of the whole sequence.
 """
 
 import math
@@ -104,7 +104,7 @@ def local_in_time(module: nn.Module) -> bool:
 @dataclass
 class PartSite:
     """The firing site of a layer over a part of time from step `first` on. records: gets its record, if there is a
-    list; known: its spikes, where they need not be drawn; watched: whether it keeps what it has seen. Afterwards
+    list; watched: whether it keeps what it has seen. Afterwards
     `state` is that of its last step."""
 
     name: str
@@ -114,7 +114,6 @@ class PartSite:
     first: int
     state: State | None
     records: list[Record] | None
-    known: Tensor | None = None
     watched: bool = False
     before: Tensor | None = None  # spikes of the step before
     current: Tensor | None = None
@@ -124,14 +123,13 @@ class PartSite:
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
         scale = self.level.scale(self.name, neuron.threshold, None).detach()
-        known = None if self.known is None else self.known.to(current.dtype)
         drawer = Drawer(self.noise, self.level.firing, self.index, len(current), scale, self.first)
         if self.state is None:
             self.state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
         before = self.state.spikes.to(current.dtype)
         self.state = State(self.state.membrane.clone(), before.clone())
         with torch.no_grad():
-            fired = neuron.fired(current, drawer, self.state, known)
+            fired = neuron.fired(current, drawer, self.state)
         if self.watched:
             mask = None if neuron.lengths is None else step_mask(neuron.lengths, fired[1])
             self.farthest = farthest(fired[1], mask) * scale.mean()
@@ -178,8 +176,8 @@ class Piece:
 class Parts:
     """One training step of one copy of a batch, in parts of time.
 
-    layers: of the model, by name; size: time steps of a part; bits: keep the spikes; standings: time steps at which
-    it is kept how the layers stand, at most.
+    layers: of the model, by name; size: time steps of a part; standings: time steps at which it is kept how the layers
+    stand, at most.
     """
 
     def __init__(
@@ -190,18 +188,14 @@ class Parts:
         noise: Noise,
         batch: Batch,
         size: int,
-        bits: bool,
         standings: int,
     ) -> None:
         self.model, self.layers, self.level, self.noise, self.batch = model, layers, level, noise, batch
         self.split = Split.of(model)
         self.parts = [range(batch.steps)[t : t + size] for t in range(0, batch.steps, size)]
         self.groups = fan_out(len(self.parts), standings)
-        self.bits: dict[str, Tensor] | None = {} if bits else None  # [T, B, words] of each site
         self.kept: list[tuple[list[range], Standing]] = []  # groups of parts, and how the layers stand before each
-        self.sizes: dict[str, torch.Size] = {}  # of a layer at one time step
         self.farthest: dict[str, Tensor] = {}  # see `PartSite`, of all parts
-        self.known = False  # whether the first pass is over
         self.steps_run = 0  # by all parts together
 
     # -- forwards --------------------------------------------------------------------------------------------
@@ -218,12 +212,8 @@ class Parts:
         lengths = None if lengths is None else (lengths - part.start).clamp(0, len(part))
         sites = {}
         for index, (name, _) in enumerate(self.layers):
-            known = None
-            if self.bits is not None and self.known:
-                shape = self.sizes[name]
-                known = unpack_bits(self.bits[name][now], shape.numel(), self.batch.dtype).unflatten(-1, shape)
             state = standing.state(name, self.batch.dtype)
-            sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, known, watched)
+            sites[name] = PartSite(name, index, self.level, self.noise, part.start, state, records, watched)
         membranes = iter(standing.membranes or [None] * len(self.split.readouts))
         last = []
         with bind_sites(self.model, list(sites.values()), lengths, self.layers), SpikePooling():
@@ -246,7 +236,6 @@ class Parts:
             for part in group:
                 x, standing = self._first(part, standing, learned)
                 outputs = [outputs[0] + x] if outputs and self.share is not None else [*outputs, x]
-        self.known = True
         found = torch.cat(outputs)
         found = found if self.share is None else found[0].to(self.batch.dtype)
         return found, [(rows.spikes, rows.current) for rows in learned]
@@ -257,13 +246,7 @@ class Parts:
         for rows in learned:
             rows.see(part, sites, self.batch.valid)
         for name, site in sites.items():
-            self.sizes[name] = site.spikes.shape[2:]
             self.farthest[name] = torch.maximum(self.farthest.get(name, site.farthest), site.farthest)
-            if self.bits is not None:
-                packed = pack_bits(site.spikes.flatten(2))
-                if name not in self.bits:  # in one piece: many small ones would scatter over the heap
-                    self.bits[name] = packed.new_empty(self.batch.steps, *packed.shape[1:])
-                self.bits[name][part.start : part.stop] = packed
         if self.share is not None:
             x = summed(x, self.share[part.start : part.stop])
         return x, standing

@@ -76,8 +76,8 @@ class Piecewise:
         ulr, structure = self.attached.estimator, self.attached.structure
         if ulr.credit not in ("auto", "feedback") or (ulr.copies or 1) > 1 or ulr.multi_sample:
             return "it is for credit 'feedback' with one copy"
-        if ulr.firing.learn or any(site is not None for site in ulr.noise.values()):
-            return "the scale of its noise is learned, or noise comes elsewhere than on firing"
+        if any(site is not None for site in ulr.noise.values()):
+            return "noise comes elsewhere than on firing"
         if batch.samples < 2:
             return "the batch has a single sample"
         if batch.objective.counts:
@@ -105,7 +105,7 @@ class Piecewise:
 
 
 class InParts(Piecewise):
-    """The step that keeps nothing, or but the spikes as bits, of all time steps (see parts.py)."""
+    """The step that keeps nothing of all time steps but the outputs (see parts.py)."""
 
     def possible(self, batch: Batch) -> bool:
         if batch.samples < 2 and self.attached.step:
@@ -114,8 +114,7 @@ class InParts(Piecewise):
 
     def kept(self, batch: Batch) -> str:
         """What a step keeps, for `plan`."""
-        spikes = "drawn again" if self.attached.estimator.memory == "replay" else "kept as bits"
-        return f"parts of {self.part_steps(batch)} time steps, each run twice or more; spikes are {spikes}"
+        return f"parts of {self.part_steps(batch)} time steps, each run twice or more, with the same noise"
 
     def why_whole(self, batch: Batch) -> str | None:
         if batch.lengths is not None and self.neurons and parts.Split.of(self.attached.model).readouts:
@@ -166,10 +165,10 @@ class InParts(Piecewise):
         return Estimate(losses.mean(0), outputs.detach()[None], stats)
 
     def _parts(self, forward: Forward, batch: Batch) -> parts.Parts:
-        attached, bits = self.attached, self.attached.estimator.memory != "replay"
+        attached = self.attached
         about = attached.level, forward.noise(batch.samples, [0], batch.frames.device), batch
         standings = parts.STANDINGS if self.asked else batch.steps
-        return parts.Parts(attached.model, attached.layers, *about, self.part_steps(batch), bits, standings)
+        return parts.Parts(attached.model, attached.layers, *about, self.part_steps(batch), standings)
 
     def _backward(self, run: parts.Parts, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
         """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the parts."""

@@ -122,9 +122,8 @@ class Forward:
         self._generator_state: tuple[Tensor, Tensor | None] | None = None
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
-        """Copies in one pass where that changes nothing, and no noise is to take less room; else one pass a copy."""
-        signs = any(isinstance(neuron, BlackBox) and neuron.noise.signs for _, neuron in self.layers)
-        apart = signs or self.weights is not None or coupled_modules(self.model)
+        """Copies in one pass where that changes nothing; else one pass a copy."""
+        apart = self.weights is not None or coupled_modules(self.model)
         return [[copy] for copy in copies] if apart else [copies] * bool(copies)
 
     def run(

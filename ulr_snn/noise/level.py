@@ -16,7 +16,6 @@ from ulr_snn.noise.secant import between
 
 LEVELS = (0.07, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
-FARTHEST = 1.5  # the logarithm of a learned factor of the scale goes no further than this from 0
 FLOOR, TINY = 0.01, 1e-6  # of the membranes' spread, that a threshold counts as at least; where that is not known
 WIDENED = 1.0  # up to here the starting scale follows them then
 
@@ -30,22 +29,17 @@ class Firing:
     end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
     secants: number of measured distances over which credit takes secants of F in place of its derivative (see
         `secant`); 0: the derivative.
-    learn: if above 0, each layer's scale is multiplied by a factor of its own, which learns by the score of the scale:
-        about so far goes its logarithm in a step. `evaluate` does without the factor.
     """
 
     scale: float | None = None
     start: float = 0.05
     end: float = 0.05
     secants: int = 4
-    learn: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "start", "end")
         if not (isinstance(self.secants, int) and self.secants >= 0):
             raise UsageError(f"{type(self).__name__} got secants={self.secants!r}; it is a whole number, at least 0")
-        if not self.learn >= 0:
-            raise UsageError(f"{type(self).__name__} got learn={self.learn}; it must not be negative")
 
     def probability(self, x: Tensor) -> Tensor:
         """p = F(x), where x = drive / scale is the standardised drive."""
@@ -98,15 +92,12 @@ class CurrentNoise:
     score with respect to J is z / scale (arXiv 2305.08960). For modules whose inside is not known.
 
     scale: constant, in units of the current, > 0. None: from `start` to `end`, in units of the standard deviation of
-    the layer's current in the first batch, geometrically over the training. signs: of z only the signs are kept, a bit
-    each, for a score sqrt(π/2) sign(z) / scale (arXiv 2403.12320), with a bias of order scale² and π/2 times the
-    variance.
+    the layer's current in the first batch, geometrically over the training.
     """
 
     scale: float | None = None
     start: float = 0.5
     end: float = 0.1
-    signs: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "start", "end")
@@ -118,22 +109,21 @@ class WeightNoise:
     W + scale ζ, and the score with respect to W is ζ / scale. For parameters that no other site's gradient reaches.
 
     scale: constant, in units of the parameter, > 0. None: `relative` times the parameter's root mean square as it is
-    now, or `relative` itself where that is zero. rank: of the draws. None: ζ has independent entries. 1: ζ of a matrix
-    [n, m, ...] is a b^T, with a [n] and b [m ...] standard normal, so that a draw takes n + m numbers in place of n m,
-    and the gradient has a bias of order scale² (vectors and numbers are drawn in full). per_sample: every sample of a
+    now, or `relative` itself where that is zero. per_sample: every sample of a
     batch has noise of its own, by signs, so that its own loss tells about it, with much less variance; for weights and
     biases of linear and convolutional modules.
     """
 
     scale: float | None = None
     relative: float = 0.1
-    rank: int | None = None
     per_sample: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "relative")
-        if self.rank not in (None, 1):
-            raise UsageError(f"WeightNoise got rank={self.rank}; it is None (full) or 1")
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """ζ for a parameter of this shape, in double precision."""
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -179,8 +169,7 @@ class NoiseLevel:
     the first tenth of the training.
     progress: from 0, first step, to 1, the end of training. currents: noise of the sites on input currents. starts: by
     site, the calibrated scale over the threshold, of input currents their standard deviation. resting: sites that began
-    with the narrowest noise. idle: sites that did not run when the others were measured. factors: by site, the
-    logarithm of what a learned scale is multiplied by; powers: mean squares of its gradient. quiet: sites that get
+    with the narrowest noise. idle: sites that did not run when the others were measured. quiet: sites that get
     none. floors: by site, what a threshold counts at least as. farthest: by site, the largest distance of a membrane to
     the threshold that the last step found.
     """
@@ -191,8 +180,6 @@ class NoiseLevel:
     starts: dict[str, float] = field(default_factory=dict)
     resting: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
-    factors: dict[str, Tensor] = field(default_factory=dict)
-    powers: dict[str, float] = field(default_factory=dict)
     quiet: set[str] = field(default_factory=set)
     floors: dict[str, float] = field(default_factory=dict)
     farthest: dict[str, Tensor] = field(default_factory=dict)
@@ -242,22 +229,14 @@ class NoiseLevel:
             self.starts[site] = spread() or 1.0
         return self.starts[site] * noise.start ** (1 - self.progress) * noise.end**self.progress
 
-    def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
-        """Scale of neurons with this threshold, differentiable in a learned one, and in what is learned of the scale.
-        spread() is called where the site is not known yet."""
-        annealed = self._annealed(site, threshold, spread)
-        if not self.firing.learn or self.progress >= 1:
-            return annealed
-        if site not in self.factors:
-            self.factors[site] = torch.zeros((), dtype=annealed.dtype, device=annealed.device, requires_grad=True)
-        return annealed * self.factors[site].exp()
-
     def unit(self, site: str, threshold: Tensor) -> Tensor:
         """What the scale counts in: the threshold, or a part of what the membranes spread by where it is less."""
         threshold = threshold if threshold.is_floating_point() else threshold.to(torch.get_default_dtype())
         return threshold.abs().clamp(min=self.floors.get(site, TINY))
 
-    def _annealed(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
+    def scale(self, site: str, threshold: Tensor, spread: Callable[[], float]) -> Tensor:
+        """Scale of neurons with this threshold, differentiable in a learned one. spread() is called where the site is
+        not known yet."""
         firing = self.firing
         if firing.scale is not None:
             return torch.full_like(self.unit(site, threshold), firing.scale)
@@ -270,17 +249,6 @@ class NoiseLevel:
             if self.starts[site] == LEVELS[0]:
                 self.resting.add(site)
         return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * self.unit(site, threshold)
-
-    @torch.no_grad()
-    def learn(self) -> None:
-        """A step of the factors along the gradients that they got, of about the same length whatever these are."""
-        for site, factor in self.factors.items():
-            if factor.grad is not None:
-                square = factor.grad.item() ** 2
-                power = self.powers[site] = 0.9 * self.powers.get(site, square) + 0.1 * square
-                factor -= self.firing.learn * factor.grad / (power or 1.0) ** 0.5
-                factor.clamp_(-FARTHEST, FARTHEST)
-                factor.grad = None
 
 
 # -- counter-based uniforms --------------------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from ulr_snn.noise.level import WeightNoise
 from ulr_snn.peers.alignment import FeedbackAlignment
-from ulr_snn.peers.evolution import EvolutionStrategies
+from ulr_snn.peers.evolution import EvolutionStrategies, RankOneNoise
 from ulr_snn.peers.expected import ExpectedGradientBPTT
 from ulr_snn.peers.surrogate import SurrogateBPTT
 
@@ -13,6 +12,6 @@ METHODS = {
     "expected": ExpectedGradientBPTT,
     "alignment": FeedbackAlignment,
     "evolution": EvolutionStrategies,
-    "evolution-rank1": partial(EvolutionStrategies, noise=WeightNoise(rank=1)),
+    "evolution-rank1": partial(EvolutionStrategies, noise=RankOneNoise()),
     "zeroth-order": partial(EvolutionStrategies, copies=1, antithetic=False),
 }

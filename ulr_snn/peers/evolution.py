@@ -2,7 +2,7 @@
 1703.03864), with the same variance reduction as `ULR`: antithetic pairs and leave-one-out baselines.
 
 With one copy and a moving baseline it is the one-point zeroth-order estimator. Low-rank draws (arXiv 2511.16652) are
-`WeightNoise(rank=1)`.
+`RankOneNoise`.
 """
 
 from contextlib import nullcontext
@@ -22,6 +22,19 @@ from ulr_snn.model.neurons import output_mask
 from ulr_snn.noise.level import WeightNoise
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.sites.weights import WeightSites
+
+
+@dataclass(frozen=True)
+class RankOneNoise(WeightNoise):
+    """Weight noise whose draw for a matrix [n, m, ...] is a b^T, with a [n] and b [m ...] standard normal: n + m
+    numbers in place of n m, for a gradient with a bias of order scale². Vectors and numbers are drawn in full."""
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """ζ for a parameter of this shape, in double precision."""
+        if len(shape) < 2:
+            return super().draw(shape, generator)
+        a, b = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (shape[0], shape[1:].numel()))
+        return torch.outer(a, b).view(shape)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.kernels.bits import pack_bits
 from ulr_snn.kernels.precision import widened
 from ulr_snn.model.neurons import own_spread
 from ulr_snn.sites.records import CurrentRecord
@@ -41,8 +40,7 @@ class CurrentSite(StepSite):
         self._scale = self._scale.to(widened(current).dtype)
         steps, shape = (len(now), now.shape[2:]) if self.neuron.whole else (1, now.shape[1:])
         z = self.noise.normal(self.index, self.calls, steps, shape, widened(now).dtype)
-        kept = pack_bits((z > 0).flatten(2)) if self.neuron.noise.signs else z
-        self.drawn.append(kept if self.neuron.whole else kept[0])
+        self.drawn.append(z if self.neuron.whole else z[0])
         self.trace.x.append(widened(current) / self._scale)
         return (now + self._scale * (z if self.neuron.whole else z[0])).to(current.dtype)
 
@@ -68,5 +66,4 @@ class CurrentSite(StepSite):
         self.level.current_scale(self.name, partial(own_spread, current, self._mask(current)))
 
     def record(self) -> CurrentRecord:
-        kept = {"signs" if self.neuron.noise.signs else "z": self._joined(self.drawn)}
-        return CurrentRecord(**vars(super().record()), **kept)
+        return CurrentRecord(**vars(super().record()), z=self._joined(self.drawn))

@@ -1,6 +1,5 @@
 """What one forward pass leaves at one firing site."""
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels import dispatch
-from ulr_snn.kernels.bits import unpack_bits
 from ulr_snn.model.neurons import step_mask
 from ulr_snn.noise.level import Drawer, Firing, law_of
 from ulr_snn.noise.secant import farthest, secant
@@ -186,11 +184,9 @@ class Handed:
 class CurrentRecord(Record):
     """What a pass leaves at a site with Gaussian noise on the input current: x = J / scale [T, B, ...], noise z of the
     same shape, and what the module gave for J + scale z in the place of spikes, [T, B, ...] of any shape. Everything
-    is as of a site that draws z: its innovation is z, its score z, and the prediction a is that of ∂L/∂z. signs: where
-    only these are kept of z, as bits [T, B, words]; sqrt(π/2) sign(z) takes its place, which has E[z sign(z)] right."""
+    is as of a site that draws z: its innovation is z, its score z, and the prediction a is that of ∂L/∂z."""
 
     z: Tensor | None = None
-    signs: Tensor | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -198,17 +194,11 @@ class CurrentRecord(Record):
         return self.neuron.elementwise and self.spikes.shape == self.x.shape
 
     def innovation(self) -> Tensor:
-        return self._on_own_steps(self._drawn())
+        return self._on_own_steps(self.z)
 
     @cached_property
     def slope(self) -> Tensor:
         return self._on_own_steps(torch.ones_like(self.x))
 
     def score(self) -> Tensor:
-        return self._on_own_steps(self._drawn())
-
-    def _drawn(self) -> Tensor:
-        if self.signs is None:
-            return self.z
-        positive = unpack_bits(self.signs, self.x[0, 0].numel(), self.x.dtype).view(self.x.shape)
-        return math.sqrt(math.pi / 2) * (2 * positive - 1)
+        return self._on_own_steps(self.z)

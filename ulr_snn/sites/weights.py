@@ -37,12 +37,7 @@ class WeightSites:
         stream, sign = (copy // 2, 1 - 2 * (copy % 2)) if self.antithetic else (copy, 1)
         generator = torch.Generator()
         generator.manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name}".encode()))
-        if self.sites[name].rank is None or parameter.ndim < 2:
-            zeta = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        else:
-            rows, columns = len(parameter), parameter[0].numel()
-            a, b = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, columns))
-            zeta = torch.outer(a, b).view(parameter.shape)
+        zeta = self.sites[name].draw(parameter.shape, generator)
         return sign * zeta.to(parameter.device, parameter.dtype)
 
     def _flips(self, name: str, q: Tensor, step: int, copy: int, rows: int) -> Flips:
