@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import LIF, ULR, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan, train
+from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan, train
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 FIRING = Logistic(scale=0.4)
@@ -119,3 +119,71 @@ def test_the_halves_of_a_network_apart_give_its_gradient():
         ulr.backward(x, y)
     assert not losses
     torch.testing.assert_close(first[0].weight.grad, whole[0].weight.grad)
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(1)
+    first = nn.Sequential(nn.Linear(PIXELS, 7), Fold(nn.BatchNorm1d(7), nn.Dropout(0.5)), LIF())
+    return nn.Sequential(first, nn.Linear(7, 6), Fold(nn.BatchNorm1d(6)), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_a_frozen_part_runs_as_in_evaluation():
+    model, seen = normed(), []
+    before = copy.deepcopy(model.state_dict())
+    model[0].register_forward_hook(lambda *_: seen.append((modes(model[0]), modes(model[2]))))
+    train(model, [data()] * 2, 2, estimator=ULR(flow={"0": "frozen"}), device="cpu", progress=False)
+    assert seen and not any(mode for frozen, _ in seen for mode in frozen.values())
+    assert any(all(others.values()) for _, others in seen) and all(modes(model).values())
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name.startswith("0."))
+    assert not torch.equal(before["2.0.running_mean"], after["2.0.running_mean"])
+
+
+def test_a_frozen_part_of_a_chain_is_recognised_once():
+    """The engine looks at modes: those of the model itself must be the same at every step."""
+    snntorch = pytest.importorskip("snntorch")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(PIXELS, 7), nn.BatchNorm1d(7))
+            self.neuron, self.out = snntorch.Leaky(beta=0.9), nn.Linear(7, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, outputs = self.neuron.init_leaky(), []
+            for step in x:
+                spikes, state = self.neuron(self.block(step), state)
+                outputs.append(self.out(spikes))
+            return torch.stack(outputs)
+
+    torch.manual_seed(1)
+    model = Net()
+    estimator = ULR(firing=FIRING, flow={"block": "frozen"})
+    assert any("chain" in line for line in plan(model, data(), estimator).engine)
+    with attach(model, estimator, seed=0) as ulr:
+        ulr.backward(*data())
+        chain = ulr.model
+        ulr.backward(*data())
+    assert chain is not model and ulr.model is chain and all(modes(model).values())
+
+
+def test_modules_put_into_evaluation_mode_stay_there_in_training():
+    def running_mean(model: nn.Module) -> Tensor:
+        seen: list[dict[str, bool]] = []
+        model[2].register_forward_hook(lambda *_: seen.append(modes(model)))
+        own = modes(model)
+        train(model, [data()] * 2, 1, val_loader=[data()], device="cpu", progress=False)
+        assert modes(model) == own
+        expected = own if model.training else dict.fromkeys(own, True)
+        assert expected in seen and all(now in (expected, dict.fromkeys(own, False)) for now in seen)
+        return model[2][0].running_mean
+
+    still = normed()
+    still[2].eval()
+    still[0][1][1].eval()
+    assert not running_mean(still).any()
+    assert running_mean(normed().eval()).any()  # as after inference: all of it trains

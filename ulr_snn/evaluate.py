@@ -87,9 +87,11 @@ def evaluate(
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; afterwards every module is in its own mode again."""
+    """Puts the model in training or evaluation mode; afterwards every module is in its own mode again. For training, a
+    model in training mode stays as it is: the user has put those of its modules that are not into evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if not (training and model.training):
+        model.train(training)
     try:
         yield
     finally:

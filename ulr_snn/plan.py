@@ -76,9 +76,10 @@ def plan(
     estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
     objective = resolve(loss)
     engine = Engine(model, estimator.noise)
-    if engine.changes(frames, dtype, objective):
-        model = engine.running
-    with keep_traces(model), frozen(model, estimator.flow):
+    with frozen(model, estimator.flow):
+        if engine.changes(frames, dtype, objective):
+            model = engine.running
+    with keep_traces(model), frozen(engine.model, estimator.flow):
         by_step = runs_by_step(model, x)
         left_alone: list[str] = []
         layers = find_layers(model, x, by_step, estimator.noise, left_alone)
@@ -92,7 +93,7 @@ def plan(
     attached.model, attached.structure = model, structure
     batch = Batch(frames, dtype, targets, lengths, objective)
     kept = "the whole sequence at once" + ", of one copy after another, each run twice" * attached.in_turn
-    with frozen(model, estimator.flow):
+    with frozen(engine.model, estimator.flow):
         if not attached.in_turn and attached.piecewise.few(batch) is not None:
             kept = attached.piecewise.kept(batch)
     rows = [

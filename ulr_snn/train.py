@@ -64,7 +64,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Trains the model in place.
+    """Trains the model in place, in training mode. Modules that are in evaluation mode while the model as a whole is in
+    training mode stay as they are.
 
     loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), dense or a sparse COO
     tensor, which lists the events, y [B].

@@ -78,7 +78,8 @@ class ULR:
         are no spikes, or else on weights where that is expected to vary less than the firing (see `plan`).
     flow: by name, how a module or parameter learns: "ulr" by a likelihood ratio even where a derivative would do (noise
         on the parameters, unless it fires), "backprop" by the exact gradient of what is differentiable alone, and never
-        by noise of its own, "frozen" not at all. What is not named learns by whichever of the first two it can.
+        by noise of its own, "frozen" not at all: it runs as in evaluation. What is not named learns by whichever of the
+        first two it can.
     refresh: every how many steps an antithetic pair may replace the single pass, where there is feedback that only
         pairs can teach: from the outputs (see `plan`), always, and into layers that see the events otherwise than by
         spikes, while weights move fast, else about every eighth step.
@@ -294,7 +295,7 @@ class Attachment:
         """
         if self.streams:
             return in_sum(list(self.stream(x, targets, loss, lengths)))
-        with frozen(self.model, self.estimator.flow), self.pool.used():
+        with frozen(self.engine.model, self.estimator.flow), self.pool.used():
             return self._backward(x, targets, loss, lengths)
 
     @property
@@ -316,13 +317,13 @@ class Attachment:
                 f"ulr.stream is for updates at every time step, and ULR got memory={self.estimator.memory!r}; attach "
                 "with ULR(memory='stream')"
             )
-        with frozen(self.model, self.estimator.flow), torch.enable_grad():
+        with frozen(self.engine.model, self.estimator.flow), torch.enable_grad():
             stream = self.piecewise.start(*self._begin(x, targets, loss, lengths))
         return self._each(stream)
 
     def _each(self, stream: Stream) -> Iterator[Estimate]:
         for t in range(stream.batch.steps):
-            with frozen(self.model, self.estimator.flow), torch.enable_grad():
+            with frozen(self.engine.model, self.estimator.flow), torch.enable_grad():
                 estimate = stream.step(t)
             yield estimate
 
