@@ -7,6 +7,7 @@ from torch import Tensor
 
 def leaves(tensors: Iterable[Tensor]) -> set[int]:
     """ids of the leaf tensors (parameters, spikes) on which the tensors depend differentiably."""
+    tensors = list(tensors)  # an iterator gives them once
     found = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.grad_fn is None}
     stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(stack)
