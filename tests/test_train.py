@@ -191,14 +191,29 @@ def test_an_optimizer_of_some_parameters_trains_only_those():
 def test_schedules():
     rates = []
     train(epochs=4, lr=0.1, callbacks=[lambda entry, model: rates.append(entry["lr"])])
-    expected = [0.1 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (1, 2, 3, 4)]
+    last = [6 * epoch - 1 for epoch in (1, 2, 3, 4)]  # steps of the epochs
+    expected = [0.1 * 0.5 * (1 + math.cos(math.pi * step / 24)) for step in last]
     assert rates == pytest.approx(expected, abs=1e-9)
     assert [e["lr"] for e in train(lr=0.1, scheduler=None).history] == [0.1, 0.1]
     assert learning_rate_factor(0, 100) == pytest.approx(0.1)  # of the warm-up, a tenth of the steps
     warm = [learning_rate_factor(step, 100) / (0.5 * (1 + math.cos(math.pi * step / 100))) for step in range(12)]
     assert warm == pytest.approx([min(1, (step + 1) / 10) for step in range(12)])
     halves = train(lr=0.1, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5))
-    assert [e["lr"] for e in halves.history] == pytest.approx([0.05, 0.025])
+    assert [e["lr"] for e in halves.history] == pytest.approx([0.1, 0.05])
+
+
+def test_the_history_has_the_learning_rate_of_the_last_step():
+    used = []
+
+    def stepping(parameters) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adam(parameters, 0.1)
+        optimizer.register_step_pre_hook(lambda own, *_: used.append(own.param_groups[0]["lr"]))
+        return optimizer
+
+    history = train(epochs=3, optimizer=stepping, accumulate=4).history  # a step of four batches, and one of two
+    assert [entry["lr"] for entry in history] == used[1::2] and len(used) == 6
+    history = train(epochs=5, lr=0.1, max_steps=8).history
+    assert history[-1]["lr"] == pytest.approx(0.1 * learning_rate_factor(7, 8))
 
 
 def test_clipping_bounds_the_step():
@@ -237,7 +252,6 @@ def test_accumulated_batches_are_one_big_batch():
 def test_max_steps_ends_the_run():
     result = train(epochs=5, max_steps=8)
     assert result.metrics["steps"] == 8 and [e["epoch"] for e in result.history] == [1, 2]
-    assert result.history[-1]["lr"] == pytest.approx(0)
 
 
 def test_callbacks_see_every_epoch():

@@ -144,6 +144,7 @@ class Session:
             )
         self.epoch, self.steps, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
+        self.lr = self.optimizer.param_groups[0]["lr"]  # of the last step
 
     @property
     def finished(self) -> bool:
@@ -186,7 +187,7 @@ class Session:
             "train_accuracy": means["accuracy"],
             "seconds": time.perf_counter() - started,
             "forward_passes": self.attached.forward_passes - passes,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr,
         }
         self.history.append(entry)
         return entry
@@ -218,6 +219,7 @@ class Session:
         """One step on the mean gradient of some batches; the schedule counts it."""
         if not self.streams:
             self.move(batches)
+        self.lr = self.optimizer.param_groups[0]["lr"]  # before the schedule sets that of the next step
         if self.schedule is not None:
             self.schedule.step()
         self.steps += 1
