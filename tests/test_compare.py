@@ -169,7 +169,21 @@ def test_a_training_that_diverges_leaves_the_others_their_rows(tmp_path):
 
     found = quiet(model(), separable(), separable(), epochs=1, loss=loss, optimizer=stepping)
     assert [row["loss"] for row in found.rows] == [None, None] and str(found).count("diverged") == 2
+    assert found.rows[0]["history"] is not found.rows[1]["history"]
     found.rows.append(quiet(model(), separable(), separable(), ("ulr",), epochs=1).rows[0])
     assert found.best("ulr") is found.rows[-1]
     found.plot(tmp_path / "found.png")
     json.loads(json.dumps(found.rows, allow_nan=False))
+
+
+def test_the_global_generators_are_as_they_were(device):
+    def states() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device.type == "cuda" else [])]
+
+    net = model().to(device)
+    before = states()
+    quiet(net, separable(), separable(), epochs=1, device=device)
+    assert all(torch.equal(state, old) for state, old in zip(states(), before, strict=True))
+    with pytest.raises(UsageError, match="scheduler='line'"):
+        quiet(net, separable(), separable(), epochs=1, device=device, scheduler="line")
+    assert all(torch.equal(state, old) for state, old in zip(states(), before, strict=True))

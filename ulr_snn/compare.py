@@ -22,7 +22,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.train import DEFAULT_LR, pick_device, train
 
-DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0, "history": []}
+DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0}
 Rates = float | Sequence[float]
 COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward passes")
 
@@ -111,7 +111,7 @@ def compare(
         for method, estimator in estimators.items():
             for rate in rates(method, lr, default):
                 model.load_state_dict(weights)
-                row = {"method": method, "lr": rate, "seed": seed, **DIVERGED}
+                row = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
                 rows.append(row)
                 with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
                     result = train(model, loader, epochs, estimator=estimator, lr=rate, **whole)
@@ -151,8 +151,13 @@ def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | 
 
 @contextmanager
 def same_draws(loader: Iterable, seed: int) -> Iterator[None]:
-    """torch's generator seeded, and the loader's own ones left as they were, so that the next training draws alike."""
-    torch.manual_seed(seed)
+    """Seeds torch's global generators for a training. Afterwards they, and those of the loader, are as they were, so
+    that the next training draws alike and the caller goes on as before."""
+    on_cuda = torch.cuda.is_initialized()
+    before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
+    torch.default_generator.manual_seed(seed)
+    if on_cuda:  # else torch.manual_seed would keep the seed for later
+        torch.cuda.manual_seed_all(seed)
     holders = [loader, getattr(loader, "sampler", None)]
     generators = [g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None]
     states = [generator.get_state() for generator in generators]
@@ -161,6 +166,9 @@ def same_draws(loader: Iterable, seed: int) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+        torch.set_rng_state(before[0])
+        if on_cuda:
+            torch.cuda.set_rng_state_all(before[1])
 
 
 class PeakMemory:
