@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ulr_snn.graph import leaves, passes_through
+from ulr_snn.model.graph import leaves, passes_through
 
 KINDS: dict[str, Callable[[list[Tensor]], Iterable[Tensor]]] = {
     "list": list,

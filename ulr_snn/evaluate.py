@@ -17,7 +17,7 @@ from ulr_snn.model.discovery import find_layers
 from ulr_snn.model.forward import as_sequence, check_outputs, measure_levels, model_outputs, runs_by_step
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.noise.level import Noise, NoiseLevel
-from ulr_snn.sites.binding import Layers, bind, check_layers, own_modules, spiking_layers
+from ulr_snn.sites.binding import Layers, bind, check_layers, own_modules, spiking_layers, turn
 
 Run = tuple[Tensor, Mapping[str, Tensor]]  # outputs, and activity [B] by name
 BINS = 15  # of the calibration error
@@ -45,8 +45,8 @@ def evaluate(
     over time); "loss" is then that of the single ones, "bound" the multi-sample one, -log mean exp(-loss), and with
     "calibration_error" (expected calibration error, 15 bins) and "disagreement" (how often two of them differ) they say
     what the average knows of its own mistakes (arXiv 2102.03280). activity: also "spikes" and "operations" of a sample,
-    those of all layers over time (see `ulr_snn.SpikeBudget`). autocast: as of `train`. Raises UsageError as
-    `train` does.
+    those of all layers over time (see `ulr_snn.SpikeBudget`). autocast: as of `train`. Calls from several
+    threads on one model take turns. Raises UsageError as `train` does.
     """
     if mode not in ("deterministic", "stochastic"):
         raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
@@ -57,12 +57,12 @@ def evaluate(
     device = pick_device(device)
     objective = resolve(loss)
     counts = {"spikes", "operations"} if activity else objective.counts
-    model.to(device)
     tally, several, activities = Tally(), Several(), Activities()
     runs = samples or (copies if mode == "stochastic" else 0)
     estimator = or_default(estimator)
     runner: Runner | None = None
-    with mode_of(model, training=False):
+    with turn(model), mode_of(model, training=False):
+        model.to(device)
         for step, batch in enumerate(loader):
             x, targets, lengths = unpack(batch, device)
             x = as_sequence(x, targets, lengths, time_first, model)

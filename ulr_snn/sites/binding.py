@@ -4,7 +4,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -243,19 +245,30 @@ def never_fires(neuron: SpikingNeuron | StepNeuron) -> bool:
     return not bool(torch.isfinite(torch.as_tensor(neuron.threshold)).all())
 
 
+_turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # no attributes: models are copied and saved
+_turns_made = Lock()
+
+
+def turn(model: nn.Module) -> Any:
+    """The lock of a model. A thread holds it while sites, modes or flows of its own are set in the model's modules; the
+    same thread may take it again."""
+    with _turns_made:
+        return _turns.setdefault(model, RLock())
+
+
 @contextmanager
 def bind_sites(
     model: nn.Module, sites: Sequence[Any], lengths: Tensor | None, layers: Layers | None = None
 ) -> Iterator[None]:
     """For a while, gives each spiking layer its site, one with `fire_sequence(neuron, current)` or an
-    `adapters.Step`, and lets go again."""
+    `adapters.Step`, and lets go again. Other threads wait. Raises UsageError where this one has bound the model."""
     layers = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
     modules = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for neuron in layers]
     places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in layers]
-    if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
-        raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
-    with ExitStack() as stack:
+    with turn(model), ExitStack() as stack:
+        if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
+            raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
         stack.enter_context(fresh_memories(model))
         for neuron, module, place, site in zip(layers, modules, places, sites, strict=True):
             if isinstance(neuron, StepNeuron):

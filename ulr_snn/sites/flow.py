@@ -8,7 +8,7 @@ from torch import nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.noise.level import WeightNoise
-from ulr_snn.sites.binding import Layers, inside, spiking_layers
+from ulr_snn.sites.binding import Layers, inside, spiking_layers, turn
 
 FLOWS = ("ulr", "backprop", "frozen")
 
@@ -46,18 +46,23 @@ def with_flow(model: nn.Module, flow: Mapping[str, str], noise: Mapping[str, Any
 
 @contextmanager
 def frozen(model: nn.Module, flow: Mapping[str, str]) -> Iterator[None]:
-    """For a while, parameters of parts marked "frozen" want no gradient, and their modules are in evaluation mode."""
-    names = [name for name, kind in flow.items() if kind == "frozen"]
-    held = [q for key, q in model.named_parameters() if q.requires_grad and any(inside(key, name) for name in names)]
-    still = [module for key, module in model.named_modules() if module.training and any(inside(key, n) for n in names)]
-    try:
-        for q in held:
-            q.requires_grad_(False)
-        for module in still:
-            module.training = False
-        yield
-    finally:
-        for q in held:
-            q.requires_grad_(True)
-        for module in still:
-            module.training = True
+    """For a while, parameters of parts marked "frozen" want no gradient, and their modules are in evaluation mode.
+    Other threads wait for the model."""
+    with turn(model):
+        names = [name for name, kind in flow.items() if kind == "frozen"]
+        held = [
+            q for key, q in model.named_parameters() if q.requires_grad and any(inside(key, name) for name in names)
+        ]
+        training = [(key, module) for key, module in model.named_modules() if module.training]
+        still = [module for key, module in training if any(inside(key, name) for name in names)]
+        try:
+            for q in held:
+                q.requires_grad_(False)
+            for module in still:
+                module.training = False
+            yield
+        finally:
+            for q in held:
+                q.requires_grad_(True)
+            for module in still:
+                module.training = True
