@@ -25,6 +25,7 @@ from ulr_snn import (
     AdaptiveCopies,
     CurrentNoise,
     Fold,
+    Independent,
     TimeAverage,
     WeightNoise,
     data,
@@ -215,7 +216,7 @@ def robustness(seed: int) -> Iterator[Row]:
 
 def samples(seed: int) -> Iterator[Row]:
     """Several samples at inference: accuracy and calibration, of nets trained for one sample's loss and for a bound."""
-    several = ULR(copies=4, antithetic=False, multi_sample=True)
+    several = ULR(sampling=Independent(4, multi_sample=True))
     for name, estimator in {"ulr": ULR(), "ulr, 4 copies": ULR(copies=4), "bound of 4": several}.items():
         model = trained("spoken-digits-ff", seed, estimator=estimator)
         for count in (1, 2, 4, 8, 16):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import machine
 from benchmarks.nets import CASES, CLASSES, LOOPS, NETS, Case, ours
-from ulr_snn import ULR, attach
+from ulr_snn import ULR, Online, attach
 
 HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS, ROUNDS = 24, 8, 9
@@ -62,12 +62,14 @@ def likelihood_ratio(case: Case, device: str, memory: str = "auto") -> Step:
     streams = memory == "stream"
     model = ours(case, averaged=not streams).to(device)
     optimizer = torch.optim.Adam(model.parameters(), RATE, fused=True)
-    attached = attach(model, ULR(memory=memory), "ce_rate" if streams else "ce_count", total_steps=1000)
+    attached = attach(
+        model, Online() if streams else ULR(memory=memory), "ce_rate" if streams else "ce_count", total_steps=1000
+    )
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         if streams:
-            for _ in attached.stream(x, y):
+            for _ in attached.steps(x, y):
                 optimizer.step()
                 optimizer.zero_grad()
             return

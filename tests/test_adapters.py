@@ -19,8 +19,9 @@ import ulr_snn
 from ulr_snn import LIF, ULR, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
-from ulr_snn.model.forward import model_outputs, runs_by_step
-from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.model.call import model_outputs, runs_by_step
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import bind, bind_sites
 from ulr_snn.sites.records import Record
 
@@ -322,7 +323,7 @@ def pairs(loop: nn.Module, ours: nn.Sequential) -> list[tuple[nn.Parameter, nn.P
 def gradient_of(model: nn.Module, estimator: ULR, batch: tuple[Tensor, Tensor], lengths: Tensor | None = None) -> None:
     model.zero_grad()
     with attach(model, estimator, seed=5, total_steps=8) as ulr:
-        ulr.engine.own_code = True  # tests/test_engine.py is about the other
+        ulr.binder.own_code = True  # tests/test_engine.py is about the other
         for _ in range(3):
             ulr.backward(*batch, lengths=lengths)
 
@@ -599,7 +600,7 @@ def test_events_are_told_from_spikes_in_layers_that_run_a_whole_sequence():
     with attach(model, ULR(maps="learned")) as ulr:
         for _ in range(3):
             assert ulr.backward(*separable()[0]).stats["copies"] == 1
-        assert ulr.driven == {"0"} and not ulr.structure.needs_pairs
+        assert ulr.learner.driven == {"0"} and not ulr.structure.needs_pairs
 
 
 def test_a_layer_that_never_runs_is_measured_once():

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import ulr_snn
 from ulr_snn import LIF, ULR, CurrentNoise, Fold, TimeAverage, UsageError, WeightNoise, attach, evaluate, plan, train
 from ulr_snn.adapters.blackbox import copied
-from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Noise
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 
@@ -301,7 +302,7 @@ def test_a_single_time_step():
         ulr.backward(x[:1], y)
     with pytest.raises(UsageError, match="got a current of shape"), attach(model) as ulr:
         ulr.backward(x[:1], y)
-        ulr.layers[0][1].whole = False
+        ulr.bound.layers[0][1].whole = False
         ulr.backward(x[:1], y)
 
 
@@ -536,7 +537,7 @@ def test_the_learned_response_is_the_mean_slope():
     with attach(model, ULR(credit="feedback", noise={"1": CurrentNoise(scale)})) as ulr:
         for _ in range(20):
             ulr.backward(x, y)
-        kernel, passes = ulr.feedback.responses["1"]
+        kernel, passes = ulr.learner.feedback.responses["1"]
     with torch.no_grad():
         distance = (1 - model[0](x)) / scale
     slope = (torch.exp(-(distance**2) / 2) / math.sqrt(2 * math.pi)).mean((0, 1))
@@ -566,7 +567,7 @@ def test_the_noise_is_a_part_of_the_currents_spread_and_narrows():
     model, (x, y) = latched(), data()
     with attach(model, total_steps=2) as ulr:
         ulr.backward(x, y)
-        spread = ulr.level.starts["1"]
+        spread = ulr.learner.level.starts["1"]
         with torch.no_grad():
             assert spread == pytest.approx(model[0](x).std(correction=0).item(), rel=1e-5)
         level = NoiseLevel(ULR().firing, 0.0, {"1": CurrentNoise()}, {"1": spread})

@@ -6,7 +6,20 @@ from torch import Tensor, nn
 
 import ulr_snn
 import ulr_snn.credit.structure
-from ulr_snn import LIF, ULR, AdaptiveCopies, Logistic, TimeAverage, UsageError, WeightNoise, attach
+from ulr_snn import (
+    LIF,
+    ULR,
+    Adaptive,
+    AdaptiveCopies,
+    Global,
+    Independent,
+    Logistic,
+    TimeAverage,
+    UsageError,
+    WeightNoise,
+    attach,
+)
+from ulr_snn.estimators.step_sizes import StepSizes
 from ulr_snn.model.forward import Forward
 from ulr_snn.sampling.adaptive import CopyBudget
 
@@ -57,7 +70,7 @@ def test_variance_and_power_are_those_of_the_estimator(groups: int, monkeypatch)
     """Of L = w · S the mean is w; trace(cov) from many draws."""
     monkeypatch.setattr(ulr_snn.sampling.adaptive, "WINDOW", 10**9)
     generator, mean = torch.Generator().manual_seed(groups), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    budget = CopyBudget(AdaptiveCopies(least=2), 1)
+    budget = Adaptive(least=2, antithetic=False).counter()
     gradients = []
     for _ in range(40000):
         halves = halves_of(groups, generator, mean)
@@ -72,7 +85,7 @@ def test_variance_and_power_are_those_of_the_estimator(groups: int, monkeypatch)
 
 def test_copies_bring_the_variance_down_to_what_is_asked(monkeypatch):
     monkeypatch.setattr(ulr_snn.sampling.adaptive, "WINDOW", 10**9)
-    budget = CopyBudget(AdaptiveCopies(variance=0.5, least=4, most=64), 2)
+    budget = Adaptive(variance=0.5, least=4, most=64).counter()
     assert budget.copies() == 4
     for variance, power, copies in ((1.0, 1.0, 4), (4.0, 1.0, 16), (7.9, 1.0, 32), (100.0, 1.0, 64), (1.0, -0.1, 64)):
         budget.variances, budget.powers, budget.measured = {None: variance}, {None: power}, {None: 1}
@@ -143,14 +156,14 @@ def test_halves_add_up_to_the_gradient(monkeypatch):
 def test_layerwise_each_layer_has_its_own():
     with attach(net(), adaptive(0.2, layerwise=True), seed=0) as ulr:
         for _ in range(12):
-            if ulr.step == 10:  # no step that measures
-                ulr.budget.variances["1"] *= 4
+            if ulr.learner.step == 10:  # no step that measures
+                ulr.learner.copies.variances["1"] *= 4
             passes = ulr.forward_passes
-            copies = {site: ulr.budget.copies(site) for site in ("1", "3")}
+            copies = {site: ulr.learner.copies.copies(site) for site in ("1", "3")}
             ulr.backward(*data())
-            if ulr.step > 1:
+            if ulr.learner.step > 1:
                 assert ulr.forward_passes - passes == (1 + sum(k - 1 for k in copies.values())) * 256
-        assert set(ulr.budget.measured) == {"1", "3"}
+        assert set(ulr.learner.copies.measured) == {"1", "3"}
         assert copies["1"] > copies["3"] > 4
 
 
@@ -158,11 +171,11 @@ def test_resumes():
     with attach(net(), adaptive(0.3), seed=0) as ulr:
         for _ in range(5):
             ulr.backward(*data())
-        state, copies = ulr.state_dict(), ulr.budget.copies()
+        state, copies = ulr.state_dict(), ulr.learner.copies.copies()
     with attach(net(), adaptive(0.3), seed=0) as ulr:
-        assert ulr.budget.copies() != copies
+        assert ulr.learner.copies.copies() != copies
         ulr.load_state_dict(state)
-        assert ulr.budget.copies() == copies
+        assert ulr.learner.copies.copies() == copies
 
 
 @pytest.mark.parametrize(
@@ -182,7 +195,7 @@ def test_bounds(options, message):
 
 @pytest.mark.parametrize("options", [{"credit": "feedback"}, {"credit": "auto"}])
 def test_what_it_does_not_go_with(options):
-    with pytest.raises(UsageError, match="AdaptiveCopies; it takes"):
+    with pytest.raises(UsageError, match=r"Adaptive copies .* it takes"):
         ULR(copies=AdaptiveCopies(), **options)
 
 
@@ -198,8 +211,8 @@ MIX = {"ce_count": 1.0, "zero_one": 0.5, ulr_snn.SpikeBudget(3): 0.1}
         ({"copies": 4, "noise": {"5": WeightNoise()}}, "ce_count"),
         ({"copies": 4, "noise": {"2": WeightNoise(per_sample=True)}}, "ce_count"),
         ({"copies": 4, "antithetic": False, "quasi_monte_carlo": True}, "ce_count"),
-        ({"copies": 4, "antithetic": False, "multi_sample": True}, "ce_count"),
-        ({"copies": 4, "reward_to_go": True}, "ce_rate"),
+        ({"sampling": Independent(4, multi_sample=True)}, "ce_count"),
+        ({"credit": Global(reward_to_go=True), "copies": 4}, "ce_rate"),
         ({"copies": 4}, MIX),
     ],
 )
@@ -208,15 +221,17 @@ def test_copies_in_turn_give_the_same_gradient(options, loss):
     found = []
     for memory in ("auto", "replay"):
         model = net() if loss != "ce_rate" else nn.Sequential(*list(net())[:4], *list(net())[5:])
-        with attach(model, ULR(credit="global", memory=memory, **options), loss, seed=0, total_steps=20) as ulr:
-            ulr.advise_step_sizes()
+        with attach(
+            model, ULR(**{"credit": "global", "memory": memory, **options}), loss, seed=0, total_steps=20
+        ) as ulr:
+            ulr.learner.step_sizes = StepSizes()
             for _ in range(3):
                 model.zero_grad()
                 estimate = ulr.backward(*data())
             found.append([q.grad for q in model.parameters()])
-            found[-1] += [estimate.loss, estimate.outputs, ulr.mean_loss]
-            found[-1] += [torch.tensor(sorted(ulr.rate_factors().values()))]
-            assert ulr.forward_passes >= (1 if memory == "auto" else 2) * 3 * options["copies"] * 256
+            found[-1] += [estimate.loss, estimate.outputs, ulr.learner.mean_loss]
+            found[-1] += [torch.tensor(sorted(ulr.learning_rates().values()))]
+            assert ulr.forward_passes >= (1 if memory == "auto" else 2) * 3 * options.get("copies", 4) * 256
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -265,9 +280,9 @@ def test_copies_in_turn_are_replayed_with_the_noise_that_they_were_judged_with(m
         seen.clear()
         with torch.no_grad():
             model[0].weight.mul_(8)
-        start = ulr.level.starts["1"]
+        start = ulr.learner.level.starts["1"]
         ulr.backward(*data())
-        assert ulr.level.starts["1"] > start
+        assert ulr.learner.level.starts["1"] > start
     assert len(seen) == 4
     for judged, replayed in seen.values():
         assert torch.equal(judged, replayed)

@@ -54,7 +54,9 @@ def test_a_loss_may_change_between_steps() -> None:
     ulr = ulr_snn.attach(model, ULR(firing=Logistic(0.3)))
     x, y = events()
     wrong = lambda outputs, targets: (outputs.sum(0).argmax(1) != targets).float()  # noqa: E731
-    assert [ulr.backward(x, y, loss).stats["copies"] for loss in (None, wrong, None)] == [1, 8, 1]
+    with pytest.warns(UserWarning, match="gives the outputs no gradient") as told:
+        assert [ulr.backward(x, y, loss).stats["copies"] for loss in (None, wrong, None, wrong)] == [1, 8, 1, 8]
+    assert len(told) == 1
 
 
 def test_gradients_of_parameters_that_the_optimizer_leaves_out_do_not_pile_up() -> None:

@@ -11,6 +11,7 @@ from tests.test_train import batches, net, train
 from tests.test_unbiased import make
 from ulr_snn import LIF, ULR, attach, evaluate, plan
 from ulr_snn.credit import feedback
+from ulr_snn.credit.kinds import Feedback
 from ulr_snn.credit.recurrence import Recurrence
 
 
@@ -123,7 +124,7 @@ def test_every_kind_of_feedback_learns(name, monkeypatch, device):
     model, validation = net(), batches(64, seed=1)
     before = model[0].weight.detach().clone()
     settings = {"epochs": 8, "lr": 0.02, "val_loader": validation, "device": device}
-    result = train(model, estimator=ULR(credit="feedback", maps="learned", time_functions=2), **settings)
+    result = train(model, estimator=ULR(credit=Feedback(time_functions=2), maps="learned"), **settings)
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
     assert evaluate(model, validation, device=device)["accuracy"] > 0.95
     assert (model[0].weight.detach().cpu() - before).norm() > 0.05 * before.norm()
@@ -137,7 +138,7 @@ def test_bias_of_feedback_between_wide_layers_is_bounded(name, case, monkeypatch
     case_ = make(case)
     exact = case_.exact()
     case_.to(device)
-    estimator = ULR(credit="feedback", maps="learned", refresh=1, firing=dataclasses.replace(case_.firing, secants=0))
+    estimator = ULR(credit=Feedback(refresh=1), maps="learned", firing=dataclasses.replace(case_.firing, secants=0))
     draws = case_.draws(estimator, 2048, 40, warm_up=60).cpu()
     first = slice(0, case_.model[0].weight.numel() if case != "convolution" else case_.model[0][0].weight.numel())
     for what, part in (("all", slice(None)), ("first layer", first)):

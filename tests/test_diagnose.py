@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.test_plots import size
 from ulr_snn import LIF, ULR, Diagnosis, Logistic, TimeAverage, UsageError, diagnose
 from ulr_snn.diagnose import Moments
-from ulr_snn.estimators.ulr import Estimate
+from ulr_snn.estimators.base import Estimate
 
 STEPS, BATCH, PIXELS, CLASSES = 6, 32, 5, 3
 FIRING = Logistic(scale=0.4)
@@ -32,7 +32,7 @@ class Known:
     def __init__(self, factor: float, noise: float) -> None:
         self.factor, self.noise = factor, noise
 
-    def attach(self, model, loss, seed, time_first, total_steps=None):
+    def attach(self, model, loss, seed, time_first, total_steps=None, *, progress=None, rates=False):
         return _Attached(model, self, torch.Generator().manual_seed(seed))
 
 

@@ -5,14 +5,17 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import LIF, ULR, CurrentNoise, Logistic, SpikeBudget, attach, plan, train
+from ulr_snn import LIF, ULR, CurrentNoise, Logistic, Online, SpikeBudget, attach, plan, train
 from ulr_snn.adapters import adapt
+from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
+from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.chain import Chain
 
 STEPS, BATCH = 9, 16
@@ -170,14 +173,14 @@ def steps_of(
     outputs: list[Tensor] = []
     gradients: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     with attach(model, estimator, seed=5, total_steps=8, **options.pop("attach", {})) as ulr:
-        ulr.engine.own_code = own_code
+        ulr.binder.own_code = own_code
         for _ in range(5):
             optimizer.zero_grad()
             outputs.append(ulr.backward(*data, **options).outputs)
             for name, q in model.named_parameters():
                 gradients[name].append(torch.zeros_like(q) if q.grad is None else q.grad.clone())
             optimizer.step()
-        assert isinstance(ulr.model, Chain) is not own_code, ulr.engine.why
+        assert isinstance(ulr.bound.model, Chain) is not own_code, ulr.bound.why
     return outputs, gradients, [q.detach() for q in model.parameters()]
 
 
@@ -236,14 +239,13 @@ def test_operations_of_recurrent_weights_are_counted_by_the_models_own_code():
     """These count a spike where it is read, a step later; the last step's is not."""
     with attach(recurrent(), loss={"ce_count": 1, SpikeBudget(40, operations=True): 0.1}) as ulr:
         ulr.backward(*batch(torch.float32))
-        assert ulr.model is ulr.engine.model
+        assert ulr.bound.model is ulr.model
         ulr.backward(*batch(torch.float32), loss="ce_count")
-        assert isinstance(ulr.model, Chain)
+        assert isinstance(ulr.bound.model, Chain)
 
 
-@pytest.mark.parametrize("memory", ["replay"])
-def test_parts_of_time_have_the_gradient_of_the_whole(memory, double, monkeypatch):
-    monkeypatch.setattr("ulr_snn.memory.parts.TOGETHER", (4 * BATCH * 16,) * 2)
+def test_chunks_of_time_have_the_gradient_of_the_whole(double):
+    memory = TimeChunks(limits=ChunkLimits(together=(4 * BATCH * 16,) * 2))
     for make in (leaky, recurrent, lambda: jelly("LIFNode", "m")):
         torch.manual_seed(0)
         model = make().double()
@@ -251,7 +253,7 @@ def test_parts_of_time_have_the_gradient_of_the_whole(memory, double, monkeypatc
         whole = steps_of(copy.deepcopy(model), ULR(firing=firing), batch(), False)
         few = steps_of(model, ULR(firing=firing, memory=memory), batch(), False)
         with attach(model, ULR(firing=firing, memory=memory), seed=5) as ulr:
-            assert ulr.backward(*batch()).stats["parts"] > 1 and isinstance(ulr.model, Chain)
+            assert ulr.backward(*batch()).stats["parts"] > 1 and isinstance(ulr.bound.model, Chain)
         for name, found in whole[1].items():
             torch.testing.assert_close(few[1][name], found, rtol=1e-9, atol=1e-12)
 
@@ -265,7 +267,7 @@ def test_updates_at_every_time_step_are_those_of_our_own_neurons(double):
         found = []
         for one in (model, own):
             one.zero_grad()
-            with attach(one, ULR(memory="stream", firing=Logistic(0.3)), loss="ce_rate", seed=5) as ulr:
+            with attach(one, Online(firing=Logistic(0.3)), loss="ce_rate", seed=5) as ulr:
                 for _ in range(3):
                     ulr.backward(*batch())
             found.append([q.grad.clone() for q in own.parameters()])
@@ -349,7 +351,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def engine_of(model: nn.Module, estimator: ULR | None = None) -> Any:
     with attach(model, estimator, seed=5) as ulr:
         ulr.backward(*batch(torch.float32))
-    return ulr.engine
+    bound = ulr.bound
+    return SimpleNamespace(running=bound.model, model=model, why=bound.why, line=bound.describe)
 
 
 @pytest.mark.parametrize("count", [None, 40], ids=["as many steps as come", "forty"])
@@ -369,7 +372,7 @@ def test_of_long_sequences_a_part_is_recorded_where_the_model_takes_it(count):
     model = Long(lambda: snn.Leaky(0.8))
     with attach(model, ULR(memory="replay")) as ulr:
         ulr.backward(x, y)
-    assert ulr.engine.running is not model
+    assert ulr.bound.model is not model
     assert max(model.seen) == (32 if count is None else 40)
 
 
@@ -465,7 +468,9 @@ def test_training_is_the_same_and_leaves_the_model_as_it_was(monkeypatch):
     keys, modules, attributes = list(model.state_dict()), list(model.modules()), dict(model.lif1.__dict__)
     other, data = copy.deepcopy(model), [batch(torch.float32)]
     train(model, data, 10, seed=0, progress=False)
-    monkeypatch.setattr("ulr_snn.model.chain.Engine.own_code", True)
+    own = classmethod(lambda cls, model, batch, noise, own_code: of(model, batch, noise, own_code=True))
+    of = BoundModel.of
+    monkeypatch.setattr(BoundModel, "of", own)
     train(other, data, 10, seed=0, progress=False)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -496,13 +501,13 @@ def test_what_is_replaced_after_attaching_is_noticed(double):
             ulr.backward(*batch())
             change()
             model.zero_grad()
-            ulr.mean_loss = None
+            ulr.learner.mean_loss = None
             ulr.backward(*batch())
             found = [q.grad.clone() for q in model.parameters()]
-            assert isinstance(ulr.model, Chain) is chain
+            assert isinstance(ulr.bound.model, Chain) is chain
             model.zero_grad()
             with attach(model, ULR(credit="global", firing=scale), seed=5) as fresh:
-                fresh.engine.own_code, fresh.step = True, ulr.step - 1
+                fresh.binder.own_code, fresh.learner.step = True, ulr.learner.step - 1
                 fresh.backward(*batch())
             torch.testing.assert_close(found, [q.grad for q in model.parameters()], rtol=1e-9, atol=1e-12)
 

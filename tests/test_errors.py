@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
+from ulr_snn.credit.kinds import Auto
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import bind
 
@@ -92,9 +93,9 @@ WRONG: dict[str, tuple[Callable, str]] = {
     "non-finite policy": (lambda: ULR(on_nonfinite="ignore"), "'ignore'"),
     "no copies": (lambda: ULR(copies=0), "copies=0"),
     "half a copy": (lambda: ULR(copies=1.5), "copies=1.5"),
-    "refresh never": (lambda: ULR(refresh=0), "refresh=0"),
-    "no time functions": (lambda: ULR(time_functions=0), "time_functions=0"),
-    "feedback rate": (lambda: ULR(feedback_rate=0.0), "feedback_rate=0.0"),
+    "refresh never": (lambda: ULR(credit=Auto(refresh=0)), "refresh=0"),
+    "no time functions": (lambda: ULR(credit=Auto(time_functions=0)), "time_functions=0"),
+    "feedback rate": (lambda: ULR(credit=Auto(rate=0.0)), "rate=0.0"),
     "odd copies in pairs": (lambda: ULR(copies=3), "copies=3"),
     "residual with one pair": (lambda: ULR(credit="residual", copies=2), "at least 4"),
     "residual with one copy": (lambda: ULR(credit="residual", copies=1, antithetic=False), "at least 2"),

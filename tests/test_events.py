@@ -10,10 +10,11 @@ import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
 from ulr_snn.kernels import sparse
 from ulr_snn.kernels.sparse import Rows, linear, product
-from ulr_snn.memory import parts
+from ulr_snn.losses.named import resolve
+from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
+from ulr_snn.model.batch import Batch
 from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import DENSITY, FEWEST, Events
-from ulr_snn.model.forward import as_sequence
 from ulr_snn.peers import SurrogateBPTT
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
@@ -305,7 +306,7 @@ def test_whatever_is_done_with_listed_events_is_done_with_the_frames(name):
 
 ESTIMATORS = {
     "": ULR(),
-    "replay": ULR(memory="replay"),
+    "replay": ULR(memory=TimeChunks(limits=ChunkLimits(together=(1000, 1000)))),  # several chunks
     "copies": ULR(credit="residual", copies=4),
     "copies in turn": ULR(credit="global", copies=4, memory="replay", firing=Logistic(0.3)),
     "surrogate": SurrogateBPTT(),
@@ -317,7 +318,6 @@ ESTIMATORS = {
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, made, monkeypatch):
     monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
-    monkeypatch.setattr(parts, "TOGETHER", (1000,) * 2)  # several parts
     frames, y = frames_of(), torch.arange(16) % 4
     lengths = torch.arange(16) % 8 + 1 if padded else None
 
@@ -338,6 +338,10 @@ def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, ma
     lost = frames.clone()
     lost.view(-1)[frames.flatten().nonzero()[0]] = 0  # a wrong variant: the first event is lost
     assert not all(torch.equal(mine, other) for mine, other in zip(run(listed(lost), True), expected, strict=True))
+
+
+def as_sequence(x: Tensor, targets: Tensor, lengths: Tensor | None, time_first: bool, model: nn.Module) -> Tensor:
+    return Batch.of(model, x, targets, lengths, resolve("ce_count"), time_first).x
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float32, torch.float64], ids=str)

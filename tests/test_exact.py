@@ -14,7 +14,10 @@ from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, TimeAverage, UsageError,
 from ulr_snn.credit.direct import direct_credit, direct_effect
 from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.losses.named import resolve
-from ulr_snn.model.forward import Forward, Pass
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.forward import Forward
+from ulr_snn.model.passes import Pass
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.secant import between, secant
 from ulr_snn.sites.binding import spiking_layers
@@ -58,8 +61,9 @@ class Attention(nn.Module):
 
 def one_pass(model: nn.Module, x: Tensor, scale: float = 0.4) -> Pass:
     level = NoiseLevel(Logistic(scale))
-    forward = Forward(model, level, seed=0, step=0, antithetic=False, layers=spiking_layers(model))
-    return forward.run(x, torch.zeros(x.shape[1], dtype=torch.long), None, resolve("ce_count"), [0])
+    targets = torch.zeros(x.shape[1], dtype=torch.long)
+    batch = Batch.of(model, x, targets, None, resolve("ce_count"), time_first=True)
+    return Forward(BoundModel(model, False, spiking_layers(model)), level).run(batch, [0])
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,7 @@ def test_neurons_that_never_fire_are_readouts(threshold):
     assert math.isfinite(result.history[-1]["train_loss"])
     with attach(model) as ulr:
         assert all(torch.isfinite(ulr.backward(x, y).loss))
-        assert ulr.level.quiet == {"readout"} or math.isinf(threshold)
+        assert ulr.learner.level.quiet == {"readout"} or math.isinf(threshold)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1, -0.2])

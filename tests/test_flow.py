@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan, train
+from ulr_snn.memory.step import Step
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 FIRING = Logistic(scale=0.4)
@@ -100,16 +101,17 @@ def test_wrong_flows(flow, message):
         attach(net(), ULR(flow=flow))
 
 
-def test_the_halves_of_a_network_apart_give_its_gradient():
+def test_the_halves_of_a_network_apart_give_its_gradient(monkeypatch):
     """The first half from the losses of the second alone: the same noise gives what global credit gives together."""
     whole = net()
     first = copy.deepcopy(whole[:2])
     estimator = ULR(credit="global", copies=2, firing=FIRING)
     x, y = data()
     losses: list[Tensor] = []
-    with attach(whole, estimator, seed=0) as ulr:
-        finish = ulr._finish
-        ulr._finish = lambda passes, *rest: losses.extend(p.loss.flatten() for p in passes) or finish(passes, *rest)
+    finish = Step.finish
+    kept = lambda step, passes, *rest: losses.extend(p.loss.flatten() for p in passes) or finish(step, passes, *rest)  # noqa: E731
+    with attach(whole, estimator, seed=0) as ulr, monkeypatch.context() as patch:
+        patch.setattr(Step, "finish", kept)
         ulr.backward(x, y)
 
     def answer(spikes: Tensor, targets: Tensor) -> Tensor:  # what comes back over the wire
@@ -166,9 +168,9 @@ def test_a_frozen_part_of_a_chain_is_recognised_once():
     assert any("chain" in line for line in plan(model, data(), estimator).engine)
     with attach(model, estimator, seed=0) as ulr:
         ulr.backward(*data())
-        chain = ulr.model
+        chain = ulr.bound.model
         ulr.backward(*data())
-    assert chain is not model and ulr.model is chain and all(modes(model).values())
+    assert chain is not model and ulr.bound.model is chain and all(modes(model).values())
 
 
 def test_modules_put_into_evaluation_mode_stay_there_in_training():

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import ulr_snn.credit.prediction
 import ulr_snn.credit.structure
-import ulr_snn.estimators.ulr
 from tests.statistics import compare_means, gradient_draws
 from tests.test_unbiased import (
     CASES,
@@ -29,7 +28,10 @@ from tests.test_unbiased import (
 )
 from ulr_snn import LIF, ULR, Gaussian, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit import feedback
-from ulr_snn.noise.level import LEVELS, Firing, Noise
+from ulr_snn.credit.kinds import Feedback, Residual
+from ulr_snn.noise.firing import Firing
+from ulr_snn.noise.level import LEVELS
+from ulr_snn.noise.random import Noise
 
 STEPS, BATCH, SEED = 5, 3, 11
 TOTAL = 16  # steps over which the noise is annealed
@@ -152,7 +154,7 @@ def predict(
     output error e and from the next layer's credit (of every time step by itself, or projected on functions of
     time), and what a spike does through its own neuron's reset and its layer's recurrent weights."""
     steps = len(records[0]["s"])
-    q = waves(estimator.time_functions, steps)
+    q = waves(getattr(estimator.credit, "time_functions", 8), steps)
     learned, predictions, downstream = state["feedback"], [], None
     maps = learned["layers"]
     if estimator.maps != "learned":
@@ -197,7 +199,7 @@ def copies_by_hand(
     model: nn.Sequential, estimator: ULR, state: dict, copies: int, x: Tensor, wrong: str = ""
 ) -> list[list[dict]]:
     """What each layer of each copy does in the step that `state` comes before."""
-    group, steps, runs = 2 if estimator.antithetic else 1, len(x), []
+    group, steps, runs = estimator.sampling.group, len(x), []
     known = {name: value.cpu() for name, value in state["farthest"].items()}
     for c in range(copies):
         here, records = x, []
@@ -229,7 +231,7 @@ def by_hand(
 ) -> dict[str, Tensor]:
     """The gradient of one step of a net of [Linear, LIF]..., TimeAverage, Linear under cross-entropy."""
     layers, readout, last = layers_of(model), model[-1], str(len(model) - 1)
-    group = 2 if estimator.antithetic else 1
+    group = estimator.sampling.group
     runs = copies_by_hand(model, estimator, state, copies, x, wrong)
     losses, errors, means = [], [], []
     for records in runs:
@@ -259,7 +261,7 @@ def by_hand(
             "residual": [c] if wrong == "own copy's prediction" else others,
             "global": [],
         }
-        sources = sources[estimator.credit]
+        sources = sources[estimator.credit.name]
         credits = []
         for index, record in enumerate(runs[c]):
             a = sum(predictions[o][index] for o in sources) / len(sources) if sources else 0 * record["s"]
@@ -267,9 +269,9 @@ def by_hand(
             credits.append(a)
         for index, (name, _, site, neuron) in enumerate(layers):
             record = runs[c][index]
-            slope = record["response" if estimator.credit == "feedback" else "slope"]
+            slope = record["response" if estimator.credit.name == "feedback" else "slope"]
             credit = credits[index] * slope if wrong != "no a p'" else 0.0
-            if estimator.credit != "feedback":
+            if estimator.credit.name != "feedback":
                 credit = credit + signal[None, :, None] * record["score"]
             gradient[f"{name}.weight"] += torch.einsum("tbn,tbnj->nj", credit, record["∂weight"]) * share
             gradient[f"{name}.bias"] += (credit * record["∂bias"]).sum((0, 1)) * share
@@ -316,25 +318,25 @@ CONFIGURATIONS = {
         ULR(credit="global", copies=3, antithetic=False),
         "spike in place of innovation",
     ),
-    "residual, two pairs": (ULR(credit="residual", maps="learned", copies=4, refresh=1), "own copy's prediction"),
+    "residual, two pairs": (ULR(credit=Residual(refresh=1), maps="learned", copies=4), "own copy's prediction"),
     "residual, two copies": (
         ULR(credit="residual", maps="learned", copies=2, antithetic=False),
         "own copy's prediction",
     ),
     "residual, without a p'": (ULR(credit="residual", maps="learned", copies=4, antithetic=False), "no a p'"),
-    "feedback": (ULR(credit="feedback", maps="learned", refresh=4), "missing 1/scale"),
-    "feedback, refreshed": (ULR(credit="feedback", maps="learned", refresh=1, time_functions=3), "missing 1/scale"),
-    "feedback through resets": (ULR(credit="feedback", maps="learned", refresh=2), "own reset left out"),
+    "feedback": (ULR(credit=Feedback(refresh=4), maps="learned"), "missing 1/scale"),
+    "feedback, refreshed": (ULR(credit=Feedback(refresh=1, time_functions=3), maps="learned"), "missing 1/scale"),
+    "feedback through resets": (ULR(credit=Feedback(refresh=2), maps="learned"), "own reset left out"),
     "feedback through recurrent weights": (ULR(credit="feedback", maps="learned"), "recurrent weights left out"),
     "feedback, four copies": (
-        ULR(credit="feedback", maps="learned", copies=4, time_functions=1),
+        ULR(credit=Feedback(time_functions=1), maps="learned", copies=4),
         "no leak in the trace",
     ),
     "feedback between layers": (
-        ULR(credit="feedback", maps="learned", time_functions=2),
+        ULR(credit=Feedback(time_functions=2), maps="learned"),
         "the other resolution in time",
     ),
-    "feedback from each step": (ULR(credit="feedback", maps="learned", time_functions=2), "credit of another step"),
+    "feedback from each step": (ULR(credit=Feedback(time_functions=2), maps="learned"), "credit of another step"),
     "residual, exact maps": (ULR(credit="residual", copies=4), "own copy's prediction"),
     "residual, exact maps, two copies": (ULR(credit="residual", copies=2, antithetic=False), "no a p'"),
     "exact maps": (ULR(credit="feedback"), "next layer left out"),
@@ -370,7 +372,7 @@ def agreement(
             estimate = ulr.backward(x.to(device), y.to(device))
             if step not in (0, 5, 9):
                 continue
-            if estimator.credit == "feedback":  # there, what spikes do to the next layer is learned before its use
+            if estimator.credit.name == "feedback":  # there, what spikes do to the next layer is learned before its use
                 state["feedback"]["layers"] = ulr.state_dict()["feedback"]["layers"]
             gradient = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
             for name, p in reference.named_parameters():
@@ -403,7 +405,8 @@ def test_same_noise_agrees_with_the_formula_by_hand(reset, recurrent, configurat
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 def test_credit_between_wide_layers_is_projected_on_functions_of_time(reset, recurrent, credit, monkeypatch, device):
     monkeypatch.setattr(feedback, "EXACT_IN_TIME", 0)
-    estimator = ULR(credit=credit, maps="learned", time_functions=2, firing=Logistic(0.4))
+    kind = Feedback(time_functions=2) if credit == "feedback" else Residual(time_functions=2)
+    estimator = ULR(credit=kind, maps="learned", firing=Logistic(0.4))
     wrong = "the other resolution in time"
     right, far = agreement(net(reset, recurrent), estimator, wrong, device, projected=True)
     assert right < 1e-9, f"differs by {right:.1e}"
@@ -480,7 +483,7 @@ def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, monkeypatch, devi
     )  # the first layer is too wide for its recurrent weights
     model = net(reset, True, (4, 3))
     reference = copy.deepcopy(model)
-    estimator = ULR(credit="feedback", maps="learned", time_functions=functions, firing=Logistic(0.4))
+    estimator = ULR(credit=Feedback(time_functions=functions), maps="learned", firing=Logistic(0.4))
     x = torch.rand(STEPS, batch, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1.5
     before, after, pair = refreshed(model, estimator, x, torch.tensor([0, 2, 1, 1, 0]), device)
     q, layers, weight = waves(functions, STEPS), layers_of(reference), reference[-1].weight.detach()
@@ -509,7 +512,7 @@ def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, monkeypatch, devi
 
     size, aside = off()
     assert aside < 1e-9
-    assert size == pytest.approx(estimator.feedback_rate * batch / (4 * functions))
+    assert size == pytest.approx(estimator.credit.rate * batch / (4 * functions))
     assert off("predictions left out")[1] > 1e-3
     assert off("direct effect left out")[1] > 1e-3
     assert off("path by the next layer counted twice")[1] > 1e-3
@@ -583,7 +586,7 @@ def test_bias_of_feedback_is_bounded(name, maps, device):
     case = make(name)
     exact = case.exact()
     case.to(device)
-    estimator = ULR(credit="feedback", maps=maps, refresh=1, firing=case.firing)
+    estimator = ULR(credit=Feedback(refresh=1), maps=maps, firing=case.firing)
     draws = case.draws(estimator, 2048, 40, warm_up=60).cpu()
     mean = draws.mean(0)
     spread = float((draws.std(0) / len(draws) ** 0.5).norm() / exact.norm())
@@ -606,7 +609,7 @@ def test_feedback_counts_no_path_twice(seed, entries, monkeypatch, device):
     exact = case.exact()
     case.to(device)
     firing = dataclasses.replace(case.firing, secants=0)
-    estimator = ULR(credit="feedback", maps="learned", refresh=1, firing=firing)
+    estimator = ULR(credit=Feedback(refresh=1), maps="learned", firing=firing)
     mean = case.draws(estimator, 2048, 40, warm_up=60).cpu().mean(0)
     first = slice(0, sum(p.numel() for module in case.model[:2] for p in module.parameters()))
     cosine = float(torch.nn.functional.cosine_similarity(mean[first], exact[first], dim=0))
@@ -642,7 +645,7 @@ def test_learned_feedback_converges_to_the_true_derivative(device):
     case.to(device)
     expected = case.model[2].weight.detach().T
     errors = []
-    with attach(case.model, ULR(credit="feedback", maps="learned", refresh=1, firing=case.firing), case.loss) as ulr:
+    with attach(case.model, ULR(credit=Feedback(refresh=1), maps="learned", firing=case.firing), case.loss) as ulr:
         for rounds in (2, 40):
             gradient_draws(ulr, case.batch(2048), case.parameters(), rounds)
             (learned,) = ulr.state_dict()["feedback"]["layers"].values()

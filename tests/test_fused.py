@@ -16,7 +16,7 @@ from ulr_snn.kernels.pool import Pool
 from ulr_snn.kernels.reference import leaky_drive
 from ulr_snn.kernels.state import State
 from ulr_snn.model.neurons import SpikingNeuron, step_mask
-from ulr_snn.noise.level import Drawer, Noise
+from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.sites.records import Record
 
 pytest.importorskip("numba", reason="the fused scans on a CPU are made by numba")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import ulr_snn.credit.prediction
 import ulr_snn.credit.structure
-import ulr_snn.estimators.ulr
 from tests.statistics import compare_means
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn.credit.kinds import Auto, Feedback
 from ulr_snn.model.graph import leaves
-from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 7, 6, 5, 3
@@ -24,7 +25,7 @@ WARM_UP = ulr_snn.credit.prediction.WARM_UP
 CREDITS = [
     ULR(credit="global", copies=4),
     ULR(credit="global", copies=2, antithetic=False),
-    ULR(credit="feedback", maps="learned", refresh=2),
+    ULR(credit=Feedback(refresh=2), maps="learned"),
     ULR(credit="feedback", maps="learned", copies=4),
     ULR(credit="residual", maps="learned", copies=4),
     ULR(credit="feedback"),
@@ -250,7 +251,7 @@ def constant(outputs: Tensor, targets: Tensor) -> Tensor:
 def test_a_constant_loss_has_no_gradient_at_all_where_there_is_a_baseline(estimator, device):
     model, x, y = moved(device, dense(), *data())
     for gradient in gradients(model, (x, y), estimator, loss=constant):
-        exactly = estimator.credit == "feedback"
+        exactly = estimator.credit.name == "feedback"
         assert gradient is None or gradient.abs().max() <= (0 if exactly else 1e-14)
 
 
@@ -320,7 +321,7 @@ def test_backward_adds_to_gradients_and_counts_its_passes():
 def test_the_usual_step_of_feedback_is_one_forward_pass(warm_up, monkeypatch):
     set_warm_up(monkeypatch, warm_up)
     model, (x, y) = dense(), data()
-    with attach(model, ULR(maps="learned", refresh=4)) as ulr:
+    with attach(model, ULR(credit=Auto(refresh=4), maps="learned")) as ulr:
         copies = [ulr.backward(x, y).stats["copies"] for _ in range(17)]
     assert copies == [2] * warm_up + [2 if step % 4 == 0 else 1 for step in range(warm_up, 17)]
     assert ulr.forward_passes == (sum(copies) + 1) * BATCH  # one to see what depends on the events

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
-from ulr_snn.estimators.ulr import Attachment
 from ulr_snn.kernels import dispatch
-from ulr_snn.noise.level import Drawer, Noise
+from ulr_snn.memory.step import Step
+from ulr_snn.noise.random import Drawer, Noise
 
 STEPS, BATCH, INPUTS = 6, 5, 7
 
@@ -104,12 +104,12 @@ def gradients(make: Callable[[], nn.Module], linked: bool, monkeypatch, dtype: t
     x = 2 * torch.rand(STEPS, BATCH, INPUTS, generator=generator, dtype=dtype)
     lengths = torch.tensor([6, 3, 1, 5, 6]) if options.pop("lengths", False) else None
     if not linked:
-        monkeypatch.setattr(Attachment, "_links", lambda self: False)
+        monkeypatch.setattr(Step, "links", False)
     with attach(model, ULR(firing=Logistic(0.2), **options), "ce_rate", seed=3) as ulr:
         for _ in range(2):
             model.zero_grad()
             ulr.backward(x, torch.arange(BATCH) % 3, lengths=lengths)
-        assert ulr._links() == linked
+        assert ulr.prepared(x, torch.arange(BATCH) % 3, None, lengths).links == linked
     monkeypatch.undo()
     return [q.grad for q in model.parameters() if q.requires_grad]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, attach, plan
-from ulr_snn.credit.feedback import Feedback, Pace, best_length, ridge_solution
+from ulr_snn.credit.feedback import LearnedFeedback, Pace, best_length, ridge_solution
 from ulr_snn.credit.maps import Full, Shared, window
 
 LOCAL = {
@@ -113,7 +113,7 @@ def test_forward_and_backward_are_one_linear_map(device):
 def test_a_refresh_never_loses_what_was_learned_and_soon_knows_a_map_without_noise(device):
     """With fewer rows than unknowns each refresh projects the error, so that it can only shrink."""
     torch.manual_seed(0)
-    truth, feedback = torch.randn(60, 7, dtype=torch.float64, device=device), Feedback(1, 0.1)
+    truth, feedback = torch.randn(60, 7, dtype=torch.float64, device=device), LearnedFeedback(1, 0.1)
     path, left = Full((60,), (7,)), [float("inf")]
     for _ in range(40):
         z = torch.randn(24, 60, dtype=torch.float64, device=device)
@@ -126,7 +126,7 @@ def test_a_refresh_never_loses_what_was_learned_and_soon_knows_a_map_without_noi
 def test_two_sources_of_one_layer_share_what_is_to_be_explained(device):
     torch.manual_seed(0)
     truths = {name: torch.randn(20, 5, dtype=torch.float64, device=device) for name in ("a -> c", "b -> c")}
-    paths, feedback = {name: Full((20,), (5,)) for name in truths}, Feedback(1, 0.1)
+    paths, feedback = {name: Full((20,), (5,)) for name in truths}, LearnedFeedback(1, 0.1)
     for _ in range(30):
         z = {name: torch.randn(64, 20, dtype=torch.float64, device=device) for name in truths}
         feedback.refresh_layer(paths, z, sum(z[name] @ truth for name, truth in truths.items()))
@@ -160,17 +160,17 @@ def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned
     x, y = 3 * torch.rand(16, 96, 6, device=device), torch.arange(96, device=device) % 3
     rows = []
     with attach(model, ULR(maps="learned", firing=Logistic(2.0))) as ulr:
-        learn = ulr.prediction.learn
+        learn = ulr.learner.prediction.learn
 
         def watched(lesson, spikes, current):
             rows.append(len(current))
             learn(lesson, spikes, current)
 
-        ulr.prediction.learn = watched
+        ulr.learner.prediction.learn = watched
         for _ in range(6):
             ulr.backward(x, y)
         assert rows[0] > 1000
-        assert likeness(ulr.feedback.layers["1 -> 3"], model[2].weight.detach().T) > 0.98
+        assert likeness(ulr.learner.feedback.layers["1 -> 3"], model[2].weight.detach().T) > 0.98
         for _ in range(40):
             ulr.backward(x, y)
         rows.clear()
@@ -183,13 +183,13 @@ def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned
         for _ in range(20):
             ulr.backward(x, y)
         assert len(rows) > 5 and max(rows) > 1000
-        assert likeness(ulr.feedback.layers["1 -> 3"], model[2].weight.detach().T) > 0.98
+        assert likeness(ulr.learner.feedback.layers["1 -> 3"], model[2].weight.detach().T) > 0.98
 
 
 def test_what_does_not_repeat_on_other_samples_is_not_learned(device):
     """Pure noise: the last quarter of the samples does not confirm what the others say."""
     torch.manual_seed(0)
-    feedback, path = Feedback(1, 0.1), Full((30,), (4,))
+    feedback, path = LearnedFeedback(1, 0.1), Full((30,), (4,))
     noise = torch.randn(400, 4, dtype=torch.float64, device=device)
     z = torch.randn(400, 30, dtype=torch.float64, device=device)
     whole = ridge_solution(z[:300], noise[:300])
@@ -216,7 +216,7 @@ def test_maps_learn_kernels_from_training(device):
     with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         for _ in range(40):  # eight lessons: with weights that keep still, one in eight steps
             ulr.backward(x, torch.arange(32, device=device) % 3)
-        learned = ulr.feedback.layers["1 -> 3"]
+        learned = ulr.learner.feedback.layers["1 -> 3"]
         assert isinstance(ulr.structure.feeds["1"]["3"], Shared)
     kernel = model[2][0].weight.detach().flatten(1).T
     assert likeness(learned, kernel) > 0.99
@@ -242,14 +242,14 @@ def test_a_map_that_differs_from_place_to_place_gets_a_full_matrix(device):
         for _ in range(16):
             ulr.backward(x, y)
         assert isinstance(ulr.structure.feeds["3"]["5"], Full)
-        learned = ulr.feedback.layers["3 -> 5"]
+        learned = ulr.learner.feedback.layers["3 -> 5"]
     expected = torch.diag(model[4].gain.detach().flatten())
     assert likeness(learned, expected) > 0.98
     with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as resumed:
         resumed.load_state_dict(ulr.state_dict())
         resumed.backward(x, y)
         assert isinstance(resumed.structure.feeds["3"]["5"], Full)  # it is not found out anew
-        torch.testing.assert_close(resumed.feedback.layers["3 -> 5"], learned, rtol=0, atol=0.2)
+        torch.testing.assert_close(resumed.learner.feedback.layers["3 -> 5"], learned, rtol=0, atol=0.2)
 
 
 def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch):
@@ -275,9 +275,9 @@ def test_a_matrix_that_is_not_known_is_learned_though_no_lesson_is_due(device):
     model = nn.Sequential(nn.Linear(6, 8), LIF(), nn.Linear(8, 7), LIF(), TimeAverage(), nn.Linear(7, 3)).to(device)
     x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
     with attach(model, ULR(maps="learned")) as ulr:
-        ulr.feedback.paces["3"] = Pace(every=8, due=100)
+        ulr.learner.feedback.paces["3"] = Pace(every=8, due=100)
         ulr.backward(x, y)
-        assert "1 -> 3" in ulr.feedback.layers
+        assert "1 -> 3" in ulr.learner.feedback.layers
 
 
 class OtherWayRound(nn.Module):
@@ -315,12 +315,12 @@ def test_low_precision_learns_too(dtype, device):
     with attach(model, ULR(maps="learned", firing=Logistic(0.5))) as ulr:
         for _ in range(3):
             ulr.backward(x, y)
-        learned, weight = ulr.feedback.layers["1 -> 3"].float(), model[2].weight.detach().T.float()
+        learned, weight = ulr.learner.feedback.layers["1 -> 3"].float(), model[2].weight.detach().T.float()
     assert likeness(learned, weight) > 0.95
 
 
 def test_a_path_of_another_shape_than_a_checkpoints_is_learned_anew(device):
-    feedback, name = Feedback(1, 0.1), "a -> b"
+    feedback, name = LearnedFeedback(1, 0.1), "a -> b"
     feedback.load_state_dict({"outputs": {}, "layers": {name: torch.ones(3, 2)}, "responses": {}}, device)
     path = Full((4,), (2,))
     assert feedback.to_layer(name, path, torch.ones(5, 6, 4, device=device)) is None
@@ -357,7 +357,7 @@ def test_where_events_take_a_shortcut_only_pairs_tell_what_spikes_do(device):
         assert copies[0] == 2 and sum(copies) - len(copies) in range(4, 12)
         assert all(n == 1 or step < 8 or step % 4 == 0 for step, n in enumerate(copies))
         ulr.backward(x, y)
-        learned = ulr.feedback.layers["lif -> last"]
+        learned = ulr.learner.feedback.layers["lif -> last"]
         weight = model.second.weight.detach().T
         assert likeness(learned, weight) > 0.98
         ulr.structure.paired = set()
@@ -367,7 +367,7 @@ def test_where_events_take_a_shortcut_only_pairs_tell_what_spikes_do(device):
 
 
 def test_a_current_that_is_not_finite_spoils_no_feedback(device):
-    feedback, path = Feedback(1, 0.1), Full((4,), (2,))
+    feedback, path = LearnedFeedback(1, 0.1), Full((4,), (2,))
     z, truth = torch.randn(40, 4, device=device), torch.randn(4, 2, device=device)
     change = z @ truth
     change[3, 1] = torch.inf
@@ -378,7 +378,7 @@ def test_a_current_that_is_not_finite_spoils_no_feedback(device):
 
 
 def test_half_precision_is_wide_enough_for_the_sums_of_a_lesson(device):
-    feedback, path = Feedback(1, 0.1), Full((8,), (16,))
+    feedback, path = LearnedFeedback(1, 0.1), Full((8,), (16,))
     z = torch.randn(1200, 8, device=device).half()
     before, after = feedback.refresh_layer({"a -> b": path}, {"a -> b": z}, 20 * z.repeat(1, 2))
     assert before == 1.0 and after < 0.01

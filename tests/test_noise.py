@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.statistics import chi_square, compare_means, frequency, uncorrelated
 from ulr_snn import LIF, ULR, Gaussian, Logistic, TimeAverage, attach
-from ulr_snn.noise.level import LEVELS, Noise, NoiseLevel
+from ulr_snn.noise.level import LEVELS, NoiseLevel
+from ulr_snn.noise.random import Noise
 
 FIRING = [Logistic(), Gaussian()]
 NEURONS = torch.Size([64])
@@ -387,11 +388,11 @@ def test_training_widens_the_start_of_a_layer_that_it_throws_about():
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), LIF(), *readout)
         with attach(model, total_steps=100) as ulr:
             ulr.backward(x, y)
-            before = ulr.level.starts["1"]
+            before = ulr.learner.level.starts["1"]
             with torch.no_grad():
                 model[0].weight *= 50
             ulr.backward(x, y)
-            assert before == pytest.approx(LOW) and ulr.level.starts["1"] == pytest.approx(expected)
+            assert before == pytest.approx(LOW) and ulr.learner.level.starts["1"] == pytest.approx(expected)
 
 
 def test_starts_are_restored_with_the_state():

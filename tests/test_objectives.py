@@ -1,5 +1,7 @@
 """Objectives without a gradient, costs of activity, and mixes: what they are, and that their gradients are right."""
 
+import warnings
+
 import numpy
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 import ulr_snn
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Fold, Logistic, OutputNoise, SpikeBudget, TimeAverage, UsageError, attach, evaluate, plan
+from ulr_snn.estimators.step_sizes import StepSizes
 from ulr_snn.losses.named import resolve
 from ulr_snn.model.activity import counting
 from ulr_snn.peers import METHODS
@@ -80,6 +83,46 @@ def test_a_function_of_numpy_arrays():
     assert all(q.grad is not None for q in model.parameters())
 
 
+def detached(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A cross-entropy that has lost its graph."""
+    return torch.tensor(nn.functional.cross_entropy(outputs.sum(0), targets, reduction="none").tolist())
+
+
+def usual(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.sum(0), targets, reduction="none")
+
+
+@pytest.mark.parametrize("loss", [detached, {"ce_count": 1.0, detached: 1.0}], ids=["alone", "in a mix"])
+def test_a_loss_that_lost_its_gradient_is_told_once(loss):
+    says = "the loss detached gives the outputs no gradient, so every step takes 8 forward passes; "
+    with attach(spiking(), loss=loss) as ulr:
+        with pytest.warns(UserWarning, match=says) as told:
+            assert [ulr.backward(*data()).stats["copies"] for _ in range(3)] == [8, 8, 8]
+        assert len(told) == 1 and told[0].filename == __file__
+    with pytest.warns(UserWarning, match=says) as told:
+        ulr_snn.train(spiking(), [data()] * 3, 2, loss=loss, device="cpu", progress=False)
+    assert len(told) == 1
+    assert sum(note.startswith(says) for note in plan(spiking(), data(), loss=loss).notes) == 1
+
+
+@pytest.mark.parametrize(
+    "loss, estimator",
+    [
+        (detached, ULR(credit="global")),
+        (detached, ULR(noise={"outputs": OutputNoise()})),
+        ("zero_one", None),
+        ("latency", None),
+        ({"ce_count": 1.0, "zero_one": 0.5}, None),
+        (usual, None),
+    ],
+)
+def test_nobody_is_told_who_knows(loss, estimator):
+    with attach(spiking(), estimator, loss) as ulr, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ulr.backward(*data())
+    assert not any("no gradient" in note for note in plan(spiking(), data(), estimator, loss).notes)
+
+
 @pytest.mark.parametrize("loss", ["zero_one", "latency"])
 def test_peers_say_what_they_need(loss):
     for name in ("surrogate", "expected", "alignment"):
@@ -97,9 +140,9 @@ def test_the_weight_of_a_loss_does_not_change_step_sizes():
     factors = []
     for loss in ("ce_count", {"ce_count": 0.01}, "zero_one"):
         with attach(model, loss=loss, seed=0) as ulr:
-            ulr.advise_step_sizes()
+            ulr.learner.step_sizes = StepSizes()
             ulr.backward(*data())
-            factors.append(ulr.rate_factors()["2.weight"])
+            factors.append(ulr.learning_rates()["2.weight"])
     assert factors == pytest.approx([factors[0]] * 3, rel=0.2)
 
 
@@ -310,7 +353,9 @@ def test_the_gradient_of_a_budget_is_exact_where_spikes_cost_and_do_nothing_else
     def constant(outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.0 * outputs.sum((0, 2))
 
-    with attach(model, ULR(firing=Logistic(scale=0.5)), {constant: 1.0, SpikeBudget(1e-6): 1e-6}, seed=0) as ulr:
+    loss = {constant: 1.0, SpikeBudget(1e-6): 1e-6}
+    told = pytest.warns(UserWarning, match="the loss constant gives the outputs no gradient")
+    with attach(model, ULR(firing=Logistic(scale=0.5)), loss, seed=0) as ulr, told:
         spikes = ulr.backward(x, y).outputs[:, 0]  # [copies, B, 4]
     fire = torch.sigmoid((model[0](x)[0].detach() - 1) / 0.5)
     above = (spikes.sum(-1, keepdim=True) > 0).double()
@@ -365,7 +410,7 @@ def test_samples_average_probabilities():
 
 
 def test_calibration_error_of_known_predictions():
-    from ulr_snn.evaluate import calibration_error
+    from ulr_snn.losses.metrics import calibration_error
 
     confidence = torch.tensor([0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([1.0, 1, 1, 0])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Fold, LeakyReadout, RecurrentLIF, TimeAverage, UsageError, attach, evaluate, train
+from ulr_snn import LIF, ULR, Fold, LeakyReadout, Online, RecurrentLIF, TimeAverage, UsageError, attach, evaluate, train
 
 NETS = {
     "dense": lambda: (nn.Flatten(2), nn.Linear(32, 64), LIF(), nn.Linear(64, 9), LIF(), TimeAverage(), nn.Linear(9, 4)),
@@ -38,7 +38,7 @@ def gradient(name: str, estimator: ULR, way: str, seed: int = 0) -> Tensor:
     assert estimate.loss.dtype == torch.float32
     for q in model.parameters():
         assert q.grad.dtype == q.dtype == (torch.bfloat16 if way == "model" else torch.float32)
-    for matrix in ulr.feedback.layers.values():
+    for matrix in ulr.learner.feedback.layers.values():
         assert matrix.dtype == torch.float32
     return torch.cat([q.grad.float().flatten() for q in model.parameters()])
 
@@ -114,7 +114,7 @@ def test_updates_at_every_time_step_train_all_layers(way):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(2), nn.Linear(32, 16), LIF(), nn.Linear(16, 8), LIF(), nn.Linear(8, 4))
         model = model.bfloat16() if reduced and way == "model" else model
-        with attach(model, ULR(memory="stream"), "ce_rate", seed=0) as ulr:
+        with attach(model, Online(), "ce_rate", seed=0) as ulr:
             for _ in range(3):
                 model.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=reduced and way == "autocast"):
@@ -126,8 +126,8 @@ def test_updates_at_every_time_step_train_all_layers(way):
 
 def test_updates_within_a_batch_are_seen():
     model, (x, y) = nn.Sequential(nn.Flatten(2), nn.Linear(32, 8), LIF(), nn.Linear(8, 4)), data()
-    with attach(model, ULR(memory="stream"), "ce_rate") as ulr, torch.autocast("cpu", torch.bfloat16):
-        for t, estimate in enumerate(ulr.stream(x, y)):
+    with attach(model, Online(), "ce_rate") as ulr, torch.autocast("cpu", torch.bfloat16):
+        for t, estimate in enumerate(ulr.steps(x, y)):
             if t > 1:
                 assert not estimate.outputs.any()
             with torch.no_grad():

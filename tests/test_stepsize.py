@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
 from ulr_snn.estimators.step_sizes import LEAST, MOST, MOST_READOUT, OUTPUTS, REACH, READOUT, SIZE, SLOW, StepSizes
-from ulr_snn.train import learning_rate_factor
+from ulr_snn.runs.optim import learning_rate_factor
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -30,9 +30,9 @@ def last(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def measured(net: nn.Module, lengths: Tensor | None = None, loss: str = "ce_count") -> StepSizes:
     with attach(net, loss=loss, seed=0) as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         ulr.backward(*data(), lengths=lengths)
-        return ulr.step_sizes
+        return ulr.learner.step_sizes
 
 
 def trace(x: Tensor) -> Tensor:
@@ -92,33 +92,33 @@ def test_the_factors_of_the_learning_rate():
 def test_the_size_of_a_readout_is_that_of_its_weights_at_the_start_and_is_kept():
     net = model()
     with attach(net, seed=0) as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         ulr.backward(*data())
         expected = {name: float(q.detach().square().mean().sqrt()) for name, q in net.named_parameters() if q.ndim == 2}
-        assert ulr.step_sizes.size == pytest.approx(expected)
+        assert ulr.learner.step_sizes.size == pytest.approx(expected)
         with torch.no_grad():
             net[3].weight *= 2
         ulr.backward(*data())
         state = ulr.state_dict()
     with attach(net, seed=0) as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         ulr.load_state_dict(state)
         ulr.backward(*data())
-        assert ulr.step_sizes.size == pytest.approx(expected)
+        assert ulr.learner.step_sizes.size == pytest.approx(expected)
 
 
 def test_a_readout_that_was_not_linear_once_is_none_when_hardly_anything_comes_in():
     net = model(TimeAverage(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, CLASSES))
     x, y = data()
     with attach(net, seed=0) as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         ulr.backward(10 * x, y)
-        assert not ulr.step_sizes.linear
+        assert not ulr.learner.step_sizes.linear
         with torch.no_grad():
             net[3].weight *= 1e-3
             net[3].bias *= 1e-3
         ulr.backward(x, y)
-        assert not ulr.step_sizes.linear and ulr.rate_factors()["5.weight"] == 1.0
+        assert not ulr.learner.step_sizes.linear and ulr.learning_rates()["5.weight"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_doe
     net = model(*readout)
     overall = []
     with attach(net, loss="ce_count", total_steps=total) as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         for _ in range(total // 2):
             ulr.backward(x, y)
-            overall.append(ulr.rate_factors()[name] / ulr.step_sizes.factor(name, ["outputs"]))
+            overall.append(ulr.learning_rates()[name] / ulr.learner.step_sizes.factor(name, ["outputs"]))
             net.zero_grad()
     expected = [min(MOST, max(LEAST, (step / total / SLOW) ** 2)) if slow else 1.0 for step in range(total // 2)]
     assert expected[-1] == (MOST if slow else 1.0)
@@ -146,10 +146,10 @@ def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_doe
 def test_where_the_length_of_the_training_is_not_known_rates_are_the_whole():
     net = model(nn.Linear(7, CLASSES))
     with attach(net, loss="ce_count") as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         ulr.backward(0.01 * torch.rand(20, BATCH, PIXELS).double(), data()[1])
-        assert ulr.level.resting and ulr.step_sizes.summed > READOUT
-        assert ulr.rate_factors()["2.weight"] == ulr.step_sizes.factor("2.weight", ["outputs"])
+        assert ulr.learner.level.resting and ulr.learner.step_sizes.summed > READOUT
+        assert ulr.learning_rates()["2.weight"] == ulr.learner.step_sizes.factor("2.weight", ["outputs"])
 
 
 def test_the_own_optimizer_takes_these_steps_and_others_do_not():
@@ -182,10 +182,13 @@ def test_the_schedule_is_that_of_the_optimizers_own_rate():
 def test_they_are_restored_with_the_state():
     with attach(model()) as ulr:
         ulr.backward(*data())
-        assert ulr.step_sizes is None  # nobody asked
-        ulr.advise_step_sizes()
+        assert ulr.learner.step_sizes is None  # nobody asked
+        ulr.learner.step_sizes = StepSizes()
         ulr.backward(*data())
         state = copy.deepcopy(ulr.state_dict())
     with attach(model()) as other:
         other.load_state_dict(state)
-        assert other.step_sizes.reach == ulr.step_sizes.reach and other.step_sizes.summed == ulr.step_sizes.summed
+        assert (
+            other.learner.step_sizes.reach == ulr.learner.step_sizes.reach
+            and other.learner.step_sizes.summed == ulr.learner.step_sizes.summed
+        )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import ulr_snn
 from benchmarks import memory
-from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
-from ulr_snn.estimators.online import Trace
+from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, Online, RecurrentLIF, TimeAverage, UsageError, attach
+from ulr_snn.memory.one_step import Trace
 
 STEPS, BATCH, SCALE = 17, 6, 0.3
 LENGTHS = [17, 4, 9, 17, 13, 1]
@@ -41,13 +41,14 @@ def data() -> tuple[Tensor, Tensor]:
     return (torch.rand(STEPS, BATCH, 3, 4, generator=generator) < 0.4).double() * 3, torch.arange(BATCH) % 3
 
 
-def estimator(memory: str = "stream", **options: object) -> ULR:
+def estimator(memory: str = "online", **options: object) -> ULR | Online:
     """Of constant scale: that at the start is measured by fewer samples than over the whole sequence."""
-    return ULR(**{"firing": Logistic(scale=SCALE, secants=0), "maps": "learned", "memory": memory, **options})
+    options = {"firing": Logistic(scale=SCALE, secants=0), "maps": "learned", **options}
+    return Online(**options) if memory == "online" else ULR(memory=memory, **options)
 
 
 def third_step(
-    model, memory="stream", loss="ce_rate", lengths=None, **options
+    model, memory="online", loss="ce_rate", lengths=None, **options
 ) -> tuple[list[Tensor], list[Tensor], dict]:
     """Gradients, spikes of each layer, and the feedback that the step goes by."""
     x, y = data()
@@ -57,7 +58,7 @@ def third_step(
         for _ in range(2):
             ulr.backward(x, targets, lengths=lengths)
         model.zero_grad()
-        feedback = {name: weight.clone() for name, weight in ulr.feedback.layers.items()}
+        feedback = {name: weight.clone() for name, weight in ulr.learner.feedback.layers.items()}
         fired: dict[str, list[Tensor]] = {}
         hooks = [
             module.register_forward_hook(lambda _, __, out, name=name: fired.setdefault(name, []).append(out.detach()))
@@ -82,7 +83,7 @@ def distance(mine: list[Tensor], others: list[Tensor]) -> float:
 @pytest.mark.parametrize("options", [{}, {"maps": "exact", "firing": Logistic(scale=SCALE)}], ids=["learned", "exact"])
 def test_where_spikes_reach_their_own_step_alone_the_sum_is_the_whole_gradient(make, loss, lengths, options):
     whole, spikes, _ = third_step(make(), "auto", loss, lengths, **options)
-    ours, seen, _ = third_step(make(), "stream", loss, lengths, **options)
+    ours, seen, _ = third_step(make(), "online", loss, lengths, **options)
     assert all(map(torch.equal, seen, spikes)) and spikes[0].any()
     assert distance(ours, whole) < 1e-9
 
@@ -100,7 +101,7 @@ def test_what_membranes_keep_of_offsets_and_inputs_would_be_missed(make, wrong, 
         self.n = torch.ones_like(self.n)
 
     monkeypatch.setattr(Trace, "add", forgetful)
-    assert distance(third_step(make(), "stream")[0], whole) > 1e-2
+    assert distance(third_step(make(), "online")[0], whole) > 1e-2
 
 
 def by_hand(model: nn.Sequential, spikes: list[Tensor], c: Tensor, wrong: str = "") -> list[Tensor]:
@@ -160,7 +161,7 @@ def test_the_gradient_is_the_truncated_formula_and_no_other():
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
 def test_spikes_are_those_of_the_whole_sequence(lengths):
     _, whole, _ = third_step(two_layers(), "auto", lengths=lengths)
-    _, ours, _ = third_step(two_layers(), "stream", lengths=lengths)
+    _, ours, _ = third_step(two_layers(), "online", lengths=lengths)
     assert all(map(torch.equal, ours, whole))
 
 
@@ -186,14 +187,14 @@ def test_one_step_after_another_in_ones_own_loop():
         passes = ulr.forward_passes
         optimizer.zero_grad()
         times, loss = [], 0
-        for estimate in ulr.stream(x, y):
+        for estimate in ulr.steps(x, y):
             optimizer.step()
             optimizer.zero_grad()
             times.append(estimate.stats["time"])
             loss = loss + estimate.loss
             assert estimate.outputs.shape == (1, 1, BATCH, 3)
             model(x)  # nothing is bound in between
-        assert ulr.forward_passes == passes + BATCH and ulr.step == 2
+        assert ulr.forward_passes == passes + BATCH and ulr.learner.step == 2
     assert times == list(range(STEPS)) and loss.shape == first.loss.shape == (BATCH,)
     assert (model[1].weight - start).norm() > 0
 
@@ -232,7 +233,6 @@ WRONG = {
     "reset 'zero'": (net(into=LIF(reset="zero")), {}),
     "LeakyReadout is not the last": (net(LeakyReadout()), {}),
     "ReLU, .* is not known to be affine": (net(nn.ReLU()), {}),
-    "one copy": (net(), {"credit": "global"}),
     "single sample": (net(), {"x": data()[0][:, :1], "y": data()[1][:1]}),
     "time step by itself": (nn.Sequential(Backwards(), *net()), {}),
 }
@@ -244,14 +244,23 @@ def test_what_it_cannot_do_is_refused(says):
     (x, y), loss = data(), options.pop("loss", "ce_rate")
     x, y = options.pop("x", x), options.pop("y", y)
     with attach(model, estimator(**options), loss) as ulr, pytest.raises(UsageError, match=says):
-        ulr.stream(x, y)
+        ulr.steps(x, y)
     with pytest.raises(UsageError, match=says):
         ulr_snn.plan(model, (x, y), estimator(**options), loss)
 
 
-def test_stream_needs_to_be_asked_for():
-    with attach(net(), estimator("auto"), "ce_rate") as ulr, pytest.raises(UsageError, match="memory='stream'"):
-        ulr.stream(*data())
+def test_older_spellings_still_work():
+    with pytest.warns(DeprecationWarning, match="Online"):
+        older = ULR(memory="stream")
+    with attach(net(), older, "ce_rate") as ulr, pytest.warns(DeprecationWarning, match=r"ulr\.steps"):
+        assert len(list(ulr.stream(*data()))) == STEPS
+
+
+def test_updates_at_every_time_step_are_asked_for():
+    with attach(net(), estimator("auto"), "ce_rate") as ulr:
+        assert not ulr.online and len(list(ulr.steps(*data()))) == 1
+        with pytest.raises(UsageError, match="Online"):
+            ulr.stream(*data())
     with pytest.raises(UsageError, match="accumulate"):
         ulr_snn.train(net(), [data()], estimator=estimator(), loss="ce_rate", accumulate=2, progress=False)
 
@@ -263,7 +272,7 @@ def test_losses_that_are_not_finite():
         with attach(model, estimator(on_nonfinite=kind), "ce_rate") as ulr:
             ulr.backward(x, y)
             model.zero_grad()
-            steps = ulr.stream(x, y)
+            steps = ulr.steps(x, y)
             next(steps)
             before = [q.grad.clone() for q in model.parameters()]
             with torch.no_grad():
@@ -301,7 +310,7 @@ def readout_net() -> nn.Sequential:
 def test_training_learns_digits():
     loader, test = digits(512)
     model = readout_net()
-    result = ulr_snn.train(model, loader, epochs=4, estimator=ULR(memory="stream"), loss="ce_rate", progress=False)
+    result = ulr_snn.train(model, loader, epochs=4, estimator=Online(), loss="ce_rate", progress=False)
     assert result.metrics["steps"] == 4 * 16  # batches, not time steps
     assert ulr_snn.evaluate(model, test, loss="ce_rate")["accuracy"] > 0.8
     assert result.history[-1]["train_accuracy"] > 0.8 and result.history[-1]["forward_passes"] >= 512
@@ -320,7 +329,7 @@ def test_a_resumed_training_goes_on_with_the_same_steps(tmp_path):
                 raise Interrupted
 
         loader = ulr_snn.data.loader(train, batch_size=32, shuffle=True)
-        given = {"estimator": ULR(memory="stream"), "loss": "ce_rate", "progress": False, "callbacks": [interrupt]}
+        given = {"estimator": Online(), "loss": "ce_rate", "progress": False, "callbacks": [interrupt]}
         model = readout_net()
         ulr_snn.train(model, loader, 3, **given, **options)
         return list(model.parameters())
@@ -340,7 +349,7 @@ def test_nothing_is_kept_of_steps_that_are_over():
     kept = []
     with attach(model, estimator(), "ce_rate") as ulr:
         ulr.backward(x, y)
-        for t, _ in enumerate(ulr.stream(x, y)):
+        for t, _ in enumerate(ulr.steps(x, y)):
             if t in (150, 298):
                 gc.collect()
                 kept.append(sum(o.numel() for o in gc.get_objects() if issubclass(type(o), Tensor)))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, Fold, TimeAverage, UsageError, attach, evaluate
-from ulr_snn.noise.level import Logistic, NoiseLevel
+from ulr_snn.noise.firing import Logistic
+from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import bind
 
 THREADS = 4
@@ -62,9 +63,11 @@ def test_an_evaluation_waits_for_a_training_step_in_another_thread():
 
     def steps() -> None:
         with attach(model, loss=loss) as ulr:
-            for _ in range(3):
+            for _ in range(5):
                 ulr.backward(*data())
 
+    steps()  # what is compiled once takes no turn later
+    began.clear()
     model[2].register_forward_hook(slowly)
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(steps)

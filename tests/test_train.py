@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError
-from ulr_snn.noise.level import Noise, NoiseLevel
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Noise
+from ulr_snn.runs.optim import learning_rate_factor
 from ulr_snn.sites.binding import bind
-from ulr_snn.train import learning_rate_factor
 
 STEPS, PIXELS, CLASSES = 8, 8, 2
 

@@ -20,7 +20,8 @@ from ulr_snn.kernels.bits import pack_bits
 from ulr_snn.kernels.reference import leaky_drive, scan
 from ulr_snn.kernels.state import RESETS
 from ulr_snn.model.neurons import step_mask
-from ulr_snn.noise.level import Gaussian, Logistic, Noise
+from ulr_snn.noise.firing import Gaussian, Logistic
+from ulr_snn.noise.random import Noise
 
 triton = pytest.importorskip("triton")
 tl = triton.language

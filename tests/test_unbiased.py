@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ulr_snn.estimators.ulr
+import ulr_snn.credit.formula
+import ulr_snn.credit.kinds
 import ulr_snn.model.neurons
 import ulr_snn.noise.level
 from tests.enumeration import Layer, exact_gradient, expected_bound_of_four, expected_bound_of_two, expected_loss
@@ -26,9 +27,12 @@ from ulr_snn import (
     CurrentNoise,
     Fold,
     Gaussian,
+    Global,
+    Independent,
     LeakyReadout,
     Logistic,
     RecurrentLIF,
+    Residual,
     TimeAverage,
     attach,
 )
@@ -224,7 +228,7 @@ class Attention(nn.Module):
         return (weights @ (x[..., None] * self.value[0] + self.value[1]))[..., 0]
 
 
-class Residual(nn.Module):
+class ResidualSum(nn.Module):
     """x + linear(layer norm(x))."""
 
     def __init__(self) -> None:
@@ -365,7 +369,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "leaky readout, membranes": membranes,
     "attention": lambda: between(Attention()),
-    "residual sum and layer norm": lambda: between(Residual()),
+    "residual sum and layer norm": lambda: between(ResidualSum()),
     "pooling": lambda: between(Pool()),
     "neurons used twice": shared,
     "spike counts": lambda: two_layers("subtract", counts=True),
@@ -403,24 +407,24 @@ def _partner_as_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     def partner(losses, copies, group, moving):
         return losses.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)[copies]
 
-    monkeypatch.setattr(ulr_snn.estimators.ulr, "baseline", partner)
+    monkeypatch.setattr(ulr_snn.credit.formula, "baseline", partner)
 
 
 def _own_loss_in_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimators.ulr, "baseline", lambda losses, copies, group, moving: losses.mean(0))
+    monkeypatch.setattr(ulr_snn.credit.formula, "baseline", lambda losses, copies, group, moving: losses.mean(0))
 
 
 def _own_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimators.ulr, "from_other_copies", lambda predictions, passes, group: predictions)
+    monkeypatch.setattr(ulr_snn.credit.kinds, "from_other_copies", lambda predictions, passes, group: predictions)
 
 
 def _past(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimators.ulr, "to_go", lambda losses: losses.cumsum(-1))
+    monkeypatch.setattr(ulr_snn.credit.formula, "to_go", lambda losses: losses.cumsum(-1))
 
 
 def _mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulr_snn.estimators.ulr, "multi_sample_weights", torch.ones_like)
-    monkeypatch.setattr(ulr_snn.estimators.ulr, "multi_sample_signals", lambda losses: losses - losses.flip(0))
+    monkeypatch.setattr(ulr_snn.credit.formula, "multi_sample_weights", torch.ones_like)
+    monkeypatch.setattr(ulr_snn.credit.formula, "multi_sample_signals", lambda losses: losses - losses.flip(0))
 
 
 def _no_last_summand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,7 +511,7 @@ RESIDUAL_INDEPENDENT = ULR(credit="residual", copies=2, antithetic=False)
 LAYERWISE = dataclasses.replace(GLOBAL, layerwise=True)
 ADAPTIVE = dataclasses.replace(GLOBAL, copies=AdaptiveCopies(variance=0.064, most=16))  # 4, 8, 12 or 16
 SOBOL = dataclasses.replace(GLOBAL_INDEPENDENT, copies=8, quasi_monte_carlo=True)
-BOUND = dataclasses.replace(GLOBAL_INDEPENDENT, copies=2, multi_sample=True)
+BOUND = dataclasses.replace(GLOBAL, sampling=Independent(2, multi_sample=True))
 
 # every case with both credits; further copies and pairings on some; a wrong formula that each must notice
 PLAN: list[tuple[str, ULR, str]] = [
@@ -567,9 +571,9 @@ PLAN: list[tuple[str, ULR, str]] = [
     ("two layers", dataclasses.replace(ADAPTIVE, credit="residual", layerwise=True), "own copy's prediction"),
     ("subtract", SOBOL, "own loss in the baseline"),
     ("two layers", dataclasses.replace(SOBOL, credit="residual"), "own copy's prediction"),
-    ("loss in time", dataclasses.replace(GLOBAL, reward_to_go=True), "past in place of future"),
-    ("loss in time", dataclasses.replace(RESIDUAL, reward_to_go=True), "past in place of future"),
-    ("loss in time", dataclasses.replace(LAYERWISE, reward_to_go=True), "partner as baseline"),
+    ("loss in time", dataclasses.replace(GLOBAL, credit=Global(reward_to_go=True)), "past in place of future"),
+    ("loss in time", dataclasses.replace(RESIDUAL, credit=Residual(reward_to_go=True)), "past in place of future"),
+    ("loss in time", dataclasses.replace(LAYERWISE, credit=Global(reward_to_go=True)), "partner as baseline"),
     ("bound of two", BOUND, "mean in place of the bound"),
     ("bound of four", dataclasses.replace(BOUND, copies=4), "mean in place of the bound"),
     ("black box", GLOBAL, "sign of z"),
@@ -596,16 +600,15 @@ def warned(name: str) -> AbstractContextManager:
 
 def label(value: object) -> str | None:
     if isinstance(value, ULR):
-        ways = ("layerwise", "quasi_monte_carlo", "reward_to_go", "multi_sample")
-        pairs = "pairs" if value.antithetic else "independent"
-        copies = "adaptive" if isinstance(value.copies, AdaptiveCopies) else str(value.copies)
-        return "-".join([value.credit, copies, pairs, *(way for way in ways if getattr(value, way))])
+        kinds = [type(kind).__name__ for kind in (value.sampling, getattr(value.sampling, "of", None)) if kind]
+        ways = ["to go"] * value.credit.reward_to_go + ["bound"] * value.sampling.multi_sample
+        return "-".join([value.credit.name, str(value.sampling.copies), *kinds, *ways])
     return None
 
 
 def test_every_case_is_planned():
     for name in CASES:
-        credits = {estimator.credit for case, estimator, _ in PLAN if case == name}
+        credits = {estimator.credit.name for case, estimator, _ in PLAN if case == name}
         assert credits == ({"global"} if name in ONE_CREDIT else {"global", "residual"})
 
 
@@ -634,7 +637,9 @@ def test_reward_to_go_lowers_the_variance_of_both_credits():
     for plain in (GLOBAL, RESIDUAL):
         spread = []
         for to_go in (False, True):
-            estimator = dataclasses.replace(plain, firing=Logistic(scale=0.4), reward_to_go=to_go)
+            estimator = dataclasses.replace(
+                plain, firing=Logistic(scale=0.4), credit=dataclasses.replace(plain.credit, reward_to_go=to_go)
+            )
             with attach(model, estimator, "ce_rate", seed=1) as ulr:
                 spread.append(float(gradient_draws(ulr, batch, list(model.parameters()), 40, 10).var(0).sum()))
         assert spread[1] < spread[0], (plain.credit, spread)
@@ -662,7 +667,7 @@ def test_reductions_that_the_model_or_the_loss_forbids():
     with pytest.raises(ulr_snn.UsageError, match="parameters have noise of their own"):
         attach(model, dataclasses.replace(LAYERWISE, noise={"0": ulr_snn.WeightNoise()})).backward(*batch)
     with pytest.raises(ulr_snn.UsageError, match="a sum over time steps"):
-        attach(model, dataclasses.replace(GLOBAL, reward_to_go=True)).backward(*batch)
+        attach(model, dataclasses.replace(GLOBAL, credit=Global(reward_to_go=True))).backward(*batch)
     mixed = {"ce_count": 1.0, "latency": 1.0}
     with pytest.raises(ulr_snn.UsageError, match="of the mix a loss has no gradient"):
         attach(two_layers("subtract", counts=True).model, dataclasses.replace(BOUND, credit="auto"), mixed).backward(

@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.estimators.online import Online
 from ulr_snn.estimators.ulr import ULR
 from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.mode import pick_device
 from ulr_snn.runs.directory import peak_memory_bytes, versions
-from ulr_snn.train import DEFAULT_LR, pick_device, train
+from ulr_snn.runs.optim import DEFAULT_LR
+from ulr_snn.train import train
 
 DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0}
 Rates = float | Sequence[float]
@@ -135,7 +138,7 @@ def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
 
     if isinstance(methods, Mapping):
         return dict(methods)
-    known = {"ulr": ULR, **METHODS}
+    known = {"ulr": ULR, "online": Online, **METHODS}
     if isinstance(methods, str) or not methods or any(name not in known for name in methods):
         raise UsageError(f"compare got methods={methods!r}; give some of {', '.join(known)}, or names with estimators")
     return {name: known[name]() for name in methods}

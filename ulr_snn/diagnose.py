@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.ulr import ULR
-from ulr_snn.evaluate import mode_of
 from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.mode import mode_of
 
 ALL = "all layers"
 COLUMNS = ("estimator", "layer", "cosine", "variance", "cosine of a step", "passes")
@@ -140,7 +140,7 @@ def diagnose(
 def unbiased(model: nn.Module, estimators: Mapping[str, Any], *about: Any) -> Moments:
     """Moments of an unbiased estimator of what the estimators are for. Raises UsageError where they are not for one."""
     own = [estimator for estimator in estimators.values() if isinstance(estimator, ULR)] or [ULR()]
-    kinds = [(e.firing, dict(e.noise), dict(e.flow), e.multi_sample) for e in own]
+    kinds = [(e.firing, dict(e.noise), dict(e.flow), e.sampling.multi_sample) for e in own]
     if kinds[0][-1] or any(kind != kinds[0] for kind in kinds):
         raise UsageError(
             "diagnose got estimators of different nets or objectives (firing, noise, flow, multi_sample); give it the "
@@ -168,8 +168,7 @@ def measured(
     model = copy.deepcopy(model)
     x, targets, lengths = (*batch, None)[:3]
     found = Moments()
-    with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first) as attached:
-        attached.fixed_progress = progress
+    with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first, progress=progress) as attached:
         for step in range(warm_up + steps):
             model.zero_grad()
             if step == warm_up:

@@ -1,30 +1,32 @@
 """plan: which parameter gets its gradient how, and what is wrong with a model, before anything runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.credit.kinds import Learned
 from ulr_snn.credit.maps import Shared
 from ulr_snn.credit.structure import Structure
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.base import Batch
-from ulr_snn.estimators.ulr import ULR, default_copies, observed, or_default
+from ulr_snn.estimators.attachment import LearnedAttachment
+from ulr_snn.estimators.base import Estimator
+from ulr_snn.estimators.config import Config
+from ulr_snn.estimators.observe import without_gradient
+from ulr_snn.estimators.ulr import or_default
 from ulr_snn.kernels.dispatch import choice
 from ulr_snn.kernels.sparse import DENSITY
-from ulr_snn.losses.named import LossSpec, resolve
-from ulr_snn.model.chain import Engine
-from ulr_snn.model.discovery import find_layers
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.memory.step import Step
+from ulr_snn.model.call import coupled_modules, keep_traces
 from ulr_snn.model.events import Events
-from ulr_snn.model.forward import Forward, as_frames, coupled_modules, keep_traces, runs_by_step
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sampling.adaptive import AdaptiveCopies
 from ulr_snn.sites.binding import check_layers, own_modules
-from ulr_snn.sites.flow import check_flow, frozen, with_flow
+from ulr_snn.sites.flow import frozen
 from ulr_snn.sites.records import CurrentRecord, Record
 from ulr_snn.sites.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
-from ulr_snn.sites.weights import SOURCE, check_names
+from ulr_snn.sites.weights import SOURCE
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Plan:
 def plan(
     model: nn.Module,
     example_batch: Sequence[Tensor],
-    estimator: ULR | None = None,
+    estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
     time_first: bool = True,
 ) -> Plan:
@@ -63,53 +65,46 @@ def plan(
     example_batch: (x, y) or (x, y, lengths), as the loader gives them. Raises UsageError for what `train` would
     refuse: no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
-    estimator = or_default(estimator)
     device = next(model.parameters(), torch.empty(0)).device
     if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
         raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")
     x, targets, lengths = (*(torch.as_tensor(item).to(device) for item in example_batch), None)[:3]
-    frames, dtype = as_frames(x, targets, lengths, time_first, model)
-    x = Events.of(frames, dtype)
-    level = NoiseLevel(estimator.firing, progress=0.0)
-    check_names(model, estimator.noise)
-    check_flow(model, estimator.flow)
-    estimator = replace(estimator, noise=with_flow(model, estimator.flow, estimator.noise))
-    objective = resolve(loss)
-    engine = Engine(model, estimator.noise)
-    with frozen(model, estimator.flow):
-        if engine.changes(frames, dtype, objective):
-            model = engine.running
-    with keep_traces(model), frozen(engine.model, estimator.flow):
-        by_step = runs_by_step(model, x)
-        left_alone: list[str] = []
-        layers = find_layers(model, x, by_step, estimator.noise, left_alone)
-        check_layers(model, layers, [*own_modules(model), *estimator.noise])
-        forward = Forward(model, level, seed=0, step=0, antithetic=False, by_step=by_step, layers=layers)
-        p = forward.run(x, targets, lengths, objective, [0])
-        structure = observed(forward, p, estimator, x, targets, lengths, objective)
-        check_layers(model, layers, structure.weights)
-        check_flow(model, estimator.flow, layers)
-    attached = estimator.attach(engine.model, loss, 0, time_first)
-    attached.model, attached.structure = model, structure
-    batch = Batch(frames, dtype, targets, lengths, objective)
-    kept = "the whole sequence at once" + ", of one copy after another, each run twice" * attached.in_turn
-    with frozen(engine.model, estimator.flow):
-        if not attached.in_turn and attached.piecewise.few(batch) is not None:
-            kept = attached.piecewise.kept(batch)
+    attached = or_default(estimator).attach(model, loss, 0, time_first, progress=0.0)
+    if not isinstance(attached, LearnedAttachment):
+        raise UsageError(f"plan got {type(estimator).__name__}; it is for ULR and Online, peers have no plan")
+    with keep_traces(model), frozen(model, attached.config.flow), torch.enable_grad():
+        step = attached.prepared(x, targets, None, lengths)
+        check_layers(step.model, step.bound.layers, [*own_modules(step.model), *attached.config.noise])
+        p = attached.first_pass(step)
+        kept = attached.memory.describe(step)
+        variances = _variances(step.model, step.structure, p.records)
+    return _plan(step, p.records, variances, kept)
+
+
+def _plan(step: Step, records: list[Record], variances: list[str], kept: str) -> Plan:
+    """What is known once a pass has run."""
+    structure, level, config = step.structure, step.learner.level, step.config
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
-        for name, q in model.named_parameters()
+        for name, q in step.model.named_parameters()
     ]
-    sites = [(r.site, _noise(estimator, r, level), _credit(structure, r.site)) for r in p.records]
+    sites = [(r.site, _noise(config, r, level), _credit(structure, r.site)) for r in records]
+    copies = _copies(step)
     return Plan(
-        structure.credit,
-        max(default_copies(estimator, structure), 2 if structure.weights else 1),
+        structure.credit.name,
+        copies,
         rows,
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
-        left_alone + _notes(model, structure, estimator) + _variances(model, structure, p.records),
-        engine.line() + _engine(x, kept),
+        [*step.bound.notes, *_notes(step, copies), *variances],
+        step.bound.describe() + _engine(step.batch.x, kept),
     )
+
+
+def _copies(step: Step) -> int:
+    """Copies of a step that learns nothing from pairs."""
+    structure = step.structure
+    return max(step.learner.copies.copies(default=step.default_copies), 2 if structure.weights else 1)
 
 
 def _source(structure: Structure, sources: list[str] | None) -> str:
@@ -122,7 +117,7 @@ def _source(structure: Structure, sources: list[str] | None) -> str:
     return " + ".join("exact, through the outputs" if s == "outputs" else f"credit at site {s}" for s in sources)
 
 
-def _noise(estimator: ULR, record: Record, level: NoiseLevel) -> str:
+def _noise(config: Config, record: Record, level: NoiseLevel) -> str:
     if isinstance(record, CurrentRecord):
         noise = record.neuron.noise
         spread = "of its spread in the first batch"
@@ -130,27 +125,24 @@ def _noise(estimator: ULR, record: Record, level: NoiseLevel) -> str:
         return f"gaussian on its current, {calls}, " + (
             f"scale {noise.scale:g}" if noise.scale is not None else f"{noise.start:.2f} -> {noise.end:.2f} {spread}"
         )
-    law = type(estimator.firing).__name__.lower()
-    if estimator.firing.scale is not None:
-        return f"{law}, scale {estimator.firing.scale:g}"
-    return f"{law}, {level.starts[record.site]:.2f} -> {estimator.firing.end:.2f} of the threshold"
+    law = type(config.firing).__name__.lower()
+    if config.firing.scale is not None:
+        return f"{law}, scale {config.firing.scale:g}"
+    return f"{law}, {level.starts[record.site]:.2f} -> {config.firing.end:.2f} of the threshold"
 
 
 def _credit(structure: Structure, site: str) -> str:
     if site in structure.quiet:
         return "none, and no noise: nothing that the loss reads depends on its spikes"
-    if structure.credit == "global":
-        return "loss minus baseline, times the score"
     parts = ["learned response"] * (site in structure.responding)
     parts += ["direct"] * (site in structure.direct)
-    parts += [f"exact map to layer {target}" for target in structure.exact[site]]
-    for target, path in structure.feeds[site].items():
+    parts += [f"exact map to layer {target}" for target in structure.exact.get(site, [])]
+    for target, path in structure.feeds.get(site, {}).items():
         parts.append(f"learned from layer {target}" + ", one kernel for all positions" * isinstance(path, Shared))
     parts += ["its recurrent weights"] * (structure.products and site in structure.recurs)
     parts += ["learned from its recurrent current"] * (site in structure.recurrent)
     parts += ["learned from the outputs, resolved in time"] * (site in structure.from_outputs)
-    text = " + ".join(parts)
-    return text if structure.credit == "feedback" else f"loss times score, less {text} of other copies"
+    return structure.credit.describe(" + ".join(parts))
 
 
 def _why(structure: Structure) -> str:
@@ -159,31 +151,26 @@ def _why(structure: Structure) -> str:
     return "nothing depends on it, or noise on it was ruled out; freeze it or use it"
 
 
-def _notes(model: nn.Module, structure: Structure, estimator: ULR) -> list[str]:
-    notes = []
-    judging = structure.judging
-    if isinstance(estimator.copies, AdaptiveCopies):
-        each = "layer" if estimator.layerwise else "step"
-        notes.append(
-            f"copies follow the measured variance of the gradient, {estimator.copies.least} to {estimator.copies.most} "
-            f"for each {each}"
-        )
-    if estimator.layerwise:
-        notes.append("layerwise: a pass for all, and copies - 1 more for each layer, in which it alone has other draws")
+def _notes(step: Step, copies: int) -> list[str]:
+    structure, sampling = step.structure, step.config.sampling
+    notes, judging = sampling.describe(), structure.judging
     for site in judging.smoothed.values():
         notes.append(
             f"a loss without a gradient gets one by noise on the outputs, {site.draws} draws of each sample; they need "
             "no forward pass"
         )
-    if judging.blind and structure.credit != "global":
+    if judging.blind and not structure.credit.by_losses:
         notes.append("of the mix, losses without a gradient act by the score of every spike: more copies help them")
-    if coupled_modules(model):
+    if structure.detached:
+        notes.append(without_gradient(structure, copies))
+    if coupled_modules(step.model):
         notes.append(
             "training batch norm or dropout: copies run one after another, and each loss counts for its own sample"
         )
-    if structure.needs_pairs and structure.credit == "feedback" and estimator.copies is None:
+    credit = structure.credit
+    if structure.needs_pairs and isinstance(credit, Learned) and not credit.unbiased and sampling.copies is None:
         notes.append(
-            f"every {estimator.refresh} steps, where something is due, an antithetic pair replaces the single pass, to "
+            f"every {credit.refresh} steps, where something is due, an antithetic pair replaces the single pass, to "
             "refresh what is learned"
         )
     return notes
@@ -204,7 +191,7 @@ def _engine(x: Tensor, kept: str) -> list[str]:
 def _variances(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:
     """Where scores are weighted by whole losses, variance goes by the length of the scores: the sites with the longest
     first, and what noise on their weights would give in their place."""
-    if structure.credit == "feedback" and not structure.judging.blind:
+    if not (structure.credit.unbiased or structure.judging.blind):
         return []
     found = []
     for r in records:

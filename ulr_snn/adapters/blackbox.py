@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulr_snn.adapters.base import StepNeuron
-from ulr_snn.noise.level import CurrentNoise
+from ulr_snn.noise.kinds import CurrentNoise
 
 MODULES_OWN = frozenset(nn.Module().__dict__)  # attributes of every module, none of them state
 SHARED = (nn.Module, nn.Parameter, type, FunctionType, MethodType, BuiltinFunctionType, partial, torch.Generator)

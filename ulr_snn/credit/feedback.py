@@ -83,7 +83,7 @@ class Pace:
         self.rich = before > STALE and self.helps
 
 
-class Feedback:
+class LearnedFeedback:
     """The feedback matrices; each is created at zero when it is first refreshed.
 
     outputs[site]: B [R, N, O]. layers[site -> target]: C, the weight of its path. responses[site]: D of a black box

@@ -15,7 +15,7 @@ from ulr_snn.credit.recurrence import recurrence_of
 from ulr_snn.kernels import dispatch
 from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.neurons import own_steps
-from ulr_snn.noise.level import Drawer
+from ulr_snn.noise.random import Drawer
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.records import Record, Seen, response_of
 

@@ -8,27 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ulr_snn.credit.base import Credit
 from ulr_snn.credit.direct import direct_credit, direct_effect, in_parts
-from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, Feedback, Pace, edge
+from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, LearnedFeedback, Pace, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence, recurrence_of
 from ulr_snn.credit.response import Response
 from ulr_snn.credit.structure import Structure
 from ulr_snn.kernels.precision import full_precision
-from ulr_snn.model.forward import Pass
 from ulr_snn.model.neurons import shaped
+from ulr_snn.model.passes import Pass
 from ulr_snn.sites.records import CurrentRecord, Record
 
 WARM_UP = 8  # first steps, each of which refreshes the feedback that needs pairs, which starts from zero
-
-
-@dataclass(frozen=True)
-class Credit:
-    """a: prediction of ∂L/∂spike; current: of ∂L/∂J, all that the layer's own later steps add to it included; both
-    [T, rows, ...], None where nothing is known."""
-
-    a: Tensor | None
-    current: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Lesson:
 class Prediction:
     """The predictor a of a model's layers, and how it is learned. structure: once the first pass has shown it."""
 
-    def __init__(self, feedback: Feedback, seed: int) -> None:
+    def __init__(self, feedback: LearnedFeedback, seed: int) -> None:
         self.feedback, self.seed = feedback, seed
         self.structure: Structure | None = None
 
@@ -84,7 +76,7 @@ class Prediction:
             else:
                 a = added(a, from_outputs)
                 if a is not None:
-                    totals = self.structure.credit != "feedback" or record.entry is None
+                    totals = self.structure.credit.unbiased or record.entry is None
                     after = None if later is None else later.setdefault(record.site, a.new_zeros(a.shape[1:]))
                     made_here = not totals and self._made_here(a, p, currents)
                     a, currents[record.site] = self._recurrence(record).credit(a, totals, after, made_here)
@@ -121,9 +113,9 @@ class Prediction:
     @full_precision()
     def learn_layers(self, passes: list[Pass], step: int) -> None:
         """Learns what the spikes of a layer do to the input currents of those that they feed, and to its own."""
-        sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
-        if not sites:
+        if self.structure.all_exact or not passes[0].records:
             return
+        sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
         valid = joined([p.records[0].own_steps() for p in passes])  # [T, rows]
         batch = passes[0].loss.shape[1]
@@ -192,7 +184,10 @@ class Prediction:
 
     @full_precision()
     def refresh(self, passes: list[Pass]) -> None:
-        """Regresses what the copies' differences leave unexplained by direct effects on their innovations."""
+        """Regresses what the copies' differences leave unexplained by direct effects on their innovations, where there
+        is feedback from the outputs and more than one copy."""
+        if not self.structure.from_outputs or sum(len(p.copies) for p in passes) < 2:
+            return
         batch = passes[0].loss.shape[1]
         drawn = [[record.innovation() for record in p.records] for p in passes]
         unexplained = [self._unexplained(p, d) for p, d in zip(passes, drawn, strict=True)]

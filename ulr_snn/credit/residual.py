@@ -2,8 +2,8 @@
 
 import torch
 
-from ulr_snn.credit.prediction import Credit
-from ulr_snn.model.forward import Pass
+from ulr_snn.credit.base import Credit
+from ulr_snn.model.passes import Pass
 
 
 def from_other_copies(predictions: list[list[Credit]], passes: list[Pass], group: int) -> list[list[Credit]]:

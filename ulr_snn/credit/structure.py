@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.feedback import ENTRIES, time_basis
+from ulr_snn.credit.kinds import Auto, CreditKind, Learned
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
 from ulr_snn.losses.evaluation import Judging
 from ulr_snn.losses.named import Objective
-from ulr_snn.model.forward import Pass
 from ulr_snn.model.graph import leaves, passes_through
-from ulr_snn.noise.level import OutputNoise, WeightNoise
+from ulr_snn.model.passes import Pass
+from ulr_snn.noise.kinds import OutputNoise, WeightNoise
 from ulr_snn.sites.records import CurrentRecord, Record
 
 STEPS = ("Round", "Sign", "Floor", "Ceil", "Trunc", "Heaviside", "Fix")  # functions of torch with derivative zero
@@ -34,7 +35,7 @@ class Structure:
     too wide for a matrix between the two, and black boxes whose outputs do not belong to inputs one by one.
     """
 
-    credit: str
+    credit: CreditKind
     direct: set[str]
     exact: dict[str, list[str]]
     feeds: dict[str, dict[str, Path]]
@@ -54,6 +55,7 @@ class Structure:
     pools: bool = True  # whether there is max pooling
     changes: bool = True  # whether the model changes spikes in place
     current_noise: bool = False  # whether there are sites with noise on their input current
+    detached: list[str] = field(default_factory=list)  # callables without a gradient, where nobody has said so
 
     @property
     def needs_pairs(self) -> bool:
@@ -64,7 +66,7 @@ class Structure:
     def all_exact(self) -> bool:
         """Whether credit "feedback" is made of products of known derivatives alone, in all layers."""
         learned = any(self.feeds.values()) or self.recurrent or self.from_outputs or self.current_noise
-        return self.credit == "feedback" and self.products and not (learned or self.judging.blind)
+        return self.credit.name == "feedback" and self.products and not (learned or self.judging.blind)
 
     @property
     def has_readout(self) -> bool:
@@ -81,20 +83,19 @@ class Structure:
         cls,
         model: nn.Module,
         p: Pass,
-        credit: str,
+        credit: CreditKind,
         maps: str,
-        time_functions: int,
         driven_by_events: Callable[[], set[str]],
         read_by_nobody: Callable[[list[str]], set[str]],
     ) -> "Structure":
         """driven_by_events, read_by_nobody: see `Forward`; called where it matters."""
-        if not p.ends and credit in ("feedback", "residual"):
+        if isinstance(credit, Auto):
+            credit = credit.chosen(differentiable=bool(p.ends))
+        if not p.ends and credit.goes_back:
             raise UsageError(
-                f"the loss has no gradient with respect to the outputs, which credit={credit!r} needs; "
+                f"the loss has no gradient with respect to the outputs, which credit={credit.name!r} needs; "
                 "use credit='global', or noise={'outputs': OutputNoise()}"
             )
-        if credit == "auto":
-            credit = "feedback" if p.ends else "global"
         reached = {"outputs": leaves([end for end, _ in p.ends])}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
@@ -105,7 +106,7 @@ class Structure:
         ]
         quiet = read_by_nobody(nowhere) if nowhere else set()
         exact, feeds, recurrent, from_outputs = {}, {}, {}, []
-        if credit != "global":
+        if isinstance(credit, Learned):
             exact, feeds, recurrent, from_outputs = routes(p, reached, set(nowhere), maps != "learned")
             from_outputs = [site for site in from_outputs if site not in quiet]
         fed = {target for paths in feeds.values() for target in paths}
@@ -119,8 +120,12 @@ class Structure:
         functions = None
         if p.outputs.ndim >= 3:
             functions = 1
-            if p.error is not None and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max():
-                functions = time_functions
+            if (
+                isinstance(credit, Learned)
+                and p.error is not None
+                and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max()
+            ):
+                functions = credit.time_functions
         differentiable = p.error is not None
         responding = {r.site for r in p.records if isinstance(r, CurrentRecord) and r.elementwise}
         recurs = {r.site for r in p.records if r.fed_back is not None}
@@ -142,13 +147,15 @@ class Structure:
         return self.summarise(error if self.output_functions is None else error / len(error))
 
 
-def judging_of(objective: Objective, p: Pass, credit: str, noise: Mapping[str, Any], model: nn.Module) -> Judging:
+def judging_of(
+    objective: Objective, p: Pass, credit: CreditKind, noise: Mapping[str, Any], model: nn.Module
+) -> Judging:
     """How the objective's losses are taken. Of those without a gradient, `noise` may say so by an OutputNoise (or None)
     for "outputs"; else credit "auto" smooths those whose outputs are no spikes: a parameter comes after the last spike,
     or the loss is known to look at sums."""
     # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
-    blind = p.judgement.without_gradient(flat=credit == "auto")
-    site = noise.get("outputs", OutputNoise() if credit == "auto" else None)
+    blind = p.judgement.without_gradient(flat=isinstance(credit, Auto))
+    site = noise.get("outputs", OutputNoise() if isinstance(credit, Auto) else None)
     smoothed = blind if isinstance(noise.get("outputs"), OutputNoise) or reads_out(p, model) else objective.of_totals
     smoothed = smoothed & blind if isinstance(site, OutputNoise) else frozenset()
     return Judging(dict.fromkeys(smoothed, site), blind - smoothed)

@@ -1,261 +1,56 @@
-"""Training that updates at every time step, with memory that does not grow with their number.
+"""`Online`: an update at every time step."""
 
-At time t nothing of the future is known, so credit is that of the step's own loss l_t, where the loss is a sum over
-time:
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-    a_t = ∂l_t/∂s_t + C g_t        direct credit, and learned feedback from the layer that the spikes feed
-    g_t = a_t p'_t                 ∂l_t/∂J_t within the time step
+from torch import nn
 
-Left out is what a spike does to later steps, through membranes, resets and recurrent weights of its own layer and of
-those after it: a truncation, as in OTTT (arXiv 2210.04195) and e-prop (Bellec et al. 2020), and a bias besides that of
-C. Nothing is left out of what a membrane keeps of its layer's own inputs x, whose leaky sum stands for them all:
-
-    g_W = Σ_t g_t ⊗ trace_t,        trace_t = beta trace_{t-1} + x_t
-
-and for an affine map F between two layers, with n_t = beta n_{t-1} + 1,
-
-    Σ_k beta^(t-k) F(x_k) = F(trace_t) + (n_t - 1) F(0)
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor, nn
-
-from ulr_snn.credit.pooling import SpikePooling
-from ulr_snn.estimators.base import Batch, Estimate
-from ulr_snn.kernels.precision import widened
-from ulr_snn.kernels.state import State
-from ulr_snn.losses.evaluation import judge
-from ulr_snn.losses.named import STEPS
-from ulr_snn.memory.parts import PartSite, Piece, Rows, chain
-from ulr_snn.memory.strategies import Piecewise
-from ulr_snn.model.events import Events
-from ulr_snn.model.forward import Forward, check_outputs
-from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, TimeAverage
-from ulr_snn.sites.binding import bind_sites
-from ulr_snn.sites.records import Record
-
-if TYPE_CHECKING:
-    from ulr_snn.estimators.ulr import Attachment
-
-AFFINE = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity),
-)
-
-
-def affine(module: nn.Module) -> bool:
-    """Whether it is known to be, of each time step by itself."""
-    return type(module) in AFFINE or (type(module) in (Fold, nn.Sequential) and all(map(affine, module)))
-
-
-def learns(module: nn.Module) -> bool:
-    return any(q.requires_grad for q in module.parameters())
+from ulr_snn.estimators.attachment import LearnedAttachment
+from ulr_snn.estimators.config import NoiseByName
+from ulr_snn.estimators.ulr import ULR
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.memory.one_step import OneTimeStep
+from ulr_snn.noise.firing import Firing, Logistic
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What lies between two layers. still: the modules before the first one with something to learn; learning: those
-    from there on; into: the neurons or the readout that they feed, None where they end in the outputs."""
+class Online:
+    """Credit "feedback" with an update at every time step, for losses that are sums over time ("ce_rate", "mse").
 
-    still: list[nn.Module]
-    learning: list[nn.Module]
-    into: LIF | LeakyReadout | None
+    Memory does not grow with the number of time steps. The gradient leaves out what a spike does to later time steps,
+    through membranes, resets and recurrent weights: a truncation, as in OTTT (arXiv 2210.04195) and e-prop (Bellec et
+    al. 2020); see memory/one_step.py for what it is. `train` makes an update at every time step by itself; in a loop of
+    one's own, `for estimate in ulr.steps(x, y): optimizer.step(); optimizer.zero_grad()`.
 
-    @classmethod
-    def of(cls, modules: list[nn.Module], into: LIF | LeakyReadout | None) -> "Stage":
-        first = next((i for i, module in enumerate(modules) if learns(module)), len(modules))
-        return cls(modules[:first], modules[first:], into)
+    maps, firing, noise, flow, on_nonfinite: as of `ULR`; "skip" leaves a time step out.
+    """
 
+    maps: str = "auto"
+    firing: Firing = field(default_factory=Logistic)
+    noise: NoiseByName = field(default_factory=dict)
+    flow: Mapping[str, str] = field(default_factory=dict)
+    on_nonfinite: str = "stop"
 
-def stages(model: nn.Module) -> list[Stage]:
-    """Of a model that runs its modules one after another; the last one ends in the outputs."""
-    found, between = [], []
-    for module in chain(model):
-        if isinstance(module, LIF | LeakyReadout):
-            found.append(Stage.of(between, module))
-            between = []
-        else:
-            between.append(module)
-    if between or not found or not isinstance(found[-1].into, LeakyReadout):
-        found.append(Stage.of(between, None))
-    return found
+    def __post_init__(self) -> None:
+        self.config  # noqa: B018  # raises UsageError for a wrong field
 
+    @property
+    def config(self) -> ULR:
+        """The same as fields of `ULR`."""
+        about = {"maps": self.maps, "firing": self.firing, "noise": self.noise, "flow": self.flow}
+        return ULR(**about, on_nonfinite=self.on_nonfinite)
 
-def without_trace(model: nn.Module) -> str | None:
-    """Why one trace of its inputs does not do for a layer of the model; None where it does for all."""
-    found = stages(model)
-    if any(type(module) is TimeAverage for module in chain(model)):
-        return "TimeAverage leaves single time steps without a loss"
-    for stage in found:
-        into, name = stage.into, type(stage.into).__name__
-        if into is None:
-            continue
-        if into.beta.requires_grad or (isinstance(into, LIF) and into.threshold.requires_grad):
-            return f"{name} learns its leak or threshold, for which it keeps no trace"
-        if into.beta.numel() > 1 or (isinstance(into, LIF) and into.reset == "zero"):
-            return f"{name} with a leak of each neuron's own, or reset 'zero', needs a trace for every weight"
-        if isinstance(into, LeakyReadout) and stage is not found[-1]:
-            return "LeakyReadout is not the last module"
-        if bad := next((module for module in stage.learning if not affine(module)), None):
-            return f"{type(bad).__name__}, from the first weights on that lead to {name}, is not known to be affine"
-    return None
-
-
-class Trace:
-    """The leaky sum of what a layer's weights read, [1, B, ...], and n, that of ones."""
-
-    def __init__(self, beta: Tensor) -> None:
-        self.beta = beta.detach().clamp(0, 1).reshape(())
-        self.sum: Tensor | None = None  # [1, B + 1, ...]; the last row, of no input, is where F(0) is found
-        self.n = torch.zeros_like(self.beta)
-
-    def add(self, x: Tensor) -> None:
-        """x [1, B, ...]."""
-        if self.sum is None:
-            self.sum = widened(x.new_zeros(1, x.shape[1] + 1, *x.shape[2:]))
-        self.sum.mul_(self.beta)
-        self.sum[:, :-1] += x
-        self.n = self.beta * self.n + 1
-
-    def entries(self, modules: list[nn.Module], g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors in the graph of the modules' parameters, and the gradients that enter there, for ∂L/∂J g
-        [1, B, ...] of what the modules give."""
-        if len(modules) == 1 and type(modules[0]) is nn.Linear:  # without a forward product that nobody reads
-            linear, rows = modules[0], g.flatten(0, -2)
-            found = rows.to(self.sum.dtype).T @ self.sum[:, :-1].flatten(0, -2)
-            yield linear.weight, found.to(linear.weight.dtype)
-            if linear.bias is not None:
-                yield linear.bias, (self.n * rows.sum(0)).to(linear.bias.dtype)
-            return
-        x = self.sum.to(next(q for m in modules for q in m.parameters()).dtype)
-        for module in modules:
-            x = module(x)
-        yield x, torch.cat([g, (self.n - 1) * g.sum(1, keepdim=True)], 1)
-
-
-class Stream:
-    """A batch that goes by, one time step after another."""
-
-    def __init__(self, attached: "Attachment", forward: Forward, batch: Batch) -> None:
-        self.attached, self.batch, self.judging = attached, batch, forward.judging
-        self.noise = forward.noise(batch.samples, [0], batch.frames.device)
-        self.stages = stages(attached.model)
-        self.traces = [None if s.into is None else Trace(s.into.beta) for s in self.stages]
-        self.recurrent = {name: Trace(neuron.beta) for name, neuron in attached.layers if neuron.recurrent is not None}
-        self.states: dict[str, State] = {}
-        self.farthest: dict[str, Tensor] = {}  # see `PartSite`, so far
-        self.membrane: Tensor | None = None  # of the readout
-        sites = [name for name, _ in attached.layers]
-        lessons = attached.prediction.lessons(sites, batch.valid, batch.samples, attached.step)
-        self.learned = [Rows(lesson) for lesson in lessons if not lesson.before]
-        attached.step += 1
-        self.usable = True  # so far
-
-    def step(self, t: int) -> Estimate:
-        """Time step t, those before it being done: adds the gradient of the batch's mean of its loss."""
-        attached = self.attached
-        torch.clear_autocast_cache()  # which has the weights of before the last update
-        records: list[Record] = []
-        about = attached.level, self.noise, t
-        sites = {
-            name: PartSite(name, i, *about, self.states.get(name), records, watched=True)
-            for i, (name, _) in enumerate(attached.layers)
-        }
-        lengths = None if self.batch.lengths is None else (self.batch.lengths - t).clamp(0, 1)
-        with bind_sites(attached.model, list(sites.values()), lengths, attached.layers), SpikePooling():
-            outputs = self._forward(Events.of(self.batch.frames[t : t + 1], self.batch.dtype), sites)
-        self.states = {name: site.state for name, site in sites.items()}
-        with torch.no_grad():
-            for rows in self.learned:
-                rows.see(range(t, t + 1), sites, self.batch.valid)
-        loss, error = self._judge(t, outputs)
-        stats = {"copies": 1, "step": attached.step, "time": t, "times": self.batch.steps}
-        if attached.usable(loss):
-            self._backward(outputs, error, records)
-            for name, site in sites.items():
-                self.farthest[name] = torch.maximum(self.farthest.get(name, site.farthest), site.farthest)
-            if t == self.batch.steps - 1:
-                attached.level.take(self.farthest)
-        else:
-            self.usable, stats["skipped"] = False, True
-        if t == self.batch.steps - 1 and self.usable:
-            for rows in self.learned:
-                attached.prediction.learn(rows.lesson, rows.spikes, rows.current)
-        return Estimate(loss, outputs.detach()[None], stats)
-
-    def _forward(self, x: Tensor, sites: dict[str, PartSite]) -> Tensor:
-        """Outputs [1, B, ...], in the graph from each layer's spikes to what they reach. Traces go on."""
-        for stage, trace in zip(self.stages, self.traces, strict=True):
-            with torch.enable_grad():
-                for module in stage.still:
-                    x = module(x)
-                if trace is not None and stage.learning:
-                    trace.add(x.detach())
-                for module in stage.learning:
-                    x = module(x)
-                if isinstance(stage.into, LeakyReadout):
-                    x = stage.into(x, self.membrane)
-                    self.membrane = x[0].detach()
-                elif stage.into is not None:
-                    with torch.enable_grad():  # what spikes are cast to belongs to the graph
-                        x = stage.into(x)
-        for name, trace in self.recurrent.items():
-            trace.add(sites[name].before[None])
-        check_outputs(x, 1, self.batch.samples)
-        return x
-
-    def _judge(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """What the time step adds to the loss [B], and the gradient of that in the shape of the outputs."""
-        found = judge(self.batch.objective, self.judging, outputs, {}, self.batch.targets, None, self.noise)
-        share = self.batch.share[t].to(outputs.dtype)
-        return found.loss * share, found.error * share.view(1, -1, *[1] * (outputs.ndim - 2))
-
-    def _backward(self, outputs: Tensor, error: Tensor, records: list[Record]) -> None:
-        found = self.attached.prediction.credit_at_once(Piece([(outputs, error)], records))
-        each = [found.get(record.site) for record in records]  # in the stages' order
-        entries = []
-        for stage, trace, g in zip(self.stages, self.traces, [*each, error], strict=True):
-            if g is None or not stage.learning:
-                continue
-            entries += [(outputs, g)] if trace is None else trace.entries(stage.learning, g)
-        for name, neuron in self.attached.layers:
-            if name in self.recurrent and found.get(name) is not None:
-                entries += self.recurrent[name].entries([neuron.recurrent], found[name])
-        entries = [(tensor, g / self.batch.samples) for tensor, g in entries if tensor.requires_grad]
-        if entries:
-            wanted = [q for q in self.attached.model.parameters() if q.requires_grad]
-            torch.autograd.backward(*zip(*entries, strict=True), inputs=wanted)
-
-
-class Streaming(Piecewise):
-    """The steps of an attachment that update at every time step."""
-
-    def few(self, batch: Batch) -> tuple[slice, slice]:
-        self.possible(batch)
-        return super().few(batch)
-
-    def why_whole(self, batch: Batch) -> str | None:
-        if batch.objective.steps is None:
-            return f"the loss is not known to be a sum over time, as {' and '.join(map(repr, STEPS))} are"
-        return without_trace(self.attached.model) or super().why_whole(batch)
-
-    def kept(self, batch: Batch) -> str:
-        return "one time step, with an update after each; credit is that of the step's own loss, the future left out"
-
-    def start(self, forward: Forward, batch: Batch, few: tuple[slice, slice]) -> Stream:
-        """The batch, before its first time step."""
-        attached, first = self.attached, self.attached.structure is None
-        p = self.sample(forward, batch, few)
-        if first:
-            self.possible(batch)
-            if not attached.feedback.layers and attached.usable(p.loss):
-                attached.prediction.learn_layers([p], attached.step)
-        if p is not None:
-            attached.measure(p, whole=False)
-        forward.judging = attached.structure.judging
-        attached.forward_passes += batch.samples
-        return Stream(attached, forward, batch)
+    def attach(
+        self,
+        model: nn.Module,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        *,
+        progress: float | None = None,
+        rates: bool = False,
+    ) -> LearnedAttachment:
+        """What `train` steps with; see `Estimator.attach`."""
+        about = loss, seed, time_first, total_steps, progress, rates
+        return LearnedAttachment(model, self.config, OneTimeStep(), *about)

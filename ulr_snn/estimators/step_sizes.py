@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.losses.evaluation import Judgement
-from ulr_snn.model.forward import Pass
+from ulr_snn.model.passes import Pass
 
 REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane by
 READOUT = 6.0

@@ -18,7 +18,8 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.losses.named import Objective, total
-from ulr_snn.noise.level import Noise, OutputNoise
+from ulr_snn.noise.kinds import OutputNoise
+from ulr_snn.noise.random import Noise
 
 SITE = 1 << 40  # of the output noise, among the sites that draw
 ELEMENTS = 1 << 22  # of disturbed outputs held at a time

@@ -136,13 +136,15 @@ class Objective:
     """A weighted sum of losses (outputs, targets, mask) -> [B] and of costs of activity.
 
     of_totals: those losses that depend on the outputs by their sum over time alone, as far as is known. steps: as
-    losses, what each time step adds, None unless all are known to be sums over time.
+    losses, what each time step adds, None unless all are known to be sums over time. own: names of the callables among
+    the losses, by index.
     """
 
     losses: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]]
     costs: list[tuple[float, SpikeBudget]]
     of_totals: frozenset[int]
     steps: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]] | None
+    own: Mapping[int, str]
 
     @property
     def counts(self) -> set[str]:
@@ -181,7 +183,8 @@ def resolve(loss: LossSpec) -> Objective:
     steps = None
     if not costs and all(isinstance(name, str) and name in STEPS for name in names):
         steps = [(weight, STEPS[name]) for name, (weight, _) in zip(names, losses, strict=True)]
-    return Objective(losses, costs, of_totals, steps)
+    own = {i: getattr(f, "__name__", type(f).__name__) for i, f in enumerate(names) if not isinstance(f, str)}
+    return Objective(losses, costs, of_totals, steps, own)
 
 
 def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -10,23 +10,31 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
-from ulr_snn.model.forward import generator_state, keep_traces, model_outputs, set_generator_state
+from ulr_snn.model.call import generator_state, keep_traces, model_outputs, set_generator_state
 from ulr_snn.model.graph import leaves
-from ulr_snn.noise.level import CurrentNoise, Logistic, NoiseLevel
+from ulr_snn.noise.firing import Logistic
+from ulr_snn.noise.kinds import CurrentNoise
+from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
 
 DRAWS = 4  # changes of the input by which a black box is probed
 
 
 def find_layers(
-    model: nn.Module, x: Tensor, by_step: bool, noise: Mapping[str, Any], notes: list[str] | None = None
+    model: nn.Module,
+    events: Callable[[], Tensor],
+    by_step: bool,
+    noise: Mapping[str, Any],
+    notes: list[str] | None = None,
 ) -> Layers:
-    """All layers of a model that get noise, by name, in module order. x: events [T, B, ...]; noise: see `ULR`; notes:
-    gets a line for every other module that cuts the graph, or fires by a gradient of its own.
+    """All layers of a model that get noise, by name, in module order. events: gives events [T, B, ...], where modules
+    are to be probed; noise: see `ULR`; notes: gets a line for every other module that cuts the graph, or fires by a
+    gradient of its own.
     """
     names = {*unknown(model), *(name for name, site in noise.items() if isinstance(site, CurrentNoise))}
     if not names:
         return spiking_layers(model)
+    x = events()
     watched = {name: Watch(module) for name, module in model.named_modules() if name in names}
     with keep_traces(model), torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(bind(model, NoiseLevel(Logistic()), steps=len(x)))

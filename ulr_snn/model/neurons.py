@@ -14,7 +14,7 @@ from ulr_snn.kernels.reference import leaky_drive, scan
 from ulr_snn.kernels.sparse import product
 from ulr_snn.kernels.state import RESETS, State
 from ulr_snn.kernels.stateless import run
-from ulr_snn.noise.level import Drawer
+from ulr_snn.noise.random import Drawer
 
 
 class Timed(nn.Module):

@@ -1,158 +1,21 @@
-"""Firing noise: the distribution of the threshold noise, and the counter-based uniforms that draw from it."""
+"""The level of the noise at every site as training goes on."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ulr_snn.errors import UsageError
-from ulr_snn.kernels import dispatch
-from ulr_snn.kernels.state import Draw
+from ulr_snn.noise.firing import Firing
+from ulr_snn.noise.kinds import CurrentNoise
 from ulr_snn.noise.secant import between
 
 LEVELS = (0.07, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # of the training: while the learning rate warms up, layers may leave the regime that was measured
 FLOOR, TINY = 0.01, 1e-6  # of the membranes' spread, that a threshold counts as at least; where that is not known
 WIDENED = 1.0  # up to here the starting scale follows them then
-
-
-@dataclass(frozen=True)
-class Firing:
-    """Distribution of the threshold noise: a neuron with drive d = u - threshold fires with p = F(d / scale).
-
-    scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
-    start: sets the starting scale, from the spread of the layer's membranes, > 0.
-    end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
-    secants: number of measured distances over which credit takes secants of F in place of its derivative (see
-        `secant`); 0: the derivative.
-    """
-
-    scale: float | None = None
-    start: float = 0.05
-    end: float = 0.05
-    secants: int = 4
-
-    def __post_init__(self) -> None:
-        check_positive(self, "scale", "start", "end")
-        if not (isinstance(self.secants, int) and self.secants >= 0):
-            raise UsageError(f"{type(self).__name__} got secants={self.secants!r}; it is a whole number, at least 0")
-
-    def probability(self, x: Tensor) -> Tensor:
-        """p = F(x), where x = drive / scale is the standardised drive."""
-        raise NotImplementedError
-
-    def slope(self, x: Tensor) -> Tensor:
-        """p' = ∂p/∂x = f(x)."""
-        raise NotImplementedError
-
-    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
-        """δ = ∂ log P(spikes) / ∂x = (s - p) p' / (p (1 - p))."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Logistic(Firing):
-    """Logistic threshold noise: p = sigmoid(x), δ = s - p."""
-
-    def probability(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(x)
-
-    def slope(self, x: Tensor) -> Tensor:
-        p = torch.sigmoid(x)
-        return p * (1 - p)
-
-    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
-        return spikes - torch.sigmoid(x)
-
-
-@dataclass(frozen=True)
-class Gaussian(Firing):
-    """Gaussian threshold noise with standard deviation `scale`: p = Phi(x)."""
-
-    def probability(self, x: Tensor) -> Tensor:
-        return torch.special.ndtr(x)
-
-    def slope(self, x: Tensor) -> Tensor:
-        return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
-
-    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
-        # (s - p) p' / (p (1 - p)) is 0/0 where p saturates: the log-CDF keeps the ratio finite.
-        sign = 2 * spikes - 1
-        log_ratio = -0.5 * x**2 - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(sign * x)
-        return sign * torch.exp(log_ratio)
-
-
-@dataclass(frozen=True)
-class CurrentNoise:
-    """Gaussian noise on a module's input current J, drawn anew at every time step: the module sees J + scale z, and the
-    score with respect to J is z / scale (arXiv 2305.08960). For modules whose inside is not known.
-
-    scale: constant, in units of the current, > 0. None: from `start` to `end`, in units of the standard deviation of
-    the layer's current in the first batch, geometrically over the training.
-    """
-
-    scale: float | None = None
-    start: float = 0.5
-    end: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "scale", "start", "end")
-
-
-@dataclass(frozen=True)
-class WeightNoise:
-    """Gaussian noise on a parameter W, one draw a copy, for all its samples and time steps: a copy runs with
-    W + scale ζ, and the score with respect to W is ζ / scale. For parameters that no other site's gradient reaches.
-
-    scale: constant, in units of the parameter, > 0. None: `relative` times the parameter's root mean square as it is
-    now, or `relative` itself where that is zero. per_sample: every sample of a
-    batch has noise of its own, by signs, so that its own loss tells about it, with much less variance; for weights and
-    biases of linear and convolutional modules.
-    """
-
-    scale: float | None = None
-    relative: float = 0.1
-    per_sample: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, "scale", "relative")
-
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """ζ for a parameter of this shape, in double precision."""
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class OutputNoise:
-    """Gaussian noise on the model's outputs o, for losses that have no gradient: the loss becomes the mean of
-    L(o + scale z), whose derivative with respect to o is the mean of L z / scale. Draws need no forward pass, since
-    only the loss is computed anew; of outputs over time, every step has noise of its own.
-
-    scale: constant, in units of the outputs of a time step, > 0. None: `relative` times the standard deviation, over
-    samples and classes, of the outputs' sum over time, for the noise of that sum. draws: of each sample and copy, in
-    pairs z, -z.
-    """
-
-    scale: float | None = None
-    relative: float = 0.5
-    draws: int = 64
-
-    def __post_init__(self) -> None:
-        check_positive(self, "scale", "relative")
-        if not (isinstance(self.draws, int) and self.draws >= 2 and self.draws % 2 == 0):
-            raise UsageError(f"OutputNoise got draws={self.draws!r}; it must be an even whole number, at least 2")
-
-
-def check_positive(owner: object, *names: str) -> None:
-    """Raises UsageError unless each of these attributes is None or positive."""
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"{type(owner).__name__} got {name}={value}; it must be positive")
 
 
 @dataclass
@@ -250,164 +113,17 @@ class NoiseLevel:
                 self.resting.add(site)
         return self.starts[site] ** (1 - self.progress) * firing.end**self.progress * self.unit(site, threshold)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {
+            "noise_starts": dict(self.starts),
+            "noise_resting": sorted(self.resting),
+            "noise_floors": dict(self.floors),
+            "quiet": sorted(self.quiet),
+            "farthest": dict(self.farthest),
+        }
 
-# -- counter-based uniforms --------------------------------------------------------------------------------
-
-_GOLDEN = 0x9E3779B9
-SOBOL_POINTS = 64
-_CHUNK = 1 << 18  # elements hashed at once: a chunk's temporaries stay in cache
-
-
-def _int32(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
-_M1, _M2 = _int32(0x7FEB352D), _int32(0x846CA68B)
-
-
-def _mix(h: Tensor) -> Tensor:
-    """A bijective 32-bit mixer (xorshift-multiply, constants of C. Wellons' lowbias32)."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * _M1
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * _M2
-    return h ^ ((h >> 16) & 0xFFFF)
-
-
-def _splitmix(*words: int) -> int:
-    """64-bit key of a few integers (splitmix64, chained)."""
-    state = 0
-    for word in words:
-        state = (state + (word & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Uniforms keyed by seed, step, sample, copy, site, neuron and time: the same numbers in whatever order,
-    chunk or process they are made.
-
-    sample: [B] int32, index of each row's sample in the global batch; stream: [B] int32, its independent draw
-    (the two copies of an antithetic pair share one); mirrored: [B] bool, rows that see 1 - uniform. point: [B] int64,
-    which point of a Sobol set a row is: its bits are those of the stream, exclusive-or those of the point, so that the
-    rows of a stream are a randomly shifted net, each by itself as if drawn independently. varied: the only site at
-    which streams, mirrors and points differ; at all others every row of a sample sees stream 0.
-    """
-
-    seed: int
-    step: int
-    sample: Tensor
-    stream: Tensor
-    mirrored: Tensor | None = None
-    point: Tensor | None = None
-    varied: int | None = None
-
-    def uniform(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1; in at
-        least single precision, since a lower one cannot hold their bits."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        if self.at(site) is not self:
-            return self.at(site).uniform(site, first_step, steps, shape, dtype)
-        device = self.sample.device
-        row1, row2 = self.words(site, first_step, steps)
-        neurons = math.prod(shape)
-        counter = torch.arange(neurons, dtype=torch.int32, device=device) * _int32(_GOLDEN)
-        out = torch.empty(steps, len(self.sample), neurons, dtype=dtype, device=device)
-        stride = max(1, _CHUNK // max(1, len(self.sample) * neurons)) if device.type == "cpu" else steps
-        for t in range(0, steps, stride):
-            now = slice(t, t + stride)
-            bits = _hash(counter, row1[now, :, None], row2[now, :, None])
-            if self.point is not None:
-                bits ^= sobol_bits(self.point, range(first_step + t, first_step + t + len(bits)), neurons)
-            out[now] = bits
-            out[now].add_(0.5).mul_(2.0**-23)
-        if self.mirrored is not None:
-            rows = self.mirrored.view(1, -1, 1)
-            out = torch.where(rows, 1 - out, out)
-        return out.view(steps, len(self.sample), *shape)
-
-    def at(self, site: int) -> "Noise":
-        """The noise of a site: that which is common to all copies where they differ at another site alone."""
-        if self.varied is None or site == self.varied:
-            return self
-        return Noise(self.seed, self.step, self.sample, torch.zeros_like(self.stream))
-
-    def words(self, site: int, first_step: int, steps: int) -> tuple[Tensor, Tensor]:
-        """The two random words of every row at every time, [steps, B] int32, that `_hash` mixes with the neurons."""
-        key = _splitmix(self.seed, self.step, site)
-        done = dispatch.words(key, self.sample, self.stream, first_step, steps)
-        if done is not None:
-            return done
-        time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=self.sample.device)[:, None]
-        rows = torch.stack([self.sample + _int32(word) for word in (key, key >> 32)])
-        row1, row2 = _mix(_mix(_mix(rows) + self.stream)[:, None] + time)
-        return row1, row2
-
-    def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Standard normal z of the uniforms, -z in mirrored rows; same shape."""
-        return torch.special.ndtri(self.uniform(site, first_step, steps, shape, dtype)).to(dtype)
-
-
-def sobol_bits(points: Tensor, times: range, neurons: int) -> Tensor:
-    """23 bits of these Sobol points [B], [times, B, neurons]: a dimension a neuron and time, as far as there are so
-    many; then they begin anew, which the shifts of `Noise` allow."""
-    table = _sobol_table().to(points.device)
-    dimension = torch.arange(times.start * neurons, times.stop * neurons, device=points.device) % table.shape[1]
-    few = table[: int(points.max()) + 1][:, dimension].view(-1, len(times), neurons).transpose(0, 1)
-    return few[:, points]
-
-
-@lru_cache
-def _sobol_table() -> Tensor:
-    points = torch.quasirandom.SobolEngine(torch.quasirandom.SobolEngine.MAXDIM).draw(SOBOL_POINTS, dtype=torch.float64)
-    return (points * (1 << 23)).to(torch.int32)
-
-
-def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:
-    """23 random bits per (row, neuron): the mixer over the neuron's counter, with the row's second word put in
-    half-way, so that two rows whose first words collide still differ."""
-    h = counter + row1
-    h ^= (h >> 16) & 0xFFFF
-    h *= _M1
-    h += row2
-    h ^= (h >> 15) & 0x1FFFF
-    h *= _M2
-    h ^= (h >> 16) & 0xFFFF
-    return (h >> 9) & 0x7FFFFF
-
-
-class Drawer:
-    """Draws the spikes of one layer in one pass, the steps of time in their order.
-
-    scale: of the noise, broadcast against [...]. first: the step of time that the first one here is.
-    """
-
-    def __init__(self, noise: Noise, firing: Firing, site: int, steps: int, scale: Tensor, first: int = 0) -> None:
-        self.noise, self.firing, self.site, self.steps = noise.at(site), firing, site, steps
-        self.scale, self.first = scale, first
-        self._start, self._uniforms = 0, None
-
-    def __call__(self, t: int, x: Tensor) -> Tensor:
-        """Spikes of standardised drives x [B, ...]."""
-        block = max(1, (1 << 20) // max(1, x.numel()))  # steps of noise held at a time
-        start = t - t % block
-        if self._uniforms is None or start != self._start:
-            steps = min(block, self.steps - start)
-            self._uniforms = self.noise.uniform(self.site, self.first + start, steps, x.shape[1:], x.dtype)
-            self._start = start
-        return (self._uniforms[t - start] < self.firing.probability(x)).to(x.dtype)
-
-    def draw(self, words: bool = True) -> Draw | None:
-        """What a fused scan draws the same spikes by; None where none knows how. words: else they need not be drawn."""
-        law = law_of(self.firing)
-        if law is None or self.noise.point is not None:
-            return None
-        drawn = self.noise.words(self.site, self.first, self.steps) if words else None
-        return Draw(law, self.scale, drawn, self.noise.mirrored)
-
-
-def law_of(firing: Firing) -> str | None:
-    """The name of a law that fused scans know; exactly of these classes, since others may have another probability."""
-    return {Logistic: "logistic", Gaussian: "gaussian"}.get(type(firing))
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.starts, self.resting = dict(state["noise_starts"]), set(state["noise_resting"])
+        self.floors, self.quiet = dict(state.get("noise_floors", {})), set(state.get("quiet", ()))
+        self.farthest = {site: distance.to(device) for site, distance in state.get("farthest", {}).items()}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.ulr import Estimate
+from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.forward import check_outputs, model_outputs
+from ulr_snn.model.call import check_outputs, model_outputs
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.peers.surrogate import SurrogateBPTT, check_gradient
@@ -27,9 +27,17 @@ class FeedbackAlignment:
     neuron: SurrogateBPTT = field(default_factory=SurrogateBPTT)
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+        self,
+        model: nn.Module,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        *,
+        progress: float | None = None,
+        rates: bool = False,
     ) -> "AlignmentAttachment":
-        """What `train` steps with. seed: of the random weights."""
+        """What `train` steps with; see `Estimator.attach`. seed: of the random weights."""
         return AlignmentAttachment(model, self, loss, seed, time_first)
 
 
@@ -66,7 +74,8 @@ class AlignmentAttachment(PeerAttachment):
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
         """One forward pass, then adds to every trainable `.grad`; see `SurrogateAttachment.backward`."""
-        x, targets, lengths, objective = self.begun(x, targets, loss, lengths)
+        batch = self.begun(x, targets, loss, lengths)
+        x, lengths, objective = batch.x, batch.lengths, batch.objective
         if objective.costs:
             raise UsageError("FeedbackAlignment knows no costs of activity; leave SpikeBudget out")
         layers = [_Layer(name) for name, _ in spiking_layers(self.model)]
@@ -75,7 +84,7 @@ class AlignmentAttachment(PeerAttachment):
         check_outputs(outputs, x.shape[0], x.shape[1])
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            value = objective(cut, targets, output_mask(lengths, outputs))
+            value = objective(cut, batch.targets, output_mask(lengths, outputs))
         self.counted(value, x.shape[1])
         check_gradient(value, self.peer)
         error = torch.autograd.grad(value.mean(), cut)[0]

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.baseline import baseline, moving
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.ulr import ULR, Estimate
-from ulr_snn.evaluate import Runner
+from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.forward import check_outputs, generator_state, keep_traces, set_generator_state
+from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.call import generator_state, keep_traces, set_generator_state
 from ulr_snn.model.neurons import output_mask
-from ulr_snn.noise.level import WeightNoise
+from ulr_snn.model.runner import Runner
+from ulr_snn.noise.firing import Logistic
+from ulr_snn.noise.kinds import WeightNoise
+from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.sites.weights import WeightSites
 
@@ -53,9 +56,17 @@ class EvolutionStrategies:
             )
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+        self,
+        model: nn.Module,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        *,
+        progress: float | None = None,
+        rates: bool = False,
     ) -> "EvolutionAttachment":
-        """What `train` steps with."""
+        """What `train` steps with; see `Estimator.attach`."""
         return EvolutionAttachment(model, self, loss, seed, time_first)
 
 
@@ -76,18 +87,18 @@ class EvolutionAttachment(PeerAttachment):
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
         """A forward pass a copy, then adds to every trainable `.grad`; see `Attachment.backward`."""
-        x, targets, lengths, objective = self.begun(x, targets, loss, lengths)
-        self.runner = self.runner or Runner.of(self.model, x, ULR())
+        batch = self.begun(x, targets, loss, lengths)
+        if self.runner is None:
+            self.runner = Runner(BoundModel.of(self.model, batch, {}, own_code=True), NoiseLevel(Logistic()))
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
             # The first copy leaves the traces of an ordinary pass; all see the same dropout masks.
             traces = keep_traces(self.model) if copy else nullcontext()
-            with traces, self.sites.disturbed(self.model, self.step, copy, *x.shape[:2]):
+            with traces, self.sites.disturbed(self.model, self.step, copy, batch.steps, batch.samples):
                 if copy:
                     set_generator_state(state)
-                ((outputs, activity),) = self.runner.runs(x, lengths, self.step, 0, 0, objective.counts)
-            check_outputs(outputs, x.shape[0], x.shape[1])
-            values.append(objective(outputs, targets, output_mask(lengths, outputs), activity))
+                ((outputs, activity),) = self.runner.runs(batch, self.step, 0, 0, batch.objective.counts)
+            values.append(batch.objective(outputs, batch.targets, output_mask(batch.lengths, outputs), activity))
             all_outputs.append(outputs)
         losses = torch.stack(values)
         self.counted(losses, losses.numel())

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.neurons import LIF, own_spread, step_mask
-from ulr_snn.noise.level import Drawer, Firing, Logistic, Noise, NoiseLevel
+from ulr_snn.noise.firing import Firing, Logistic
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.peers.surrogate import SurrogateAttachment, differentiable_spikes
 from ulr_snn.sites.binding import Layers
 
@@ -27,10 +29,18 @@ class ExpectedGradientBPTT:
     firing: Firing = field(default_factory=Logistic)
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+        self,
+        model: nn.Module,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        *,
+        progress: float | None = None,
+        rates: bool = False,
     ) -> "ExpectedAttachment":
-        """What `train` steps with."""
-        return ExpectedAttachment(model, self, loss, seed, time_first, total_steps)
+        """What `train` steps with; see `Estimator.attach`."""
+        return ExpectedAttachment(model, self, loss, seed, time_first, total_steps, progress)
 
 
 class ExpectedAttachment(SurrogateAttachment):
@@ -44,10 +54,11 @@ class ExpectedAttachment(SurrogateAttachment):
         seed: int,
         time_first: bool,
         total_steps: int | None,
+        progress: float | None = None,
     ) -> None:
         super().__init__(model, peer, loss, time_first)
         self.seed, self.total_steps, self.level = seed, total_steps, NoiseLevel(peer.firing)
-        self.fixed_progress: float | None = None
+        self.fixed_progress = progress
 
     def check(self, name: str, module: nn.Module) -> None:
         if not isinstance(module, LIF):

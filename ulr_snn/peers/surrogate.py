@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.ulr import Estimate
+from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels.reference import shift
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.activity import counting
-from ulr_snn.model.forward import check_outputs, model_outputs, runs_by_step
+from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.call import check_outputs, model_outputs
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.sites.binding import Layers, bind_sites, check_layers, spiking_layers
@@ -60,7 +61,15 @@ class SurrogateBPTT:
             raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, total_steps: int | None = None
+        self,
+        model: nn.Module,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        *,
+        progress: float | None = None,
+        rates: bool = False,
     ) -> "SurrogateAttachment":
         """What `train` steps with. seed, total_steps: not used, since nothing is drawn or annealed."""
         return SurrogateAttachment(model, self, loss, time_first)
@@ -182,7 +191,7 @@ class SurrogateAttachment(PeerAttachment):
             raise UsageError(
                 "SurrogateBPTT got options for a model of another library; give its neurons a surrogate there"
             )
-        self.by_step: bool | None = None
+        self.bound: BoundModel | None = None
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raises UsageError for a spiking layer that this method does not know."""
@@ -200,18 +209,19 @@ class SurrogateAttachment(PeerAttachment):
         x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype; lengths: [B], later steps are padding.
         Raises UsageError on wrong shapes, labels or losses, FloatingPointError on a loss that is not finite.
         """
-        x, targets, lengths, objective = self.begun(x, targets, loss, lengths)
-        if self.by_step is None:
-            self.by_step = runs_by_step(self.model, x)
-        layers = spiking_layers(self.model)
-        counted = counting(self.model, layers, objective.counts, *x.shape[:2], lengths)
-        with torch.enable_grad(), bind_sites(self.model, self.sites(layers, x), lengths), counted as activity:
-            outputs = model_outputs(self.model, x, self.by_step)
-        check_outputs(outputs, x.shape[0], x.shape[1])
-        mask = output_mask(lengths, outputs)
+        batch = self.begun(x, targets, loss, lengths)
+        if self.bound is None:
+            self.bound = BoundModel.of(self.model, batch, {}, own_code=True)
+        counted = counting(
+            self.model, self.bound.layers, batch.objective.counts, batch.steps, batch.samples, batch.lengths
+        )
+        sites = self.sites(self.bound.layers, batch.x)
+        with torch.enable_grad(), bind_sites(self.model, sites, batch.lengths), counted as activity:
+            outputs = model_outputs(self.model, batch.x, self.bound.by_step)
+        check_outputs(outputs, batch.steps, batch.samples)
         with torch.enable_grad():
-            value = objective(outputs, targets, mask, activity)
-        self.counted(value, x.shape[1])
+            value = batch.objective(outputs, batch.targets, output_mask(batch.lengths, outputs), activity)
+        self.counted(value, batch.samples)
         check_gradient(value, self.peer)
         value.mean().backward()
         return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})

@@ -17,48 +17,45 @@ from typing import Any
 
 from torch import Tensor
 
-from ulr_snn.errors import UsageError
-
 EVERY = 8  # steps between two measurements, once there are so many
 WINDOW = 16  # measurements that the running means reach back
 
 
-@dataclass(frozen=True)
-class AdaptiveCopies:
-    """Copies by measured variance: of every step (with `layerwise`, of every layer) as many as bring trace(cov) of its
-    gradient down to `variance` times the square of its mean's norm, as far as they lie between `least` and `most`.
+@dataclass
+class FixedCopies:
+    """The same number of copies in every step; None: the default of the credit."""
 
-    variance: > 0; 10 makes a step's gradient have a cosine of about 0.3 with its mean. Raises UsageError otherwise.
-    """
+    number: int | None
 
-    variance: float = 10.0
-    least: int = 4
-    most: int = 64
+    def due(self, step: int) -> bool:
+        """Whether a step's gradient is to be measured."""
+        return False
 
-    def __post_init__(self) -> None:
-        if not self.variance > 0:
-            raise UsageError(f"AdaptiveCopies got variance={self.variance}; it must be positive")
-        whole = all(isinstance(value, int) for value in (self.least, self.most))
-        if not (whole and 2 <= self.least <= self.most):
-            raise UsageError(
-                f"AdaptiveCopies got least={self.least!r}, most={self.most!r}; give whole numbers, 2 <= least <= most"
-            )
+    def copies(self, site: str | None = None, default: int = 1) -> int:
+        """Of the next step."""
+        return self.number or default
 
-    def check(self, group: int) -> None:
-        """Raises UsageError unless the bounds make two halves of copies in groups of this size."""
-        if self.least % (2 * group) or self.most % (2 * group):
-            raise UsageError(
-                f"AdaptiveCopies got least={self.least}, most={self.most}; copies go in two halves of "
-                f"{'antithetic pairs' if group == 2 else 'copies'}, use multiples of {2 * group}"
-            )
+    def see(self, site: str | None, halves: list[tuple[Tensor, Tensor]], copies: int) -> None:
+        """Takes what the two halves of a step's copies give, parameter by parameter."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is kept."""
 
 
 @dataclass
 class CopyBudget:
-    """What has been measured, by site (layerwise) or, of all together, by None. variances: trace(cov) of one group;
-    powers: squares of the mean's norm; both running means over so many measurements."""
+    """As many copies as the measured variance asks for, see `Adaptive`.
 
-    rule: AdaptiveCopies
+    What has been measured is kept by site (layer by layer) or, of all together, by None. variances: trace(cov) of one
+    group; powers: squares of the mean's norm; both running means over so many measurements.
+    """
+
+    variance: float
+    least: int
+    most: int
     group: int  # copies that are not independent of each other
     variances: dict[str | None, float] = field(default_factory=dict)
     powers: dict[str | None, float] = field(default_factory=dict)
@@ -68,16 +65,15 @@ class CopyBudget:
         """Whether step (0, 1, ...) is one that measures."""
         return step < EVERY or step % EVERY == 0
 
-    def copies(self, site: str | None = None) -> int:
-        """Of the next step."""
-        rule = self.rule
+    def copies(self, site: str | None = None, default: int = 1) -> int:
+        """Of the next step; of one site, where each has copies of its own."""
         if site not in self.measured:
-            return rule.least
+            return self.least
         variance, power = self.variances[site], self.powers[site]
-        if power * rule.variance * rule.most <= variance * self.group:  # also where no mean is seen in the noise
-            return rule.most
-        halves = math.ceil(variance / (power * rule.variance) / 2)  # groups in each
-        return min(rule.most, max(rule.least, 2 * halves * self.group))
+        if power * self.variance * self.most <= variance * self.group:  # also where no mean is seen in the noise
+            return self.most
+        halves = math.ceil(variance / (power * self.variance) / 2)  # groups in each
+        return min(self.most, max(self.least, 2 * halves * self.group))
 
     def see(self, site: str | None, halves: list[tuple[Tensor, Tensor]], copies: int) -> None:
         """Takes what the two halves of a step's copies give, parameter by parameter."""

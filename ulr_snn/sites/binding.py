@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock, RLock
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ulr_snn.adapters import LIBRARIES, BlackBox, StepNeuron, adapt, fresh_memories
 from ulr_snn.errors import UsageError
 from ulr_snn.model.neurons import SpikingNeuron, Timed, own_spread, step_mask
-from ulr_snn.noise.level import Drawer, Noise, NoiseLevel
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.current import CurrentSite
 from ulr_snn.sites.records import Handed, Links, Record
@@ -77,55 +78,6 @@ def record_of(
     about = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
     over = level.over(name, scale)
     return Record(*about, fed_back, through=through, over=over, arrived=[current])
-
-
-@dataclass
-class Replay:
-    """Fires what a layer's records hold, whatever comes in, and keeps what came in. flipped: it fires the opposite, but
-    for its own reset, where that is told apart."""
-
-    name: str
-    records: dict[str, Record]
-    currents: dict[str, Tensor]  # of all layers, by site
-    lengths: Tensor | None = None
-    calls: int = 0
-    inputs: list[Tensor] = field(default_factory=list)
-    resetting: Tensor | None = None
-    flipped: bool = False
-
-    def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
-        self.calls += 1
-        site = call_name(self.name, self.calls)
-        self.currents[site] = current.detach()
-        return self._fired(self.records[site].spikes)
-
-    def _fired(self, spikes: Tensor) -> Tensor:
-        spikes = spikes.detach()
-        return 1 - spikes if self.flipped else spikes.clone()  # a model may change them in place
-
-    def begin(self, current: Tensor) -> None:
-        self.inputs.append(current.detach())
-
-    def disturb(self, current: Tensor) -> Tensor:
-        self.begin(current)
-        return current.detach()
-
-    def release(self, spikes: Tensor) -> Tensor:
-        fired = self.fire(spikes)
-        self.end([])
-        return fired
-
-    def fire(self, drive: Tensor) -> Tensor:
-        record = self.records[self.name]
-        self.resetting = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]
-        return self._fired(self.resetting)
-
-    def end(self, states: list[Any]) -> None:
-        record = self.records[self.name]
-        if record.whole:
-            self.currents[self.name] = self.inputs[0]
-        elif len(self.inputs) == len(record.spikes):
-            self.currents[self.name] = torch.stack(self.inputs)
 
 
 def call_name(name: str, call: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.noise.level import WeightNoise
+from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.sites.binding import Layers, inside, spiking_layers, turn
 
 FLOWS = ("ulr", "backprop", "frozen")

@@ -10,7 +10,8 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels import dispatch
 from ulr_snn.model.neurons import step_mask
-from ulr_snn.noise.level import Drawer, Firing, law_of
+from ulr_snn.noise.firing import Firing, law_of
+from ulr_snn.noise.random import Drawer
 from ulr_snn.noise.secant import farthest, secant
 
 

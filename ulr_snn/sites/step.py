@@ -10,7 +10,8 @@ from torch import Tensor
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.model.neurons import own_spread, own_steps, step_mask
-from ulr_snn.noise.level import Drawer, Noise, NoiseLevel
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.records import Handed, Links, Record, Seen, Trace
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.noise.level import WeightNoise
+from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.sites.flipout import check_by_sample
 from ulr_snn.sites.records import Record
 from ulr_snn.sites.weights import named, parameters_of, scale_of

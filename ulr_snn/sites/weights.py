@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.noise.level import CurrentNoise, WeightNoise
+from ulr_snn.noise.kinds import CurrentNoise, WeightNoise
 from ulr_snn.sites.binding import inside
 from ulr_snn.sites.flipout import Flips, check_by_sample, disturbed_by_row, flips
 

@@ -1,6 +1,8 @@
 """Steps in parts of time give the gradient of steps over the whole sequence."""
 
 import gc
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
-from ulr_snn.memory import parts
+from ulr_snn.estimators.step_sizes import StepSizes
+from ulr_snn.memory import chunked
+from ulr_snn.memory.chunk import LayerStates
+from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
+from ulr_snn.memory.one_step import OneTimeStep
+from ulr_snn.memory.step import Memory
 
 STEPS, BATCH = 23, 6
 
@@ -34,19 +41,25 @@ def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return (torch.rand(STEPS, BATCH, 3, 4, generator=generator) < 0.4).to(dtype) * 3, torch.arange(BATCH) % 3
 
 
+def way(memory: str, limits: dict[str, Any]) -> Memory:
+    """`ULR(memory=...)` with other limits of chunks."""
+    return OneTimeStep() if memory == "online" else TimeChunks(memory == "replay", ChunkLimits(**limits))
+
+
 def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths=None, double=False) -> list[Tensor]:
     """Of the third step, when the feedback is learned. Constant scale: that at the start is measured by fewer samples.
     together: of `parts`."""
-    monkeypatch.setattr(parts, "TOGETHER", (together,) * 2)
-    monkeypatch.setattr(parts, "LEAST", 1)
+    limits = {}
+    limits["together"] = (together,) * 2
+    limits["least"] = 1
     x, y = data()
     model, x = (model.double(), x.double()) if double else (model, x)
-    with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1, total_steps=20) as ulr:
+    with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1, total_steps=20) as ulr:
         for _ in range(3):
             model.zero_grad()
             estimate = ulr.backward(x, y, lengths=lengths)
     if memory != "auto":
-        assert estimate.stats["parts"] == -(-STEPS // max(1, together // (BATCH * ulr.piecewise.neurons)))
+        assert estimate.stats["parts"] == -(-STEPS // max(1, together // (BATCH * ulr.memory._counted[1])))
     return [q.grad for q in model.parameters()]
 
 
@@ -58,7 +71,8 @@ def test_the_gradient_is_that_of_the_whole(name, memory, lengths, standings, mon
     if name == "recurrent" and lengths:
         pytest.skip("held readouts are refused, see below")
     lengths = lengths and torch.tensor(lengths)
-    monkeypatch.setattr(parts, "STANDINGS", standings)
+    limits = {}
+    limits["states"] = standings
     whole = gradients(nets()[name], "auto", 1, monkeypatch, lengths, double=True)
     size = BATCH * 17 * 5  # of about five time steps
     ours = gradients(nets()[name], memory, size, monkeypatch, lengths, double=True)
@@ -70,9 +84,9 @@ def test_the_gradient_is_that_of_the_whole(name, memory, lengths, standings, mon
 @pytest.mark.parametrize("most", [2, 4, 16])
 def test_groups_of_parts_keep_no_more_standings_than_they_may(count, most):
     possible = {}  # groups of each level, by the number of levels
-    for levels in range(1, parts.LEVELS + 1):
+    for levels in range(1, chunked.LEVELS + 1):
         possible[levels] = next(groups for groups in range(2, count + 2) if groups**levels >= count)
-    groups = parts.fan_out(count, most)
+    groups = chunked.fan_out(count, most)
     kept = {n: most_alive(count, each) for n, each in possible.items()}
     levels = next(n for n in possible if groups**n >= count)
     assert groups == possible[levels]
@@ -88,20 +102,21 @@ def most_alive(count: int, groups: int) -> int:
     def inside(group: list[range]) -> int:
         if len(group) == 1:
             return 1
-        return max(i + inside(smaller) for i, smaller in enumerate(parts.grouped(group, groups)))
+        return max(i + inside(smaller) for i, smaller in enumerate(chunked.grouped(group, groups)))
 
     return inside([range(t, t + 1) for t in range(count)])
 
 
 def test_an_average_in_half_precision_does_not_overflow(monkeypatch):
-    monkeypatch.setattr(parts, "LEAST", 100)  # 100 time steps with outputs of 800 or so are more than float16 can hold
+    limits = {}
+    limits["least"] = 100  # 100 time steps with outputs of 800 or so are more than float16 can hold
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage()).half()
     with torch.no_grad():
         model[2].bias.fill_(800)
     found = []
     for memory in ("auto", "replay"):
-        with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1) as ulr:
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1) as ulr:
             found.append(ulr.backward((torch.rand(200, 4, 12) < 0.4).half(), torch.arange(4) % 3).outputs)
     assert all(outputs.isfinite().all() and (outputs - 800).abs().max() < 8 for outputs in found)
 
@@ -110,8 +125,9 @@ def test_an_average_in_half_precision_does_not_overflow(monkeypatch):
 @pytest.mark.parametrize("reduced", ["autocast", "half"])
 def test_an_average_of_many_parts_in_reduced_precision_is_as_good_as_at_once(lengths, reduced, monkeypatch):
     """Each of 250 parts adds to it what bfloat16 can hardly tell from nothing."""
-    monkeypatch.setattr(parts, "TOGETHER", (1, 1))
-    monkeypatch.setattr(parts, "LEAST", 2)
+    limits = {}
+    limits["together"] = (1, 1)
+    limits["least"] = 2
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage())
     x = (torch.rand(500, 4, 12) < 0.4).float()
@@ -120,23 +136,24 @@ def test_an_average_of_many_parts_in_reduced_precision_is_as_good_as_at_once(len
     lengths, found = None if lengths is None else torch.tensor(lengths), []
     for memory in ("auto", "replay"):
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=reduced == "autocast")
-        with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1) as ulr, mixed:
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1) as ulr, mixed:
             found.append(ulr.backward(x, torch.arange(4) % 3, lengths=lengths).outputs.float())
     torch.testing.assert_close(*found, atol=1e-4, rtol=2**-7)  # about the last bit
 
 
-@pytest.mark.parametrize("memory", ["auto", "replay", "stream"])
+@pytest.mark.parametrize("memory", ["auto", "replay", "online"])
 def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     """Of a net with many neurons and few weights, too."""
-    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1000)
+    limits = {}
+    limits["whole"] = 1000
     model = nn.Sequential(
         nn.Unflatten(2, (1, 10)), Fold(nn.Conv2d(1, 16, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(1600, 4)
     )
     x = (torch.rand(60, 32, 10, 10) < 0.3).float()
-    outputs = "ce_rate" if memory == "stream" else "ce_count"
-    with attach(model, ULR(memory=memory), outputs) as ulr:
-        seen, few = [], ulr.piecewise.few
-        monkeypatch.setattr(ulr.piecewise, "few", lambda batch: seen.append(few(batch)) or seen[-1])
+    outputs = "ce_rate" if memory == "online" else "ce_count"
+    with attach(model, ULR(memory=way(memory, limits)), outputs) as ulr:
+        seen, first = [], ulr.memory.first
+        monkeypatch.setattr(ulr.memory, "first", lambda step: seen.append(first(step)) or seen[-1])
         ulr.backward(x, torch.arange(32) % 4)
     steps, samples = seen[0]
     assert steps.stop >= 32 and samples.stop >= 4
@@ -144,14 +161,15 @@ def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
 
 def test_a_step_keeps_no_more_standings_than_it_may(monkeypatch):
     """All that are alive while a part has its graph, of 23 parts of one time step."""
-    monkeypatch.setattr(parts, "STANDINGS", 8)
-    seen, original = [], parts.Parts._part
+    limits = {}
+    limits["states"] = 8
+    seen, original = [], chunked.ChunkedRun._entries
 
     def counting(self, *arguments):
-        seen.append(sum(type(item) is parts.Standing for item in gc.get_objects()))
-        original(self, *arguments)
+        seen.append(sum(type(item) is LayerStates for item in gc.get_objects()))
+        yield from original(self, *arguments)
 
-    monkeypatch.setattr(parts.Parts, "_part", counting)
+    monkeypatch.setattr(chunked.ChunkedRun, "_entries", counting)
     gradients(nets()["dense"], "replay", BATCH * 17, monkeypatch)
     assert len(seen) == 3 * STEPS and 3 <= max(seen) <= 8 + 1  # the one that it begins from
 
@@ -159,13 +177,14 @@ def test_a_step_keeps_no_more_standings_than_it_may(monkeypatch):
 @pytest.mark.parametrize("name", ["dense", "recurrent"])
 def test_steps_see_the_weights_that_the_last_one_has_left(name, monkeypatch):
     """What is made of weights for one step does not outlive it."""
-    monkeypatch.setattr(parts, "TOGETHER", (BATCH * 17 * 5,) * 2)
+    limits = {}
+    limits["together"] = (BATCH * 17 * 5,) * 2
     monkeypatch.setattr(ulr_snn.model.events, "FEWEST", 1)
     found = []
     for memory in ("auto", "replay"):
         model, (x, y) = nets()[name], data()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        with attach(model, ULR(firing=Logistic(scale=0.3), memory=memory), seed=1, total_steps=20) as ulr:
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1, total_steps=20) as ulr:
             for _ in range(3):
                 optimizer.zero_grad()
                 ulr.backward((x * (torch.arange(x[0].numel()).view(x[0].shape) % 12 == 0)).byte(), y)
@@ -200,16 +219,19 @@ def test_a_gap_between_parts_would_be_seen(monkeypatch):
 def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
     x, y = data(torch.uint8)
     model = nets()["dense"]
-    monkeypatch.setattr(parts, "ROOMY", 1000)
-    with attach(model) as ulr:
+    limits = {}
+    limits["roomy"] = 1000
+    with attach(model, ULR(memory=way("auto", limits))) as ulr:
         assert "parts" not in ulr.backward(x, y).stats
-    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1000)
-    monkeypatch.setattr(ulr_snn.memory.strategies, "SHORT", 1)
-    with attach(model) as ulr:
+    limits["whole"] = 1000
+    limits["short"] = 1
+    with attach(model, ULR(memory=way("auto", limits))) as ulr:
         assert ulr.backward(x, y).stats["parts"] > 1
-    with attach(nn.Sequential(Backwards(), *model)) as ulr:  # has to see all
+    with attach(nn.Sequential(Backwards(), *model), ULR(memory=way("auto", limits))) as ulr:  # has to see all
         assert "parts" not in ulr.backward(x, y).stats
-    with attach(nn.Sequential(*model, Backwards())) as ulr:  # but not what comes after the average
+    with attach(
+        nn.Sequential(*model, Backwards()), ULR(memory=way("auto", limits))
+    ) as ulr:  # but not what comes after the average
         assert ulr.backward(x, y).stats["parts"] > 1
 
 
@@ -217,12 +239,13 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
 def test_parts_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypatch):
     """Since each costs a gradient of all of them: of 4835 weights, parts take as many bytes, ten steps of six samples
     of eight neurons."""
-    monkeypatch.setattr(parts, "ROOMY", 1)
-    monkeypatch.setattr(parts, "LEAST", 1)
-    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1)
-    monkeypatch.setattr(ulr_snn.memory.strategies, "SHORT", 1)
+    limits = {}
+    limits["roomy"] = 1
+    limits["least"] = 1
+    limits["whole"] = 1
+    limits["short"] = 1
     model = nn.Sequential(nn.Linear(inputs, 8), LIF(), TimeAverage(), nn.Linear(8, 3))
-    with attach(model) as ulr:
+    with attach(model, ULR(memory=way("auto", limits))) as ulr:
         x = (torch.rand(STEPS, BATCH, inputs) < 0.3).float()
         assert ulr.backward(x, torch.arange(BATCH) % 3).stats["parts"] == made
 
@@ -233,13 +256,16 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss", [wrong, {"ce_count": 1.0, ulr_snn.SpikeBudget(5): 0.1}], ids=["no gradient", "costs"])
 def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
-    monkeypatch.setattr(ulr_snn.memory.strategies, "WHOLE", 1000)
-    monkeypatch.setattr(ulr_snn.memory.strategies, "SHORT", 1)
-    monkeypatch.setattr(parts, "TOGETHER", (1000,) * 2)
+    limits = {}
+    limits["whole"] = 1000
+    limits["short"] = 1
+    limits["together"] = (1000,) * 2
     for memory in ("auto", "replay"):
-        with attach(nets()["spikes"], ULR(memory=memory), loss=loss) as ulr:
+        with attach(nets()["spikes"], ULR(memory=way(memory, limits)), loss=loss) as ulr:
             if memory == "auto":
-                assert all("parts" not in ulr.backward(*data()).stats for _ in range(2))
+                with pytest.warns(UserWarning, match="no gradient") if loss is wrong else nullcontext([0]) as told:
+                    assert all("parts" not in ulr.backward(*data()).stats for _ in range(2))
+                assert len(told) == 1
             else:
                 with pytest.raises(UsageError, match="use memory='auto'"):
                     ulr.backward(*data())
@@ -274,26 +300,28 @@ def test_a_readout_that_holds_is_refused():
 
 
 def test_training_in_parts_learns(monkeypatch):
-    monkeypatch.setattr(parts, "TOGETHER", (2000,) * 2)
+    limits = {}
+    limits["together"] = (2000,) * 2
     torch.manual_seed(0)
     x, y = (torch.rand(40, 64, 12) < 0.3).float(), torch.arange(64) % 3
     for target in range(3):
         x[:, y == target, 4 * target : 4 * target + 4] *= 3
     loader = [(x[:, i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
     model = nn.Sequential(nn.Linear(12, 16), LIF(), nn.Linear(16, 16), LIF(), TimeAverage(), nn.Linear(16, 3))
-    result = ulr_snn.train(model, loader, epochs=15, estimator=ULR(memory="replay"), progress=False)
+    result = ulr_snn.train(model, loader, epochs=15, estimator=ULR(memory=way("replay", limits)), progress=False)
     assert ulr_snn.evaluate(model, loader)["accuracy"] > 0.95
     assert result.metrics["forward_passes"] >= 15 * 64 * 2
 
 
 def test_the_plan_says_what_a_step_keeps(monkeypatch):
-    monkeypatch.setattr(parts, "TOGETHER", (BATCH * 17 * 5,) * 2)
+    limits = {}
+    limits["together"] = (BATCH * 17 * 5,) * 2
     x, y = data()
-    for memory, says in (("auto", "the whole sequence"), ("replay", "parts of 5 time steps")):
-        text = str(ulr_snn.plan(nets()["dense"], (x, y), ULR(memory=memory)))
+    for memory, says in (("auto", "the whole sequence"), ("replay", "chunks of 5 time steps")):
+        text = str(ulr_snn.plan(nets()["dense"], (x, y), ULR(memory=way(memory, limits))))
         assert says in text and "scans over time of ulr_snn's neurons: " in text
     with pytest.raises(UsageError, match="time step by itself"):
-        ulr_snn.plan(nets()["dense"].insert(0, Backwards()), (x, y), ULR(memory="replay"))
+        ulr_snn.plan(nets()["dense"].insert(0, Backwards()), (x, y), ULR(memory=way("replay", limits)))
 
 
 def test_hooks_on_the_sequence_are_not_passed_over():
@@ -339,7 +367,7 @@ def test_the_readouts_step_size_stays_when_a_training_goes_on():
     x, y = torch.ones(STEPS, BATCH, 3, 4), torch.zeros(BATCH, dtype=torch.long)
     model = nn.Sequential(nn.Flatten(2), nn.Linear(12, 9), LIF(), nn.Linear(9, 3))
     with attach(model, ULR(memory="replay"), "ce_count", total_steps=20) as ulr:
-        ulr.advise_step_sizes()
+        ulr.learner.step_sizes = StepSizes()
         ulr.backward(x, y)
         state = ulr.state_dict()
     with torch.no_grad():
@@ -347,4 +375,4 @@ def test_the_readouts_step_size_stays_when_a_training_goes_on():
     with attach(model, ULR(memory="replay"), "ce_count", total_steps=20) as ulr:
         ulr.load_state_dict(state)
         ulr.backward(x, y)
-        assert ulr.step_sizes.summed == state["step_sizes"]["summed"] > STEPS / 2
+        assert ulr.learner.step_sizes.summed == state["step_sizes"]["summed"] > STEPS / 2

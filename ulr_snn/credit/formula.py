@@ -1,0 +1,148 @@
+"""The formula: the only place where scores and credits become gradients.
+
+For every weight W that feeds neuron i at time t (unified likelihood ratio, arXiv 2305.08960, and a control variate a):
+
+    g_W = sum_{i,t} c_it ∂x_it/∂W |spikes fixed
+    c_it = λ (L - b - sum_{j,t'} a_jt' ε_jt') δ_it + a_it p'_it
+
+L is the loss of the sample and copy, b a baseline, ε = s - p the innovation of a spike, δ = ∂ log P(s)/∂x its score,
+a the prediction of ∂L/∂s. Whole sequences, chunks of time and online learning call the same code.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ulr_snn.credit.base import Credit
+from ulr_snn.credit.baseline import baseline, multi_sample_signals, multi_sample_weights, to_go
+from ulr_snn.credit.kinds import CreditKind
+from ulr_snn.model.passes import Group, Pass
+from ulr_snn.sampling.kinds import Sampling
+from ulr_snn.sites.records import Record
+
+
+class Passed(Protocol):
+    """What the formula needs of a pass, or of a chunk of one. ends: where spikes reach the loss differentiably, with
+    the loss's gradient there."""
+
+    copies: list[int]
+    records: list[Record]
+    linked: bool
+
+    @property
+    def ends(self) -> list[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A gradient and the tensor at which it enters the graph. site: whose current or drive that is, None of the
+    outputs. copies: of the rows, None of the exact gradient at the outputs. by_score: it is the summand of the
+    score."""
+
+    tensor: Tensor
+    gradient: Tensor
+    site: str | None = None
+    copies: list[int] | None = None
+    by_score: bool = False
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The coefficients c of a step's passes.
+
+    quiet: sites without noise. blind: some losses have no gradient in the outputs. mean_loss, mean_blind: moving
+    baselines, of all losses together and of those without a gradient.
+    """
+
+    credit: CreditKind
+    sampling: Sampling
+    quiet: frozenset[str]
+    blind: bool
+    mean_loss: Tensor | None
+    mean_blind: Tensor | None
+
+    def of_group(self, group: Group, predictions: list[list[Credit]], share: float) -> Iterator[Entry]:
+        """The entries of all passes of a group. predictions: of each pass and record. share: of the exact gradient,
+        that of this group among all."""
+        losses = group.losses
+        shares = multi_sample_weights(losses) if self.sampling.multi_sample else torch.ones_like(losses)
+        for p, predicted in zip(group.passes, predictions, strict=True):
+            weight = shares[p.copies].flatten() / losses.numel()  # [rows]
+            signal = self.signal(group, p, predicted) if self.credit.unbiased or self.blind else None
+            yield from self.entries(p, predicted, weight, signal, losses.numel(), share, group.site)
+
+    def entries(
+        self,
+        p: Passed,
+        predicted: list[Credit],
+        weight: Tensor,
+        signal: Tensor | None = None,
+        count: int = 1,
+        share: float = 1.0,
+        varied: str | None = None,
+    ) -> Iterator[Entry]:
+        """The two summands of c at each site, and the exact gradient at the outputs.
+
+        weight [rows]: of each row in the mean over samples and copies. signal: what scores are weighted by, [rows] or,
+        by time step, [rows, T], in a mean over `count`. varied: the only site whose noise differs, if there is one."""
+        for record, credit in self.sites(p, predicted, varied):
+            if not record.x.requires_grad:
+                continue
+            if signal is not None:
+                in_time = signal.T if signal.ndim == 2 else signal[None]
+                by_row = in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2)))
+                yield Entry(record.x, record.score() * by_row / count, record.site, p.copies, True)
+            rows = weight.view(-1, *[1] * (record.x.ndim - 2))
+            if record.entry is not None and credit.current is not None:  # the filter inside the neuron is done
+                yield Entry(record.entry, credit.current.mul_(rows), record.site, p.copies)  # it has no further use
+            elif credit.a is not None:
+                slope = record.slope if self.credit.unbiased else record.response
+                yield Entry(record.x, credit.a * slope * rows, record.site, p.copies)
+        for end, gradient in p.ends:  # the exact path that meets no spike
+            if end.requires_grad:
+                rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
+                yield Entry(end, gradient * rows * share)
+
+    def sites(self, p: Passed, predicted: list[Credit], varied: str | None) -> list[tuple[Record, Credit]]:
+        """Records at which noise was drawn, and their predictions; of a linked pass none, since there credit goes on by
+        itself from the ends."""
+        pairs = zip(p.records, predicted, strict=not p.linked)
+        return [(r, credit) for r, credit in pairs if varied in (None, r.site) and r.site not in self.quiet]
+
+    def signal(self, group: Group, p: Pass, predicted: list[Credit]) -> Tensor:
+        """L - b - Σ a ε, [rows]; with reward-to-go by time step, [rows, T]. Without λ, that of the losses without a
+        gradient alone."""
+        losses, mean = group.losses, self.mean_loss
+        if not self.credit.unbiased:
+            losses, mean = group.joined("blind"), self.mean_blind
+        if self.sampling.multi_sample:
+            return multi_sample_signals(losses)[p.copies].flatten()
+        if self.credit.reward_to_go:
+            losses = group.joined("loss_in_time")  # [K, B, T]
+            steps = losses.shape[-1]
+            losses = to_go(losses)
+            mean = None if mean is None else to_go((mean / steps).expand(steps))
+        signal = (losses[p.copies] - baseline(losses, p.copies, self.sampling.group, mean)).flatten(0, 1)
+        for record, credit in self.sites(p, predicted, group.site) if self.credit.unbiased else ():
+            if credit.a is not None:
+                told = (credit.a * record.innovation()).flatten(2).sum(2).T  # [rows, T]
+                signal = signal - (to_go(told) if signal.ndim == 2 else told.sum(1))
+        return signal
+
+    def of_weights(self, passes: list[Pass], losses: Tensor) -> Tensor:
+        """What the scores of weight noise are weighted by, [K, B]."""
+        if self.sampling.multi_sample:
+            return multi_sample_signals(losses)
+        group = self.sampling.group
+        return torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
+
+
+def enter(entries: Iterable[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
+    """Adds to the `.grad` of what is wanted the gradients that enter the graph at these tensors."""
+    entries = list(entries)
+    if wanted and entries:
+        tensors, gradients = zip(*entries, strict=True)
+        torch.autograd.backward(tensors, gradients, inputs=wanted)

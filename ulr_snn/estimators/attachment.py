@@ -1,0 +1,165 @@
+"""The attachment of `ULR` and `Online`: binds the model for a step, and lets a way to keep memory make the step."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.structure import Structure
+from ulr_snn.errors import UsageError
+from ulr_snn.estimators.base import Attachment, Estimate
+from ulr_snn.estimators.config import Config
+from ulr_snn.estimators.learner import Learner
+from ulr_snn.estimators.observe import warnings_of
+from ulr_snn.kernels.pool import Pool
+from ulr_snn.losses.named import LossSpec, resolve
+from ulr_snn.memory.step import Memory, Step
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.bound import Binder, BoundModel
+from ulr_snn.model.passes import Pass
+from ulr_snn.sites.binding import check_layers, own_modules, spiking_layers
+from ulr_snn.sites.flow import check_flow, frozen, with_flow
+from ulr_snn.sites.weights import check_names
+
+
+class LearnedAttachment(Attachment):
+    """Adds likelihood-ratio gradients to `.grad`. The model is bound only inside a step.
+
+    learner: everything that steps change; memory: what a step keeps; binder: binds the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        memory: Memory,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        progress: float | None = None,
+        rates: bool = False,
+    ) -> None:
+        super().__init__(model, loss, time_first)
+        check_names(model, config.noise)
+        check_flow(model, config.flow)
+        self.config = replace(config, noise=with_flow(model, config.flow, config.noise))
+        check_layers(model, spiking_layers(model), [*own_modules(model), *self.config.noise])
+        self.memory, self.online = memory, memory.online
+        self.binder = Binder(model, self.config.noise)
+        self.learner = Learner(self.config, seed, total_steps, progress, rates)
+        self.pool = Pool(lean=memory.lean)
+        self._bound: BoundModel | None = None
+        self._loss: LossSpec | None = None  # of the last step
+        self._told: set[str] = set()
+
+    @property
+    def bound(self) -> BoundModel | None:
+        """The model as it was bound in the last step."""
+        return self._bound
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the first pass has shown of the model; None before it."""
+        return self.learner.structure
+
+    def backward(
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+    ) -> Estimate:
+        return in_sum(list(self.steps(x, targets, loss, lengths)))
+
+    def steps(
+        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+    ) -> Iterator[Estimate]:
+        with self._ready():
+            known, step = self.structure, self.prepared(x, targets, loss, lengths)
+            return self._each(step, self.memory.estimates(step), known)
+
+    def _each(self, step: Step, estimates: Iterator[Estimate], known: Structure | None) -> Iterator[Estimate]:
+        """The estimates of a step, made while nothing else happens to the model. known: before it."""
+        while True:
+            with self._ready():
+                estimate = next(estimates, None)
+            if estimate is None:
+                return
+            self.forward_passes = self.learner.forward_passes
+            if self.structure is not known:
+                known = self.structure
+                self._warn(step)
+            yield estimate
+
+    def _warn(self, step: Step) -> None:
+        """Says once what a user should know of the model and the loss."""
+        for warning in warnings_of(step.structure, step.copies()):
+            if warning not in self._told:
+                self._told.add(warning)
+                warnings.warn(warning, stacklevel=4)
+
+    def stream(self, *batch: Any, **options: Any) -> Iterator[Estimate]:
+        """An older name of `steps`."""
+        if not self.online:
+            raise UsageError(
+                "ulr.stream is for updates at every time step; attach with ulr_snn.Online(), and use steps"
+            )
+        warnings.warn("ulr.stream is ulr.steps now; use that", DeprecationWarning, stacklevel=2)
+        return self.steps(*batch, **options)
+
+    def prepared(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None) -> Step:
+        """The next step, on this batch, with the model bound."""
+        loss, learner = self.loss if loss is None else loss, self.learner
+        if loss != self._loss:  # another loss may reach the outputs in another way
+            if self._loss is not None:  # else what is chosen comes from a checkpoint
+                learner.chosen = None
+            learner.structure, self._loss = None, loss
+        batch = Batch.of(self.model, x, targets, lengths, resolve(loss), self.time_first)
+        bound = self.binder.bound(batch)
+        if bound is not self._bound:
+            check_flow(bound.model, self.config.flow, bound.layers)
+            if self._bound is not None and bound.model is not self._bound.model:
+                learner.structure = None
+            self._bound = bound
+        learner.level.progress = learner.progress
+        return Step(self.config, learner, bound, batch)
+
+    def first_pass(self, step: Step) -> Pass:
+        """A pass of one copy, from which the structure is learned, for `plan`."""
+        forward = step.plain_forward()
+        p = forward.run(step.batch, [0])
+        self.learner.observe(forward, p, step.batch)
+        return p
+
+    def learning_rates(self) -> dict[str, float]:
+        return self.learner.learning_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = next((q.device for q in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
+        self.learner.load_state_dict(state, device)
+        self.forward_passes = self.learner.forward_passes
+
+    def close(self) -> None:
+        self.learner.forget_structure()
+        self.pool.clear()
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Frozen parts want no gradient, memory is taken from the pool, and autograd records."""
+        with frozen(self.model, self.config.flow), self.pool.used(), torch.enable_grad():
+            yield
+
+
+def in_sum(estimates: list[Estimate]) -> Estimate:
+    """The estimate of a whole sequence, of those of its time steps."""
+    if len(estimates) == 1:
+        return estimates[0]
+    loss = torch.stack([estimate.loss for estimate in estimates]).sum(0)
+    outputs = torch.cat([estimate.outputs for estimate in estimates], 1)
+    stats = {name: value for name, value in estimates[-1].stats.items() if name != "time"}
+    skipped = any(estimate.skipped for estimate in estimates)
+    return Estimate(loss, outputs, stats | ({"skipped": True} if skipped else {}))

@@ -1,0 +1,30 @@
+"""The part of an estimator's configuration that training steps read."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ulr_snn.credit.kinds import CreditKind
+from ulr_snn.noise.firing import Firing
+from ulr_snn.noise.kinds import CurrentNoise, OutputNoise, WeightNoise
+from ulr_snn.sampling.kinds import Sampling
+
+NoiseByName = Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None]
+
+
+class Config(Protocol):
+    """See `ULR` for what these are."""
+
+    @property
+    def credit(self) -> CreditKind: ...
+    @property
+    def maps(self) -> str: ...
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def firing(self) -> Firing: ...
+    @property
+    def noise(self) -> NoiseByName: ...
+    @property
+    def flow(self) -> Mapping[str, str]: ...
+    @property
+    def on_nonfinite(self) -> str: ...

@@ -1,0 +1,152 @@
+"""Everything that a training step changes and a checkpoint holds."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.baseline import moving
+from ulr_snn.credit.feedback import LearnedFeedback
+from ulr_snn.credit.kinds import Learned
+from ulr_snn.credit.prediction import Prediction
+from ulr_snn.credit.structure import Structure
+from ulr_snn.estimators.config import Config
+from ulr_snn.estimators.observe import observed
+from ulr_snn.estimators.step_sizes import StepSizes
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.forward import Forward
+from ulr_snn.model.neurons import own_spread
+from ulr_snn.model.passes import Pass
+from ulr_snn.noise.kinds import WeightNoise
+from ulr_snn.noise.level import WIDENING, NoiseLevel
+from ulr_snn.sites.binding import check_layers
+
+
+class Learner:
+    """What an attachment has learned so far.
+
+    step, forward_passes: so far; level: of the firing noise; prediction: of what spikes do; copies: how many a step
+    takes; mean_loss, mean_blind: moving baselines, of all losses together and of those without a gradient; step_sizes:
+    None where nobody asks for learning rates; structure: what the first pass has shown of the model, None before it;
+    times: updates of a batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        seed: int,
+        total_steps: int | None,
+        fixed_progress: float | None = None,
+        rates: bool = False,
+    ) -> None:
+        self.config, self.seed, self.total_steps, self.fixed_progress = config, seed, total_steps, fixed_progress
+        self.step, self.forward_passes = 0, 0
+        self.level = NoiseLevel(config.firing)
+        credit = config.credit if isinstance(config.credit, Learned) else Learned()
+        self.feedback = LearnedFeedback(credit.time_functions, credit.rate)
+        self.prediction = Prediction(self.feedback, seed)
+        self.copies = config.sampling.counter()
+        self.mean_loss: Tensor | None = None
+        self.mean_blind: Tensor | None = None
+        self.step_sizes = StepSizes() if rates else None
+        self.times = 1
+        self.structure: Structure | None = None
+        self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
+        self.chosen: dict[str, WeightNoise] | None = None  # noise on parameters, where a checkpoint says so
+
+    @property
+    def progress(self) -> float:
+        """How much of the training is over; half of it where its length is not known."""
+        if self.fixed_progress is not None:
+            return self.fixed_progress
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
+
+    @property
+    def began_at_rest(self) -> bool:
+        """Whether layers did, as far as is known, in a training that goes on."""
+        return bool(self.level.resting) and self.fixed_progress is None
+
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` would do something at this step."""
+        return self._widens or (self.step_sizes is not None and self.step_sizes.due(self.step))
+
+    @property
+    def _widens(self) -> bool:
+        """Whether the noise of layers that began at rest may still follow their membranes."""
+        readout = self.structure is not None and self.structure.has_readout
+        return self.began_at_rest and not readout and self.level.progress <= WIDENING
+
+    def observe(self, forward: Forward, p: Pass, batch: Batch) -> Structure:
+        """Learns from the first pass what the loss and the layers are."""
+        structure = observed(forward, p, batch, self.config, self.driven, self.chosen)
+        self.structure, self.chosen, self.driven = structure, None, structure.driven
+        check_layers(forward.bound.model, forward.bound.layers, structure.weights)
+        self.level.quiet = structure.quiet
+        self.prediction.take(structure)
+        return structure
+
+    def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
+        """What a pass says about lengths of steps, and about the noise of layers that began at rest. whole: it is over
+        all time steps."""
+        if not torch.isfinite(p.loss).all():
+            return
+        if self.step_sizes is not None:
+            self.step_sizes.measure(model, p, self.step, whole)
+        if self._widens:
+            for r in p.records:
+                if r.site not in self.level.currents:
+                    self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+
+    def learn(self, passes: list[Pass], losses: Tensor) -> None:
+        """What the passes of a step say for the next one. losses: [K, B]."""
+        if self.structure is not None and self.structure.credit.goes_back:
+            self.level.see([p.records for p in passes])
+        self.mean_loss = moving(self.mean_loss, losses)
+        self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
+
+    def learning_rates(self) -> dict[str, float]:
+        """See `Attachment.learning_rates`."""
+        if self.step_sizes is None or self.structure is None:
+            return {}
+        slow = self.began_at_rest and self.structure.has_readout and self.total_steps is not None
+        overall = self.step_sizes.at_rest(self.level.progress) if slow else 1.0
+        found = self.structure.parameters.items()
+        return {name: overall * self.step_sizes.factor(name, sources) / self.times for name, sources in found}
+
+    def forget_structure(self) -> None:
+        """What the first pass has shown is to be seen anew; noise on parameters stays as it was chosen."""
+        if self.structure is not None:
+            self.chosen = self.structure.weights
+        self.structure = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on with the same steps."""
+        chosen = self.chosen if self.structure is None else self.structure.weights
+        return {
+            "step": self.step,
+            "forward_passes": self.forward_passes,
+            "mean_loss": self.mean_loss,
+            "mean_blind": self.mean_blind,
+            **self.level.state_dict(),
+            "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
+            "driven": None if self.driven is None else sorted(self.driven),
+            "weights": None if chosen is None else {q: asdict(n) for q, n in chosen.items()},
+            "feedback": self.feedback.state_dict(),
+            "budget": self.copies.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.structure = None  # what the state says of it is taken when the next pass shows it
+        self.step, self.forward_passes = state["step"], state["forward_passes"]
+        for name in ("mean_loss", "mean_blind"):
+            setattr(self, name, None if state[name] is None else state[name].to(device))
+        self.level.load_state_dict(state, device)
+        if state["step_sizes"] is not None:
+            self.step_sizes = self.step_sizes or StepSizes()
+            self.step_sizes.load_state_dict(state["step_sizes"])
+        self.driven = None if state["driven"] is None else set(state["driven"])
+        self.chosen = None if state["weights"] is None else {q: WeightNoise(**n) for q, n in state["weights"].items()}
+        self.feedback.load_state_dict(state["feedback"], device)
+        self.copies.load_state_dict(state.get("budget") or {})

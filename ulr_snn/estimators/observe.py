@@ -1,0 +1,104 @@
+"""What the first pass of a training shows: how losses are taken, where credit comes from, which parameters get
+noise."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ulr_snn.credit.kinds import Auto
+from ulr_snn.credit.structure import Structure, judging_of
+from ulr_snn.errors import UsageError
+from ulr_snn.estimators.config import Config
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.forward import Forward
+from ulr_snn.model.passes import Pass
+from ulr_snn.model.replay import driven_by_events, read_by_nobody
+from ulr_snn.noise.kinds import WeightNoise
+from ulr_snn.sites.variance import BY_SAMPLE, calmer_weights
+from ulr_snn.sites.weights import SOURCE, choose
+
+
+def observed(
+    forward: Forward,
+    p: Pass,
+    batch: Batch,
+    config: Config,
+    driven: set[str] | None = None,
+    weights: Mapping[str, WeightNoise] | None = None,
+) -> Structure:
+    """What the pass p of one copy, made by `forward`, shows. Its judgement becomes that of the judging that is found.
+
+    driven: sites that see the events otherwise than by spikes, where it is known; weights: the noise of these
+    parameters, where it has been chosen.
+    """
+    model = forward.bound.model
+    judging = judging_of(batch.objective, p, config.credit, config.noise, model)
+    judging = replace(judging, in_time=config.credit.reward_to_go)
+    forward = replace(forward, judging=judging)
+    if judging.smoothed or judging.in_time:
+        p.judgement = forward.judge(batch, p.outputs, p.activity, p.copies)
+    else:
+        p.judgement = replace(p.judgement, judging=judging)
+    structure = Structure.of(
+        model,
+        p,
+        config.credit,
+        config.maps,
+        lambda: driven_by_events(forward, batch, p) if driven is None else driven,
+        lambda sites: read_by_nobody(forward, batch, p, sites),
+    )
+    structure.judging = judging
+    if isinstance(config.credit, Auto) and "outputs" not in config.noise:
+        structure.detached = [name for i, name in batch.objective.own.items() if i in judging.blind]
+    if config.maps == "exact" and (pairs := [(a, b) for a, paths in structure.feeds.items() for b in paths]):
+        raise UsageError(
+            f"ULR got maps='exact', but no derivative leads from the spikes of {pairs[0][0]} to the current of "
+            f"{pairs[0][1]}; use maps='auto'"
+        )
+    structure.weights = dict(chosen_weights(forward, p, batch, config, structure) if weights is None else weights)
+    structure.parameters |= {name: [SOURCE] for name in structure.weights}
+    if config.sampling.by_layer and structure.weights:
+        raise UsageError("ULR got layerwise, but parameters have noise of their own (see plan); use one alone")
+    if config.sampling.multi_sample and judging.blind and not structure.credit.unbiased:
+        raise UsageError("ULR got multi_sample, and of the mix a loss has no gradient; use credit='global'")
+    return structure
+
+
+def chosen_weights(
+    forward: Forward, p: Pass, batch: Batch, config: Config, structure: Structure
+) -> dict[str, WeightNoise]:
+    """Noise on parameters: as asked for, on those that no other noise reaches, and where it is expected to vary less
+    than the firing."""
+    model = forward.bound.model
+
+    def outcome() -> Tensor:
+        forward.log.extra += 1
+        return forward.run(batch, p.copies).outputs.detach()
+
+    weights = choose(model, config.noise, structure.untrained, outcome)
+    if isinstance(config.credit, Auto) and structure.credit.by_losses:
+        for record in p.records:
+            calmer = calmer_weights(model, record, structure.parameters, config.noise)
+            weights |= dict.fromkeys(calmer, BY_SAMPLE)
+    return weights
+
+
+def warnings_of(structure: Structure, passes: int) -> list[str]:
+    """What a user should be told of a model and a loss. passes: forward passes of a step."""
+    found = []
+    if structure.untrained:
+        names = ", ".join(structure.untrained)
+        found.append(f"no gradient reaches {names}; print(ulr_snn.plan(...)) says why")
+    if structure.detached:
+        found.append(without_gradient(structure, passes))
+    return found
+
+
+def without_gradient(structure: Structure, passes: int) -> str:
+    """What a user should know whose own losses turned out to have no gradient."""
+    return (
+        f"the loss {' and '.join(structure.detached)} gives the outputs no gradient, so every step takes {passes} "
+        f"forward pass{'es' * (passes > 1)}; leave out detach(), item() and torch.tensor(...) if it should have one, "
+        "else ask for credit='global' or noise={'outputs': OutputNoise()}"
+    )

@@ -1,0 +1,219 @@
+"""Steps in chunks of time: which models and objectives allow them, how long a chunk is, and the step itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.baseline import moving
+from ulr_snn.credit.kinds import Residual
+from ulr_snn.errors import UsageError
+from ulr_snn.estimators.base import Estimate
+from ulr_snn.estimators.step_sizes import times_summed
+from ulr_snn.kernels.held import weights_held
+from ulr_snn.memory.chunked import ChunkedRun
+from ulr_snn.memory.split import Split, neurons_of
+from ulr_snn.memory.step import Step
+from ulr_snn.memory.whole import WholeSequence
+from ulr_snn.model.call import keep_traces
+from ulr_snn.model.explained import explained
+from ulr_snn.model.passes import Pass
+
+
+@dataclass(frozen=True)
+class ChunkLimits:
+    """Where the whole sequence is too much, and how long chunks are.
+
+    whole: bytes that memory "auto" lets a step over the whole sequence keep; kept: bytes that such a step keeps of
+    every neuron at every time step, about; short: time steps of samples below which this is not looked at. together:
+    spikes of a chunk, at least and at most, where little is to be kept; roomy: where chunks only have to keep within
+    bounds, fewer of them, since each has a cost of its own. least: time steps of a chunk. states: time steps at which
+    the states of the layers are kept, where little is to be kept.
+    """
+
+    whole: int = 1 << 29
+    kept: int = 40
+    short: int = 1 << 10
+    together: tuple[int, int] = (1 << 16, 1 << 18)
+    roomy: int = 1 << 21
+    least: int = 4
+    states: int = 16
+
+
+@dataclass
+class Chunks:
+    """What ways to keep memory share that do not see the whole sequence at once. asked: they are asked for, so that
+    what cannot be is an error."""
+
+    asked: bool = True
+    limits: ChunkLimits = field(default_factory=ChunkLimits)
+    _counted: tuple[nn.Module, int] | None = field(default=None, repr=False, compare=False)
+
+    def first(self, step: Step) -> tuple[slice, slice] | None:
+        """First time steps, and samples, with about as many spikes as a chunk of the batch: what such steps measure by;
+        None for steps over the whole sequence. Raises UsageError where others are asked for and cannot be."""
+        limits, batch = self.limits, step.batch
+        if not self.asked and batch.steps * batch.samples < limits.short:
+            return None
+        neurons = self.neurons(step)
+        if not self.asked and limits.kept * batch.steps * batch.samples * neurons <= limits.whole:
+            return None
+        if not self.possible(step):
+            return None
+        size = self.chunk_steps(step) * batch.samples
+        steps = min(batch.steps, max(1, size // 4))
+        return slice(0, steps), slice(0, max(2, size // steps))
+
+    def neurons(self, step: Step) -> int:
+        """Neurons of a sample; 0 where the model has to see all time steps at once. Raises UsageError where it must
+        not."""
+        if self._counted is None or self._counted[0] is not step.model:
+            with explained(step.model):
+                try:
+                    count = neurons_of(step.model, step.batch.frames, step.batch.dtype)
+                except UsageError:
+                    if self.asked:
+                        raise
+                    count = 0
+            self._counted = step.model, count
+        return self._counted[1]
+
+    def chunk_steps(self, step: Step) -> int:
+        """Time steps of a chunk. Where little is to be kept, it has half as many spikes as there are weights, within
+        bounds, since the gradients of these take as much anyway; else as many as take the memory of the weights, if
+        these are large, since what each chunk adds to their gradients takes the time of so many."""
+        limits, batch = self.limits, step.batch
+        least, most = limits.together
+        weights = sum(q.numel() for q in step.model.parameters())
+        spikes = min(max(least, weights // 2), most) if self.asked else max(limits.roomy, 4 * weights // limits.kept)
+        return min(batch.steps, max(limits.least, spikes // (batch.samples * max(1, self.neurons(step)))))
+
+    def possible(self, step: Step) -> bool:
+        """Whether steps need not see the whole sequence at once, as far as is known. Raises UsageError where they must
+        and should not."""
+        why = self.why_not(step)
+        if why and self.asked:
+            raise UsageError(f"ULR got {self.name}, but {why}; use memory='auto'")
+        return why is None
+
+    @property
+    def name(self) -> str:
+        """As what it was asked for."""
+        return "memory='replay'"
+
+    def why_not(self, step: Step) -> str | None:
+        """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
+        config, structure, sampling = step.config, step.learner.structure, step.config.sampling
+        several = (sampling.copies or 1) > 1 or sampling.adaptive or sampling.multi_sample
+        if not config.credit.goes_back or isinstance(config.credit, Residual) or several:
+            return "it is for credit 'feedback' with one copy"
+        if any(site is not None for site in config.noise.values()):
+            return "noise comes elsewhere than on firing"
+        if step.batch.samples < 2:
+            return "the batch has a single sample"
+        if step.batch.objective.counts:
+            return "the objective has costs of activity"
+        if structure is not None and (structure.credit.by_losses or structure.judging.blind):
+            return "the loss has no gradient in the outputs"
+        if structure is not None and (structure.needs_pairs or structure.weights):
+            return "there is feedback that only pairs of copies can teach, or noise on parameters"
+        return None
+
+    def sample(self, step: Step, first: tuple[slice, slice]) -> Pass | None:
+        """A pass over a sample of the batch, where one is due: the first of all shows what the model is, others are to
+        be measured."""
+        learner, known = step.learner, step.learner.structure is not None
+        if known and not learner.measures:
+            return None
+        part = Step(step.config, learner, step.bound, step.batch.part(first))
+        forward = part.forward() if known else part.plain_forward()
+        with keep_traces(step.model):  # the step itself leaves those of an ordinary pass
+            p = forward.run(part.batch, [0])
+        if not known:
+            learner.observe(forward, p, part.batch)
+        part.count(forward.log.extra + 1)
+        return p
+
+
+@dataclass
+class TimeChunks(Chunks):
+    """Keeps nothing of all time steps but the outputs, where that can be; else, if not asked for, the whole
+    sequence."""
+
+    online: ClassVar[bool] = False
+
+    @property
+    def lean(self) -> bool:
+        return self.asked
+
+    def estimates(self, step: Step) -> Iterator[Estimate]:
+        first = self.first(step)
+        estimate = None if first is None else self.step(step, first)
+        yield WholeSequence().step(step) if estimate is None else estimate
+
+    def possible(self, step: Step) -> bool:
+        if step.batch.samples < 2 and step.learner.step:
+            return False  # the last batch of an epoch may hold what is left over
+        return super().possible(step)
+
+    def why_not(self, step: Step) -> str | None:
+        if step.batch.lengths is not None and self.neurons(step) and Split.of(step.model).readouts:
+            return "LeakyReadout holds its membranes through the padding"
+        return super().why_not(step)
+
+    def describe(self, step: Step) -> str:
+        """What a step keeps, for `plan`."""
+        if self.first(step) is None:
+            return WholeSequence().describe(step)
+        return f"chunks of {self.chunk_steps(step)} time steps, each run twice or more, with the same noise"
+
+    @weights_held()
+    def step(self, step: Step, first: tuple[slice, slice]) -> Estimate | None:
+        """One training step; None where the first one of all shows that it has to see the whole sequence."""
+        learner, batch, unknown = step.learner, step.batch, step.learner.structure is None
+        sizes = learner.step_sizes
+        at_start = sizes is not None and sizes.summed is None  # not so in a training that goes on
+        remembered = learner.driven, learner.chosen  # what a checkpoint says
+        p = self.sample(step, first)
+        if unknown and not self.possible(step):
+            learner.structure = None  # the whole shows more: which noise is the lesser, for one
+            learner.driven, learner.chosen = remembered
+            return None
+        if p is not None:
+            learner.measure(step.model, p, whole=False)
+        del p  # with its graph
+        forward = step.forward()
+        noise = forward.noise(batch.samples, [0], batch.frames.device)
+        states = self.limits.states if self.asked else batch.steps
+        run = ChunkedRun(step.bound, learner.level, noise, batch, self.chunk_steps(step), states)
+        sites = [name for name, _ in step.bound.layers]
+        lessons = list(learner.prediction.lessons(sites, batch.valid, batch.samples, learner.step))
+        seen, learned = run.forward(lessons)
+        outputs = run.finished(seen)
+        judgement = forward.judge(batch, outputs, {}, [0])
+        if sizes is not None and unknown and at_start:
+            sizes.summed = times_summed(judgement)  # all have more time steps than were measured
+        learner.step += 1
+        losses = judgement.loss[None]
+        stats = {"copies": 1, "step": learner.step, "parts": len(run.chunks)}
+        if step.usable(losses):
+            for lesson in lessons:
+                learner.prediction.learn(lesson, *learned.pop(0))  # what it is learned from is not kept any longer
+            self._backward(step, run, seen, outputs, judgement.error)
+            learner.level.take(run.farthest)
+            learner.mean_loss = moving(learner.mean_loss, losses)
+        else:
+            stats["skipped"] = True
+        step.count(-(-run.steps_run // batch.steps))
+        return Estimate(losses.mean(0), outputs.detach()[None], stats)
+
+    def _backward(self, step: Step, run: ChunkedRun, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
+        """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the chunks."""
+        wanted = [q for q in step.model.parameters() if q.requires_grad]
+        if run.split.back and error is not None:
+            if wanted and outputs.requires_grad:
+                torch.autograd.backward(outputs, error / run.batch.samples, inputs=wanted, retain_graph=True)
+            (error,) = torch.autograd.grad(outputs, seen, error)
+        run.backward(error, step.learner.prediction, step.formula, wanted)

@@ -1,0 +1,136 @@
+"""Steps that see the whole sequence at once: all copies together, or one after another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.credit.formula import Entry, Formula, enter
+from ulr_snn.estimators.base import Estimate
+from ulr_snn.memory.step import Step
+from ulr_snn.model.passes import Group, Pass
+from ulr_snn.sites.weights import SOURCE
+
+
+@dataclass(frozen=True)
+class WholeSequence:
+    """Keeps the graph of the whole sequence, of all copies of a step."""
+
+    online: ClassVar[bool] = False
+    lean: ClassVar[bool] = False
+
+    def estimates(self, step: Step) -> Iterator[Estimate]:
+        yield self.step(step)
+
+    def step(self, step: Step) -> Estimate:
+        """One training step."""
+        forward, passes = step.begin()
+        copies = step.copies()
+
+        def run(copies: range, varied: str | None = None) -> list[Pass]:
+            return forward.all(step.batch, copies, varied)
+
+        groups = step.config.sampling.groups(run, passes, step.copies)
+        step.learner.measure(step.model, passes[0])
+        step.count(sum(len(p.copies) for p in passes) + forward.log.extra)
+        return step.finish(passes, copies, lambda formula: add_gradients(step, formula, passes, groups))
+
+    def describe(self, step: Step) -> str:
+        return "the whole sequence at once"
+
+
+@dataclass(frozen=True)
+class CopiesInTurn:
+    """Holds the graph of one copy at a time, each of which runs twice: once for its loss, once for its gradient. For
+    credit "global", where a copy needs of the others their losses alone."""
+
+    online: ClassVar[bool] = False
+    lean: ClassVar[bool] = True
+
+    def estimates(self, step: Step) -> Iterator[Estimate]:
+        yield self.step(step)
+
+    def step(self, step: Step) -> Estimate:
+        """One training step."""
+        forward, seen = step.begin()
+        copies = step.copies()
+        with torch.no_grad():
+            judged = [forward.run(step.batch, [copy]).judged() for copy in range(copies)]
+        step.count(2 * copies + len(seen) + forward.log.extra)
+        del seen  # with its graph
+
+        def again() -> Iterator[Pass]:
+            for copy in reversed(range(copies)):  # the first one last: what is measured of it may change the noise
+                p = forward.run(step.batch, [copy])
+                if copy == 0:
+                    step.learner.measure(step.model, p)
+                yield p
+
+        return step.finish(judged, copies, lambda formula: add_by_pass(step, formula, again(), judged))
+
+    def describe(self, step: Step) -> str:
+        return "the whole sequence at once, of one copy after another, each run twice"
+
+
+def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list[Group]) -> None:
+    """Adds what passes say about the parameters without noise of their own, and learns the prediction from them."""
+    learner, credit, sampling = step.learner, formula.credit, step.config.sampling
+    if credit.by_losses and not (sampling.adaptive or sampling.by_layer):
+        add_by_pass(step, formula, passes, passes)
+        return
+    now = learner.step - 1
+    credit.learn_before(learner.prediction, passes, now)
+    entries: list[Entry] = []
+    for group in groups:
+        predictions = credit.predict(learner.prediction, group.passes, sampling.group)
+        found = list(formula.of_group(group, predictions, 1 / len(groups)))
+        if learner.copies.due(now):
+            learner.copies.see(group.site, halves(step, formula, group, found), len(group.losses))
+        entries += found
+    credit.learn_after(learner.prediction, groups, now)
+    entries.sort(key=lambda entry: entry.by_score)
+    enter([(entry.tensor, entry.gradient) for entry in entries], list(step.parameters.values()))
+
+
+def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], judged: list[Pass]) -> None:
+    """The same where a pass needs of the others, judged, their losses alone, and is done with by itself."""
+    wanted = list(step.parameters.values())
+    for p in passes:
+        group = Group(None, [p], judged)
+        predictions = formula.credit.predict(step.learner.prediction, [p], step.config.sampling.group)
+        entries = formula.of_group(group, predictions, 1.0)
+        enter([(entry.tensor, entry.gradient) for entry in entries], wanted)
+
+
+def halves(step: Step, formula: Formula, group: Group, entries: list[Entry]) -> list[tuple[Tensor, Tensor]]:
+    """What the two halves of a group's copies give to the parameters that its noise reaches, by parameter."""
+    noisy = [entry for entry in entries if entry.copies is not None]
+    reached = {name for name, sources in step.structure.parameters.items() if set(sources) - {"outputs", SOURCE}}
+    named = step.model.named_parameters()
+    parameters = [q for name, q in named if q.requires_grad and name in reached]
+    found = [half_of(step, formula, group, noisy, parameters, half) for half in (0, 1)]
+    return list(zip(*found, strict=True))
+
+
+def half_of(
+    step: Step, formula: Formula, group: Group, entries: list[Entry], parameters: list[nn.Parameter], half: int
+) -> list[Tensor]:
+    """Gradients by every other group of copies that are not independent."""
+    size, found = step.config.sampling.group, []
+    if entries and parameters:
+        tensors, gradients = [], []
+        for entry in entries:
+            copies = entry.copies or []
+            own = torch.tensor([copy // size % 2 == half for copy in copies])
+            rows = own.repeat_interleave(entry.gradient.shape[1] // len(copies)).to(entry.gradient)
+            tensors.append(entry.tensor)
+            gradients.append(entry.gradient * rows.view(-1, *[1] * (entry.gradient.ndim - 2)))
+        given = torch.autograd.grad(tensors, parameters, gradients, retain_graph=True, allow_unused=True)
+        found = [torch.zeros_like(q) if g is None else g for q, g in zip(parameters, given, strict=True)]
+    if (weights := step.weights) is not None:
+        signals = formula.of_weights(group.passes, group.losses)
+        own = torch.arange(len(signals), device=signals.device) // size % 2 == half
+        found += weights.gradients(step.model, step.learner.step - 1, signals * own[:, None]).values()
+    return found

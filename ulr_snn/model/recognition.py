@@ -1,0 +1,257 @@
+"""Models of other libraries on the scans of `ulr_snn`'s own neurons, where their structure allows it.
+
+A pass over a few samples is recorded: which modules run in every time step, and what each of them reads. If that is a
+chain, every module reading what the one before it gave in the same step, and its neurons have the equations of `LIF` or
+`RecurrentLIF`, then the chain runs over the whole sequence in place of the model, with the same parameters by the same
+names and the same sites. What was recorded has to come out of it again. Else the model's own code runs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.adapters import BlackBox, StepNeuron
+from ulr_snn.kernels.precision import full_precision
+from ulr_snn.model.call import OF_SHAPES, coupled_modules, first_output, keep_traces, model_outputs, runs_by_step
+from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, hooked
+from ulr_snn.model.discovery import find_layers
+from ulr_snn.model.events import Frames
+from ulr_snn.model.neurons import LIF, Fold, SpikingNeuron
+from ulr_snn.model.recording import Call, Given, Link, Recorder
+from ulr_snn.noise.firing import Logistic
+from ulr_snn.noise.kinds import CurrentNoise, WeightNoise
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sites.binding import Layers, bind, inside, spiking_layers
+
+SAMPLES, STEPS = 8, 32  # of a batch and of its time steps that are recorded
+TRIAL = 24  # time steps of random currents by which a neuron's equations are compared
+EACH_STEP = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Dropout)  # whatever axes come before the features
+EACH_ROW = (
+    *(*EACH_STEP, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.Flatten, nn.Unflatten),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout1d, nn.Dropout2d),
+)  # of which each row of a batch is seen by itself, training batch norm and dropout aside
+LIFTED = "spikingjelly.activation_based.layer.stateless_wrapper"  # the same, of a whole sequence if they are so set
+
+
+@full_precision()
+def recognise(model: nn.Module, frames: Frames, dtype: torch.dtype, noise: Mapping[str, Any]) -> Chain:
+    """The chain that does what a model does for such frames [T, B, ...]. noise: see `ULR`. Raises NoChain."""
+    for name, site in noise.items():
+        if isinstance(site, CurrentNoise) or (isinstance(site, WeightNoise) and site.per_sample):
+            raise NoChain(f"there is noise of its own at {name}")
+    if not any(isinstance(neuron, StepNeuron) for _, neuron in spiking_layers(model)):
+        raise NoChain("")
+    for steps in sorted({min(STEPS, len(frames)), len(frames)}):
+        try:
+            return recorded(model, frames[:steps, :SAMPLES].to(dtype), noise)
+        except NoChain:
+            raise
+        except Exception as error:  # of fewer time steps, the model may ask for all of them
+            if steps == len(frames) and not isinstance(error, OF_SHAPES):
+                raise
+            reason = error
+    raise NoChain(f"it cannot be recorded, {type(reason).__name__}") from reason
+
+
+def recorded(model: nn.Module, x: Tensor, noise: Mapping[str, Any]) -> Chain:
+    """The chain of a model that was recorded with events x [T, B, ...], a single step or sample taken twice. Raises
+    NoChain, and what the model raises."""
+    x = x.repeat(2 if len(x) == 1 else 1, 2 if x.shape[1] == 1 else 1, *[1] * (x.ndim - 2)).contiguous()
+    by_step = runs_by_step(model, x)
+    return recognised(model, x, by_step, find_layers(model, lambda: x, by_step, noise))
+
+
+def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Chain:
+    """The chain that gives what the model gives for events x [T, B, ...], T and B at least 2. Raises NoChain."""
+    check_modules(model, layers)
+    recorder, start = Recorder(model, layers), Given.of(x)
+    start.tensor = start.leaf.clone()  # a model may change its input in place
+    start.version = start.tensor._version
+    firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
+    with keep_traces(model), torch.enable_grad(), firing, recorder.watching():
+        outputs = model_outputs(model, start.tensor, by_step)
+    if idle := [name for name, _ in layers if name not in recorder.calls]:
+        raise NoChain(f"{idle[0]} does not run")
+    steps, rows = x.shape[:2]
+    links = recorder.links(steps, rows)
+    for before, link in zip([None, *links], links, strict=False):
+        check_link(start, before, link, steps)
+    kind = check_end(links[-1], outputs, steps)
+    stages, swapped, currents = assembled(links, recorder.neurons, x)
+    stages += [OverTime(kind)] if kind else []
+    chain = Chain(model, stages, swapped, [link.name for link in links])
+    fired = [link.sequence(True) for link in links if id(link.module) in swapped]
+    check_numbers(chain, x, [*currents, outputs.detach()], fired)
+    return chain
+
+
+def assembled(
+    links: list[Link], neurons: Mapping[str, StepNeuron], x: Tensor
+) -> tuple[list[nn.Module], dict[int, LIF], list[Tensor]]:
+    """Stages of a chain; our neurons in it, by the id of the module whose place they take; the current [T, B, ...] of
+    each as it was recorded. Modules that see each row by itself wait in `row_wise` for one `Fold`. Raises NoChain."""
+    steps, rows, *features = x.shape
+    stages: list[nn.Module] = []
+    swapped: dict[int, LIF] = {}
+    row_wise: list[nn.Module] = []
+    currents = []
+    for link in links:
+        if link.features(False, steps, rows) != torch.Size(features):
+            row_wise.append(Shape(link.features(False, steps, rows)))
+        features = link.features(True, steps, rows)
+        if link.name in neurons:
+            entry, neuron = equations(neurons[link.name], link, features, x)
+            currents.append(through(entry, link.sequence(False).reshape(steps, rows, *features)))
+            swapped[id(link.module)] = neuron
+            stages += [*folded([*row_wise, *entry]), neuron]
+            row_wise = []
+        elif link.mode == "whole":
+            check_each_step(link)
+            known = type(link.module) is nn.Linear  # to all that look at stages
+            stages += [*folded(row_wise), link.module if known else EachStep(link.module)]
+            row_wise = []
+        else:
+            row_wise.append(link.module)
+    return stages + folded(row_wise), swapped, currents
+
+
+def folded(modules: list[nn.Module]) -> list[nn.Module]:
+    return [Fold(*modules)] if modules else []
+
+
+def check_modules(model: nn.Module, layers: Layers) -> None:
+    """Raises NoChain for what no chain is made of, whatever the order."""
+    names = {name for name, _ in layers}
+    if "model" in names and not model._modules.get("model"):
+        raise NoChain("it is a single layer")
+    for name, neuron in layers:
+        if isinstance(neuron, SpikingNeuron | BlackBox):
+            raise NoChain(f"{name} is no neuron of another library")
+    if coupled := coupled_modules(model):
+        raise NoChain(f"{type(coupled[0]).__name__} in training mode sees one time step at a time")
+    for name, module in model.named_modules():
+        if hooked(module):
+            raise NoChain(f"{name or 'the model'} has hooks")
+        if not module._modules and not any(inside(name, site) for site in names) and not row_by_row(module):
+            raise NoChain(f"{name or 'the model'} is a {type(module).__name__}")
+
+
+def row_by_row(module: nn.Module) -> bool:
+    """Whether a module is known to see each row of a batch by itself (in evaluation mode)."""
+    kind = type(module)
+    return kind in EACH_ROW or (kind.__module__ == LIFTED and any(base in EACH_ROW for base in kind.__mro__))
+
+
+def check_each_step(link: Link) -> None:
+    module = link.module
+    later = {nn.Flatten: "start_dim", nn.Unflatten: "dim"}.get(type(module))
+    later = later is not None and getattr(module, later) >= 2
+    lifted = type(module).__module__ == LIFTED and module.step_mode == "m"
+    if not (later or lifted or type(module) in EACH_STEP):
+        raise NoChain(f"{link.name} is called with a whole sequence")
+
+
+def check_link(start: Given, before: Link | None, link: Link, steps: int) -> None:
+    """Raises NoChain unless each call of a module reads what the module before it gave for the same time step."""
+    whole = before is None or before.mode != "step"
+    source = start if before is None else before.calls[0].gave
+    if whole and link.mode == "step":
+        at = len(source.tensor) == steps
+        fits = at and all(source.read_by(call.read, t) for t, call in enumerate(link.calls))
+    elif whole:
+        fits = source.read_by(link.calls[0].read)
+    elif link.mode == "step":
+        fits = all(b.gave.read_by(call.read) for b, call in zip(before.calls, link.calls, strict=True))
+    else:
+        fits = stacks(link.calls[0].read.grad_fn, before.calls)
+    unchanged = all(call.read._version == call.version for call in link.calls)
+    if not fits or not unchanged:
+        what = "the events" if before is None else f"{before.name} gives in the same time step"
+        raise NoChain(f"{link.name} reads something else than {'' if before is None else 'what '}{what}")
+
+
+def stacks(node: Any, calls: list[Call]) -> bool:
+    """Whether a node of the graph stacks what these calls gave, in their order, along a first axis."""
+    if type(node).__name__ != "StackBackward0" or node._saved_dim != 0:
+        return False
+    parents = [getattr(parent, "variable", None) for parent, _ in node.next_functions]
+    return len(parents) == len(calls) and all(v is c.gave.leaf for v, c in zip(parents, calls, strict=True))
+
+
+def check_end(last: Link, outputs: Tensor, steps: int) -> str | None:
+    """What is done over time with what the last module gives: nothing, or a key of `OVER_TIME`. Raises NoChain."""
+    node, kind = outputs.grad_fn, None
+    if type(node).__name__ in OVER_TIME and tuple(node._saved_dim) == (0,) and not node._saved_keepdim:
+        kind, node = type(node).__name__, node.next_functions[0][0]
+    if last.mode == "step":
+        fits = stacks(node, last.calls)
+    elif kind is not None:
+        fits = last.mode == "whole" and getattr(node, "variable", None) is last.calls[0].gave.leaf
+    else:
+        fits = last.calls[0].gave.read_by(outputs)
+    if not fits:
+        raise NoChain(f"its outputs are something else than what {last.name} gives in every time step")
+    return kind
+
+
+def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor) -> tuple[list[nn.Module], LIF]:
+    """A neuron of ours with the equations of this one, and what comes before it, row by row. Raises NoChain unless both
+    do the same with the recorded currents and with random ones."""
+    found = neuron.ours(like)
+    if isinstance(found, str):
+        raise NoChain(f"{link.name} ({type(link.module).__name__}): {found}")
+    entry, ours = found
+    size = float(neuron.threshold.detach().abs().mean())
+    generator = torch.Generator().manual_seed(0)
+    random = 2 * size * torch.randn(TRIAL, 2, *features, generator=generator).to(like)
+    alone = bind(link.module, NoiseLevel(Logistic()), steps=TRIAL, layers=[(link.name, neuron)])
+    with keep_traces(link.module), torch.no_grad(), alone:
+        theirs = first_output(link.module, model_outputs(link.module, random, link.mode == "step"))
+    steps = (len(like), like.shape[1])
+    recorded = [link.sequence(gave).reshape(*steps, *features) for gave in (False, True)]
+    for current, spikes in ((random, theirs), recorded):
+        if not fires_alike(entry, ours, current, spikes, size):
+            raise NoChain(f"{link.name} ({type(link.module).__name__}) fires otherwise than {ours}")
+    return entry, ours
+
+
+@torch.no_grad()
+def fires_alike(entry: list[nn.Module], ours: LIF, current: Tensor, spikes: Tensor, size: float) -> bool:
+    """Whether our neuron, given these spikes so far, would fire the next ones, as far as rounding lets it be told."""
+    if spikes.shape != current.shape:
+        return False
+    drive = ours.fired(through(entry, current), known=spikes)[1]
+    near = 1e3 * torch.finfo(drive.dtype).eps * (drive.abs().amax() + size)
+    return bool((((drive > 0).to(spikes) == spikes) | (drive.abs() <= near)).all())
+
+
+@torch.no_grad()
+def through(modules: list[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+@torch.no_grad()
+def check_numbers(chain: Chain, x: Tensor, expected: list[Tensor], fired: list[Tensor]) -> None:
+    """Raises NoChain unless the currents of its neurons and its outputs are those expected, given what was fired."""
+    close = {"rtol": 1e-3, "atol": 1e-4} if x.dtype != torch.float64 else {"rtol": 1e-9, "atol": 1e-9}
+    expected, fired = iter(expected), iter(fired)
+
+    def check(found: Tensor) -> None:
+        number = next(expected)
+        if found.shape != number.shape or not torch.allclose(found, number, **close):
+            raise NoChain("the chain gives other numbers than the model")
+
+    for stage in chain.stages:
+        if isinstance(stage, LIF):
+            check(x)
+            x = next(fired).reshape(x.shape)
+        else:
+            x = stage(x)
+    check(x)

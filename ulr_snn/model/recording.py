@@ -1,0 +1,146 @@
+"""A recording of one deterministic pass: which modules run in every time step, and what each of them reads."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.adapters import StepNeuron
+from ulr_snn.model.chain import NoChain
+from ulr_snn.model.graph import leaves
+from ulr_snn.sites.binding import Layers, inside
+
+
+@dataclass
+class Given:
+    """A tensor that a module gave: a leaf of the graph, of which what reads it is made."""
+
+    tensor: Tensor
+    leaf: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, output: Tensor) -> "Given":
+        leaf = output.detach().requires_grad_()
+        return cls(leaf, leaf, leaf._version)
+
+    def read_by(self, x: Tensor, at: int | None = None) -> bool:
+        """Whether x is this tensor, or its time step `at`, with nothing but its shape changed."""
+        here = self.tensor if at is None else self.tensor[at]
+        alike = x.shape == here.shape and x.stride() == here.stride()
+        plain = x.numel() == here.numel() and x.is_contiguous() and here.is_contiguous()
+        same = x.data_ptr() == here.data_ptr() and (alike or plain) and leaves([x]) == {id(self.leaf)}
+        return same and x._version == self.version
+
+
+@dataclass
+class Call:
+    """A call of a module. read: its input; gave: its output."""
+
+    read: Tensor
+    version: int
+    gave: Given | None = None
+
+
+@dataclass
+class Link:
+    """A module of the chain. mode: "step", called once a time step with [B, ...]; "whole", once with [T, B, ...];
+    "folded", once with [T * B, ...]."""
+
+    name: str
+    module: nn.Module
+    mode: str
+    calls: list[Call]
+
+    def sequence(self, gave: bool) -> Tensor:
+        """What its calls gave, or read, [T * B, ...] or [T, B, ...]."""
+        tensors = [(call.gave.tensor if gave else call.read).detach() for call in self.calls]
+        return torch.stack(tensors) if self.mode == "step" else tensors[0]
+
+    def features(self, gave: bool, steps: int, rows: int) -> torch.Size:
+        """Shape of a time step of one sample, in or out. Raises NoChain for what is no batch of them."""
+        lead = {"step": (rows,), "whole": (steps, rows), "folded": (steps * rows,)}[self.mode]
+        shapes = {tuple(call.gave.tensor.shape if gave else call.read.shape) for call in self.calls}
+        (shape,) = shapes if len(shapes) == 1 else (None,)
+        if shape is None or shape[: len(lead)] != lead:
+            raise NoChain(f"{self.name} does not see or give a batch of time steps")
+        return torch.Size(shape[len(lead) :])
+
+
+class Recorder:
+    """Sees the calls of a model's innermost modules and neurons in a pass of deterministic firing."""
+
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        neurons = dict(layers)
+        self.calls: dict[str, list[Call]] = {}  # by module
+        self._order: list[Call] = []
+        self.modules: dict[str, nn.Module] = {}
+        self.neurons: dict[str, StepNeuron] = neurons
+        self._left: dict[str, list[Any]] = {}  # by neuron: what it returned and carries, as it stood then
+        for name, module in model.named_modules():
+            if name in neurons or not (module._modules or any(inside(name, neuron) for neuron in neurons)):
+                self.modules[name] = module
+
+    def watching(self) -> ExitStack:
+        stack = ExitStack()
+        for name, module in self.modules.items():
+            before = lambda m, a, k, name=name: self._enter(name, a, k)  # noqa: E731
+            after = lambda m, a, k, out, name=name: self._leave(name, out)  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        return stack
+
+    def _enter(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not arguments or not isinstance(arguments[0], Tensor):
+            raise NoChain(f"{name} is not called with a tensor")
+        if name in self.neurons:
+            self._check_state(name, [*arguments[1:], *named.values()])
+        elif len(arguments) > 1 or named:
+            raise NoChain(f"{name} is called with more than a tensor")
+        self._order.append(Call(arguments[0], arguments[0]._version))
+        self.calls.setdefault(name, []).append(self._order[-1])
+
+    def _check_state(self, name: str, passed: list[Any]) -> None:
+        """Raises NoChain unless a neuron goes on from what it left, or begins at zero."""
+        passed = [state for state in passed if state is not None]
+        if name not in self._left:
+            if any(not isinstance(s, Tensor) or s.requires_grad or bool((s != 0).any()) for s in passed):
+                raise NoChain(f"{name} does not begin at zero")
+            return
+        returned, carried = self._left[name]
+        kept = all(any(state is one for one in returned) for state in passed)
+        if not kept or carried != [standing(state) for state in self.neurons[name].states()]:
+            raise NoChain(f"the state of {name} is changed between two time steps")
+
+    def _leave(self, name: str, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            raise NoChain(f"{name} gives no tensor")
+        given = self.calls[name][-1].gave = Given.of(first)
+        output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
+        if name in self.neurons:
+            returned = output if isinstance(output, tuple) else (output,)
+            self._left[name] = [returned, [standing(state) for state in self.neurons[name].states()]]
+        return output
+
+    def links(self, steps: int, rows: int) -> list[Link]:
+        """The modules that ran, in their order, those that ran several times a step as often. Raises NoChain."""
+        found: list[Link] = []
+        for name, calls in self.calls.items():
+            if len(calls) == 1:
+                mode = "whole" if calls[0].read.shape[:2] == (steps, rows) else "folded"
+                found.append(Link(name, self.modules[name], mode, calls))
+            elif len(calls) % steps:
+                raise NoChain(f"{name} runs {len(calls)} times in {steps} time steps")
+            else:
+                every = len(calls) // steps
+                found += [Link(name, self.modules[name], "step", calls[i::every]) for i in range(every)]
+        place = {id(call): i for i, call in enumerate(self._order)}
+        return sorted(found, key=lambda link: place[id(link.calls[0])])
+
+
+def standing(state: Tensor) -> tuple[int, int, int]:
+    """What tells that a state is the very tensor that it was, with its graph and its values."""
+    return id(state), state._version, id(state.grad_fn)

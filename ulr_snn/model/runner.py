@@ -1,0 +1,41 @@
+"""Runs of a bound model for evaluation: as it stands, or with noise at the level of the end of training."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ulr_snn.kernels.precision import widened
+from ulr_snn.model.activity import counting
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.call import check_outputs
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.noise.random import Noise
+
+Run = tuple[Tensor, Mapping[str, Tensor]]  # outputs, and activity [B] by name
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs a bound model. level: of the noise, in stochastic runs."""
+
+    bound: BoundModel
+    level: NoiseLevel
+
+    def runs(self, batch: Batch, step: int, copies: int, seed: int, counts: Collection[str]) -> list[Run]:
+        """Outputs and activity of each copy of a batch; of deterministic firing where copies is 0."""
+        found: list[Run] = []
+        x, lengths, size = batch.x, batch.lengths, (batch.steps, batch.samples)
+        for copy in range(max(copies, 1)):
+            noise = None
+            if copies:
+                sample = torch.arange(batch.samples, dtype=torch.int32, device=x.device)
+                noise = Noise(seed, step, sample, torch.full_like(sample, copy))
+                self.bound.measure_levels(self.level, lambda n=noise: self.bound.outputs(x, self.level, n, lengths))
+            with counting(self.bound.model, self.bound.layers, counts, *size, lengths) as activity:
+                outputs = widened(self.bound.outputs(x, self.level, noise, lengths)[0])
+            check_outputs(outputs, *size)
+            found.append((outputs, activity))
+        return found

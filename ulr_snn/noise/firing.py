@@ -1,0 +1,81 @@
+"""Distributions of the threshold noise, which make firing a matter of chance."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ulr_snn.errors import UsageError
+from ulr_snn.noise.kinds import check_positive
+
+
+@dataclass(frozen=True)
+class Firing:
+    """Distribution of the threshold noise: a neuron with drive d = u - threshold fires with p = F(d / scale).
+
+    scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
+    start: sets the starting scale, from the spread of the layer's membranes, > 0.
+    end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
+    secants: number of measured distances over which credit takes secants of F in place of its derivative (see
+        `secant`); 0: the derivative.
+    """
+
+    scale: float | None = None
+    start: float = 0.05
+    end: float = 0.05
+    secants: int = 4
+
+    def __post_init__(self) -> None:
+        check_positive(self, "scale", "start", "end")
+        if not (isinstance(self.secants, int) and self.secants >= 0):
+            raise UsageError(f"{type(self).__name__} got secants={self.secants!r}; it is a whole number, at least 0")
+
+    def probability(self, x: Tensor) -> Tensor:
+        """p = F(x), where x = drive / scale is the standardised drive."""
+        raise NotImplementedError
+
+    def slope(self, x: Tensor) -> Tensor:
+        """p' = ∂p/∂x = f(x)."""
+        raise NotImplementedError
+
+    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
+        """δ = ∂ log P(spikes) / ∂x = (s - p) p' / (p (1 - p))."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Logistic(Firing):
+    """Logistic threshold noise: p = sigmoid(x), δ = s - p."""
+
+    def probability(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        p = torch.sigmoid(x)
+        return p * (1 - p)
+
+    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
+        return spikes - torch.sigmoid(x)
+
+
+@dataclass(frozen=True)
+class Gaussian(Firing):
+    """Gaussian threshold noise with standard deviation `scale`: p = Phi(x)."""
+
+    def probability(self, x: Tensor) -> Tensor:
+        return torch.special.ndtr(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+    def score(self, spikes: Tensor, x: Tensor) -> Tensor:
+        # (s - p) p' / (p (1 - p)) is 0/0 where p saturates: the log-CDF keeps the ratio finite.
+        sign = 2 * spikes - 1
+        log_ratio = -0.5 * x**2 - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(sign * x)
+        return sign * torch.exp(log_ratio)
+
+
+def law_of(firing: Firing) -> str | None:
+    """The name of a law that fused scans know; exactly of these classes, since others may have another probability."""
+    return {Logistic: "logistic", Gaussian: "gaussian"}.get(type(firing))

@@ -1,0 +1,82 @@
+"""The optimizer and the learning rate schedule of a training."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from ulr_snn.errors import UsageError
+
+DEFAULT_LR = 1e-2
+LR_WARM_UP = 0.1  # of the steps, in the cosine schedule
+
+
+def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
+    if lr is not None and (optimizer is not None or not lr > 0):
+        raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
+    if optimizer is None:
+        fused = all(q.device.type in ("cpu", "cuda") and q.is_floating_point() for q in trainable)  # else there is none
+        return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr, fused=fused)
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if not callable(optimizer):
+        raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
+    return optimizer(trainable)
+
+
+def make_scheduler(
+    optimizer: Optimizer,
+    scheduler: Any,
+    loader: Iterable,
+    epochs: int,
+    accumulate: int,
+    max_steps: int | None,
+) -> LRScheduler | None:
+    if scheduler is None:
+        return None
+    if scheduler != "cosine":
+        if not callable(scheduler):
+            raise UsageError(
+                f"train got scheduler={scheduler!r}; it is 'cosine', None or a factory optimizer -> scheduler"
+            )
+        return scheduler(optimizer)
+    steps = total_steps(loader, epochs, accumulate, max_steps)
+    if steps is None:
+        raise UsageError(
+            "the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None"
+        )
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Of the cosine schedule: a half cosine from 1 to 0, under a linear warm-up.
+
+    A freshly made net fires little, so that its first gradients are mostly noise; an adaptive optimizer would make
+    full-size steps of them, which silence whole layers of a deep net for good.
+    """
+    warm = min(1.0, (step + 1) / (LR_WARM_UP * steps))
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def loader_length(loader: Iterable) -> int | None:
+    """Batches an epoch; None where the loader cannot tell (a generator, an iterable data set)."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def total_steps(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> int | None:
+    """Optimizer steps of the run; None where the loader has no length and no bound is given."""
+    batches = loader_length(loader)
+    if batches is None:
+        return max_steps
+    steps = epochs * -(-batches // accumulate)
+    return steps if max_steps is None else min(steps, max_steps)
