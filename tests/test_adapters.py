@@ -486,7 +486,7 @@ def test_a_neuron_for_two_layers_is_refused():
 
 
 def covered() -> str:
-    """The README's table of what is tested above, in Markdown."""
+    """The table of docs/libraries.md, of what is tested above, in Markdown."""
     options: dict[tuple[str, str], list[str]] = {}
     for name in KINDS:
         library, _, rest = name.partition(": ")
@@ -501,9 +501,9 @@ def covered() -> str:
     return "\n".join(lines)
 
 
-def test_the_table_in_the_readme_is_what_is_tested():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert covered() in readme, f"put this into README.md:\n{covered()}"
+def test_the_table_in_the_documents_is_what_is_tested():
+    page = (Path(__file__).parents[1] / "docs" / "libraries.md").read_text()
+    assert covered() in page, f"put this into docs/libraries.md:\n{covered()}"
 
 
 def spiking_classes(library: str) -> dict[str, type]:
