@@ -57,14 +57,14 @@ def listed(docstring: Docstring, names: set[str]) -> str:
     Only names of parameters and attributes count. Indented paragraphs are formulas and stay as they are.
     """
     one = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or r"(?!)"
-    start = re.compile(rf"(?:^|(?<=[.);]) )((?:{one})(?:, (?:{one}))*): ")
+    start = re.compile(rf"(?:^|\n|(?<=[.);])\s)((?:{one})(?:, (?:{one}))*): ")
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", docstring.value):
         if paragraph.startswith(" "):
             paragraphs.append(paragraph)
             continue
-        text = " ".join(line.strip() for line in paragraph.splitlines()).replace("<", "&lt;")
-        lead, *items = start.split(text)
+        text = re.sub(r"\n +", " ", paragraph).replace("<", "&lt;")
+        lead, *items = (part.replace("\n", " ") for part in start.split(text))
         if lead.strip():
             paragraphs.append(lead.strip())
         tail = ""
