@@ -1,5 +1,6 @@
 """The documents: their code compiles, the API pages list what is public, and the README stays short."""
 
+import ast
 import re
 from collections import Counter
 from pathlib import Path
@@ -44,6 +45,15 @@ def documented_names() -> list[str]:
 @pytest.mark.parametrize("code", BLOCKS)
 def test_python_code_compiles(code):
     compile(code, "<document>", "exec")
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_code_uses_public_names(code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ulr_snn":
+            assert node.attr in ulr_snn.__all__
+        if isinstance(node, ast.ImportFrom) and node.module == "ulr_snn":
+            assert {alias.name for alias in node.names} <= set(ulr_snn.__all__)
 
 
 def test_api_pages_list_all_public_names_once():
