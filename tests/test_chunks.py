@@ -59,7 +59,7 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
             model.zero_grad()
             estimate = ulr.backward(x, y, lengths=lengths)
     if memory != "auto":
-        assert estimate.stats["parts"] == -(-STEPS // max(1, together // (BATCH * ulr.memory._counted[1])))
+        assert estimate.stats["chunks"] == -(-STEPS // max(1, together // (BATCH * ulr.memory._counted[1])))
     return [q.grad for q in model.parameters()]
 
 
@@ -222,17 +222,17 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
     limits = {}
     limits["roomy"] = 1000
     with attach(model, ULR(memory=way("auto", limits))) as ulr:
-        assert "parts" not in ulr.backward(x, y).stats
+        assert "chunks" not in ulr.backward(x, y).stats
     limits["whole"] = 1000
     limits["short"] = 1
     with attach(model, ULR(memory=way("auto", limits))) as ulr:
-        assert ulr.backward(x, y).stats["parts"] > 1
+        assert ulr.backward(x, y).stats["chunks"] > 1
     with attach(nn.Sequential(Backwards(), *model), ULR(memory=way("auto", limits))) as ulr:  # has to see all
-        assert "parts" not in ulr.backward(x, y).stats
+        assert "chunks" not in ulr.backward(x, y).stats
     with attach(
         nn.Sequential(*model, Backwards()), ULR(memory=way("auto", limits))
     ) as ulr:  # but not what comes after the average
-        assert ulr.backward(x, y).stats["parts"] > 1
+        assert ulr.backward(x, y).stats["chunks"] > 1
 
 
 @pytest.mark.parametrize("inputs, made", [(12, 23), (600, 3)])
@@ -247,7 +247,7 @@ def test_parts_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypat
     model = nn.Sequential(nn.Linear(inputs, 8), LIF(), TimeAverage(), nn.Linear(8, 3))
     with attach(model, ULR(memory=way("auto", limits))) as ulr:
         x = (torch.rand(STEPS, BATCH, inputs) < 0.3).float()
-        assert ulr.backward(x, torch.arange(BATCH) % 3).stats["parts"] == made
+        assert ulr.backward(x, torch.arange(BATCH) % 3).stats["chunks"] == made
 
 
 def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
         with attach(nets()["spikes"], ULR(memory=way(memory, limits)), loss=loss) as ulr:
             if memory == "auto":
                 with pytest.warns(UserWarning, match="no gradient") if loss is wrong else nullcontext([0]) as told:
-                    assert all("parts" not in ulr.backward(*data()).stats for _ in range(2))
+                    assert all("chunks" not in ulr.backward(*data()).stats for _ in range(2))
                 assert len(told) == 1
             else:
                 with pytest.raises(UsageError, match="use memory='auto'"):
@@ -343,7 +343,7 @@ def test_a_last_batch_of_one_sample_runs_whole():
     with attach(model, ULR(memory="replay")) as ulr:
         ulr.backward(torch.rand(6, 4, 12), torch.zeros(4, dtype=torch.long))
         last = ulr.backward(torch.rand(6, 1, 12), torch.zeros(1, dtype=torch.long))
-    assert "parts" not in last.stats and torch.isfinite(last.loss).all()
+    assert "chunks" not in last.stats and torch.isfinite(last.loss).all()
 
 
 @pytest.mark.parametrize("memory", ["auto", "replay"])

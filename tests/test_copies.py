@@ -284,5 +284,5 @@ def test_copies_in_turn_are_replayed_with_the_noise_that_they_were_judged_with(m
         ulr.backward(*data())
         assert ulr.learner.level.starts["1"] > start
     assert len(seen) == 4
-    for judged, replayed in seen.values():
-        assert torch.equal(judged, replayed)
+    for counted, replayed in seen.values():
+        assert torch.equal(counted, replayed)

@@ -253,7 +253,7 @@ def test_chunks_of_time_have_the_gradient_of_the_whole(double):
         whole = steps_of(copy.deepcopy(model), ULR(firing=firing), batch(), False)
         few = steps_of(model, ULR(firing=firing, memory=memory), batch(), False)
         with attach(model, ULR(firing=firing, memory=memory), seed=5) as ulr:
-            assert ulr.backward(*batch()).stats["parts"] > 1 and isinstance(ulr.bound.model, Chain)
+            assert ulr.backward(*batch()).stats["chunks"] > 1 and isinstance(ulr.bound.model, Chain)
         for name, found in whole[1].items():
             torch.testing.assert_close(few[1][name], found, rtol=1e-9, atol=1e-12)
 

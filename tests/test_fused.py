@@ -11,10 +11,10 @@ from ulr_snn import LIF, ULR, Fold, Gaussian, LeakyReadout, Logistic, RecurrentL
 from ulr_snn.credit.maps import Full
 from ulr_snn.credit.recurrence import Recurrence
 from ulr_snn.kernels import dispatch
-from ulr_snn.kernels.held import once, weights_held
 from ulr_snn.kernels.pool import Pool
 from ulr_snn.kernels.reference import leaky_drive
 from ulr_snn.kernels.state import State
+from ulr_snn.kernels.weight_cache import once, weight_cache
 from ulr_snn.model.neurons import SpikingNeuron, step_mask
 from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.sites.records import Record
@@ -235,7 +235,7 @@ def test_turned_is_a_permutation(shape: tuple[int, ...], cut: bool):
 def test_weights_are_put_in_order_once_until_they_change():
     weight = nn.Parameter(torch.randn(5, 7))
     assert dispatch.transposed(weight).is_contiguous()
-    with weights_held():
+    with weight_cache():
         first = once(weight, "transposed", dispatch.transposed)
         assert once(weight, "transposed", dispatch.transposed) is first and torch.equal(first, weight.T)
         with Pool().used():

@@ -153,7 +153,7 @@ def test_lessons_become_rare_while_the_weights_keep_still_and_frequent_when_they
 
 
 def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned(device):
-    """Of 1400 neurons a usual lesson would see 240 rows; those of the first steps see more."""
+    """Of 1400 neurons a usual regression would see 240 rows; those of the first steps see more."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 1400), LIF(), nn.Linear(1400, 80), LIF(), TimeAverage(), nn.Linear(80, 3))
     model.to(device)
@@ -162,9 +162,9 @@ def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned
     with attach(model, ULR(maps="learned", firing=Logistic(2.0))) as ulr:
         learn = ulr.learner.prediction.learn
 
-        def watched(lesson, spikes, current):
+        def watched(regression, spikes, current):
             rows.append(len(current))
-            learn(lesson, spikes, current)
+            learn(regression, spikes, current)
 
         ulr.learner.prediction.learn = watched
         for _ in range(6):
@@ -214,7 +214,7 @@ def test_maps_learn_kernels_from_training(device):
     model = nn.Sequential(*model, nn.Flatten(2), TimeAverage(), nn.Linear(5 * 16, 3)).to(device)
     x = 2 * torch.rand(6, 32, 1, 8, 8, device=device)
     with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
-        for _ in range(40):  # eight lessons: with weights that keep still, one in eight steps
+        for _ in range(40):  # eight regressions: with weights that keep still, one in eight steps
             ulr.backward(x, torch.arange(32, device=device) % 3)
         learned = ulr.learner.feedback.layers["1 -> 3"]
         assert isinstance(ulr.structure.feeds["1"]["3"], Shared)
@@ -261,7 +261,7 @@ def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch)
         for _ in range(4):
             ulr.backward(x, y)
         state = ulr.state_dict()
-    monkeypatch.setattr(ulr_snn.credit.prediction, "UNEXPLAINED", 2.0)  # no lesson finds out that it is not shared
+    monkeypatch.setattr(ulr_snn.credit.prediction, "UNEXPLAINED", 2.0)  # no regression finds out that it is not shared
     with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         ulr.backward(x, y)
         assert isinstance(ulr.structure.feeds["2"]["4"], Shared)
@@ -353,7 +353,7 @@ def test_where_events_take_a_shortcut_only_pairs_tell_what_spikes_do(device):
     with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         copies = [ulr.backward(x, y).stats["copies"] for _ in range(40)]
         assert ulr.structure.paired == {"last"}
-        # The first lesson, and those of weights that keep still: where both one is due and the step is a fourth one.
+        # The first regression, and those of weights that keep still: where both one is due and the step is a fourth one
         assert copies[0] == 2 and sum(copies) - len(copies) in range(4, 12)
         assert all(n == 1 or step < 8 or step % 4 == 0 for step, n in enumerate(copies))
         ulr.backward(x, y)

@@ -47,7 +47,7 @@ def test_drive_and_its_derivative_equal_a_plain_loop(reset, shared, device):
     credit = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1)).to(device)
     expected = torch.autograd.grad(plain, inputs, credit)
     torch.testing.assert_close(torch.autograd.grad(ours, inputs, credit), expected, rtol=1e-11, atol=1e-12)
-    # the same where the drive is handed over
+    # the same where the drive is guard over
     known = leaky_drive(*inputs, reset, spikes, plain.detach())
     assert torch.equal(known.detach(), plain.detach())
     torch.testing.assert_close(torch.autograd.grad(known, inputs, credit), expected, rtol=1e-11, atol=1e-12)

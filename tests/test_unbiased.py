@@ -336,11 +336,11 @@ def black_box() -> Case:
 def black_box_then_neurons() -> Case:
     first, second, last, neuron = linear(2, 2), linear(2, 2, 0.8), linear(2, 2, 1.5), LIF(0.8).double()
     firing = Logistic(0.4)
-    blind = LIF(0.0, reset="none").double()
+    gradientless = LIF(0.0, reset="none").double()
     return Case(
         nn.Sequential(first, Hard(), second, neuron, TimeAverage(), last),
         [
-            describe(blind, affine(first), (2,), Gaussian(0.5)),
+            describe(gradientless, affine(first), (2,), Gaussian(0.5)),
             describe(neuron, affine(second), (2,), firing),
         ],
         lambda spikes: affine(last)(spikes.mean(0)),

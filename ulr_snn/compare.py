@@ -23,7 +23,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.mode import pick_device
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.optim import DEFAULT_LR
-from ulr_snn.train import train
+from ulr_snn.train import Result, train
 
 DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0}
 Rates = float | Sequence[float]
@@ -117,19 +117,23 @@ def compare(
                 row = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
                 rows.append(row)
                 with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
-                    result = train(model, loader, epochs, estimator=estimator, lr=rate, **whole)
-                    last = result.history[-1]
-                    row |= {
-                        "accuracy": last["val_accuracy"],
-                        "loss": last["val_loss"],
-                        "seconds_a_step": result.metrics["seconds"] / result.metrics["steps"],
-                        "forward_passes": result.metrics["forward_passes"],
-                        "history": result.history,
-                    }
+                    row |= figures(train(model, loader, epochs, estimator=estimator, lr=rate, **whole))
                 row["peak_memory_bytes"] = memory.bytes
     finally:
         model.load_state_dict(weights)
     return Comparison(rows, versions())
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """What a row says of a training that has not diverged."""
+    last, metrics = result.history[-1], result.metrics
+    return {
+        "accuracy": last["val_accuracy"],
+        "loss": last["val_loss"],
+        "seconds_a_step": metrics["seconds"] / metrics["steps"],
+        "forward_passes": metrics["forward_passes"],
+        "history": result.history,
+    }
 
 
 def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from ulr_snn.losses.metrics import Activities, Several, Tally
 from ulr_snn.losses.named import LossSpec, resolve, total
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import keep_traces
+from ulr_snn.model.call import no_side_effects
 from ulr_snn.model.chain import Chain
 from ulr_snn.model.mode import mode_of, pick_device, unpack
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.runner import Run, Runner
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import check_layers, own_modules, spiking_layers, turn
+from ulr_snn.sites.binding import check_layers, spiking_layers, turn, user_modules
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def evaluate(
             given = Batch.of(model, x, targets, lengths, objective, time_first)
             if runner is None:
                 if runs:  # as they stand, models without a spiking layer run, too
-                    check_layers(model, spiking_layers(model), [*own_modules(model), *config.noise])
+                    check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
                 runner = Runner(bound_exactly(model, given, config, counts), NoiseLevel(config.firing))
             with reduced_precision(device, autocast):
                 found = runner.runs(given, step, runs, seed, counts)
@@ -103,7 +103,7 @@ def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collec
         return bound
     own = BoundModel.of(model, batch, config.noise, own_code=True)
     level = NoiseLevel(config.firing)
-    with keep_traces(model):
+    with no_side_effects(model):
         outputs = [each.outputs(batch.x.clone(), level, lengths=batch.lengths)[0] for each in (bound, own)]
     return bound if torch.equal(*outputs) else own
 

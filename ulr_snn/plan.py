@@ -19,10 +19,10 @@ from ulr_snn.kernels.dispatch import choice
 from ulr_snn.kernels.sparse import DENSITY
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.memory.step import Step
-from ulr_snn.model.call import coupled_modules, keep_traces
+from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import check_layers, own_modules
+from ulr_snn.sites.binding import check_layers, user_modules
 from ulr_snn.sites.flow import frozen
 from ulr_snn.sites.records import CurrentRecord, Record
 from ulr_snn.sites.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
@@ -72,10 +72,10 @@ def plan(
     attached = or_default(estimator).attach(model, loss, 0, time_first, progress=0.0)
     if not isinstance(attached, LearnedAttachment):
         raise UsageError(f"plan got {type(estimator).__name__}; it is for ULR and Online, peers have no plan")
-    with keep_traces(model), frozen(model, attached.config.flow), torch.enable_grad():
+    with no_side_effects(model), frozen(model, attached.config.flow), torch.enable_grad():
         step = attached.prepared(x, targets, None, lengths)
-        check_layers(step.model, step.bound.layers, [*own_modules(step.model), *attached.config.noise])
-        p = attached.first_pass(step)
+        check_layers(step.model, step.bound.layers, [*user_modules(step.model), *attached.config.noise])
+        _, p = step.first_pass()
         kept = attached.memory.describe(step)
         variances = _variances(step.model, step.structure, p.records)
     return _plan(step, p.records, variances, kept)
@@ -153,13 +153,13 @@ def _why(structure: Structure) -> str:
 
 def _notes(step: Step, copies: int) -> list[str]:
     structure, sampling = step.structure, step.config.sampling
-    notes, judging = sampling.describe(), structure.judging
-    for site in judging.smoothed.values():
+    notes, treatment = sampling.describe(), structure.treatment
+    for site in treatment.smoothed.values():
         notes.append(
             f"a loss without a gradient gets one by noise on the outputs, {site.draws} draws of each sample; they need "
             "no forward pass"
         )
-    if judging.blind and not structure.credit.by_losses:
+    if treatment.gradientless and not structure.credit.by_losses:
         notes.append("of the mix, losses without a gradient act by the score of every spike: more copies help them")
     if structure.detached:
         notes.append(without_gradient(structure, copies))
@@ -191,7 +191,7 @@ def _engine(x: Tensor, kept: str) -> list[str]:
 def _variances(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:
     """Where scores are weighted by whole losses, variance goes by the length of the scores: the sites with the longest
     first, and what noise on their weights would give in their place."""
-    if not (structure.credit.unbiased or structure.judging.blind):
+    if not (structure.credit.unbiased or structure.treatment.gradientless):
         return []
     found = []
     for r in records:

@@ -1,7 +1,8 @@
 """What a firing site needs of a spiking module of another library."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class StepNeuron:
 
     def clear(self) -> None:
         """Makes the module start from its initial state; nothing to do where every call starts there, or where
-        `fresh_memories` does it."""
+        `Adapter.fresh_state` does it."""
 
     def patches(self, site: Step) -> dict[str, Any]:
         """Attributes of the module, by name, that make it run the site."""
@@ -102,3 +103,25 @@ class StepNeuron:
                     value.clear()
                     value.update(content)
                 attributes[name] = value
+
+
+def no(_: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is known of a library. An adapter file has one, by the name `ADAPTER`.
+
+    adapt: the module as a neuron, the reason why it cannot be trained, or None where it does not spike.
+    fresh_state: for a while, a model starts from its initial state, also in modules that do not fire.
+    couples: a module, in training mode, couples the rows of a batch or draws noise of its own (dropout).
+    carries_state: a model returns its state after its outputs, and takes it again at the next time step.
+    per_row: a module sees each row of a batch by itself, and a sequence [T, B, ...] one time step after another.
+    """
+
+    adapt: Callable[[nn.Module], StepNeuron | str | None]
+    fresh_state: Callable[[nn.Module], AbstractContextManager] = nullcontext
+    couples: Callable[[nn.Module], bool] = no
+    carries_state: Callable[[nn.Module], bool] = no
+    per_row: Callable[[nn.Module], bool] = no

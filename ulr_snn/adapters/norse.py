@@ -15,7 +15,7 @@ from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ulr_snn.adapters.base import Step, StepNeuron
+from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 
 FAMILIES = (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell)
 OTHERS = (CobaLIFCell, LIFCorrelation)
@@ -120,3 +120,6 @@ def adapt(module: nn.Module) -> StepNeuron | str | None:
     if "adjoint" in getattr(module.activation, "__name__", ""):
         return "its step has a backward pass of its own; use another method than 'adjoint'"
     return Layer(module) if thresholds(module.activation) else None  # a leaky integrator does not fire
+
+
+ADAPTER = Adapter(adapt, carries_state=lambda model: type(model).__module__.startswith("norse"))

@@ -13,7 +13,7 @@ import snntorch
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters.base import Step, StepNeuron
+from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.model.neurons import LIF, Biased, Weighted
 
 STATES = {
@@ -123,3 +123,6 @@ def adapt(module: nn.Module) -> StepNeuron | str | None:
     if isinstance(module, snntorch.SpikingNeuron):
         return f"this class is not supported; use {', '.join(kind.__name__ for kind in STATES)}"
     return None
+
+
+ADAPTER = Adapter(adapt)

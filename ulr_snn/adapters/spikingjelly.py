@@ -6,13 +6,16 @@ spike does to its own neuron is known. In multi-step mode IF, LIF and parametric
 these three are written out here, since calls on the way to the library's own take most of the time.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from ulr_snn.adapters.base import Step, StepNeuron
+from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.model.neurons import LIF, Scaled
 
@@ -123,3 +126,31 @@ def adapt(module: nn.Module) -> StepNeuron | str | None:
     if families and not any("NonSpiking" in name for name in families):
         return f"this class is not supported; use {', '.join(kind.__name__ for kind in KINDS)}"
     return None
+
+
+@contextmanager
+def fresh_memories(model: nn.Module) -> Iterator[None]:
+    """Modules with memories, those that do not fire (dropout, synapses) too: for a while they start anew, and then they
+    are as they were."""
+    modules = [module for module in model.modules() if "_memories_rv" in module.__dict__]
+    kept = [dict(module._memories) for module in modules]
+    try:
+        for module in modules:
+            module._memories.update(copy.deepcopy(module._memories_rv))
+        yield
+    finally:
+        for module, memories in zip(modules, kept, strict=True):
+            module._memories.update(memories)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether it is dropout, which is no subclass of torch's."""
+    return "Dropout" in type(module).__name__
+
+
+def lifted(module: nn.Module) -> bool:
+    """Whether it is a stateless module of torch's, in multi-step mode where it is so set."""
+    return type(module).__module__ == "spikingjelly.activation_based.layer.stateless_wrapper"
+
+
+ADAPTER = Adapter(adapt, fresh_state=fresh_memories, couples=drops, per_row=lifted)

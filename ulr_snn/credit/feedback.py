@@ -34,8 +34,8 @@ RIDGE = 1e-3  # of the mean eigenvalue
 UNEXPLAINED = 0.5  # of a current's variance: more than this, and one kernel does not do for all positions
 EXACT_IN_TIME = 1 << 30  # multiply-adds up to which credit between layers takes every time step by itself
 STALE = 0.01  # of a current's variance: C that leaves more than this unexplained is learned at every step
-HELPED = 0.8  # of what was unexplained: a lesson that leaves less than this has helped
-SELDOM = 8  # steps from one lesson to the next, at most
+HELPED = 0.8  # of what was unexplained: a regression that leaves less than this has helped
+SELDOM = 8  # steps from one regression to the next, at most
 ENTRIES = 1 << 23  # entries of the largest matrix between two layers; beyond it, feedback comes from the outputs
 
 
@@ -57,8 +57,9 @@ def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
 
 @dataclass
 class Pace:
-    """How often C into a layer is learned, and from how much. every: steps from one lesson to the next; due: the step
-    of that; rich: whether it may take more than the usual multiply-adds; helps: whether that helped the last time."""
+    """How often C into a layer is learned, and from how much. every: steps from one regression to the next; due: the
+    step of that; rich: whether it may take more than the usual multiply-adds; helps: whether that helped the last
+    time."""
 
     every: int = 1
     due: int = 0
@@ -66,13 +67,13 @@ class Pace:
     helps: bool = True
 
     def wants(self, step: int) -> bool:
-        """Whether a lesson is due at this step."""
+        """Whether a regression is due at this step."""
         return self.every == 1 or step >= self.due
 
     def see(self, before: float, after: float, step: int) -> None:
-        """A lesson at this step; C left these parts of the current's variance unexplained. Before it, that goes with
-        the square of the distance that weights have moved since the last one. What a lesson hardly lowers is not linear
-        in the spikes, or not theirs, and more rows do not help."""
+        """A regression at this step; C left these parts of the current's variance unexplained. Before it, that goes
+        with the square of the distance that weights have moved since the last one. What a regression hardly lowers is
+        not linear in the spikes, or not theirs, and more rows do not help."""
         if before > STALE:
             self.every = 1
         elif before < STALE / 4:

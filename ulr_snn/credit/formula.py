@@ -53,16 +53,16 @@ class Entry:
 class Formula:
     """The coefficients c of a step's passes.
 
-    quiet: sites without noise. blind: some losses have no gradient in the outputs. mean_loss, mean_blind: moving
-    baselines, of all losses together and of those without a gradient.
+    quiet: sites without noise. gradientless: some losses have no gradient in the outputs. mean_loss, mean_gradientless:
+    moving baselines, of all losses together and of those without a gradient.
     """
 
     credit: CreditKind
     sampling: Sampling
     quiet: frozenset[str]
-    blind: bool
+    gradientless: bool
     mean_loss: Tensor | None
-    mean_blind: Tensor | None
+    mean_gradientless: Tensor | None
 
     def of_group(self, group: Group, predictions: list[list[Credit]], share: float) -> Iterator[Entry]:
         """The entries of all passes of a group. predictions: of each pass and record. share: of the exact gradient,
@@ -71,7 +71,7 @@ class Formula:
         shares = multi_sample_weights(losses) if self.sampling.multi_sample else torch.ones_like(losses)
         for p, predicted in zip(group.passes, predictions, strict=True):
             weight = shares[p.copies].flatten() / losses.numel()  # [rows]
-            signal = self.signal(group, p, predicted) if self.credit.unbiased or self.blind else None
+            signal = self.signal(group, p, predicted) if self.credit.unbiased or self.gradientless else None
             yield from self.entries(p, predicted, weight, signal, losses.numel(), share, group.site)
 
     def entries(
@@ -117,7 +117,7 @@ class Formula:
         gradient alone."""
         losses, mean = group.losses, self.mean_loss
         if not self.credit.unbiased:
-            losses, mean = group.joined("blind"), self.mean_blind
+            losses, mean = group.joined("gradientless"), self.mean_gradientless
         if self.sampling.multi_sample:
             return multi_sample_signals(losses)[p.copies].flatten()
         if self.credit.reward_to_go:

@@ -17,7 +17,7 @@ from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.neurons import own_steps
 from ulr_snn.noise.random import Drawer
 from ulr_snn.noise.secant import farthest
-from ulr_snn.sites.records import Record, Seen, response_of
+from ulr_snn.sites.records import LinkedRecord, Record, response_of
 
 
 class Linked:
@@ -96,14 +96,14 @@ class StepLink:
                 self._slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
         return self._slopes if self.whole else self._slopes[t]
 
-    def seen(self, site: str) -> Seen:
+    def seen(self, site: str) -> LinkedRecord:
         """Of the pass, once it is over."""
         if self._draw is not None:
             largest = self._draw.farthest
         else:
             own = (own_steps(x, t, self.lengths, self.whole) for t, x in self._x.items())
             largest = torch.stack([farthest(x) for x in own]).max()
-        return Seen(site, largest * self.scale.detach().mean())
+        return LinkedRecord(site, largest * self.scale.detach().mean())
 
 
 class _Step(torch.autograd.Function):

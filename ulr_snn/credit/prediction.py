@@ -24,7 +24,7 @@ WARM_UP = 8  # first steps, each of which refreshes the feedback that needs pair
 
 
 @dataclass(frozen=True)
-class Lesson:
+class RegressionBatch:
     """What a step learns all C into one layer from: its current, and the spikes of the sources along their paths, at
     rows (t, b). before: 1 where spikes act a step later, so that row t is of the spikes at t and the current at t + 1.
     paired: what is compared is the copies of pairs, not samples. step: at which it is."""
@@ -119,19 +119,19 @@ class Prediction:
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
         valid = joined([p.records[0].own_steps() for p in passes])  # [T, rows]
         batch = passes[0].loss.shape[1]
-        for lesson in self.lessons(list(sites), valid, batch, step):
-            records, size = sites[lesson.target], len(valid) - lesson.before
-            current = [r.fed_back[1:] if lesson.before else r.current for r in records]
-            pairs = batch if lesson.paired else None
-            across = partial(contrast, batch=pairs, valid=valid[lesson.before :], rows=lesson.rows)
-            seen = {name: across([s[:size] for s in spikes[name]]) for name in lesson.paths}
-            self.learn(lesson, seen, across(current))
+        for regression in self.regressions(list(sites), valid, batch, step):
+            records, size = sites[regression.target], len(valid) - regression.before
+            current = [r.fed_back[1:] if regression.before else r.current for r in records]
+            pairs = batch if regression.paired else None
+            across = partial(contrast, batch=pairs, valid=valid[regression.before :], rows=regression.rows)
+            seen = {name: across([s[:size] for s in spikes[name]]) for name in regression.paths}
+            self.learn(regression, seen, across(current))
         for target, records in sites.items():
             if isinstance(records[0], CurrentRecord) and records[0].elementwise:
                 z = joined([r.innovation() for r in records])
                 self.feedback.learn_response(target, deviations(joined(spikes[target]), valid), z, valid)
 
-    def lessons(self, sites: list[str], valid: Tensor, batch: int, step: int) -> Iterator[Lesson]:
+    def regressions(self, sites: list[str], valid: Tensor, batch: int, step: int) -> Iterator[RegressionBatch]:
         """Those due at a step whose rows are valid at [T, rows], of so many samples a copy; sites in order of their
         execution."""
         structure, pairs = self.structure, valid.shape[1] // batch // 2 * 2 * batch
@@ -141,11 +141,11 @@ class Prediction:
             pace = self._pace(target, 0)
             if paths and (pairs or not paired) and self._due(target, paths, step):
                 compared = valid[:, : pairs // 2] if paired else valid
-                yield Lesson(target, paths, 0, paired, self._rows(paths, compared, step, pace.rich), step)
+                yield RegressionBatch(target, paths, 0, paired, self._rows(paths, compared, step, pace.rich), step)
             pace = self._pace(target, 1)
             if target in structure.recurrent and len(valid) > 1 and pace.wants(step):
                 paths = {target: structure.recurrent[target]}
-                yield Lesson(target, paths, 1, False, self._rows(paths, valid[1:], step, pace.rich), step)
+                yield RegressionBatch(target, paths, 1, False, self._rows(paths, valid[1:], step, pace.rich), step)
 
     def wants_pairs(self, step: int, every: int) -> bool:
         """Whether a step learns from pairs of copies: one of the first or of every so many, where something that only
@@ -165,22 +165,22 @@ class Prediction:
         return unknown or self._pace(target, 0).wants(step)
 
     def _pace(self, target: str, before: int) -> Pace:
-        """Of the lessons for a layer or, a step later, for itself."""
+        """Of the regressions for a layer or, a step later, for itself."""
         return self.feedback.paces.setdefault(edge(target, target) if before else target, Pace())
 
     @full_precision()
-    def learn(self, lesson: Lesson, spikes: dict[str, Tensor], current: Tensor) -> None:
+    def learn(self, regression: RegressionBatch, spikes: dict[str, Tensor], current: Tensor) -> None:
         """A step of all C into one layer, from what its current [n, *target] and the spikes [n, *source] differ by."""
-        named = {edge(name, lesson.target): path for name, path in lesson.paths.items()}
-        spikes = {edge(name, lesson.target): rows for name, rows in spikes.items()}
+        named = {edge(name, regression.target): path for name, path in regression.paths.items()}
+        spikes = {edge(name, regression.target): rows for name, rows in spikes.items()}
         before, after = self.feedback.refresh_layer(named, spikes, current)
-        self._pace(lesson.target, lesson.before).see(before, after, lesson.step)
-        if after > UNEXPLAINED and not lesson.before:  # what is shared cannot learn weights that differ
-            for name, path in lesson.paths.items():
+        self._pace(regression.target, regression.before).see(before, after, regression.step)
+        if after > UNEXPLAINED and not regression.before:  # what is shared cannot learn weights that differ
+            for name, path in regression.paths.items():
                 full = path.unshared(ENTRIES)
                 if full != path:
-                    self.structure.feeds[name][lesson.target] = full
-                    self.feedback.paces[lesson.target] = Pace()  # nothing is known of that matrix yet
+                    self.structure.feeds[name][regression.target] = full
+                    self.feedback.paces[regression.target] = Pace()  # nothing is known of that matrix yet
 
     @full_precision()
     def refresh(self, passes: list[Pass]) -> None:

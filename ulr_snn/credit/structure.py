@@ -12,7 +12,7 @@ from ulr_snn.credit.feedback import ENTRIES, time_basis
 from ulr_snn.credit.kinds import Auto, CreditKind, Learned
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
-from ulr_snn.losses.evaluation import Judging
+from ulr_snn.losses.evaluation import LossTreatment
 from ulr_snn.losses.named import Objective
 from ulr_snn.model.graph import leaves, passes_through
 from ulr_snn.model.passes import Pass
@@ -47,7 +47,7 @@ class Structure:
     differentiable: bool  # whether the loss has a gradient in the outputs
     responding: set[str]  # black boxes with a learned response
     driven: set[str] | None  # sites that see the events otherwise than by spikes; None where it does not matter
-    judging: Judging = field(default_factory=Judging)  # how the losses are taken
+    treatment: LossTreatment = field(default_factory=LossTreatment)  # how the losses are taken
     weights: dict[str, WeightNoise] = field(default_factory=dict)  # parameters with noise of their own
     products: bool = True  # whether maps are taken as products, and recurrent weights as they are
     recurs: set[str] = field(default_factory=set)  # sites with recurrent weights of ours
@@ -66,7 +66,7 @@ class Structure:
     def all_exact(self) -> bool:
         """Whether credit "feedback" is made of products of known derivatives alone, in all layers."""
         learned = any(self.feeds.values()) or self.recurrent or self.from_outputs or self.current_noise
-        return self.credit.name == "feedback" and self.products and not (learned or self.judging.blind)
+        return self.credit.name == "feedback" and self.products and not (learned or self.treatment.gradientless)
 
     @property
     def has_readout(self) -> bool:
@@ -147,18 +147,20 @@ class Structure:
         return self.summarise(error if self.output_functions is None else error / len(error))
 
 
-def judging_of(
+def treatment_of(
     objective: Objective, p: Pass, credit: CreditKind, noise: Mapping[str, Any], model: nn.Module
-) -> Judging:
+) -> LossTreatment:
     """How the objective's losses are taken. Of those without a gradient, `noise` may say so by an OutputNoise (or None)
     for "outputs"; else credit "auto" smooths those whose outputs are no spikes: a parameter comes after the last spike,
     or the loss is known to look at sums."""
     # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
-    blind = p.judgement.without_gradient(flat=isinstance(credit, Auto))
+    gradientless = p.evaluation.without_gradient(flat=isinstance(credit, Auto))
     site = noise.get("outputs", OutputNoise() if isinstance(credit, Auto) else None)
-    smoothed = blind if isinstance(noise.get("outputs"), OutputNoise) or reads_out(p, model) else objective.of_totals
-    smoothed = smoothed & blind if isinstance(site, OutputNoise) else frozenset()
-    return Judging(dict.fromkeys(smoothed, site), blind - smoothed)
+    smoothed = (
+        gradientless if isinstance(noise.get("outputs"), OutputNoise) or reads_out(p, model) else objective.of_totals
+    )
+    smoothed = smoothed & gradientless if isinstance(site, OutputNoise) else frozenset()
+    return LossTreatment(dict.fromkeys(smoothed, site), gradientless - smoothed)
 
 
 def reads_out(p: Pass, model: nn.Module) -> bool:

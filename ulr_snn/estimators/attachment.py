@@ -20,8 +20,7 @@ from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.memory.step import Memory, Step
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import Binder, BoundModel
-from ulr_snn.model.passes import Pass
-from ulr_snn.sites.binding import check_layers, own_modules, spiking_layers
+from ulr_snn.sites.binding import check_layers, spiking_layers, user_modules
 from ulr_snn.sites.flow import check_flow, frozen, with_flow
 from ulr_snn.sites.weights import check_names
 
@@ -48,7 +47,7 @@ class LearnedAttachment(Attachment):
         check_names(model, config.noise)
         check_flow(model, config.flow)
         self.config = replace(config, noise=with_flow(model, config.flow, config.noise))
-        check_layers(model, spiking_layers(model), [*own_modules(model), *self.config.noise])
+        check_layers(model, spiking_layers(model), [*user_modules(model), *self.config.noise])
         self.memory, self.online = memory, memory.online
         self.binder = Binder(model, self.config.noise)
         self.learner = Learner(self.config, seed, total_steps, progress, rates)
@@ -124,13 +123,6 @@ class LearnedAttachment(Attachment):
             self._bound = bound
         learner.level.progress = learner.progress
         return Step(self.config, learner, bound, batch)
-
-    def first_pass(self, step: Step) -> Pass:
-        """A pass of one copy, from which the structure is learned, for `plan`."""
-        forward = step.plain_forward()
-        p = forward.run(step.batch, [0])
-        self.learner.observe(forward, p, step.batch)
-        return p
 
     def learning_rates(self) -> dict[str, float]:
         return self.learner.learning_rates()

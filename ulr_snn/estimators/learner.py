@@ -27,9 +27,9 @@ class Learner:
     """What an attachment has learned so far.
 
     step, forward_passes: so far; level: of the firing noise; prediction: of what spikes do; copies: how many a step
-    takes; mean_loss, mean_blind: moving baselines, of all losses together and of those without a gradient; step_sizes:
-    None where nobody asks for learning rates; structure: what the first pass has shown of the model, None before it;
-    times: updates of a batch.
+    takes; mean_loss, mean_gradientless: moving baselines, of all losses together and of those without a gradient;
+    step_sizes: None where nobody asks for learning rates; structure: what the first pass has shown of the model, None
+    before it; times: updates of a batch.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Learner:
         self.prediction = Prediction(self.feedback, seed)
         self.copies = config.sampling.counter()
         self.mean_loss: Tensor | None = None
-        self.mean_blind: Tensor | None = None
+        self.mean_gradientless: Tensor | None = None
         self.step_sizes = StepSizes() if rates else None
         self.times = 1
         self.structure: Structure | None = None
@@ -104,7 +104,7 @@ class Learner:
         if self.structure is not None and self.structure.credit.goes_back:
             self.level.see([p.records for p in passes])
         self.mean_loss = moving(self.mean_loss, losses)
-        self.mean_blind = moving(self.mean_blind, torch.cat([p.blind for p in passes]))
+        self.mean_gradientless = moving(self.mean_gradientless, torch.cat([p.gradientless for p in passes]))
 
     def learning_rates(self) -> dict[str, float]:
         """See `Attachment.learning_rates`."""
@@ -128,7 +128,7 @@ class Learner:
             "step": self.step,
             "forward_passes": self.forward_passes,
             "mean_loss": self.mean_loss,
-            "mean_blind": self.mean_blind,
+            "mean_gradientless": self.mean_gradientless,
             **self.level.state_dict(),
             "step_sizes": None if self.step_sizes is None else self.step_sizes.state_dict(),
             "driven": None if self.driven is None else sorted(self.driven),
@@ -140,7 +140,8 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.structure = None  # what the state says of it is taken when the next pass shows it
         self.step, self.forward_passes = state["step"], state["forward_passes"]
-        for name in ("mean_loss", "mean_blind"):
+        state = {"mean_gradientless": state.get("mean_blind"), **state}  # the name of earlier versions
+        for name in ("mean_loss", "mean_gradientless"):
             setattr(self, name, None if state[name] is None else state[name].to(device))
         self.level.load_state_dict(state, device)
         if state["step_sizes"] is not None:

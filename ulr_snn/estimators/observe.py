@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ulr_snn.credit.kinds import Auto
-from ulr_snn.credit.structure import Structure, judging_of
+from ulr_snn.credit.structure import Structure, treatment_of
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.config import Config
 from ulr_snn.model.batch import Batch
@@ -27,19 +27,20 @@ def observed(
     driven: set[str] | None = None,
     weights: Mapping[str, WeightNoise] | None = None,
 ) -> Structure:
-    """What the pass p of one copy, made by `forward`, shows. Its judgement becomes that of the judging that is found.
+    """What the pass p of one copy, made by `forward`, shows. Its evaluation becomes that of the treatment that is
+    found.
 
     driven: sites that see the events otherwise than by spikes, where it is known; weights: the noise of these
     parameters, where it has been chosen.
     """
     model = forward.bound.model
-    judging = judging_of(batch.objective, p, config.credit, config.noise, model)
-    judging = replace(judging, in_time=config.credit.reward_to_go)
-    forward = replace(forward, judging=judging)
-    if judging.smoothed or judging.in_time:
-        p.judgement = forward.judge(batch, p.outputs, p.activity, p.copies)
+    treatment = treatment_of(batch.objective, p, config.credit, config.noise, model)
+    treatment = replace(treatment, in_time=config.credit.reward_to_go)
+    forward = replace(forward, treatment=treatment)
+    if treatment.smoothed or treatment.in_time:
+        p.evaluation = forward.evaluate(batch, p.outputs, p.activity, p.copies)
     else:
-        p.judgement = replace(p.judgement, judging=judging)
+        p.evaluation = replace(p.evaluation, treatment=treatment)
     structure = Structure.of(
         model,
         p,
@@ -48,9 +49,9 @@ def observed(
         lambda: driven_by_events(forward, batch, p) if driven is None else driven,
         lambda sites: read_by_nobody(forward, batch, p, sites),
     )
-    structure.judging = judging
+    structure.treatment = treatment
     if isinstance(config.credit, Auto) and "outputs" not in config.noise:
-        structure.detached = [name for i, name in batch.objective.own.items() if i in judging.blind]
+        structure.detached = [name for i, name in batch.objective.own.items() if i in treatment.gradientless]
     if config.maps == "exact" and (pairs := [(a, b) for a, paths in structure.feeds.items() for b in paths]):
         raise UsageError(
             f"ULR got maps='exact', but no derivative leads from the spikes of {pairs[0][0]} to the current of "
@@ -60,7 +61,7 @@ def observed(
     structure.parameters |= {name: [SOURCE] for name in structure.weights}
     if config.sampling.by_layer and structure.weights:
         raise UsageError("ULR got layerwise, but parameters have noise of their own (see plan); use one alone")
-    if config.sampling.multi_sample and judging.blind and not structure.credit.unbiased:
+    if config.sampling.multi_sample and treatment.gradientless and not structure.credit.unbiased:
         raise UsageError("ULR got multi_sample, and of the mix a loss has no gradient; use credit='global'")
     return structure
 

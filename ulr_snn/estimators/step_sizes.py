@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.losses.evaluation import Judgement
+from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.model.passes import Pass
 
 REACH = 200.0  # thresholds that a step of learning rate 1 may move a membrane by
@@ -61,7 +61,7 @@ class StepSizes:
         """Takes τ from the first pass, and all G and H from one pass, where it is due at this step. whole: the pass is
         over all time steps; the first ones alone do not tell H."""
         if self.summed is None and p.error is not None:
-            self.summed = times_summed(p.judgement)
+            self.summed = times_summed(p.evaluation)
         if not self.due(step):
             return
         parameters = {name: q for name, q in model.named_parameters() if q.requires_grad}
@@ -112,16 +112,16 @@ class StepSizes:
         self.summed, self.linear = state["summed"], state.get("linear", True)
 
 
-def times_summed(judgement: Judgement) -> float:
+def times_summed(evaluation: LossEvaluation) -> float:
     """τ at the start of training, of several losses that of the one which adds up most. Of a loss with a gradient, from
     ∂L/∂outputs: what a cross-entropy asks of all its logits together is about 1, so that a loss that asks less of the
     outputs of a time step averages over them. Of one without, that it adds them up. 1 for outputs without a time axis.
     """
     found = [1.0]
-    for i, (error, weight) in enumerate(zip(judgement.errors, judgement.weights, strict=True)):
+    for i, (error, weight) in enumerate(zip(evaluation.errors, evaluation.weights, strict=True)):
         if error is not None and error.ndim >= 3 and weight:
             asked = error.abs().flatten(2).sum(2).mean().item() / abs(weight)
-            found.append(len(error) * (1.0 if i in judgement.judging.smoothed else min(1.0, asked)))
+            found.append(len(error) * (1.0 if i in evaluation.treatment.smoothed else min(1.0, asked)))
     return max(found)
 
 

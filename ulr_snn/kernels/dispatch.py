@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.kernels.held import once
 from ulr_snn.kernels.pool import empty, lean
 from ulr_snn.kernels.state import RESETS, Draw, State
+from ulr_snn.kernels.weight_cache import once
 
 Pair = tuple[int, int]
 

@@ -26,25 +26,25 @@ ELEMENTS = 1 << 22  # of disturbed outputs held at a time
 
 
 @dataclass(frozen=True)
-class Judging:
-    """How the losses of an objective are taken, by index. smoothed: those with noise on the outputs; blind: those that
-    stay without a gradient in the outputs. in_time: whether what each time step adds is asked for."""
+class LossTreatment:
+    """How the losses of an objective are taken, by index. smoothed: those with noise on the outputs; gradientless:
+    those that stay without a gradient in the outputs. in_time: whether what each time step adds is asked for."""
 
     smoothed: Mapping[int, OutputNoise] = field(default_factory=dict)
-    blind: frozenset[int] = frozenset()
+    gradientless: frozenset[int] = frozenset()
     in_time: bool = False
 
 
 @dataclass(frozen=True)
-class Judgement:
+class LossEvaluation:
     """values, errors: each loss, weighted [rows], and its gradient in the shape of the outputs, None if it has none.
-    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. judging: how it
+    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. treatment: how it
     was done; weights: of the losses; steps: what each time step adds to the loss [T, rows], if it was asked for."""
 
     values: list[Tensor]
     errors: list[Tensor | None]
     costs: list[tuple[Tensor, Tensor, Tensor]]
-    judging: Judging
+    treatment: LossTreatment
     weights: tuple[float, ...]
     steps: Tensor | None
 
@@ -56,13 +56,13 @@ class Judgement:
     @cached_property
     def error(self) -> Tensor | None:
         """∂loss/∂outputs in the shape of the outputs; None if there is none."""
-        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.judging.blind]
+        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.treatment.gradientless]
         return added(seen) if seen else None
 
     @cached_property
-    def blind_loss(self) -> Tensor:
+    def gradientless_loss(self) -> Tensor:
         """The losses without a gradient, [rows]."""
-        return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.judging.blind)])
+        return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.treatment.gradientless)])
 
     def without_gradient(self, flat: bool) -> frozenset[int]:
         """Losses without a gradient; flat: or with one that is zero everywhere."""
@@ -74,25 +74,25 @@ def added(tensors: list[Tensor]) -> Tensor:
 
 
 @full_precision()
-def judge(
+def evaluate_losses(
     objective: Objective,
-    judging: Judging,
+    treatment: LossTreatment,
     outputs: Tensor,
     activity: Mapping[str, Tensor],
     targets: Tensor,
     mask: Tensor | None,
     noise: Noise | None,
-) -> Judgement:
+) -> LossEvaluation:
     """The objective of outputs [T, rows, ...] or [rows, C], in single precision at least, and of the activity of their
     spikes. noise: for the losses that are smoothed, where there are some."""
     outputs = widened(outputs.detach())
     errors: list[Tensor | None] = []
     values: list[Tensor] = []
     for i, (weight, loss) in enumerate(objective.losses):
-        if i in judging.smoothed:
+        if i in treatment.smoothed:
             of_totals = i in objective.of_totals
-            value, error = smoothed(loss, outputs, targets, mask, judging.smoothed[i], noise, SITE + i, of_totals)
-        elif i in judging.blind:
+            value, error = smoothed(loss, outputs, targets, mask, treatment.smoothed[i], noise, SITE + i, of_totals)
+        elif i in treatment.gradientless:
             value, error = loss(outputs, targets, mask), None
         else:
             value, error = with_gradient(loss, outputs, targets, mask)
@@ -109,8 +109,8 @@ def judge(
             value = weight * cost({cost.counts: counted})
         (gradient,) = torch.autograd.grad(value, counted, torch.ones_like(value))
         costs.append((activity[cost.counts], gradient, value.detach()))
-    steps = in_time(objective, outputs, targets, mask) if judging.in_time else None
-    return Judgement(values, errors, costs, judging, tuple(weight for weight, _ in objective.losses), steps)
+    steps = in_time(objective, outputs, targets, mask) if treatment.in_time else None
+    return LossEvaluation(values, errors, costs, treatment, tuple(weight for weight, _ in objective.losses), steps)
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:

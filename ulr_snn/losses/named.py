@@ -73,9 +73,6 @@ def of_mean(steps: Tensor, mask: Tensor | None) -> Tensor:
     return steps * mask / mask.sum(0)
 
 
-STEPS = {"ce_rate": ce_rate_steps, "mse": mse_steps}  # of losses that are sums over time
-
-
 def zero_one(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """1 where the outputs summed over time are not largest for the target, else 0."""
     totals = total(outputs, mask)
@@ -97,14 +94,37 @@ def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
     return torch.where(right, first.to(outputs.dtype) / steps, 1.0).to(outputs.dtype)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "ce_count": ce_count,
-    "ce_rate": ce_rate,
-    "mse": mse,
-    "zero_one": zero_one,
-    "latency": latency,
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss (outputs, targets, mask) -> [B] that goes by a name.
+
+    steps: what each time step adds to it, [T, B], where it is a sum over time; labels: its targets are class indices;
+    of_totals: it depends on the outputs by their sum over time alone.
+    """
+
+    value: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    steps: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    labels: bool = True
+    of_totals: bool = False
+
+    def __call__(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.labels:
+            check_labels(targets, outputs.shape[-1])
+        return self.value(outputs, targets, mask)
+
+
+LOSSES = {
+    "ce_count": NamedLoss(ce_count),
+    "ce_rate": NamedLoss(ce_rate, ce_rate_steps),
+    "mse": NamedLoss(mse, mse_steps, labels=False),
+    "zero_one": NamedLoss(zero_one, of_totals=True),
+    "latency": NamedLoss(latency),
 }
-CLASSIFYING = ("ce_count", "ce_rate", "zero_one", "latency")
+
+
+def register(name: str, loss: NamedLoss) -> None:
+    """Adds a loss to those that `loss=` takes by name."""
+    LOSSES[name] = loss
 
 
 @dataclass(frozen=True)
@@ -179,10 +199,10 @@ def resolve(loss: LossSpec) -> Objective:
     if not losses:
         raise UsageError("the loss has nothing that depends on the outputs; mix the budget with a loss, as 'ce_count'")
     names = [part for part, _ in parts if not isinstance(part, SpikeBudget)]
-    of_totals = frozenset(i for i, name in enumerate(names) if isinstance(name, str) and name in ("zero_one",))
-    steps = None
-    if not costs and all(isinstance(name, str) and name in STEPS for name in names):
-        steps = [(weight, STEPS[name]) for name, (weight, _) in zip(names, losses, strict=True)]
+    named = [LOSSES[name] if isinstance(name, str) else None for name in names]
+    of_totals = frozenset(i for i, loss in enumerate(named) if loss is not None and loss.of_totals)
+    sums = [(weight, loss.steps) for (weight, _), loss in zip(losses, named, strict=True) if loss and loss.steps]
+    steps = sums if len(sums) == len(named) and not costs else None
     own = {i: getattr(f, "__name__", type(f).__name__) for i, f in enumerate(names) if not isinstance(f, str)}
     return Objective(losses, costs, of_totals, steps, own)
 
@@ -203,8 +223,6 @@ def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Te
 
     def one_a_sample(outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(loss, str):
-            if loss in CLASSIFYING:
-                check_labels(targets, outputs.shape[-1])
             value = LOSSES[loss](outputs, targets, mask)
         else:
             value = answer(own, outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)

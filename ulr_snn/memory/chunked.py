@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.formula import Entry, Formula, enter
 from ulr_snn.credit.pooling import SpikePooling
-from ulr_snn.credit.prediction import Lesson, Prediction, means
+from ulr_snn.credit.prediction import Prediction, RegressionBatch, means
 from ulr_snn.kernels.stateless import run
 from ulr_snn.memory.chunk import Chunk, ChunkSite, LayerStates
 from ulr_snn.memory.split import Split
@@ -80,10 +80,10 @@ class ChunkedRun:
         return x, after, sites, last
 
     @torch.no_grad()
-    def forward(self, lessons: list[Lesson]) -> tuple[Tensor, list[tuple[dict[str, Tensor], Tensor]]]:
-        """Front's outputs [T, B, ...] of all chunks, or their average over time; and of every lesson what spikes of the
-        sources and currents deviate by, at its rows."""
-        states, outputs, learned = LayerStates(), [], [Rows(lesson) for lesson in lessons]
+    def forward(self, regressions: list[RegressionBatch]) -> tuple[Tensor, list[tuple[dict[str, Tensor], Tensor]]]:
+        """Front's outputs [T, B, ...] of all chunks, or their average over time; and of every regression what spikes of
+        the sources and currents deviate by, at its rows."""
+        states, outputs, learned = LayerStates(), [], [RegressionRows(regression) for regression in regressions]
         for group in grouped(self.chunks, self.groups):
             self.kept.append((group, states))
             for chunk in group:
@@ -93,7 +93,7 @@ class ChunkedRun:
         found = found if self.share is None else found[0].to(self.batch.dtype)
         return found, [(rows.spikes, rows.current) for rows in learned]
 
-    def _first(self, chunk: range, states: LayerStates, learned: list["Rows"]) -> tuple[Tensor, LayerStates]:
+    def _first(self, chunk: range, states: LayerStates, learned: list["RegressionRows"]) -> tuple[Tensor, LayerStates]:
         """Of a chunk that runs for the first time: outputs, or what it adds to the average, and the states of the
         layers."""
         x, states, sites, _ = self.run(chunk, states, watched=True)
@@ -162,26 +162,26 @@ class ChunkedRun:
         yield from formula.entries(passed, credits, weight)
 
 
-class Rows:
-    """Collects what a lesson is learned from over the chunks of a first pass: see `prediction.contrast`."""
+class RegressionRows:
+    """Collects what a regression is learned from over the chunks of a first pass: see `prediction.contrast`."""
 
-    def __init__(self, lesson: Lesson) -> None:
-        self.lesson = lesson
+    def __init__(self, regression: RegressionBatch) -> None:
+        self.regression = regression
         self.spikes: dict[str, Tensor] = {}
         self.current: Tensor | None = None
 
     def see(self, chunk: range, sites: dict[str, ChunkSite], valid: Tensor) -> None:
-        before, own = self.lesson.before, valid[self.lesson.before :]
-        target = sites[self.lesson.target]
+        before, own = self.regression.before, valid[self.regression.before :]
+        target = sites[self.regression.target]
         current = target.fed_back if before else target.current
         self.current = self._put(self.current, current, chunk.start - before, own)
-        for name in self.lesson.paths:
+        for name in self.regression.paths:
             self.spikes[name] = self._put(self.spikes.get(name), sites[name].spikes, chunk.start, own)
 
     def _put(self, found: Tensor | None, sequence: Tensor, first: int, valid: Tensor) -> Tensor:
         """Deviations of its rows (t, b) in a sequence [t, B, ...] from the mean over valid samples, at their places.
         first: row that the sequence begins with."""
-        times, samples = self.lesson.rows
+        times, samples = self.regression.rows
         if found is None:
             found = sequence.new_empty(len(times), *sequence.shape[2:])
         steps = range(max(first, 0), min(first + len(sequence), len(valid)))

@@ -12,14 +12,14 @@ from ulr_snn.credit.kinds import Residual
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.estimators.step_sizes import times_summed
-from ulr_snn.kernels.held import weights_held
+from ulr_snn.kernels.weight_cache import weight_cache
 from ulr_snn.memory.chunked import ChunkedRun
 from ulr_snn.memory.split import Split, neurons_of
 from ulr_snn.memory.step import Step
 from ulr_snn.memory.whole import WholeSequence
-from ulr_snn.model.call import keep_traces
-from ulr_snn.model.explained import explained
+from ulr_snn.model.call import no_side_effects
 from ulr_snn.model.passes import Pass
+from ulr_snn.model.shape_errors import shape_advice
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Chunks:
         """Neurons of a sample; 0 where the model has to see all time steps at once. Raises UsageError where it must
         not."""
         if self._counted is None or self._counted[0] is not step.model:
-            with explained(step.model):
+            with shape_advice(step.model):
                 try:
                     count = neurons_of(step.model, step.batch.frames, step.batch.dtype)
                 except UsageError:
@@ -115,7 +115,7 @@ class Chunks:
             return "the batch has a single sample"
         if step.batch.objective.counts:
             return "the objective has costs of activity"
-        if structure is not None and (structure.credit.by_losses or structure.judging.blind):
+        if structure is not None and (structure.credit.by_losses or structure.treatment.gradientless):
             return "the loss has no gradient in the outputs"
         if structure is not None and (structure.needs_pairs or structure.weights):
             return "there is feedback that only pairs of copies can teach, or noise on parameters"
@@ -129,7 +129,7 @@ class Chunks:
             return None
         part = Step(step.config, learner, step.bound, step.batch.part(first))
         forward = part.forward() if known else part.plain_forward()
-        with keep_traces(step.model):  # the step itself leaves those of an ordinary pass
+        with no_side_effects(step.model):  # the step itself leaves those of an ordinary pass
             p = forward.run(part.batch, [0])
         if not known:
             learner.observe(forward, p, part.batch)
@@ -169,7 +169,7 @@ class TimeChunks(Chunks):
             return WholeSequence().describe(step)
         return f"chunks of {self.chunk_steps(step)} time steps, each run twice or more, with the same noise"
 
-    @weights_held()
+    @weight_cache()
     def step(self, step: Step, first: tuple[slice, slice]) -> Estimate | None:
         """One training step; None where the first one of all shows that it has to see the whole sequence."""
         learner, batch, unknown = step.learner, step.batch, step.learner.structure is None
@@ -189,19 +189,19 @@ class TimeChunks(Chunks):
         states = self.limits.states if self.asked else batch.steps
         run = ChunkedRun(step.bound, learner.level, noise, batch, self.chunk_steps(step), states)
         sites = [name for name, _ in step.bound.layers]
-        lessons = list(learner.prediction.lessons(sites, batch.valid, batch.samples, learner.step))
-        seen, learned = run.forward(lessons)
+        regressions = list(learner.prediction.regressions(sites, batch.valid, batch.samples, learner.step))
+        seen, learned = run.forward(regressions)
         outputs = run.finished(seen)
-        judgement = forward.judge(batch, outputs, {}, [0])
+        evaluation = forward.evaluate(batch, outputs, {}, [0])
         if sizes is not None and unknown and at_start:
-            sizes.summed = times_summed(judgement)  # all have more time steps than were measured
+            sizes.summed = times_summed(evaluation)  # all have more time steps than were measured
         learner.step += 1
-        losses = judgement.loss[None]
-        stats = {"copies": 1, "step": learner.step, "parts": len(run.chunks)}
+        losses = evaluation.loss[None]
+        stats = {"copies": 1, "step": learner.step, "chunks": len(run.chunks)}
         if step.usable(losses):
-            for lesson in lessons:
-                learner.prediction.learn(lesson, *learned.pop(0))  # what it is learned from is not kept any longer
-            self._backward(step, run, seen, outputs, judgement.error)
+            for regression in regressions:
+                learner.prediction.learn(regression, *learned.pop(0))  # what it is learned from is not kept any longer
+            self._backward(step, run, seen, outputs, evaluation.error)
             learner.level.take(run.farthest)
             learner.mean_loss = moving(learner.mean_loss, losses)
         else:

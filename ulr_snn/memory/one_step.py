@@ -30,10 +30,10 @@ from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels.precision import widened
 from ulr_snn.kernels.state import State
-from ulr_snn.losses.evaluation import judge
-from ulr_snn.losses.named import STEPS
+from ulr_snn.losses.evaluation import evaluate_losses
+from ulr_snn.losses.named import LOSSES
 from ulr_snn.memory.chunk import Chunk, ChunkSite
-from ulr_snn.memory.chunked import Rows
+from ulr_snn.memory.chunked import RegressionRows
 from ulr_snn.memory.chunks import Chunks
 from ulr_snn.memory.split import chain
 from ulr_snn.memory.step import Step
@@ -145,7 +145,7 @@ class OnlineRun:
     def __init__(self, step: Step) -> None:
         self.training_step, self.learner, self.batch, self.bound = step, step.learner, step.batch, step.bound
         forward = step.plain_forward()
-        self.judging, self.formula = step.structure.judging, step.formula
+        self.treatment, self.formula = step.structure.treatment, step.formula
         self.noise = forward.noise(self.batch.samples, [0], self.batch.frames.device)
         self.stages = stages(step.model)
         self.traces = [None if s.into is None else Trace(s.into.beta) for s in self.stages]
@@ -156,8 +156,10 @@ class OnlineRun:
         self.farthest: dict[str, Tensor] = {}  # see `ChunkSite`, so far
         self.membrane: Tensor | None = None  # of the readout
         sites = [name for name, _ in step.bound.layers]
-        lessons = self.learner.prediction.lessons(sites, self.batch.valid, self.batch.samples, self.learner.step)
-        self.learned = [Rows(lesson) for lesson in lessons if not lesson.before]
+        regressions = self.learner.prediction.regressions(
+            sites, self.batch.valid, self.batch.samples, self.learner.step
+        )
+        self.learned = [RegressionRows(regression) for regression in regressions if not regression.before]
         self.learner.step += 1
         self.usable = True  # so far
 
@@ -190,7 +192,7 @@ class OnlineRun:
             self.usable, stats["skipped"] = False, True
         if t == self.batch.steps - 1 and self.usable:
             for rows in self.learned:
-                learner.prediction.learn(rows.lesson, rows.spikes, rows.current)
+                learner.prediction.learn(rows.regression, rows.spikes, rows.current)
         return Estimate(loss, outputs.detach()[None], stats)
 
     def _forward(self, x: Tensor, sites: dict[str, ChunkSite]) -> Tensor:
@@ -216,7 +218,7 @@ class OnlineRun:
 
     def _judge(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """What the time step adds to the loss [B], and the gradient of that in the shape of the outputs."""
-        found = judge(self.batch.objective, self.judging, outputs, {}, self.batch.targets, None, self.noise)
+        found = evaluate_losses(self.batch.objective, self.treatment, outputs, {}, self.batch.targets, None, self.noise)
         share = self.batch.share[t].to(outputs.dtype)
         return found.loss * share, found.error * share.view(1, -1, *[1] * (outputs.ndim - 2))
 
@@ -272,7 +274,8 @@ class OneTimeStep(Chunks):
 
     def why_not(self, step: Step) -> str | None:
         if step.batch.objective.steps is None:
-            return f"the loss is not known to be a sum over time, as {' and '.join(map(repr, STEPS))} are"
+            sums = " and ".join(repr(name) for name, loss in LOSSES.items() if loss.steps is not None)
+            return f"the loss is not known to be a sum over time, as {sums} are"
         return without_trace(step.model) or super().why_not(step)
 
     def describe(self, step: Step) -> str:

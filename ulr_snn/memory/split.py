@@ -11,7 +11,7 @@ from ulr_snn.model.call import coupled_modules
 from ulr_snn.model.chain import Chain, EachStep, hooked
 from ulr_snn.model.events import Frames
 from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
-from ulr_snn.sites.binding import own_modules
+from ulr_snn.sites.binding import user_modules
 
 TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
@@ -77,5 +77,5 @@ def local_in_time(module: nn.Module) -> bool:
     if type(module) is LeakyReadout:
         return not module.beta.requires_grad
     if type(module) is Fold:
-        return not coupled_modules(module) and not [m for m in own_modules(module) if m is not module]
+        return not coupled_modules(module) and not [m for m in user_modules(module) if m is not module]
     return type(module) in TIMELESS

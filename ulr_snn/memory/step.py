@@ -45,13 +45,18 @@ class Step:
         """What makes the step's passes, and those that have run: at the first step of all, one shows the structure."""
         if self.learner.structure is not None:
             return self.forward(), []
-        first = self.plain_forward()
-        p = first.run(self.batch, [0])
-        structure = self.learner.observe(first, p, self.batch)
-        if structure.weights:  # that pass had no noise on them
+        first, p = self.first_pass()
+        if self.structure.weights:  # that pass had no noise on them
             first.log.extra += 1
             return self.forward(first.log), []
         return self.forward(first.log), [p]
+
+    def first_pass(self) -> tuple[Forward, Pass]:
+        """A pass of one copy, from which the structure is learned."""
+        first = self.plain_forward()
+        p = first.run(self.batch, [0])
+        self.learner.observe(first, p, self.batch)
+        return first, p
 
     def plain_forward(self) -> Forward:
         """What makes the first pass of all, of which nothing is known."""
@@ -65,7 +70,7 @@ class Step:
         return replace(
             self.plain_forward(),
             weights=self.weights,
-            judging=structure.judging,
+            treatment=structure.treatment,
             links=links,
             changes=structure.changes,
             pools=structure.pools or links is None,
@@ -87,8 +92,8 @@ class Step:
     @property
     def formula(self) -> Formula:
         structure, learner = self.structure, self.learner
-        about = self.config.sampling, frozenset(structure.quiet), bool(structure.judging.blind)
-        return Formula(structure.credit, *about, learner.mean_loss, learner.mean_blind)
+        about = self.config.sampling, frozenset(structure.quiet), bool(structure.treatment.gradientless)
+        return Formula(structure.credit, *about, learner.mean_loss, learner.mean_gradientless)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -99,7 +104,7 @@ class Step:
     @property
     def default_copies(self) -> int:
         """Copies where no number was given."""
-        kind = Global if self.structure.judging.blind else self.structure.credit
+        kind = Global if self.structure.treatment.gradientless else self.structure.credit
         return kind.default_copies
 
     def copies(self, site: str | None = None) -> int:

@@ -57,7 +57,7 @@ class CopiesInTurn:
         forward, seen = step.begin()
         copies = step.copies()
         with torch.no_grad():
-            judged = [forward.run(step.batch, [copy]).judged() for copy in range(copies)]
+            counted = [forward.run(step.batch, [copy]).losses_only() for copy in range(copies)]
         step.count(2 * copies + len(seen) + forward.log.extra)
         del seen  # with its graph
 
@@ -68,7 +68,7 @@ class CopiesInTurn:
                     step.learner.measure(step.model, p)
                 yield p
 
-        return step.finish(judged, copies, lambda formula: add_by_pass(step, formula, again(), judged))
+        return step.finish(counted, copies, lambda formula: add_by_pass(step, formula, again(), counted))
 
     def describe(self, step: Step) -> str:
         return "the whole sequence at once, of one copy after another, each run twice"
@@ -94,11 +94,11 @@ def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list
     enter([(entry.tensor, entry.gradient) for entry in entries], list(step.parameters.values()))
 
 
-def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], judged: list[Pass]) -> None:
-    """The same where a pass needs of the others, judged, their losses alone, and is done with by itself."""
+def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], counted: list[Pass]) -> None:
+    """The same where a pass needs of the others, counted, their losses alone, and is done with by itself."""
     wanted = list(step.parameters.values())
     for p in passes:
-        group = Group(None, [p], judged)
+        group = Group(None, [p], counted)
         predictions = formula.credit.predict(step.learner.prediction, [p], step.config.sampling.group)
         entries = formula.of_group(group, predictions, 1.0)
         enter([(entry.tensor, entry.gradient) for entry in entries], wanted)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.call import keep_traces, model_outputs, runs_by_step
+from ulr_snn.model.call import model_outputs, no_side_effects, runs_by_step
 from ulr_snn.model.chain import Chain, NoChain, hooked
 from ulr_snn.model.discovery import find_layers
 from ulr_snn.model.neurons import SpikingNeuron
@@ -18,7 +18,7 @@ from ulr_snn.model.recognition import recognise
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import Layers, bind, spiking_layers
-from ulr_snn.sites.records import Handed, Links, Record
+from ulr_snn.sites.records import InPlaceGuard, Links, Record
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class BoundModel:
         noise: Noise | None = None,
         lengths: Tensor | None = None,
         links: Links | None = None,
-        handed: Handed | None = None,
+        guard: InPlaceGuard | None = None,
     ) -> tuple[Tensor, list[Record]]:
         """One pass over x [T, B, ...]: the model's outputs, and a record of each layer that drew spikes. Firing is
-        deterministic without noise. lengths, links, handed: see `bind`."""
-        with bind(self.model, level, noise, lengths, len(x), self.layers, links, handed) as records:
+        deterministic without noise. lengths, links, guard: see `bind`."""
+        with bind(self.model, level, noise, lengths, len(x), self.layers, links, guard) as records:
             outputs = model_outputs(self.model, x, self.by_step)
         return outputs, records
 
@@ -73,7 +73,7 @@ class BoundModel:
         passes = 0
         while unknown := [site for site in names if not (level.knows(site) or site in level.quiet)]:
             known = len(level.starts)
-            with keep_traces(self.model), torch.no_grad():
+            with no_side_effects(self.model), torch.no_grad():
                 run()
             passes += 1
             if len(level.starts) == known:

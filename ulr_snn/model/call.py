@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from ulr_snn.adapters import copies_of_state
+from ulr_snn.adapters import adapter_of, copies_of_state, couples
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import run
-from ulr_snn.model.explained import explained
 from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.shape_errors import shape_advice
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import bind, own_modules, spiking_layers
+from ulr_snn.sites.binding import bind, spiking_layers, user_modules
 
 # What modules raise for a shape that they do not take. Whatever else a model raises is a mistake in it.
 OF_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -31,15 +31,9 @@ def coupled_modules(model: nn.Module) -> list[nn.Module]:
     return [
         m
         for m in model.modules()
-        if (m.training and (isinstance(m, _BatchNorm | _DropoutNd) or theirs(m)))
+        if (m.training and (isinstance(m, _BatchNorm | _DropoutNd) or couples(m)))
         or (isinstance(m, _BatchNorm) and m.running_mean is None)
     ]
-
-
-def theirs(module: nn.Module) -> bool:
-    """Whether it is dropout of SpikingJelly, which is no subclass of torch's."""
-    kind = type(module)
-    return kind.__module__.startswith("spikingjelly") and "Dropout" in kind.__name__
 
 
 def generator_state() -> tuple[Tensor, Tensor | None]:
@@ -55,7 +49,7 @@ def set_generator_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 
 @contextmanager
-def keep_traces(model: nn.Module) -> Iterator[None]:
+def no_side_effects(model: nn.Module) -> Iterator[None]:
     """Forward passes inside leave neither running statistics, nor what modules of the user's own classes keep, nor the
     generators changed."""
     norms = [m for m in coupled_modules(model) if isinstance(m, _BatchNorm)]
@@ -66,7 +60,7 @@ def keep_traces(model: nn.Module) -> Iterator[None]:
             # clones: an earlier pass's graph may still hold the originals
             norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
         with ExitStack() as stack:
-            for module in own_modules(model):
+            for module in user_modules(model):
                 stack.enter_context(copies_of_state(module))
             yield
     finally:
@@ -83,14 +77,14 @@ def runs_by_step(model: nn.Module, x: Tensor) -> bool:
         return False
     x = x[:, :2] if len(x) > 1 else x[:, :2].repeat(2, *[1] * (x.ndim - 1))  # a single step would tell nothing
     try:
-        with keep_traces(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
+        with no_side_effects(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
             check_outputs(model_outputs(model, x.clone()), len(x), x.shape[1])
         return False
     except (RecursionError, torch.OutOfMemoryError):
         raise
     except OF_SHAPES as whole:
         try:
-            with keep_traces(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
+            with no_side_effects(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
                 model_outputs(model, x.clone(), by_step=True)
         except OF_SHAPES as stepwise:
             if str(stepwise) != str(whole):
@@ -104,13 +98,14 @@ def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
     model takes one time step a call (by_step)."""
     if by_step:
         return torch.stack(list(each_step(model, x)))
-    with explained(model):
+    with shape_advice(model):
         return first_output(model, run(model, x))
 
 
 def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Outputs of a model that takes one time step a call. Models of Norse return their state, and take it again."""
-    carries, state = type(model).__module__.startswith("norse"), ()
+    """Outputs of a model that takes one time step a call; of one that returns its state, which takes it again."""
+    adapter, state = adapter_of(model), ()
+    carries = adapter is not None and adapter.carries_state(model)
     for step in x:
         outputs = model(step, *state)
         if carries and isinstance(outputs, tuple) and len(outputs) == 2:

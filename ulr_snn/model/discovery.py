@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
-from ulr_snn.model.call import generator_state, keep_traces, model_outputs, set_generator_state
+from ulr_snn.model.call import generator_state, model_outputs, no_side_effects, set_generator_state
 from ulr_snn.model.graph import leaves
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise
@@ -36,12 +36,12 @@ def find_layers(
         return spiking_layers(model)
     x = events()
     watched = {name: Watch(module) for name, module in model.named_modules() if name in names}
-    with keep_traces(model), torch.enable_grad(), ExitStack() as stack:
+    with no_side_effects(model), torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(bind(model, NoiseLevel(Logistic()), steps=len(x)))
         for watch in watched.values():
             stack.enter_context(watch.watching())
         model_outputs(model, x.clone(), by_step)
-    with keep_traces(model):
+    with no_side_effects(model):
         return spiking_layers(model, black_boxes(watched, x, noise, [] if notes is None else notes))
 
 

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.pooling import SpikePooling
-from ulr_snn.losses.evaluation import Judgement, Judging, judge
+from ulr_snn.losses.evaluation import LossEvaluation, LossTreatment, evaluate_losses
 from ulr_snn.model.activity import counting
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import check_outputs, coupled_modules, generator_state, keep_traces, set_generator_state
+from ulr_snn.model.call import check_outputs, coupled_modules, generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.sampling.kinds import Antithetic, Sampling, rows_of
 from ulr_snn.sites.binding import site_index
-from ulr_snn.sites.records import Handed, Links, Record
+from ulr_snn.sites.records import InPlaceGuard, Links, Record
 from ulr_snn.sites.weights import WeightSites
 
 
@@ -37,7 +37,7 @@ class Forward:
     """Makes the passes of one training step.
 
     The first pass leaves the traces of an ordinary forward pass (running statistics, generator state). Every further
-    one sees the same dropout masks and leaves none. weights: parameters with noise of their own. judging: how losses
+    one sees the same dropout masks and leaves none. weights: parameters with noise of their own. treatment: how losses
     are taken. links: keep spikes in the graph behind what they were drawn from; else they are leaves of the graph.
     pools: max pooling is looked for, which makes all of torch's functions slower. changes: the model may change spikes
     in place.
@@ -49,7 +49,7 @@ class Forward:
     step: int = 0
     sampling: Sampling = field(default_factory=Antithetic)
     weights: WeightSites | None = None
-    judging: Judging = field(default_factory=Judging)
+    treatment: LossTreatment = field(default_factory=LossTreatment)
     links: Links | None = None
     pools: bool = True
     changes: bool = True
@@ -72,30 +72,30 @@ class Forward:
         noise = self.noise(batch.samples, copies, x.device, varied)
 
         def outputs_of() -> tuple[Tensor, list[Record], bool]:
-            handed = Handed(copies=self.changes)
+            guard = InPlaceGuard(copies=self.changes)
             events = rows.clone()  # a model may change its input in place
-            outputs, records = self.bound.outputs(events, self.level, noise, row_lengths, self.links, handed)
-            return outputs, records, handed.changed
+            outputs, records = self.bound.outputs(events, self.level, noise, row_lengths, self.links, guard)
+            return outputs, records, guard.changed
 
         self.log.extra += self.bound.measure_levels(self.level, outputs_of)
         size = batch.steps, batch.samples
         disturbed = self.weights.disturbed(model, self.step, *copies, *size) if self.weights else nullcontext()
         counted = counting(model, self.bound.layers, batch.objective.counts, size[0], size[1] * k, row_lengths)
         pooling = SpikePooling() if self.pools else None
-        with self.traceless(), disturbed, counted as activity, pooling or nullcontext():
+        with self.side_effects_once(), disturbed, counted as activity, pooling or nullcontext():
             outputs, records, changes = outputs_of()
         check_outputs(outputs, size[0], size[1] * k)
-        judgement = self.judge(batch, outputs, activity, copies)
+        evaluation = self.evaluate(batch, outputs, activity, copies)
         pools = pooling is not None and pooling.used
-        return Pass(copies, outputs, records, activity, judgement, pools, changes, self.links is not None)
+        return Pass(copies, outputs, records, activity, evaluation, pools, changes, self.links is not None)
 
-    def judge(self, batch: Batch, outputs: Tensor, activity: dict[str, Tensor], copies: list[int]) -> Judgement:
+    def evaluate(self, batch: Batch, outputs: Tensor, activity: dict[str, Tensor], copies: list[int]) -> LossEvaluation:
         """What the objective says about outputs and activity of a pass of these copies."""
         k, targets, lengths = len(copies), batch.targets, batch.lengths
         mask = output_mask(lengths.repeat(k) if lengths is not None else None, outputs)
-        noise = self.noise(len(targets), copies, outputs.device) if self.judging.smoothed else None
+        noise = self.noise(len(targets), copies, outputs.device) if self.treatment.smoothed else None
         repeated = targets.repeat(k, *[1] * (targets.ndim - 1))
-        return judge(batch.objective, self.judging, outputs, activity, repeated, mask, noise)
+        return evaluate_losses(batch.objective, self.treatment, outputs, activity, repeated, mask, noise)
 
     def noise(self, samples: int, copies: list[int], device: torch.device, varied: str | None = None) -> Noise:
         """That of these copies of a batch of so many samples."""
@@ -104,12 +104,12 @@ class Forward:
         return self.sampling.noise(self.seed, self.step, sample, copy, site)
 
     @contextmanager
-    def traceless(self) -> Iterator[None]:
+    def side_effects_once(self) -> Iterator[None]:
         """The first pass as it is; every further one with the first one's generator state, and without a trace."""
         if self.log.generator is None:
             self.log.generator = generator_state()
             yield
             return
-        with keep_traces(self.bound.model):
+        with no_side_effects(self.bound.model):
             set_generator_state(self.log.generator)
             yield

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulr_snn.losses.evaluation import Judgement
+from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.sites.records import Record
 
 
@@ -15,9 +15,9 @@ class Pass:
 
     copies: list[int]
     outputs: Tensor  # [T, copies * B, ...] or [copies * B, ...], graph cut at every spike
-    records: list[Record]  # of layers of other libraries in a linked pass `Seen` alone
+    records: list[Record]  # of layers of other libraries in a linked pass `LinkedRecord` alone
     activity: dict[str, Tensor]  # what the objective needs of it, [copies * B], graph cut at every spike
-    judgement: Judgement
+    evaluation: LossEvaluation
     pools: bool = True  # whether there is max pooling in it, as far as was looked for
     changes: bool = True  # whether the model changes spikes in place, as far as was looked for
     linked: bool = False  # whether a gradient that arrives at spikes becomes their credit, where else the graph is cut
@@ -25,46 +25,46 @@ class Pass:
     @property
     def loss(self) -> Tensor:
         """[copies, B]."""
-        return self.judgement.loss.view(len(self.copies), -1)
+        return self.evaluation.loss.view(len(self.copies), -1)
 
-    def judged(self) -> "Pass":
+    def losses_only(self) -> "Pass":
         """Its outputs and losses alone."""
-        return Pass(self.copies, self.outputs.detach(), [], {}, self.judgement)
+        return Pass(self.copies, self.outputs.detach(), [], {}, self.evaluation)
 
     @property
-    def blind(self) -> Tensor:
+    def gradientless(self) -> Tensor:
         """[copies, B]: the part of the loss that has no gradient in the outputs, nor is a cost of activity."""
-        return self.judgement.blind_loss.view(len(self.copies), -1)
+        return self.evaluation.gradientless_loss.view(len(self.copies), -1)
 
     @property
     def loss_in_time(self) -> Tensor:
         """[copies, B, T]: what each time step adds to the loss."""
-        return self.judgement.steps.T.view(*self.loss.shape, -1)
+        return self.evaluation.steps.T.view(*self.loss.shape, -1)
 
     @property
     def error(self) -> Tensor | None:
         """∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient."""
-        return self.judgement.error
+        return self.evaluation.error
 
     @property
     def ends(self) -> list[tuple[Tensor, Tensor]]:
         """Where spikes reach the loss differentiably: tensors, and the loss's gradient with respect to them."""
         ends = [] if self.error is None else [(self.outputs, self.error)]
-        return ends + [(activity, gradient) for activity, gradient, _ in self.judgement.costs]
+        return ends + [(activity, gradient) for activity, gradient, _ in self.evaluation.costs]
 
 
 @dataclass
 class Group:
-    """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone. judged: all
+    """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone. counted: all
     passes whose losses count, if they are more than these."""
 
     site: str | None
     passes: list[Pass]
-    judged: list[Pass] | None = None
+    counted: list[Pass] | None = None
 
     def joined(self, kind: str) -> Tensor:
-        """[K, B, ...] of all copies: their "loss", "blind" or "loss_in_time"."""
-        return torch.cat([getattr(p, kind) for p in self.judged or self.passes])
+        """[K, B, ...] of all copies: their "loss", "gradientless" or "loss_in_time"."""
+        return torch.cat([getattr(p, kind) for p in self.counted or self.passes])
 
     @property
     def losses(self) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import BlackBox, StepNeuron
+from ulr_snn.adapters import BlackBox, StepNeuron, adapter_of
 from ulr_snn.kernels.precision import full_precision
-from ulr_snn.model.call import OF_SHAPES, coupled_modules, first_output, keep_traces, model_outputs, runs_by_step
+from ulr_snn.model.call import OF_SHAPES, coupled_modules, first_output, model_outputs, no_side_effects, runs_by_step
 from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, hooked
 from ulr_snn.model.discovery import find_layers
 from ulr_snn.model.events import Frames
@@ -35,7 +35,6 @@ EACH_ROW = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
     *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout1d, nn.Dropout2d),
 )  # of which each row of a batch is seen by itself, training batch norm and dropout aside
-LIFTED = "spikingjelly.activation_based.layer.stateless_wrapper"  # the same, of a whole sequence if they are so set
 
 
 @full_precision()
@@ -73,7 +72,7 @@ def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Ch
     start.tensor = start.leaf.clone()  # a model may change its input in place
     start.version = start.tensor._version
     firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
-    with keep_traces(model), torch.enable_grad(), firing, recorder.watching():
+    with no_side_effects(model), torch.enable_grad(), firing, recorder.watching():
         outputs = model_outputs(model, start.tensor, by_step)
     if idle := [name for name, _ in layers if name not in recorder.calls]:
         raise NoChain(f"{idle[0]} does not run")
@@ -144,14 +143,20 @@ def check_modules(model: nn.Module, layers: Layers) -> None:
 def row_by_row(module: nn.Module) -> bool:
     """Whether a module is known to see each row of a batch by itself (in evaluation mode)."""
     kind = type(module)
-    return kind in EACH_ROW or (kind.__module__ == LIFTED and any(base in EACH_ROW for base in kind.__mro__))
+    return kind in EACH_ROW or (per_row(module) and any(base in EACH_ROW for base in kind.__mro__))
+
+
+def per_row(module: nn.Module) -> bool:
+    """Whether its library's adapter says so."""
+    adapter = adapter_of(module)
+    return adapter is not None and adapter.per_row(module)
 
 
 def check_each_step(link: Link) -> None:
     module = link.module
     later = {nn.Flatten: "start_dim", nn.Unflatten: "dim"}.get(type(module))
     later = later is not None and getattr(module, later) >= 2
-    lifted = type(module).__module__ == LIFTED and module.step_mode == "m"
+    lifted = per_row(module) and getattr(module, "step_mode", "m") == "m"
     if not (later or lifted or type(module) in EACH_STEP):
         raise NoChain(f"{link.name} is called with a whole sequence")
 
@@ -210,7 +215,7 @@ def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor
     generator = torch.Generator().manual_seed(0)
     random = 2 * size * torch.randn(TRIAL, 2, *features, generator=generator).to(like)
     alone = bind(link.module, NoiseLevel(Logistic()), steps=TRIAL, layers=[(link.name, neuron)])
-    with keep_traces(link.module), torch.no_grad(), alone:
+    with no_side_effects(link.module), torch.no_grad(), alone:
         theirs = first_output(link.module, model_outputs(link.module, random, link.mode == "step"))
     steps = (len(like), like.shape[1])
     recorded = [link.sequence(gave).reshape(*steps, *features) for gave in (False, True)]

@@ -111,7 +111,7 @@ class Recorder:
             return
         returned, carried = self._left[name]
         kept = all(any(state is one for one in returned) for state in passed)
-        if not kept or carried != [standing(state) for state in self.neurons[name].states()]:
+        if not kept or carried != [identity_of(state) for state in self.neurons[name].states()]:
             raise NoChain(f"the state of {name} is changed between two time steps")
 
     def _leave(self, name: str, output: Any) -> Any:
@@ -122,7 +122,7 @@ class Recorder:
         output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
         if name in self.neurons:
             returned = output if isinstance(output, tuple) else (output,)
-            self._left[name] = [returned, [standing(state) for state in self.neurons[name].states()]]
+            self._left[name] = [returned, [identity_of(state) for state in self.neurons[name].states()]]
         return output
 
     def links(self, steps: int, rows: int) -> list[Link]:
@@ -141,6 +141,6 @@ class Recorder:
         return sorted(found, key=lambda link: place[id(link.calls[0])])
 
 
-def standing(state: Tensor) -> tuple[int, int, int]:
+def identity_of(state: Tensor) -> tuple[int, int, int]:
     """What tells that a state is the very tensor that it was, with its graph and its values."""
     return id(state), state._version, id(state.grad_fn)

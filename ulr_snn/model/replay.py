@@ -48,7 +48,7 @@ def replayed(
     flipped."""
     records, currents, bound = {r.site: r for r in p.records}, {}, forward.bound
     replays = [Replay(name, records, currents, batch.lengths, flipped=name == flipped) for name, _ in bound.layers]
-    with forward.traceless(), bind_sites(bound.model, replays, batch.lengths, bound.layers):
+    with forward.side_effects_once(), bind_sites(bound.model, replays, batch.lengths, bound.layers):
         outputs = model_outputs(bound.model, x, bound.by_step)
     return outputs, currents
 

@@ -17,7 +17,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import generator_state, keep_traces, set_generator_state
+from ulr_snn.model.call import generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.runner import Runner
 from ulr_snn.noise.firing import Logistic
@@ -93,7 +93,7 @@ class EvolutionAttachment(PeerAttachment):
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
             # The first copy leaves the traces of an ordinary pass; all see the same dropout masks.
-            traces = keep_traces(self.model) if copy else nullcontext()
+            traces = no_side_effects(self.model) if copy else nullcontext()
             with traces, self.sites.disturbed(self.model, self.step, copy, batch.steps, batch.samples):
                 if copy:
                     set_generator_state(state)

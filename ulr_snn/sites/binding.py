@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import LIBRARIES, BlackBox, StepNeuron, adapt, fresh_memories
+from ulr_snn.adapters import BlackBox, StepNeuron, adapt, fresh_state, libraries
 from ulr_snn.errors import UsageError
 from ulr_snn.model.neurons import SpikingNeuron, Timed, own_spread, step_mask
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.current import CurrentSite
-from ulr_snn.sites.records import Handed, Links, Record
+from ulr_snn.sites.records import InPlaceGuard, Links, Record
 from ulr_snn.sites.step import StepSite
 
 
@@ -33,7 +33,7 @@ class Site:
     records: list[Record]  # of all sites, in the order in which they ran
     lengths: Tensor | None
     links: Links | None  # that keep spikes in the graph behind the current; else they are leaves of it
-    handed: Handed
+    guard: InPlaceGuard
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Site:
             fired = neuron.fired(current, drawer)
         record = record_of(name, neuron, current, scale, fired, self.level)
         self.records.append(record)
-        return self.handed(record.spikes.requires_grad_() if self.links is None else self.links.spikes(record))
+        return self.guard(record.spikes.requires_grad_() if self.links is None else self.links.spikes(record))
 
     @torch.no_grad()
     def _spread(self, name: str, neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
@@ -97,8 +97,6 @@ def site_index(layers: "Layers", site: str) -> int:
     return call_index([name for name, _ in layers].index(name), int(call or 1) - 1)
 
 
-KNOWN = ("torch", "ulr_snn", *LIBRARIES)  # packages whose modules either fire as is known, or do not
-
 Layers = list[tuple[str, SpikingNeuron | StepNeuron]]
 
 
@@ -118,9 +116,10 @@ def spiking_layers(model: nn.Module, boxes: Mapping[str, BlackBox] | None = None
     return found
 
 
-def own_modules(model: nn.Module) -> list[nn.Module]:
+def user_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of the user's own classes: of no known library."""
-    return [m for m in model.modules() if type(m).__module__.partition(".")[0] not in KNOWN]
+    known = {"torch", "ulr_snn", *libraries()}
+    return [module for module in model.modules() if type(module).__module__.partition(".")[0] not in known]
 
 
 def inside(name: str, module: str) -> bool:
@@ -130,7 +129,7 @@ def inside(name: str, module: str) -> bool:
 
 def unknown(model: nn.Module) -> list[str]:
     """Names of the modules inside a model that are of the user's own classes, and hold no known spiking layer."""
-    own = {id(module) for module in own_modules(model)}
+    own = {id(module) for module in user_modules(model)}
     spiking = [name for name, _ in spiking_layers(model)]
     return [
         name
@@ -144,7 +143,7 @@ def check_layers(model: nn.Module, layers: Layers, others: Collection[str] = ())
     if not layers and not others:
         raise UsageError(
             f"{type(model).__name__} has no spiking layer that ulr_snn knows, and no module that cuts the graph; use "
-            f"ulr_snn.LIF, ulr_snn.RecurrentLIF, or a layer of {', '.join(LIBRARIES)}"
+            f"ulr_snn.LIF, ulr_snn.RecurrentLIF, or a layer of {', '.join(libraries())}"
         )
 
 
@@ -157,25 +156,25 @@ def bind(
     steps: int = 0,
     layers: Layers | None = None,
     links: Links | None = None,
-    handed: Handed | None = None,
+    guard: InPlaceGuard | None = None,
 ) -> Iterator[list[Record]]:
     """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
     the list that their records go to; it stays empty as long as a layer is measured (see `StepSite`).
 
     steps: of the events, for layers that run step by step. layers: those of the model, where they are known. links:
-    that keep spikes in the graph behind what they were drawn from; else they are leaves of it. handed: see there.
+    that keep spikes in the graph behind what they were drawn from; else they are leaves of it. guard: see there.
     """
-    handed = handed or Handed(copies=True)
+    guard = guard or InPlaceGuard(copies=True)
     records: list[Any] = []
     layers = spiking_layers(model) if layers is None else layers
     sites = []
     for index, (name, neuron) in enumerate(layers):
         own = None if name in level.quiet or never_fires(neuron) else noise
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
-            sites.append(Site(name, index, level, own, records, lengths, links, handed))
+            sites.append(Site(name, index, level, own, records, lengths, links, guard))
         else:
             kind = CurrentSite if isinstance(neuron, BlackBox) else partial(StepSite, links=links)
-            sites.append(kind(name, index, level, own, records, neuron, steps, lengths, handed))
+            sites.append(kind(name, index, level, own, records, neuron, steps, lengths, guard))
     with bind_sites(model, sites, lengths, layers):
         yield records
     stepwise = [site for site in sites if isinstance(site, StepSite)]
@@ -221,7 +220,7 @@ def bind_sites(
     with turn(model), ExitStack() as stack:
         if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
             raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
-        stack.enter_context(fresh_memories(model))
+        stack.enter_context(fresh_state(model))
         for neuron, module, place, site in zip(layers, modules, places, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))

@@ -59,7 +59,7 @@ class CurrentSite(StepSite):
         self.leaves.append(spikes.requires_grad_())
         self.trace.resets.append(spikes)
         self.trace.states.append([])
-        return self.handed(spikes)
+        return self.guard(spikes)
 
     def measure(self) -> None:
         current = self._joined(self.trace.x)

@@ -139,7 +139,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LinkedRecord:
     """What a linked pass leaves at a site of another library's code. farthest: see `Record`."""
 
     site: str
@@ -156,7 +156,7 @@ class Links(Protocol):
         """The same of a layer whose membranes come in time step by time step: see `credit.linked.StepLink`."""
 
 
-class Handed:
+class InPlaceGuard:
     """What layers hand to the model, which may change it in place (`spikes += x`): copies, or, of a model that is known
     not to, the spikes themselves."""
 

@@ -13,7 +13,7 @@ from ulr_snn.model.neurons import own_spread, own_steps, step_mask
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
-from ulr_snn.sites.records import Handed, Links, Record, Seen, Trace
+from ulr_snn.sites.records import InPlaceGuard, LinkedRecord, Links, Record, Trace
 
 
 @dataclass
@@ -32,7 +32,7 @@ class StepSite:
     neuron: StepNeuron
     steps: int
     lengths: Tensor | None
-    handed: Handed
+    guard: InPlaceGuard
     resetting: Tensor | None = None
     measured: bool = False
     calls: int = 0
@@ -76,7 +76,7 @@ class StepSite:
             return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         if self._link is not None:
             self.resetting = self._link.fired(t, drive)
-            return self.handed(self.resetting)
+            return self.guard(self.resetting)
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
@@ -85,7 +85,7 @@ class StepSite:
         self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
         self.leaves.append(spikes.requires_grad_())
-        return self.handed(spikes)
+        return self.guard(spikes)
 
     def end(self, states: list[Any]) -> None:
         if self._link is not None:
@@ -113,7 +113,7 @@ class StepSite:
         spread = partial(own_spread, drive + self.neuron.threshold.detach(), mask)
         self.level.scale(self.name, self.neuron.threshold, spread)
 
-    def record(self) -> Record | Seen:
+    def record(self) -> Record | LinkedRecord:
         """The record of the pass."""
         if self._link is not None:
             return self._link.seen(self.name)

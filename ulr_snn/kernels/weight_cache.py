@@ -11,7 +11,7 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def weights_held() -> Iterator[None]:
+def weight_cache() -> Iterator[None]:
     """One step in many scans, between which parameters hardly ever change."""
     token = _kept.set({})
     try:
@@ -21,7 +21,7 @@ def weights_held() -> Iterator[None]:
 
 
 def once(weight: Tensor, order: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """make(weight), which is the weight in this order; inside `weights_held`, of a parameter that is as it was, what
+    """make(weight), which is the weight in this order; inside `weight_cache`, of a parameter that is as it was, what
     was made then."""
     kept = _kept.get()
     if kept is None or not isinstance(weight, nn.Parameter):

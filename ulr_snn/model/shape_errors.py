@@ -16,7 +16,7 @@ CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the dimensions 
 
 
 @contextmanager
-def explained(model: nn.Module) -> Iterator[None]:
+def shape_advice(model: nn.Module) -> Iterator[None]:
     """Raises UsageError where a module of torch's refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would make
     what it takes; other errors stay as they are, and those of models with layers of other libraries, of which it is not
     known whether they are meant to see all time steps at once."""
