@@ -25,7 +25,8 @@ def public_names() -> set[str]:
     names = {f"ulr_snn.{name}" for name in ulr_snn.__all__}
     names |= {f"ulr_snn.data.{name}" for name in exported(data) if not isinstance(getattr(data, name), ModuleType)}
     names |= {f"ulr_snn.peers.{name}" for name in exported(peers) if is_own(getattr(peers, name), peers)}
-    return names | {"ulr_snn.peers.METHODS"} | {f"ulr_snn.losses.{loss.value.__name__}" for loss in losses.LOSSES.values()}
+    names |= {f"ulr_snn.losses.{loss.value.__name__}" for loss in losses.LOSSES.values()}
+    return names | {"ulr_snn.peers.METHODS", "ulr_snn.losses.register", "ulr_snn.losses.NamedLoss"}
 
 
 def exported(module: ModuleType) -> list[str]:

@@ -1,4 +1,7 @@
-"""Training spiking neural networks without surrogate gradients, by likelihood ratios."""
+"""Training spiking neural networks without surrogate gradients, by likelihood ratios.
+
+`train.py` is the loop to read first, `credit/formula.py` the formula; docs/extending.md has a map of the folders.
+"""
 
 from ulr_snn import data
 from ulr_snn.compare import Comparison, compare
