@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from tests.helpers import Loop, library_of, nets, raising, separable
 from ulr_snn import LIF, ULR, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
@@ -122,13 +123,6 @@ def spikingjelly_kinds() -> Iterator[tuple[str, Kind]]:
 KINDS = {f"{library}: {name}": kind for library, kinds in (
     ("snnTorch", snntorch_kinds()), ("Norse", norse_kinds()), ("SpikingJelly", spikingjelly_kinds())
 ) for name, kind in kinds}  # fmt: skip
-
-
-def library_of(name: str) -> Any:
-    """The library, or a skip. Their own warnings at import and construction are not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
 
 
 def made(kind: Kind, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -276,32 +270,6 @@ def test_response_is_the_transpose_of_credit(name, double):
 # -- same noise, same gradient -----------------------------------------------------------------------------
 
 
-class Loop(nn.Module):
-    """As in snnTorch's tutorials: a time loop, states passed by hand, spikes and membranes recorded."""
-
-    def __init__(self, snn: Any, recurrent: bool, **options: Any) -> None:
-        super().__init__()
-        self.recurrent = recurrent
-        self.fc1 = nn.Linear(5, 8)
-        self.lif1 = snn.RLeaky(0.8, linear_features=8, **options) if recurrent else snn.Leaky(0.8, **options)
-        self.fc2 = nn.Linear(8, 6)
-        self.lif2 = snn.Leaky(0.7, **options)
-        self.fc3 = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.lif1.reset_mem() if self.recurrent else (self.lif1.reset_mem(),)
-        mem2 = self.lif2.reset_mem()
-        outputs, membranes = [], []
-        for step in x:
-            spk1, *state = self.lif1(self.fc1(step), *state)
-            state = (spk1, *state) if self.recurrent else state
-            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
-            outputs.append(self.fc3(spk2))
-            membranes.append(mem2)
-            state = state[:2] if self.recurrent else state
-        return torch.stack(outputs), torch.stack(membranes)
-
-
 def native(recurrent: bool, reset: str) -> nn.Sequential:
     learn = {"reset": reset, "learn_beta": True, "learn_threshold": True}
     first = RecurrentLIF(8, 0.8, **learn) if recurrent else LIF(0.8, **learn)
@@ -394,38 +362,6 @@ def test_norse_cells_in_a_sequential_carry_their_states():
 
 
 # -- training ----------------------------------------------------------------------------------------------
-
-
-def nets() -> dict[str, Callable[[], nn.Module]]:
-    def snntorch() -> nn.Module:
-        return Loop(library_of("snntorch"), True, spike_grad=raising)
-
-    def norse() -> nn.Module:
-        norse = library_of("norse.torch")
-        return norse.SequentialState(norse.LIFRefracRecurrent(5, 32), nn.Linear(32, 3), norse.LI())
-
-    def spikingjelly() -> nn.Module:
-        neuron = library_of("spikingjelly.activation_based.neuron")
-        layers = nn.Linear(5, 32), neuron.LIFNode(step_mode="m", surrogate_function=Raising()), nn.Linear(32, 3)
-        return nn.Sequential(*layers, neuron.ParametricLIFNode(step_mode="m", surrogate_function=Raising()))
-
-    return {"snntorch": snntorch, "norse": norse, "spikingjelly": spikingjelly}
-
-
-def raising(*_: Any) -> Tensor:
-    raise AssertionError("a surrogate function was called")
-
-
-class Raising(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        raise AssertionError("a surrogate function was called")
-
-
-def separable(count: int = 48) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(0, 3, (count,), generator=generator)
-    x = (torch.rand(12, count, 5, generator=generator) < 0.2 + 0.6 * nn.functional.one_hot(y, 5)).float()
-    return [(8 * x[:, i : i + 16], y[i : i + 16]) for i in range(0, count, 16)]
 
 
 @pytest.mark.parametrize("library", ["snntorch", "norse", "spikingjelly"])

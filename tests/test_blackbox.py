@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from tests.helpers import currents, errors
 from ulr_snn import LIF, ULR, CurrentNoise, Fold, TimeAverage, UsageError, WeightNoise, attach, evaluate, plan, train
 from ulr_snn.adapters.blackbox import copied
 from ulr_snn.noise.level import NoiseLevel
@@ -87,13 +88,7 @@ def stepwise() -> Stepwise:
 
 
 def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(STEPS, BATCH, PIXELS, generator=generator), torch.arange(BATCH) % CLASSES
-
-
-def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    outputs = outputs.sum(0) if outputs.ndim == 3 else outputs
-    return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
+    return currents(STEPS, BATCH, PIXELS, CLASSES)
 
 
 MODELS = [latched, mixed, stepwise]

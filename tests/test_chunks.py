@@ -1,4 +1,4 @@
-"""Steps in parts of time give the gradient of steps over the whole sequence."""
+"""Steps in chunks of time give the gradient of steps over the whole sequence."""
 
 import gc
 from contextlib import nullcontext
@@ -48,7 +48,7 @@ def way(memory: str, limits: dict[str, Any]) -> Memory:
 
 def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths=None, double=False) -> list[Tensor]:
     """Of the third step, when the feedback is learned. Constant scale: that at the start is measured by fewer samples.
-    together: of `parts`."""
+    together: of `ChunkLimits`."""
     limits = {}
     limits["together"] = (together,) * 2
     limits["least"] = 1
@@ -66,13 +66,13 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
 @pytest.mark.parametrize("lengths", [None, [23, 4, 9, 23, 17, 1]], ids=["", "lengths"])
 @pytest.mark.parametrize("memory", ["replay"])
 @pytest.mark.parametrize("name", nets())
-@pytest.mark.parametrize("standings", [12, 2], ids=["", "parts of parts"])
-def test_the_gradient_is_that_of_the_whole(name, memory, lengths, standings, monkeypatch):
+@pytest.mark.parametrize("states", [12, 2], ids=["", "chunks of chunks"])
+def test_the_gradient_is_that_of_the_whole(name, memory, lengths, states, monkeypatch):
     if name == "recurrent" and lengths:
         pytest.skip("held readouts are refused, see below")
     lengths = lengths and torch.tensor(lengths)
     limits = {}
-    limits["states"] = standings
+    limits["states"] = states
     whole = gradients(nets()[name], "auto", 1, monkeypatch, lengths, double=True)
     size = BATCH * 17 * 5  # of about five time steps
     ours = gradients(nets()[name], memory, size, monkeypatch, lengths, double=True)
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_whole(name, memory, lengths, standings, mon
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 125, 1000])
 @pytest.mark.parametrize("most", [2, 4, 16])
-def test_groups_of_parts_keep_no_more_standings_than_they_may(count, most):
+def test_groups_of_chunks_keep_no_more_states_than_they_may(count, most):
     possible = {}  # groups of each level, by the number of levels
     for levels in range(1, chunked.LEVELS + 1):
         possible[levels] = next(groups for groups in range(2, count + 2) if groups**levels >= count)
@@ -97,7 +97,7 @@ def test_groups_of_parts_keep_no_more_standings_than_they_may(count, most):
 
 
 def most_alive(count: int, groups: int) -> int:
-    """Standings that are kept at a time, as `Parts` goes through the groups: all that are still to be gone through."""
+    """States that are kept at a time, as `ChunkedRun` goes through the groups: all that are still to come."""
 
     def inside(group: list[range]) -> int:
         if len(group) == 1:
@@ -123,8 +123,8 @@ def test_an_average_in_half_precision_does_not_overflow(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [None, [500, 400, 450, 500]], ids=["", "lengths"])
 @pytest.mark.parametrize("reduced", ["autocast", "half"])
-def test_an_average_of_many_parts_in_reduced_precision_is_as_good_as_at_once(lengths, reduced, monkeypatch):
-    """Each of 250 parts adds to it what bfloat16 can hardly tell from nothing."""
+def test_an_average_of_many_chunks_in_reduced_precision_is_as_good_as_at_once(lengths, reduced, monkeypatch):
+    """Each of 250 chunks adds to it what bfloat16 can hardly tell from nothing."""
     limits = {}
     limits["together"] = (1, 1)
     limits["least"] = 2
@@ -159,8 +159,8 @@ def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     assert steps.stop >= 32 and samples.stop >= 4
 
 
-def test_a_step_keeps_no_more_standings_than_it_may(monkeypatch):
-    """All that are alive while a part has its graph, of 23 parts of one time step."""
+def test_a_step_keeps_no_more_states_than_it_may(monkeypatch):
+    """All that are alive while a chunk has its graph, of 23 chunks of one time step."""
     limits = {}
     limits["states"] = 8
     seen, original = [], chunked.ChunkedRun._entries
@@ -196,7 +196,7 @@ def test_steps_see_the_weights_that_the_last_one_has_left(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", nets())
-def test_parts_and_whole_agree_in_single_precision(name, monkeypatch):
+def test_chunks_and_whole_agree_in_single_precision(name, monkeypatch):
     replay, whole = (gradients(nets()[name], memory, BATCH * 60, monkeypatch) for memory in ("replay", "auto"))
     for mine, other in zip(replay, whole, strict=True):
         assert (mine - other).norm() <= 1e-4 * other.norm()
@@ -207,8 +207,8 @@ def test_an_older_name_still_works():
         assert ULR(memory="bits") == ULR(memory="replay")
 
 
-def test_a_gap_between_parts_would_be_seen(monkeypatch):
-    """Without what credit a part gets from the next one, gradients differ by more than rounding."""
+def test_a_gap_between_chunks_would_be_seen(monkeypatch):
+    """Without what credit a chunk gets from the next one, gradients differ by more than rounding."""
     whole = gradients(nets()["dense"], "auto", 1, monkeypatch)
     credit = ulr_snn.credit.prediction.Prediction.credit
     monkeypatch.setattr(ulr_snn.credit.prediction.Prediction, "credit", lambda self, p, later=None: credit(self, p, {}))
@@ -216,7 +216,7 @@ def test_a_gap_between_parts_would_be_seen(monkeypatch):
     assert any((mine - other).norm() > 1e-3 * other.norm() for mine, other in zip(cut, whole, strict=True))
 
 
-def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
+def test_auto_takes_chunks_where_the_whole_is_large(monkeypatch):
     x, y = data(torch.uint8)
     model = nets()["dense"]
     limits = {}
@@ -236,9 +236,9 @@ def test_auto_takes_parts_where_the_whole_is_large(monkeypatch):
 
 
 @pytest.mark.parametrize("inputs, made", [(12, 23), (600, 3)])
-def test_parts_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypatch):
-    """Since each costs a gradient of all of them: of 4835 weights, parts take as many bytes, ten steps of six samples
-    of eight neurons."""
+def test_chunks_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypatch):
+    """Since each costs a gradient of all of them: of 4835 weights, chunks take as many bytes, ten steps of six
+    samples of eight neurons."""
     limits = {}
     limits["roomy"] = 1
     limits["least"] = 1
@@ -255,7 +255,7 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [wrong, {"ce_count": 1.0, ulr_snn.SpikeBudget(5): 0.1}], ids=["no gradient", "costs"])
-def test_auto_takes_the_whole_where_parts_cannot_be(loss, monkeypatch):
+def test_auto_takes_the_whole_where_chunks_cannot_be(loss, monkeypatch):
     limits = {}
     limits["whole"] = 1000
     limits["short"] = 1
@@ -287,7 +287,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("says", WRONG)
-def test_what_parts_of_time_cannot_do_is_refused(says):
+def test_what_chunks_of_time_cannot_do_is_refused(says):
     model, options = WRONG[says]()
     with pytest.raises(UsageError, match=says):
         attach(model, ULR(**{"memory": "replay", **options})).backward(*data())
@@ -299,7 +299,7 @@ def test_a_readout_that_holds_is_refused():
         ulr.backward(*data(), lengths=torch.tensor([23, 4, 9, 23, 17, 1]))
 
 
-def test_training_in_parts_learns(monkeypatch):
+def test_training_in_chunks_learns(monkeypatch):
     limits = {}
     limits["together"] = (2000,) * 2
     torch.manual_seed(0)

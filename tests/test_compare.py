@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 import ulr_snn
-from tests.test_adapters import library_of, nets, separable
+from tests.helpers import averaging, nets, separable
 from ulr_snn import LIF, ULR, TimeAverage, UsageError, compare, train
 from ulr_snn.peers.surrogate import SurrogateBPTT
 
 
 def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 16), LIF(), nn.Linear(16, 16), LIF(), TimeAverage(), nn.Linear(16, 3))
+    return averaging(5, 3, (16, 16), 0)
 
 
 def quiet(*arguments, **options):
@@ -70,14 +69,9 @@ def test_every_method_sees_the_same_batches_in_the_same_order():
 
 
 @pytest.mark.parametrize("library", ["snntorch", "norse", "spikingjelly"])
-def test_a_model_of_another_library_by_its_own_surrogate(library, monkeypatch):
+def test_a_model_of_another_library_by_its_own_surrogate(library):
     """The gradient is that of backpropagation through the library's own forward pass, by hand."""
-    monkeypatch.setattr("tests.test_adapters.raising", None)
-    if library == "spikingjelly":
-        neuron = library_of("spikingjelly.activation_based.neuron")
-        net = nn.Sequential(nn.Linear(5, 32), neuron.LIFNode(step_mode="m"), nn.Linear(32, 3))
-    else:
-        net = nets()[library]()
+    net = nets(surrogates=True)[library]()
     x, y = separable()[0]
     peer = SurrogateBPTT().attach(net, "ce_count", 0, True)
     for _ in range(2):  # from the initial state every time

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import ulr_snn
 import ulr_snn.credit.structure
+from tests.helpers import averaging
 from ulr_snn import (
     LIF,
     ULR,
@@ -99,8 +100,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 7), LIF(), nn.Linear(7, 6), LIF(), TimeAverage(), nn.Linear(6, 3)).double()
+    return averaging(4, 3).double()
 
 
 def adaptive(variance: float = 1.0, most: int = 32, **options) -> ULR:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import ulr_snn.credit.structure
-from tests.test_train import batches, net, train
-from tests.test_unbiased import make
+from tests.cases import make
+from tests.helpers import batches, net, train
 from ulr_snn import LIF, ULR, attach, evaluate, plan
 from ulr_snn.credit import feedback
 from ulr_snn.credit.kinds import Feedback

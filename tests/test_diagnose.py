@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_plots import size
-from ulr_snn import LIF, ULR, Diagnosis, Logistic, TimeAverage, UsageError, diagnose
+from tests.helpers import averaging, currents, png_size
+from ulr_snn import ULR, Diagnosis, Logistic, UsageError, diagnose
 from ulr_snn.diagnose import Moments
 from ulr_snn.estimators.base import Estimate
 
@@ -17,13 +17,11 @@ FIRING = Logistic(scale=0.4)
 
 
 def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(STEPS, BATCH, PIXELS, generator=generator), torch.arange(BATCH) % CLASSES
+    return currents(STEPS, BATCH, PIXELS, CLASSES)
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(PIXELS, 7), LIF(), nn.Linear(7, 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+    return averaging(PIXELS, CLASSES)
 
 
 class Known:
@@ -102,7 +100,7 @@ def test_the_default_knows_surrogates_and_draws(tmp_path):
     lines = str(found).splitlines()
     assert lines[0].startswith("| estimator | layer | cosine") and len(lines) == 2 + 16 + 2
     found.plot(tmp_path / "diagnosis.png")
-    assert min(size(tmp_path / "diagnosis.png")) > 300
+    assert min(png_size(tmp_path / "diagnosis.png")) > 300
 
 
 def test_noise_alone_is_told():

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn import LIF, ULR, CurrentNoise, Logistic, Online, SpikeBudget, attach, plan, train
+from tests.helpers import library_of
+from ulr_snn import LIF, ULR, CurrentNoise, Logistic, Online, SpikeBudget, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
 from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
 from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.call import model_outputs
 from ulr_snn.model.chain import Chain
 
 STEPS, BATCH = 9, 16
@@ -37,21 +39,15 @@ def double() -> Iterator[None]:
 
 
 def snntorch() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("snntorch")
+    return library_of("snntorch")
 
 
 def norse() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("norse.torch")
+    return library_of("norse.torch")
 
 
 def spikingjelly(part: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(f"spikingjelly.activation_based.{part}")
+    return library_of(f"spikingjelly.activation_based.{part}")
 
 
 class Loop(nn.Module):
@@ -357,7 +353,7 @@ def engine_of(model: nn.Module, estimator: ULR | None = None) -> Any:
 
 @pytest.mark.parametrize("count", [None, 40], ids=["as many steps as come", "forty"])
 def test_of_long_sequences_a_part_is_recorded_where_the_model_takes_it(count):
-    """So that what is kept in parts of time takes no more memory for more of it."""
+    """So that what is kept in chunks of time takes no more memory for more of it."""
 
     class Long(Loop):
         seen: ClassVar[list[int]] = []
@@ -537,3 +533,51 @@ def test_autocast_does_not_keep_a_chain_from_being_seen():
     model, data = leaky(), batch(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         steps_of(model, ULR(), data, False)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------
+
+
+def watched(monkeypatch) -> list[nn.Module]:
+    """Gets the models that run, in their order."""
+    ran: list[nn.Module] = []
+    own = BoundModel.outputs
+
+    def outputs(self: BoundModel, *about: Any, **named: Any) -> Any:
+        ran.append(self.model)
+        return own(self, *about, **named)
+
+    monkeypatch.setattr(BoundModel, "outputs", outputs)
+    return ran
+
+
+@pytest.mark.parametrize("make", [leaky, lambda: jelly("LIFNode", "m")], ids=["snnTorch", "SpikingJelly"])
+def test_evaluation_runs_on_scans_and_gives_the_models_own_outputs(make, monkeypatch):
+    torch.manual_seed(0)
+    model, (x, y) = make(), batch(torch.float32)
+    ran: list[nn.Module] = []
+    own = BoundModel.outputs
+    monkeypatch.setattr(
+        BoundModel, "outputs", lambda self, *about, **named: ran.append(self.model) or own(self, *about, **named)
+    )
+    measured = evaluate(model, [(x, y), (x[:, :3], y[:3])], device="cpu")
+    assert isinstance(ran[-1], Chain)
+    with torch.no_grad():
+        outputs = model_outputs(model.eval(), x)
+    rows = torch.cat([outputs, outputs[:, :3]], 1).sum(0)
+    expected = nn.functional.cross_entropy(rows, torch.cat([y, y[:3]]))
+    assert measured["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_evaluation_does_not_run_on_scans_that_round_otherwise(monkeypatch):
+    torch.manual_seed(0)
+    model, (x, y) = leaky(), batch(torch.float32)
+    chain = Chain.forward
+    monkeypatch.setattr(Chain, "forward", lambda self, x: chain(self, x) * (1 + 1e-6))
+    ran: list[nn.Module] = []
+    own = BoundModel.outputs
+    monkeypatch.setattr(
+        BoundModel, "outputs", lambda self, *about, **named: ran.append(self.model) or own(self, *about, **named)
+    )
+    evaluate(model, [(x, y)], device="cpu")
+    assert isinstance(ran[0], Chain) and ran[-1] is model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, TimeAverage, UsageError, attach
+from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, TimeAverage, UsageError, attach, plan
 from ulr_snn.credit.direct import direct_credit, direct_effect
 from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.losses.named import resolve
@@ -370,3 +370,26 @@ def test_a_scan_in_a_model_with_batch_norm_gives_the_gradient_of_the_nodes_own_s
     for name, gradient in found[0].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """Runs one layer twice; the outputs read the second time without a derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.lif, self.b, self.out = nn.Linear(6, 5), LIF(), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.lif(self.a(x))
+        return self.out(first) * self.lif(self.b(first)).detach().mean() * 3
+
+
+def test_a_second_call_that_the_outputs_read_without_a_derivative_keeps_its_noise():
+    torch.manual_seed(0)
+    model = Twice()
+    with torch.no_grad():
+        model.a.weight.mul_(4)
+        model.b.weight.mul_(4)
+    x, y = torch.rand(10, 4, 6), torch.arange(4) % 3
+    said = {site: credit for site, _, credit in plan(model, (x, y)).sites}
+    assert said["lif#2"] == "learned from the outputs, resolved in time"

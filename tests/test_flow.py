@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import averaging, currents, errors
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan, train
 from ulr_snn.memory.step import Step
 
@@ -14,13 +15,11 @@ FIRING = Logistic(scale=0.4)
 
 
 def data(batch: int = BATCH) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(STEPS, batch, PIXELS, generator=generator), torch.arange(batch) % CLASSES
+    return currents(STEPS, batch, PIXELS, CLASSES)
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(PIXELS, 7), LIF(), nn.Linear(7, 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+    return averaging(PIXELS, CLASSES)
 
 
 def gradients(model: nn.Module, estimator: ULR, loss="ce_count") -> dict[str, Tensor | None]:
@@ -70,9 +69,6 @@ def mean_gradient(model: nn.Module, estimator: ULR, steps: int) -> Tensor:
 
 
 def test_a_part_marked_backprop_never_gets_noise_of_its_own():
-    def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
-
     quiet = {"outputs": None}
     usual = plan(net(), data(), ULR(noise=quiet, firing=FIRING), loss=errors)
     assert usual.untrained == []

@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 import ulr_snn.credit.prediction
 import ulr_snn.credit.structure
+from tests.cases import CASES, NO_GRADIENT, dense, linear, make, wrong_formula
 from tests.statistics import compare_means, gradient_draws
-from tests.test_unbiased import (
-    CASES,
-    NO_GRADIENT,
-    dense,
-    linear,
-    make,
-    wrong_formula,
-)
 from ulr_snn import LIF, ULR, Gaussian, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit import feedback
 from ulr_snn.credit.kinds import Feedback, Residual

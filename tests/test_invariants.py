@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ulr_snn.credit.map_learning
 import ulr_snn.credit.prediction
 import ulr_snn.credit.structure
+from tests.helpers import errors
 from tests.statistics import compare_means
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit.kinds import Auto, Feedback
@@ -21,7 +23,7 @@ from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 7, 6, 5, 3
-WARM_UP = ulr_snn.credit.prediction.WARM_UP
+WARM_UP = ulr_snn.credit.map_learning.WARM_UP
 CREDITS = [
     ULR(credit="global", copies=4),
     ULR(credit="global", copies=2, antithetic=False),
@@ -36,7 +38,7 @@ each_credit = pytest.mark.parametrize("estimator", CREDITS, ids=NAMES)
 
 
 def set_warm_up(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    monkeypatch.setattr(ulr_snn.credit.prediction, "WARM_UP", steps)
+    monkeypatch.setattr(ulr_snn.credit.map_learning, "WARM_UP", steps)
 
 
 @pytest.fixture(autouse=True)
@@ -367,9 +369,6 @@ def test_a_parameter_without_gradient_is_named_once(estimator, device):
 
 def test_a_loss_without_gradient_names_the_readout(device):
     model, x, y = moved(device, averaged(), *data())
-
-    def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
 
     quiet = ULR(noise={"6": None, "outputs": None})
     with attach(model, quiet, errors) as ulr, pytest.warns(UserWarning, match=r"reaches 6\.weight, 6\.bias;"):

@@ -160,13 +160,13 @@ def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned
     x, y = 3 * torch.rand(16, 96, 6, device=device), torch.arange(96, device=device) % 3
     rows = []
     with attach(model, ULR(maps="learned", firing=Logistic(2.0))) as ulr:
-        learn = ulr.learner.prediction.learn
+        learn = ulr.learner.prediction.maps.learn
 
         def watched(regression, spikes, current):
             rows.append(len(current))
             learn(regression, spikes, current)
 
-        ulr.learner.prediction.learn = watched
+        ulr.learner.prediction.maps.learn = watched
         for _ in range(6):
             ulr.backward(x, y)
         assert rows[0] > 1000
@@ -261,7 +261,9 @@ def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch)
         for _ in range(4):
             ulr.backward(x, y)
         state = ulr.state_dict()
-    monkeypatch.setattr(ulr_snn.credit.prediction, "UNEXPLAINED", 2.0)  # no regression finds out that it is not shared
+    monkeypatch.setattr(
+        ulr_snn.credit.map_learning, "UNEXPLAINED", 2.0
+    )  # no regression finds out that it is not shared
     with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         ulr.backward(x, y)
         assert isinstance(ulr.structure.feeds["2"]["4"], Shared)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from tests.helpers import averaging, currents
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Fold, Logistic, OutputNoise, SpikeBudget, TimeAverage, UsageError, attach, evaluate, plan
 from ulr_snn.estimators.step_sizes import StepSizes
@@ -20,13 +21,11 @@ STEPS, BATCH, PIXELS, CLASSES = 6, 4, 5, 3
 
 
 def data(batch: int = BATCH) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(STEPS, batch, PIXELS, generator=generator), torch.arange(batch) % CLASSES
+    return currents(STEPS, batch, PIXELS, CLASSES)
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(PIXELS, 7), LIF(), nn.Linear(7, 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+    return averaging(PIXELS, CLASSES)
 
 
 def spiking() -> nn.Sequential:

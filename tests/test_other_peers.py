@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import currents
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Logistic, RecurrentLIF, TimeAverage, UsageError, WeightNoise, compare, evaluate, train
 from ulr_snn.peers import METHODS, EvolutionStrategies, ExpectedGradientBPTT, FeedbackAlignment, SurrogateBPTT
@@ -13,8 +14,8 @@ STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
 
 
 def data(batch: int = BATCH) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(STEPS, batch, PIXELS, generator=generator).double(), torch.arange(batch) % CLASSES
+    x, y = currents(STEPS, batch, PIXELS, CLASSES)
+    return x.double(), y
 
 
 def gradients(model: nn.Module, estimator, batch, loss="ce_count", seed: int = 0) -> list[Tensor]:

@@ -20,12 +20,12 @@ ORDER = [
     "kernels",
     "kernels.bits",
     "kernels.cpu",
-    "kernels.weight_cache",
     "kernels.pool",
     "kernels.precision",
     "kernels.state",
     "kernels.triton",
     "kernels.gpu",
+    "kernels.weight_cache",
     "kernels.windows",
     "kernels.dispatch",
     "kernels.reference",
@@ -56,8 +56,8 @@ ORDER = [
     "sites.step",
     "sites.current",
     "sites.binding",
-    "sites.flow",
     "sites.weights",
+    "sites.flow",
     "sites.variance",
     "losses.metrics",
     "losses.named",
@@ -77,11 +77,11 @@ ORDER = [
     "sampling.adaptive",
     "model.activity",
     "model.batch",
+    "model.passes",
+    "model.recording",
     "model.shape_errors",
     "model.call",
     "model.discovery",
-    "model.passes",
-    "model.recording",
     "model.recognition",
     "model.bound",
     "model.runner",
@@ -90,6 +90,7 @@ ORDER = [
     "credit.kinds",
     "credit.formula",
     "credit.structure",
+    "credit.map_learning",
     "credit.prediction",
     "model.forward",
     "model.replay",
@@ -248,3 +249,12 @@ def test_ci_runs_what_the_readme_says():
     script = script.replace('"$environment/bin/', '".venv/bin/').replace('"$environment"', ".venv")
     for step in command.split(" && "):
         assert step in re.sub(r'"(\.venv\S*)"', r"\1", script)
+
+
+def test_no_test_file_imports_another():
+    names = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
+    for name in sorted(names):
+        for node in ast.walk(ast.parse((ROOT / "tests" / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                line = ast.unparse(node)
+                assert names.isdisjoint(re.findall(r"\w+", line)), f"{name}.py: {line}: share it in a helper module"

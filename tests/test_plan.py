@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from tests.helpers import averaging, errors
 from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, plan
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import bind
@@ -18,8 +19,7 @@ WEIGHT_NOISE = "weight noise: loss minus baseline, times the score"
 
 
 def dense() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(PIXELS, 7), LIF(), nn.Linear(7, 8), LIF(), TimeAverage(), nn.Linear(8, CLASSES))
+    return averaging(PIXELS, CLASSES, (7, 8), 0)
 
 
 def recurrent() -> nn.Sequential:
@@ -45,11 +45,6 @@ def data(seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = (torch.rand(STEPS, BATCH, PIXELS, generator=generator) < 0.5).float()
     return x, torch.arange(BATCH) % CLASSES
-
-
-def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    outputs = outputs.sum(0) if outputs.ndim == 3 else outputs
-    return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
 
 
 def credits(found: ulr_snn.Plan) -> dict[str, str]:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tests.helpers import png_size
 from ulr_snn.errors import UsageError
 from ulr_snn.runs.plots import save_curves
 
@@ -12,22 +13,16 @@ pytest.importorskip("matplotlib")
 EPOCH = {"epoch": 1, "train_loss": 2.0, "train_accuracy": 0.4, "val_loss": 2.1, "val_accuracy": 0.3}
 
 
-def size(file) -> tuple[int, int]:
-    header = file.read_bytes()[:24]
-    assert header.startswith(b"\x89PNG")
-    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
-
-
 def test_loss_and_accuracy_side_by_side_without_pyplot(tmp_path):
     save_curves([EPOCH, {**EPOCH, "epoch": 2}], tmp_path / "curves.png")
-    width, height = size(tmp_path / "curves.png")
+    width, height = png_size(tmp_path / "curves.png")
     assert width > 2 * height
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
 def test_regression_draws_the_loss_alone(tmp_path):
     save_curves([{"epoch": 1, "train_loss": 1.0, "train_accuracy": None}], tmp_path / "curves.png")
-    width, height = size(tmp_path / "curves.png")
+    width, height = png_size(tmp_path / "curves.png")
     assert width < 2 * height
 
 

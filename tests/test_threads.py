@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import currents
 from ulr_snn import LIF, Fold, TimeAverage, UsageError, attach, evaluate
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
@@ -24,8 +25,7 @@ def net() -> nn.Sequential:
 
 
 def data(batch: int = 12) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.rand(6, batch, 4, generator=generator), torch.arange(batch) % 3
+    return currents(6, batch, 4, 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "stochastic", "copies": 2}], ids=["deterministic", "stochastic"])

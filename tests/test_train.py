@@ -11,44 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from tests.helpers import CLASSES, PIXELS, STEPS, batches, errors, net, samples, train
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.runs.optim import learning_rate_factor
 from ulr_snn.sites.binding import bind
 
-STEPS, PIXELS, CLASSES = 8, 8, 2
-
-
-def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Events of class c are twice as frequent in the c-th half of the pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(count) % CLASSES
-    rate = torch.full((count, PIXELS), 0.2)
-    for c in range(CLASSES):
-        rate[y == c, c * PIXELS // 2 : (c + 1) * PIXELS // 2] = 0.6
-    return (torch.rand(STEPS, count, PIXELS, generator=generator) < rate).float(), y
-
-
-def batches(count: int = 96, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    x, y = samples(count, seed)
-    return [(x[:, i : i + size], y[i : i + size]) for i in range(0, count, size)]
-
-
-def net(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    hidden = nn.Linear(PIXELS, 16), LIF(), nn.Linear(16, 16), LIF()
-    return nn.Sequential(*hidden, TimeAverage(), nn.Linear(16, CLASSES))
-
 
 def shallow() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(PIXELS, 8), LIF(reset="none"), TimeAverage(), nn.Linear(8, CLASSES))
-
-
-def train(model=None, loader=None, epochs=2, **settings) -> ulr_snn.Result:
-    model, loader = net() if model is None else model, batches() if loader is None else loader
-    return ulr_snn.train(model, loader, epochs, **{"progress": False, "device": "cpu", **settings})
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -80,9 +53,6 @@ def test_training_learns_the_task(name, device):
 
 @pytest.mark.slow
 def test_a_loss_without_gradient_trains_too():
-    def errors(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.detach().argmax(1) != targets).float()
-
     estimator = ULR(firing=Logistic(0.3), copies=8, noise={"3": None, "outputs": None})
     optimizer = partial(torch.optim.Adam, lr=0.05)
     with pytest.warns(UserWarning, match=r"no gradient reaches 3\.weight, 3\.bias"):  # the linear readout

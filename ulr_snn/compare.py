@@ -1,4 +1,4 @@
-"""compare: one model, trained by likelihood ratios and by what they are compared with, side by side."""
+"""`compare`: trains one model by several estimators, side by side."""
 
 import copy
 import ctypes
@@ -6,7 +6,7 @@ import gc
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.online import Online
 from ulr_snn.estimators.ulr import ULR
 from ulr_snn.losses.named import LossSpec
@@ -32,13 +33,13 @@ COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward
 
 @dataclass
 class Comparison:
-    """What `compare` found; print it. rows: a dict a training, its history in it; versions: of what it ran on."""
+    """The result of `compare`, printed as a table. rows: a dict for each training; versions: library versions."""
 
     rows: list[dict[str, Any]]
     versions: dict[str, str]
 
     def best(self, method: str) -> dict[str, Any]:
-        """The row of this method with the highest accuracy on the validation data; of a regression, the lowest loss."""
+        """Returns the row of this method with the highest validation accuracy, or lowest loss for regression."""
         rows = [row for row in self.rows if row["method"] == method]
         return max(rows, key=lambda row: (row["loss"] is not None, row["accuracy"] or 0.0, -(row["loss"] or 0.0)))
 
@@ -63,7 +64,7 @@ class Comparison:
         Path(path).write_text(json.dumps({"versions": self.versions, "rows": self.rows}, indent=2) + "\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draws accuracy by epoch (of a regression, the loss), seconds a step and memory into a PNG file."""
+        """Draws accuracy (or loss) by epoch, step time and memory into a PNG file."""
         from ulr_snn.runs.plots import save_comparison
 
         save_comparison(self.rows, path)
@@ -86,15 +87,14 @@ def compare(
 ) -> Comparison:
     """Trains the same model by each method, from the same weights, on the same batches in the same order.
 
-    methods: "ulr" (likelihood ratios, `ULR()`), "surrogate" (surrogate-gradient BPTT, of a model of another library
-    with the surrogate that it has), other names in `ulr_snn.peers.METHODS`, or names with estimators, as in {"ulr":
-    ULR(copies=2)}. lr: one or several, each a training of its own, for all methods or by method (default 1e-2).
-    options: see `train`.
-    Afterwards the model has the weights that it began with. Figures are those of the validation data after the last
-    epoch; peak memory is what training took on top of what there was before (CUDA: allocated; Linux: resident in this
-    process; elsewhere unknown). A step of each method comes before, so that what a process loads once to train belongs
-    to none. Raises UsageError for a method that is not known, and as `train` does; a training whose loss becomes
-    infinite has a row without a loss.
+    Figures are those of the validation data after the last epoch. Peak memory is the memory added by the training
+    (CUDA: allocated; Linux: resident in this process; elsewhere unknown). A warm-up step of each method comes first. A
+    diverged training has a row without a loss. At the end the model has its first weights again.
+
+    methods: "ulr" (`ULR()`), "surrogate" (surrogate-gradient BPTT; models of other libraries keep their surrogate),
+    other names in `ulr_snn.peers.METHODS`, or names with estimators, as in {"ulr": ULR(copies=2)}.
+    lr: one or several learning rates, each a training, for all methods or by method (default 1e-2).
+    options: see `train`. Raises UsageError for an unknown method, and as `train` does.
     """
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
@@ -107,14 +107,15 @@ def compare(
     a_step = options | {"callbacks": (), "progress": False}
     default = None if "optimizer" in options else DEFAULT_LR
     try:
-        for estimator in estimators.values() if not isinstance(loader, Iterator) else ():  # which gives a batch once
+        # Warm-up: what a process loads once belongs to no method. An iterator has no batch to spare for it.
+        for estimator in estimators.values() if not isinstance(loader, Iterator) else ():
             model.load_state_dict(weights)
-            with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training itself will tell
+            with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training raises them again
                 train(model, list(itertools.islice(loader, 1)), 1, estimator=estimator, lr=default, **a_step)
         for method, estimator in estimators.items():
             for rate in rates(method, lr, default):
                 model.load_state_dict(weights)
-                row = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
+                row: dict[str, Any] = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
                 rows.append(row)
                 with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
                     row |= figures(train(model, loader, epochs, estimator=estimator, lr=rate, **whole))
@@ -125,7 +126,7 @@ def compare(
 
 
 def figures(result: Result) -> dict[str, Any]:
-    """What a row says of a training that has not diverged."""
+    """Returns the figures of a training that has not diverged."""
     last, metrics = result.history[-1], result.metrics
     return {
         "accuracy": last["val_accuracy"],
@@ -137,19 +138,19 @@ def figures(result: Result) -> dict[str, Any]:
 
 
 def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Estimators by name."""
+    """Returns estimators by name."""
     from ulr_snn.peers import METHODS
 
     if isinstance(methods, Mapping):
         return dict(methods)
-    known = {"ulr": ULR, "online": Online, **METHODS}
+    known: dict[str, Callable[[], Estimator]] = {"ulr": ULR, "online": Online, **METHODS}
     if isinstance(methods, str) or not methods or any(name not in known for name in methods):
         raise UsageError(f"compare got methods={methods!r}; give some of {', '.join(known)}, or names with estimators")
     return {name: known[name]() for name in methods}
 
 
 def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | None) -> list[float | None]:
-    """The learning rates of a method."""
+    """Returns the learning rates of a method."""
     found = lr.get(method) if isinstance(lr, Mapping) else lr
     if found is None:
         return [default]
@@ -158,15 +159,14 @@ def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | 
 
 @contextmanager
 def same_draws(loader: Iterable, seed: int) -> Iterator[None]:
-    """Seeds torch's global generators for a training. Afterwards they, and those of the loader, are as they were, so
-    that the next training draws alike and the caller goes on as before."""
+    """Seeds torch's global generators inside the context, and restores them and the loader's generators after it."""
     on_cuda = torch.cuda.is_initialized()
     before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
     torch.default_generator.manual_seed(seed)
     if on_cuda:  # else torch.manual_seed would keep the seed for later
         torch.cuda.manual_seed_all(seed)
-    holders = [loader, getattr(loader, "sampler", None)]
-    generators = [g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None]
+    owners = [loader, getattr(loader, "sampler", None)]
+    generators = [found for owner in owners if (found := getattr(owner, "generator", None)) is not None]
     states = [generator.get_state() for generator in generators]
     try:
         yield
@@ -179,10 +179,12 @@ def same_draws(loader: Iterable, seed: int) -> Iterator[None]:
 
 
 class PeakMemory:
-    """bytes: the most memory inside, on top of what there was at the start; None where the system does not tell."""
+    """Measures the peak of the memory added inside the context, `bytes`; None on unsupported systems."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, None
+        self.device = device
+        self.bytes: int | None = None
+        self._before: int | None = None
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
@@ -190,30 +192,25 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
         elif sys.platform == "linux":
             give_back_freed_memory()
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # sets the peak of this process to what it has now
-            except OSError:
-                self._before = None
-            else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak of this process
                 self._before = resident("VmRSS")
-        else:
-            self._before = None
         return self
 
     def __exit__(self, *_: object) -> None:
+        now = peak_memory_bytes(self.device) if self.device.type == "cuda" else None
         if self._before is not None:
-            now = peak_memory_bytes(self.device) if self.device.type == "cuda" else resident("VmHWM")
-            self.bytes = max(0, now - self._before)
+            self.bytes = max(0, (resident("VmHWM") if now is None else now) - self._before)
 
 
 def give_back_freed_memory() -> None:
-    """What earlier trainings freed goes back to the system, or this one would take it without a trace."""
+    """Returns freed memory to the system; memory reused by the next training would not be measured."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # a C library without it
+    with suppress(OSError, AttributeError):  # not every C library has it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident(key: str) -> int:
-    """VmRSS, resident memory of this process, or VmHWM, its peak, in bytes (Linux)."""
+    """Returns the resident memory of this process (VmRSS), or its peak (VmHWM), in bytes, on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

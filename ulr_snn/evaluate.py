@@ -1,4 +1,4 @@
-"""evaluate: a model's loss and accuracy, with deterministic or stochastic firing."""
+"""`evaluate`: a model's loss and accuracy, with deterministic or stochastic firing."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.config import Config
-from ulr_snn.estimators.online import Online
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.kernels.precision import reduced_precision
 from ulr_snn.losses.metrics import Activities, Several, Tally
@@ -40,15 +40,13 @@ def evaluate(
     activity: bool = False,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Loss and accuracy over a loader: {"loss", "accuracy" (None for regression), "samples"}.
+    """Returns {"loss", "accuracy" (None for regression), "samples"} over a loader. Threads on one model take turns.
 
-    mode: "deterministic", or "stochastic" with the estimator's firing noise and the outputs of `copies` runs
-    averaged. samples: of the stochastic net's predictions, averaged as probabilities (softmax of the outputs summed
-    over time); "loss" is then that of the single ones, "bound" the multi-sample one, -log mean exp(-loss), and with
-    "calibration_error" (expected calibration error, 15 bins) and "disagreement" (how often two of them differ) they say
-    what the average knows of its own mistakes (arXiv 2102.03280). activity: also "spikes" and "operations" of a sample,
-    those of all layers over time (see `ulr_snn.SpikeBudget`). autocast: as of `train`. Calls from several
-    threads on one model take turns. Raises UsageError as `train` does.
+    mode: "deterministic", or "stochastic" with the estimator's firing noise. copies: runs whose outputs are averaged.
+    samples: stochastic predictions, averaged as probabilities (softmax of outputs summed over time). "loss" is then the
+    mean over predictions; further keys are "bound" (-log mean exp(-loss)), "calibration_error" (expected calibration
+    error, 15 bins) and "disagreement" (how often two predictions differ), see arXiv 2102.03280. activity: adds "spikes"
+    and "operations" of a sample (see `ulr_snn.SpikeBudget`). autocast: as in `train`. Raises UsageError as `train`.
     """
     if mode not in ("deterministic", "stochastic"):
         raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
@@ -61,44 +59,39 @@ def evaluate(
     counts = {"spikes", "operations"} if activity else objective.counts
     tally, several, activities = Tally(), Several(), Activities()
     runs = samples or (copies if mode == "stochastic" else 0)
-    config = config_of(or_default(estimator))
-    runner: Runner | None = None
+    estimator = or_default(estimator)
+    config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no noise of its own
+    runners: dict[int, Runner] = {}  # by batch size
+    level = NoiseLevel(config.firing)
     with turn(model), mode_of(model, training=False):
         model.to(device)
         for step, batch in enumerate(loader):
             x, targets, lengths = unpack(batch, device)
             given = Batch.of(model, x, targets, lengths, objective, time_first)
-            if runner is None:
-                if runs:  # as they stand, models without a spiking layer run, too
-                    check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
-                runner = Runner(bound_exactly(model, given, config, counts), NoiseLevel(config.firing))
+            if runs and not runners:  # deterministic evaluation needs no spiking layer
+                check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
+            if given.samples not in runners:
+                runners[given.samples] = Runner(bound_exactly(model, given, config, counts), level)
             with reduced_precision(device, autocast):
-                found = runner.runs(given, step, runs, seed, counts)
-            targets, mask = given.targets, output_mask(given.lengths, found[0][0])
-            each = found if samples else [mean_of(found)]
+                all_runs = runners[given.samples].runs(given, step, runs, seed, counts)
+            targets, mask = given.targets, output_mask(given.lengths, all_runs[0][0])
+            each = all_runs if samples else [mean_of(all_runs)]
             losses = torch.stack([objective(outputs, targets, mask, counted) for outputs, counted in each])
             totals = torch.stack([total(outputs, mask) for outputs, _ in each])
             if samples:
                 several.add(losses, totals, targets)
             tally.add(losses.mean(0), totals.softmax(-1).mean(0) if samples else totals[0], targets)
-            activities.add(mean_of(found)[1])
+            activities.add(mean_of(all_runs)[1])
     if not tally.samples:
         raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
     return {**tally.means(), **several.means(), **activities.means(), "samples": tally.samples}
 
 
-def config_of(estimator: Estimator) -> Config:
-    """The configuration that stochastic evaluation takes its noise from; of a peer, that of `ULR()`."""
-    if isinstance(estimator, Online):
-        return estimator.config
-    return estimator if isinstance(estimator, ULR) else ULR()
-
-
 def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collection[str]) -> BoundModel:
-    """The model bound for evaluation: as a chain on fused scans only where that gives the outputs of the model's own
-    code bit for bit on this batch, the first."""
-    fused = "operations" not in counts  # which are counted in the model's own modules
-    bound = BoundModel.of(model, batch, config.noise, own_code=not fused)
+    """Binds the model for evaluation; fused only if its outputs on this batch are bitwise those of the model's code."""
+    fused = "operations" not in counts  # operations are counted in the model's own modules
+    with torch.enable_grad():  # binding reads autograd graphs
+        bound = BoundModel.of(model, batch, config.noise, own_code=not fused)
     if not isinstance(bound.model, Chain):
         return bound
     own = BoundModel.of(model, batch, config.noise, own_code=True)
@@ -109,6 +102,6 @@ def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collec
 
 
 def mean_of(runs: list[Run]) -> Run:
-    """Outputs and activity, mean over runs."""
+    """Returns outputs and activity, mean over runs."""
     outputs = torch.stack([outputs for outputs, _ in runs]).mean(0)
     return outputs, {name: torch.stack([counted[name] for _, counted in runs]).mean(0) for name in runs[0][1]}

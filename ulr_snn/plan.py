@@ -1,4 +1,4 @@
-"""plan: which parameter gets its gradient how, and what is wrong with a model, before anything runs."""
+"""`plan`: says how each parameter gets its gradient, and what is wrong with a model, without training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +31,11 @@ from ulr_snn.sites.weights import SOURCE
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found; print it. rows: (parameter, shape, gradient); untrained: parameters that get none; engine:
-    which code runs, and what a step keeps."""
+    """The result of `plan`, printed as text.
+
+    rows: (parameter, shape, gradient); sites: (site, noise, credit); untrained: parameters without a gradient;
+    engine: which code runs, and what a step keeps.
+    """
 
     credit: str
     copies: int
@@ -43,9 +46,8 @@ class Plan:
     engine: list[str]
 
     def __str__(self) -> str:
-        lines = [
-            f"credit {self.credit}, {self.copies} {'copy' if self.copies == 1 else 'copies'} of every sample a step"
-        ]
+        copies = f"{self.copies} {'copy' if self.copies == 1 else 'copies'}"
+        lines = [f"credit {self.credit}, {copies} of every sample a step"]
         lines += ["", *_table(("site", "noise", "credit of its spikes"), self.sites)]
         lines += ["", *_table(("parameter", "shape", "gradient"), self.rows)]
         lines += [f"\nnot trained: {name}" for name in self.untrained]
@@ -60,20 +62,20 @@ def plan(
     loss: LossSpec = "ce_count",
     time_first: bool = True,
 ) -> Plan:
-    """Says how `train` would estimate each parameter's gradient, from one forward pass that leaves no trace.
+    """Says how `train` would estimate each parameter's gradient, by one forward pass without side effects.
 
-    example_batch: (x, y) or (x, y, lengths), as the loader gives them. Raises UsageError for what `train` would
-    refuse: no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
+    example_batch: (x, y) or (x, y, lengths), as from the loader. Raises UsageError wherever `train` does: no spiking
+    layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
     device = next(model.parameters(), torch.empty(0)).device
     if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
         raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")
-    x, targets, lengths = (*(torch.as_tensor(item).to(device) for item in example_batch), None)[:3]
+    x, targets, *lengths = (torch.as_tensor(item).to(device) for item in example_batch)
     attached = or_default(estimator).attach(model, loss, 0, time_first, progress=0.0)
     if not isinstance(attached, LearnedAttachment):
         raise UsageError(f"plan got {type(estimator).__name__}; it is for ULR and Online, peers have no plan")
     with no_side_effects(model), frozen(model, attached.config.flow), torch.enable_grad():
-        step = attached.prepared(x, targets, None, lengths)
+        step = attached.prepared(x, targets, None, *lengths)
         check_layers(step.model, step.bound.layers, [*user_modules(step.model), *attached.config.noise])
         _, p = step.first_pass()
         kept = attached.memory.describe(step)
@@ -82,7 +84,6 @@ def plan(
 
 
 def _plan(step: Step, records: list[Record], variances: list[str], kept: str) -> Plan:
-    """What is known once a pass has run."""
     structure, level, config = step.structure, step.learner.level, step.config
     rows = [
         (name, "x".join(map(str, q.shape)) or "1", _source(structure, structure.parameters.get(name)))
@@ -102,7 +103,7 @@ def _plan(step: Step, records: list[Record], variances: list[str], kept: str) ->
 
 
 def _copies(step: Step) -> int:
-    """Copies of a step that learns nothing from pairs."""
+    """Returns the number of copies of a step that learns nothing from antithetic pairs."""
     structure = step.structure
     return max(step.learner.copies.copies(default=step.default_copies), 2 if structure.weights else 1)
 
@@ -177,7 +178,7 @@ def _notes(step: Step, copies: int) -> list[str]:
 
 
 def _engine(x: Tensor, kept: str) -> list[str]:
-    """Which code runs the scans over time, and what a step keeps."""
+    """Says which code runs the scans over time, and what a step keeps."""
     kind, why = choice(x)
     by = {"cpu": "fused, by numba", "gpu": "fused, by Triton", "reference": "in plain torch"}[kind]
     found = [f"scans over time of ulr_snn's neurons: {by} ({why})"]
@@ -189,27 +190,24 @@ def _engine(x: Tensor, kept: str) -> list[str]:
 
 
 def _variances(model: nn.Module, structure: Structure, records: Sequence[Record]) -> list[str]:
-    """Where scores are weighted by whole losses, variance goes by the length of the scores: the sites with the longest
-    first, and what noise on their weights would give in their place."""
+    """Says the expected variance of each site whose scores are weighted by whole losses, and of weight noise there."""
     if not (structure.credit.unbiased or structure.treatment.gradientless):
         return []
     found = []
-    for r in records:
-        own = own_weights(model, r, structure.parameters)
-        draws, weights = r.x[:, 0].numel(), sum(q.numel() for q in own.values())
-        line = f"site {r.site}: {draws:,} draws of noise a sample, {weights:,} weights that it alone trains"
-        expected = of_firing(r, own) if own else 0.0
+    for record in records:
+        own = own_weights(model, record, structure.parameters)
+        draws, weights = record.x[:, 0].numel(), sum(q.numel() for q in own.values())
+        line = f"site {record.site}: {draws:,} draws of noise a sample, {weights:,} weights that it alone trains"
+        expected = of_firing(record, own) if own else 0.0
         if own:
             line += f", expected variance {expected:.1e}"
         if by_sample(model, own):
-            other = of_weights(BY_SAMPLE, own)
-            line += f" ({other:.1e} with WeightNoise(per_sample=True) on these)"
+            line += f" ({of_weights(BY_SAMPLE, own):.1e} with WeightNoise(per_sample=True) on these)"
         found.append((expected, line))
     return [line for _, line in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    table = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

@@ -1,4 +1,4 @@
-"""train: the one loop."""
+"""`train`, the training loop."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, to
 
 @dataclass
 class Result:
-    """What `train` gives back. history: one dict an epoch; metrics: the figures of the whole run."""
+    """The result of `train`. history: one dict for each epoch; metrics: figures of the whole run."""
 
     model: nn.Module
     estimator: Estimator
@@ -65,32 +65,34 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Trains the model in place.
+    """Trains the model in place. With `Online()` the optimizer steps at every time step of every batch.
 
-    loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), dense or a sparse COO
-    tensor, which lists the events, y [B]. val_loader: evaluated with deterministic firing after every epoch.
-    optimizer: an instance, or a factory parameters -> optimizer. The default is Adam with `lr` (1e-2), multiplied
-    for each parameter by a factor (see estimators/step_sizes.py): smaller where a step would move membranes by several
-    thresholds, larger in a readout, and rising over the training where layers begin at rest. With `Online()` the
-    optimizer steps at every time step, the default one by `lr` over their number; all else goes on counting batches.
-    scheduler: "cosine" (over the run: up to lr in its first tenth, and down to 0), None (constant), or a factory
-    optimizer -> scheduler; stepped once per optimizer step. accumulate: batches per optimizer step. clip: bound of the
-    gradient's norm. autocast: torch.bfloat16 or torch.float16, the type in which the model's own layers run (weights,
-    membranes, credit and losses stay as they are). callbacks: called after every epoch with its history entry and the
-    model. run_dir: receives a checkpoint an epoch, metrics.json and curves.png at the end; resume goes on from there.
-    Raises UsageError for a wrong use, before the first step where it can be seen there.
+    loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), dense or sparse COO
+    (a list of events), y [B]. val_loader: evaluated with deterministic firing after every epoch.
+    optimizer: an instance, or a factory parameters -> optimizer. The default is Adam with `lr` (1e-2) times a factor
+    for each parameter (see estimators/step_sizes.py): smaller where a step would move membranes by several thresholds,
+    larger in a readout, rising over the training if layers begin at rest, and over T for `Online()` with T time steps.
+    scheduler: "cosine" (up to lr in the first tenth of the run, then down to 0), None (constant), or a factory
+    optimizer -> scheduler; it steps once for `accumulate` batches. max_steps: bound of the optimizer steps (batches
+    with `Online()`). accumulate: batches per optimizer step. clip: bound of the gradient norm.
+    autocast: torch.bfloat16 or torch.float16 for the model's own layers; weights, membranes, credit and losses keep
+    their type. callbacks: called after every epoch with its history entry and the model. run_dir: receives a
+    checkpoint after each epoch, and metrics.json and curves.png at the end. resume: continue the run in run_dir.
+    Raises UsageError for a wrong use, if possible before the first step.
     """
     check_arguments(loader, epochs, accumulate, max_steps)
     place, estimator = pick_device(device), or_default(estimator)
     model.to(place)
-    made = make_optimizer(model, optimizer, lr)
-    schedule = make_scheduler(made, scheduler, loader, epochs, accumulate, max_steps)
+    stepper = make_optimizer(model, optimizer, lr)
+    schedule = make_scheduler(stepper, scheduler, loader, epochs, accumulate, max_steps)
     run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     batches = total_steps(loader, epochs, 1, None if max_steps is None else max_steps * accumulate)
-    rates = optimizer is None
-    with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first, batches, rates=rates) as own:
-        session = Session(model, loader, own, made, schedule, place, accumulate, clip, max_steps, autocast)
-        options = {"loss": loss, "device": place, "time_first": time_first, "autocast": autocast}
+    with (
+        mode_of(model, training=True),
+        estimator.attach(model, loss, seed, time_first, batches, rates=optimizer is None) as attached,
+    ):
+        session = Session(model, loader, attached, stepper, schedule, place, accumulate, clip, max_steps, autocast)
+        options: dict[str, Any] = {"loss": loss, "device": place, "time_first": time_first, "autocast": autocast}
         validate = None if val_loader is None else partial(evaluate, model, val_loader, **options)
         session.run(epochs, validate, callbacks, run, resume, progress)
     metrics = session.metrics(seed, val_loader is not None)
@@ -101,7 +103,7 @@ def train(
 
 @dataclass
 class Session:
-    """The state of a training run between epochs. steps: of the optimizer, or batches with `Online`."""
+    """The state of a training run between epochs. steps: optimizer steps, or batches with `Online`."""
 
     model: nn.Module
     loader: Iterable
@@ -137,7 +139,7 @@ class Session:
         resume: bool,
         progress: bool,
     ) -> None:
-        """All epochs that are left."""
+        """Runs the remaining epochs."""
         if run is not None and resume:
             self.load_state_dict(run.load_checkpoint(self.model))
         for epoch in range(self.epoch + 1, epochs + 1):
@@ -153,7 +155,7 @@ class Session:
                 run.save_checkpoint(self.model, self.state_dict())
 
     def run_epoch(self, epoch: int, epochs: int, progress: bool) -> dict[str, Any]:
-        """One pass over the loader; returns the history entry."""
+        """Runs one epoch and returns its history entry."""
         started, passes, tally = perf_counter(), self.attached.forward_passes, Tally()
         self.zero_grad()
         waiting, lr = 0, self.lr
@@ -190,13 +192,15 @@ class Session:
         return self.optimizer.param_groups[0]["lr"]
 
     def zero_grad(self) -> None:
-        """Of all parameters: those that the optimizer leaves out must not pile gradients up."""
+        """Clears the gradients of all parameters, also of parameters that the optimizer leaves out."""
         self.optimizer.zero_grad()
         self.model.zero_grad()
 
     def estimate(self, x: Tensor, targets: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Loss [B] and outputs in total [B, C] of a batch whose gradient is added, or, with an update at every time
-        step, taken; None if some of it was left out."""
+        """Adds the gradient of a batch (or makes all updates of online learning).
+
+        Returns its loss [B] and outputs summed over time [B, C]; None if a step was skipped.
+        """
         found, skipped = None, False
         for t, estimate in enumerate(self.attached.steps(x, targets, lengths=lengths)):
             if estimate.skipped:
@@ -210,7 +214,7 @@ class Session:
         return None if skipped else found
 
     def update(self, batches: int) -> float:
-        """One step on the mean gradient of some batches; the schedule counts it. Returns its learning rate."""
+        """Makes a step on the mean gradient of the batches, and a step of the schedule. Returns the learning rate."""
         lr = self.lr
         if not self.attached.online:
             self.move(batches)
@@ -220,7 +224,7 @@ class Session:
         return lr
 
     def move(self, batches: int) -> None:
-        """One optimizer step on the mean gradient of some batches."""
+        """Makes an optimizer step on the mean gradient of the batches."""
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         if batches > 1:
@@ -234,7 +238,7 @@ class Session:
 
     @contextmanager
     def learning_rates(self) -> Iterator[None]:
-        """While `train`'s own optimizer steps, the learning rate of each parameter is what the attachment advises."""
+        """Multiplies the learning rates of the default optimizer by the attachment's factors, inside the context."""
         factors = self.attached.learning_rates()
         if not factors:
             yield
@@ -242,7 +246,7 @@ class Session:
         names = {id(q): name for name, q in self.model.named_parameters()}
         groups, rates = self.optimizer.param_groups, [group["lr"] for group in self.optimizer.param_groups]
         try:
-            for group in groups:  # of one parameter each
+            for group in groups:  # each group has one parameter
                 group["lr"] *= factors.get(names[id(group["params"][0])], 1.0)
             yield
         finally:
@@ -286,12 +290,13 @@ class Session:
         if self.schedule is not None and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["torch_generator"])
-        if state["loader_generator"] is not None and getattr(self.loader, "generator", None) is not None:
-            self.loader.generator.set_state(state["loader_generator"])
+        generator = getattr(self.loader, "generator", None)
+        if state["loader_generator"] is not None and generator is not None:
+            generator.set_state(state["loader_generator"])
 
 
 def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
-    """Outputs of a training step, mean over copies and summed over a sample's own time steps, [B, C]."""
+    """Returns the outputs [B, C] of an estimate, mean over copies and summed over a sample's own time steps."""
     outputs = estimate.outputs.mean(0)
     return total(outputs, output_mask(lengths, outputs))
 

@@ -1,4 +1,4 @@
-"""What a firing site needs of a spiking module of another library."""
+"""The interface between firing sites and the spiking modules of other libraries."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,41 +7,45 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.neurons import LIF
 
 
 class Step(Protocol):
-    """A site as a module of another library sees it. Once a time step (or once, of a module that runs a whole sequence
-    [T, B, ...] at once), in this order:"""
+    """A site as a module of another library sees it. The module calls `begin`, `fire` and `end` once a time step. A
+    module that runs a whole sequence [T, B, ...] calls them once."""
 
     def begin(self, current: Tensor) -> None:
-        """The input current [B, ...] of the step."""
+        """Takes the input current [B, ...] of the step."""
 
     def fire(self, drive: Tensor) -> Tensor:
-        """Spikes (0 or 1) of the drive [B, ...], membrane less threshold."""
+        """Returns the spikes (0 or 1) for the drive [B, ...], membrane minus threshold."""
 
     def end(self, states: list[Any]) -> None:
-        """What the module carries to the next step; all but tensors are left out."""
+        """Takes the state that the module carries to the next step. The site ignores all but tensors."""
 
-    # The spikes fired last, for the layer's own reset, so that it is known whether anything else reads them; None
-    # before the first, and where firing is deterministic.
+    # The last spikes, as a separate tensor for the layer's own reset: so the graph shows what else reads the spikes.
+    # None before the first spikes, and if firing is deterministic.
     resetting: Tensor | None
 
 
 class StepNeuron:
-    """A spiking module that its library's own code runs; only what decides on a spike is replaced while it is bound.
+    """A spiking module that its library's own code runs. While it is bound, a site replaces only the firing decision.
 
-    strict: fires where the drive is above 0; else already where it is 0. whole: runs all time steps at once, for its
-    spikes do not act on its own membranes.
+    strict: whether a neuron fires only above a drive of 0; otherwise it fires at 0 too. whole: whether the module runs
+    all time steps at once, which it can because its spikes do not act on its own membranes.
     """
 
     strict = True
     whole = False
-    scans = False  # whether the module sees whole sequences, over which a scan of `ulr_snn` may run in its place
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._scan: tuple[Any, list[nn.Module], SpikingNeuron] | None = None  # and what it was made for
+        self.module: Any = module  # the attributes of the libraries' classes have no types
+        self._scan: tuple[Any, list[nn.Module], LIF] | None = None  # the first: options that `ours` read
+
+    @property
+    def scans(self) -> bool:
+        """True if the module sees whole sequences, so that a scan of `ulr_snn` may replace it."""
+        return False
 
     @property
     def threshold(self) -> Tensor:
@@ -49,29 +53,29 @@ class StepNeuron:
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Makes the module start from its initial state; nothing to do where every call starts there, or where
-        `Adapter.fresh_state` does it."""
+        """Resets the module to its initial state. A module needs no override if every call starts there, or if
+        `Adapter.fresh_state` resets it."""
 
     def patches(self, site: Step) -> dict[str, Any]:
-        """Attributes of the module, by name, that make it run the site."""
+        """Returns the attributes of the module, by name, that make it run the site."""
         raise NotImplementedError
 
     def states(self) -> list[Tensor]:
-        """What the module carries to the next step, where `ours` may ask for a scan."""
+        """Returns the state that the module carries to the next step, if `ours` may return a neuron."""
         return []
 
     def options(self) -> tuple[Any, ...]:
-        """What `ours` depends on, other than parameters and buffers."""
+        """Returns all that `ours` depends on, except parameters and buffers."""
         return ()
 
-    def ours(self, like: Tensor) -> tuple[list[nn.Module], SpikingNeuron] | str:
-        """A neuron of `ulr_snn` with the module's equations and its very parameters, and modules that its current goes
-        through before; or why there is none. like: a current's dtype and device."""
+    def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
+        """Returns a neuron of `ulr_snn` with the module's equations and shared parameters, and modules that its current
+        passes first; or the reason why there is none. like: a tensor with the current's dtype and device."""
         return "its equations are no scan of ulr_snn's"
 
-    def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, SpikingNeuron]:
-        """The current [T, B, ...] of a neuron of `ulr_snn` that does for x [T, B, ...] what the module does, and that
-        neuron, where the module `scans`. lengths: steps of each sample that are no padding."""
+    def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, LIF]:
+        """Returns a neuron of `ulr_snn`, and the current [T, B, ...] with which it does what the module does for
+        x [T, B, ...]. Only for a module that `scans`. lengths: number of steps of each sample, without padding."""
         about = self.options(), x.dtype, x.device
         if self._scan is None or self._scan[0] != about:
             self._scan = about, *self.ours(x)
@@ -82,13 +86,13 @@ class StepNeuron:
         return x, neuron
 
     def unsupported(self) -> str | None:
-        """Why this module, as it is configured, cannot be trained; None where it can."""
+        """Returns the reason why the module, in this configuration, cannot be trained; None if it can."""
         return None
 
     @contextmanager
     def bound(self, site: Step | None) -> Iterator[None]:
-        """Runs the site for a while, or the module's own firing, from the initial state; afterwards all attributes are
-        as they were."""
+        """Within this context, the module runs the site (None: its own firing) from its initial state. Afterwards all
+        attributes of the module are as before."""
         attributes = self.module.__dict__
         kept = {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}
         try:
@@ -111,13 +115,13 @@ def no(_: Any) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is known of a library. An adapter file has one, by the name `ADAPTER`.
+    """The functions that describe a library. Each adapter file defines one, with the name `ADAPTER`.
 
-    adapt: the module as a neuron, the reason why it cannot be trained, or None where it does not spike.
-    fresh_state: for a while, a model starts from its initial state, also in modules that do not fire.
-    couples: a module, in training mode, couples the rows of a batch or draws noise of its own (dropout).
-    carries_state: a model returns its state after its outputs, and takes it again at the next time step.
-    per_row: a module sees each row of a batch by itself, and a sequence [T, B, ...] one time step after another.
+    adapt: returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike.
+    fresh_state: a context in which a model starts from its initial state, also in modules that do not fire.
+    couples: whether a module, in training mode, couples the rows of a batch or draws noise (dropout).
+    carries_state: whether a model returns its state after its outputs and takes the state at the next time step.
+    per_row: whether a module sees each row of a batch, and each time step of a sequence [T, B, ...], by itself.
     """
 
     adapt: Callable[[nn.Module], StepNeuron | str | None]

@@ -1,4 +1,4 @@
-"""A module that nobody knows: noise on its input current is all that is asked of it."""
+"""The adapter of unknown modules, which are trained by noise on their input current."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,17 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ulr_snn.adapters.base import StepNeuron
 from ulr_snn.noise.kinds import CurrentNoise
 
-MODULES_OWN = frozenset(nn.Module().__dict__)  # attributes of every module, none of them state
+MODULES_OWN = frozenset(nn.Module().__dict__)  # attributes of every module; none of them is state
 SHARED = (nn.Module, nn.Parameter, type, FunctionType, MethodType, BuiltinFunctionType, partial, torch.Generator)
 
 
 class BlackBox(StepNeuron):
-    """A module whose first floating-point tensor argument is the current, and whose first output tensor stands for the
-    spikes.
+    """An unknown module. Its first floating-point tensor argument is the current, its first output tensor the spikes.
 
-    whole: it runs all time steps in one call. elementwise: each output depends on the input of its own place alone. Its
-    own code runs without a graph, on detached tensors, so that it may leave PyTorch. While it is bound its attributes
-    are copies, as far as they can be copied: whatever it keeps, every pass starts alike.
+    whole: whether the module runs all time steps in one call. elementwise: whether each output depends only on the
+    input at its own place. The module's code runs on detached tensors and without a graph, so that it may leave
+    PyTorch. While the module is bound, its attributes are copies where they can be copied, so that every pass starts
+    from the same state.
     """
 
     def __init__(self, module: nn.Module, noise: CurrentNoise, whole: bool, elementwise: bool = True) -> None:
@@ -61,8 +61,8 @@ class BlackBox(StepNeuron):
 
 @contextmanager
 def copies_of_state(module: nn.Module) -> Iterator[None]:
-    """For a while, all that a module keeps is a copy, other than its parameters, modules and functions, and what cannot
-    be copied. Batch norm keeps its statistics."""
+    """Within this context, the state of a module is a copy. Parameters, modules, functions and objects that cannot be
+    copied stay the same, and so does batch norm."""
     if isinstance(module, _BatchNorm):
         yield
         return
@@ -82,7 +82,7 @@ def copies_of_state(module: nn.Module) -> Iterator[None]:
 
 
 def copied(value: Any) -> Any:
-    """A copy of a module's state; modules, parameters and functions in it stay the same."""
+    """Returns a copy of a module's state, with the same modules, parameters and functions in it."""
     if isinstance(value, SHARED):
         return value
     if isinstance(value, Tensor):
@@ -97,19 +97,19 @@ def copied(value: Any) -> Any:
         return {key: copied(item) for key, item in value.items()}
     try:
         return copy.deepcopy(value)
-    except Exception:  # a handle, a lock: it stays what it is
+    except Exception:  # handles and locks cannot be copied; they are shared
         return value
 
 
 def current_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among the arguments of a call."""
+    """Returns the first floating-point tensor among the arguments of a call."""
     return next((a for a in (*arguments, *named.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
 
 
 def with_current(
     current: Tensor, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with another current."""
+    """Returns the arguments of a call with another current."""
     before = current_of(arguments, named)
     swap = lambda item: current if item is before else item  # noqa: E731
     return tuple(map(swap, arguments)), {name: swap(item) for name, item in named.items()}
@@ -120,7 +120,7 @@ def detached(item: Any) -> Any:
 
 
 def replaced(result: Any, release: Callable[[Tensor], Tensor]) -> tuple[Any, bool]:
-    """The result of a call with its first tensor released, and all else as it is; whether there is one."""
+    """Returns the result of a call with `release` applied to its first tensor, and whether it contains a tensor."""
     if isinstance(result, Tensor):
         return release(result), True
     items = list(result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else [])

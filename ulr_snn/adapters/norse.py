@@ -1,7 +1,7 @@
-"""Norse's cells and layers, as they are: their own step functions run, only `threshold` means something else in them.
+"""The adapter of Norse's cells and layers. Their own step functions run with another `threshold` function.
 
-The step function that a module calls as `activation` is replaced by the same code with other globals, so that nothing
-changes for any other module. Refractory counters pass through `threshold` too; there it stays a step.
+The step function that a module calls as `activation` is replaced by the same code with other globals, so that other
+modules are not affected. Refractory counters pass through `threshold` too; for them it stays a step function.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from norse.torch import CobaLIFCell, LIFCorrelation
 from norse.torch.functional.lif import lif_feed_forward_step, lif_step
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
@@ -20,7 +20,7 @@ from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 FAMILIES = (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell)
 OTHERS = (CobaLIFCell, LIFCorrelation)
 NOT_SUPPORTED = "this class does not call its step as the other cells do; use LIFRecurrentCell or another of them"
-COUNTERS = "compute_refractory_update"  # the functions that threshold refractory counters, not membranes
+COUNTERS = "compute_refractory_update"  # the function that applies `threshold` to refractory counters, not membranes
 
 
 class Layer(StepNeuron):
@@ -48,14 +48,14 @@ class Layer(StepNeuron):
 
 
 def written_out(function: Callable, p: Any, fire: Callable[[Tensor], Tensor]) -> Callable | None:
-    """What Norse's step functions of LIF neurons do that leak and are reset to zero, in half of the operations; None of
-    other functions, and where leak and reset lie elsewhere."""
+    """Returns a faster equivalent of Norse's LIF step functions, with half of the operations. None for other functions,
+    and for neurons that leak or reset to a value other than zero."""
     rests = [torch.as_tensor(getattr(p, name, 1.0)) for name in ("v_leak", "v_reset")]
     if function not in (lif_feed_forward_step, lif_step) or any(r.requires_grad or bool((r != 0).any()) for r in rests):
         return None
 
     def charged(v: Tensor, i: Tensor, p: Any, dt: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Membranes, spikes and decayed currents."""
+        """Returns membranes, spikes and decayed currents."""
         v = torch.lerp(v.to(i), i, torch.as_tensor(dt * p.tau_mem_inv).to(i))
         return v, fire(v - p.v_th), i - dt * p.tau_syn_inv * i
 
@@ -63,24 +63,23 @@ def written_out(function: Callable, p: Any, fire: Callable[[Tensor], Tensor]) ->
         v, spikes, i = charged(state.v, state.i + x, p, dt)
         return spikes, type(state)(torch.addcmul(v, v, spikes, value=-1), i)
 
-    def recurrent(
-        x: Tensor, state: Any, into: Tensor, within: Tensor, p: Any, dt: float = 0.001
-    ) -> tuple[Tensor, Any]:  # whose reset is cut off from its spikes, as in Norse
+    def recurrent(x: Tensor, state: Any, into: Tensor, within: Tensor, p: Any, dt: float = 0.001) -> tuple[Tensor, Any]:
         v, spikes, i = charged(state.v, state.i + linear(x, into) + linear(state.z, within), p, dt)
+        # Norse detaches the spikes of this reset, too.
         return spikes, type(state)(spikes, torch.addcmul(v, v, spikes.detach(), value=-1), i)
 
     return feed_forward if function is lif_feed_forward_step else recurrent
 
 
 def thresholds(function: Callable) -> bool:
-    """Whether a step function decides on its spikes by `threshold`, itself or in a function that it calls."""
+    """Returns whether a step function, or a function that it calls, calls `threshold`."""
     return isinstance(function, FunctionType) and (
         "threshold" in function.__code__.co_names or any(thresholds(called) for called in calls(function).values())
     )
 
 
 def calls(function: FunctionType) -> dict[str, FunctionType]:
-    """Functions of Norse that a function's code names."""
+    """Returns the functions of Norse, by name, that a function's code refers to."""
     found = {name: function.__globals__.get(name) for name in function.__code__.co_names}
     return {
         name: f
@@ -90,7 +89,7 @@ def calls(function: FunctionType) -> dict[str, FunctionType]:
 
 
 def rebound(function: FunctionType, threshold: Callable) -> FunctionType:
-    """The same code, in which `threshold` means another function, in the functions that it calls too."""
+    """Returns the same function with another `threshold`, also in the functions that it calls."""
     here = step_of if function.__name__ == COUNTERS else threshold
     names = {name: rebound(f, threshold) for name, f in calls(function).items() if thresholds(f)}
     scope = {**function.__globals__, **names, "threshold": here}
@@ -104,14 +103,14 @@ def step_of(x: Tensor, method: str, alpha: float) -> Tensor:
 
 
 def tensors(state: Any) -> list[Tensor]:
-    """The tensors of a state, which may be nested."""
+    """Returns the tensors of a state, which may be nested."""
     if isinstance(state, Tensor):
         return [state]
     return [tensor for part in state for tensor in tensors(part)] if isinstance(state, tuple | list) else []
 
 
-def adapt(module: nn.Module) -> StepNeuron | str | None:
-    """The module as a neuron, the reason why it cannot be one, or None where it does not spike."""
+def adapt(module: Any) -> StepNeuron | str | None:
+    """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
     runs = next((kind.forward for kind in FAMILIES if isinstance(module, kind)), None)
     if runs is None:
         return NOT_SUPPORTED if isinstance(module, OTHERS) else None

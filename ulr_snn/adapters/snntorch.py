@@ -1,10 +1,10 @@
-"""snnTorch's neurons, as they are: their own code runs, only `spike_grad` and what triggers the reset are replaced.
+"""The adapter of snnTorch's neurons. Their own code runs with another `spike_grad` and another `mem_reset`.
 
-Layers that run a whole sequence at once have no reset. Of the others, snnTorch calls `spike_grad` twice a step, for the
-reset by the membrane of the step before and for the spike. A drawn spike must be one and the same in both, so the
-reset takes the spike of the step before. With `reset_delay=False` the membrane has been reset by then: the second call
-asks whether it is above the threshold still, after a spike. That, and with `inhibition` which neuron of a layer wins,
-depends on weights and is no matter of chance: it gets no credit, and no estimator is unbiased there.
+Layers that run a whole sequence at once have no reset. The other layers call `spike_grad` twice a step: for the reset,
+from the membrane of the previous step, and for the spike. Both calls must see the same drawn spike, so the reset takes
+the spike of the previous step. With `reset_delay=False` the membrane is already reset at the second call, which asks
+whether a neuron that fired is still above its threshold. This question, and with `inhibition` which neuron of a layer
+wins, depends on weights but is not random. Such a decision gets no credit, and no estimator is unbiased there.
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ class Neuron(StepNeuron):
             return "its recurrent weights are not all to all"
         if recurrent is not None and module.reset_mechanism == "zero":
             return "its reset to zero takes the current with it"
-        entry = [Biased(recurrent)] if recurrent is not None and recurrent.bias is not None else []
+        entry: list[nn.Module] = [Biased(recurrent)] if recurrent is not None and recurrent.bias is not None else []
         return entry, LIF.sharing(module, module.reset_mechanism, None if recurrent is None else Weighted(recurrent))
 
     def patches(self, site: Step) -> dict[str, Any]:
@@ -115,11 +115,11 @@ class Sequence(StepNeuron):
 
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:
-    """The module as a neuron, the reason why it cannot be one, or None where it does not spike."""
+    """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
     if type(module) in STATES:
         return Neuron(module)
     if type(module) in WHOLE:
-        return Sequence(module) if getattr(module, "output", True) else None  # without output it does not fire
+        return Sequence(module) if getattr(module, "output", True) else None  # output=False: it does not fire
     if isinstance(module, snntorch.SpikingNeuron):
         return f"this class is not supported; use {', '.join(kind.__name__ for kind in STATES)}"
     return None

@@ -1,9 +1,8 @@
-"""SpikingJelly's nodes, as they are: their own code runs one step at a time, only `surrogate_function` is replaced.
+"""The adapter of SpikingJelly's nodes. Their own code runs one step at a time with another `surrogate_function`.
 
-A reset that is detached (`detach_reset`) is the same reset; while a site is bound it is not detached, so that what a
-spike does to its own neuron is known. In multi-step mode IF, LIF and parametric LIF nodes run as a scan of
-`ulr_snn`, batch norm, dropout and whatever else the model has as they are; other nodes run one step at a time. Steps of
-these three are written out here, since calls on the way to the library's own take most of the time.
+While a site is bound, no reset is detached (`detach_reset`), so that the graph holds the effect of a spike on its own
+neuron. In multi-step mode IF, LIF and parametric LIF nodes run as a scan of `ulr_snn`; other nodes run one step at a
+time. `Node._step` repeats the steps of these three, since calls inside the library take most of the time of its own.
 """
 
 import copy
@@ -48,7 +47,7 @@ class Node(StepNeuron):
         return tuple(getattr(self.module, name, None) for name in names)
 
     def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
-        """The membrane counts from v_reset, where there is one: it decays to it, and is set to it."""
+        # The neuron's membrane is the module's membrane minus v_reset, to which the latter decays and is reset.
         module, leaks = self.module, type(self.module) is neuron.LIFNode
         if type(module) not in (neuron.IFNode, neuron.LIFNode):
             return "its equations are not those of a LIF neuron with fixed leak"
@@ -57,7 +56,7 @@ class Node(StepNeuron):
         if module.store_v_seq:
             return "it keeps its membranes"
         beta = torch.tensor(1 - 1 / module.tau if leaks else 1.0).to(like)
-        entry = [Scaled(1 / module.tau)] if leaks and module.decay_input else []
+        entry: list[nn.Module] = [Scaled(1 / module.tau)] if leaks and module.decay_input else []
         reset = "subtract" if module.v_reset is None else "zero"
         return entry, LIF.sharing(module, reset, None, beta=beta, threshold=self.threshold.to(like))
 
@@ -72,13 +71,12 @@ class Node(StepNeuron):
         if type(module) is not neuron.ParametricLIFNode:
             return super().as_scan(x, lengths)
         share = module.w.sigmoid()  # 1 / tau, which is learned
-        values = {"beta": 1 - share, "threshold": self.threshold.to(x)}
-        ours = LIF.sharing(module, "zero", None, **values)
+        ours = LIF.sharing(module, "zero", None, beta=1 - share, threshold=self.threshold.to(x))
         ours.lengths = lengths
         return share * x if module.decay_input else x, ours
 
     def _step(self, x: Tensor, site: Step) -> Tensor:
-        """What the module's own step does, of the kinds that scans know, in a third of its time."""
+        """Runs the module's own step, for the `SCANNED` kinds, in a third of the module's time."""
         module, reset, v = self.module, self.module.v_reset, self.module.v
         if type(module) is neuron.IFNode:
             v = v + x
@@ -93,7 +91,7 @@ class Node(StepNeuron):
             module.v = (1 - spikes) * v + reset * spikes if reset else (1 - spikes) * v
         return spikes
 
-    def patches(self, site: Step) -> dict[str, Any]:
+    def patches(self, site: Any) -> dict[str, Any]:
         module = self.module
         if self.scans and hasattr(site, "fire_sequence"):
             return {"forward": lambda x: fired(site, *self.as_scan(widened(x), site.lengths)).to(x.dtype)}
@@ -114,12 +112,12 @@ class Node(StepNeuron):
 
 @full_precision()
 def fired(site: Any, current: Tensor, scan: LIF) -> Tensor:
-    """Spikes [T, B, ...] of the site's layer, run as this scan."""
+    """Runs the site's layer as this scan and returns the spikes [T, B, ...]."""
     return site.fire_sequence(scan, current)
 
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:
-    """The module as a neuron, the reason why it cannot be one, or None where it does not spike."""
+    """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
     if type(module) in KINDS:
         return Node(module)
     families = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(neuron.__name__)]
@@ -130,9 +128,9 @@ def adapt(module: nn.Module) -> StepNeuron | str | None:
 
 @contextmanager
 def fresh_memories(model: nn.Module) -> Iterator[None]:
-    """Modules with memories, those that do not fire (dropout, synapses) too: for a while they start anew, and then they
-    are as they were."""
-    modules = [module for module in model.modules() if "_memories_rv" in module.__dict__]
+    """Within this context, all modules with memories, also dropout and synapses, start from their initial state.
+    Afterwards their memories are as before."""
+    modules: list[Any] = [module for module in model.modules() if "_memories_rv" in module.__dict__]
     kept = [dict(module._memories) for module in modules]
     try:
         for module in modules:
@@ -144,12 +142,12 @@ def fresh_memories(model: nn.Module) -> Iterator[None]:
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether it is dropout, which is no subclass of torch's."""
+    """Returns whether a module is dropout. SpikingJelly's classes are no subclasses of torch's."""
     return "Dropout" in type(module).__name__
 
 
 def lifted(module: nn.Module) -> bool:
-    """Whether it is a stateless module of torch's, in multi-step mode where it is so set."""
+    """Returns whether a module wraps a stateless module of torch, in single-step or multi-step mode."""
     return type(module).__module__ == "spikingjelly.activation_based.layer.stateless_wrapper"
 
 

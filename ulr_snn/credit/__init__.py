@@ -1,1 +1,1 @@
-"""What a spike does to the loss, and the formula that makes gradients of it."""
+"""Credit of spikes for the loss, and the formula that turns credit into gradients."""

@@ -1,4 +1,4 @@
-"""The prediction of what a spike does to the loss."""
+"""The predicted credit of a layer's spikes."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Credit:
-    """a: prediction of ∂L/∂spike; current: of ∂L/∂J, all that the layer's own later steps add to it included; both
-    [T, rows, ...], None where nothing is known."""
+    """Predicted derivatives of the loss at a layer, [T, rows, ...] each; None where nothing is known. a: ∂L/∂spike.
+    current: ∂L/∂J, which includes the effect by way of the layer's own later steps."""
 
     a: Tensor | None
     current: Tensor | None

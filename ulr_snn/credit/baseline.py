@@ -1,13 +1,13 @@
-"""Global credit: the loss less a baseline, for every spike alike (the paper's estimator)."""
+"""Global credit: the loss minus a baseline, the same for every spike (the paper's estimator)."""
 
 import torch
 from torch import Tensor
 
 
 def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | None) -> Tensor:
-    """b [copies, B, ...] of losses [K, B, ...], independent of the copies' own draws: the mean loss of the sample's
-    copies in other groups (leave-one-out, or leave-group-out where copies of a group are not independent); with a
-    single group the moving mean."""
+    """Returns baselines [copies, B, ...] for losses [K, B, ...], independent of the copies' own draws. The baseline is
+    the mean loss of the sample's copies in other groups (leave-one-out, or leave-group-out where copies of a group
+    depend on each other). With a single group it is the moving mean."""
     count = len(losses)
     if count <= group:
         own = losses[: len(copies)]
@@ -18,23 +18,23 @@ def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | Non
 
 
 def moving(mean: Tensor | None, losses: Tensor) -> Tensor:
-    """A mean of the losses of all steps, of the last ones above all."""
+    """Returns the exponential moving average of the losses after one more step."""
     return losses.mean() if mean is None else mean.lerp(losses.mean(), 0.05)
 
 
 def to_go(losses: Tensor) -> Tensor:
-    """Reward-to-go: what a loss that is a sum over time steps adds up from each step on, [..., T]."""
+    """Returns the reward-to-go [..., T]: the sum of a loss's summands by time step from each step on."""
     return losses.flip(-1).cumsum(-1).flip(-1)
 
 
 def multi_sample_weights(losses: Tensor) -> Tensor:
-    """K ∂/∂L_k of the multi-sample bound -log mean exp(-L_k), of losses [K, B] (GEM-SNN, arXiv 2102.03280)."""
+    """Returns K ∂/∂L_k of the multi-sample bound -log mean exp(-L_k) for losses [K, B] (GEM-SNN, arXiv 2102.03280)."""
     return len(losses) * torch.softmax(-losses, 0)
 
 
 def multi_sample_signals(losses: Tensor) -> Tensor:
-    """What K copies' scores are weighted by in the gradient of the multi-sample bound, [K, B]: K times the bound, less
-    that with a copy's own loss replaced by the mean of the others' (VIMCO, arXiv 1602.06725)."""
+    """Returns the weights of K copies' scores in the gradient of the multi-sample bound, [K, B] (VIMCO, arXiv
+    1602.06725): K times the bound, minus K times the bound with the copy's loss replaced by the mean of the others."""
     count = len(losses)
     bound = -torch.logsumexp(-losses, 0)
     others = (losses.sum(0) - losses) / max(1, count - 1)

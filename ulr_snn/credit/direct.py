@@ -1,4 +1,4 @@
-"""Exact maps: the vector-Jacobian product of the differentiable modules between spikes and what they reach.
+"""Exact maps: the vector-Jacobian products of the differentiable modules between spikes and the tensors they reach.
 
 A layer's spikes reach the loss, or the input currents of other layers, through differentiable modules. Autograd takes
 the product over that one piece of the model, for all time steps at once. The spikes of every layer are leaves of the
@@ -14,11 +14,9 @@ from ulr_snn.sites.records import Record
 
 
 def direct_credit(ends: Sequence[tuple[Tensor, Tensor]], record: Record) -> Tensor | None:
-    """Vector-Jacobian product a = sum over ends of (∂end/∂spikes)^T gradient, [T, B, ...] of the record's spikes.
-
-    ends: tensors that depend on the spikes differentiably, and the loss's gradient with respect to each. The spikes of
-    all layers are leaves of the graph, so that no other spike lies between. None where no end reaches the spikes.
-    """
+    """Returns the vector-Jacobian product a = sum over ends of (∂end/∂spikes)^T gradient, [T, B, ...], or None. ends:
+    tensors that may depend on the spikes differentiably, with the loss's gradient at each. The result is None if no end
+    does."""
     ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
     if not ends:
         return None
@@ -28,7 +26,7 @@ def direct_credit(ends: Sequence[tuple[Tensor, Tensor]], record: Record) -> Tens
 
 
 def whole(parts: list[Tensor | None], record: Record) -> Tensor | None:
-    """[T, B, ...] of what belongs to each leaf of a record's spikes, zero where it is None; None where all are."""
+    """Joins the parts of a record's leaves to [T, B, ...], with zeros for None. Returns None if all parts are None."""
     if all(part is None for part in parts):
         return None
     if record.whole:
@@ -38,15 +36,13 @@ def whole(parts: list[Tensor | None], record: Record) -> Tensor | None:
 
 
 def in_parts(sequence: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A sequence [T, B, ...] as the tensors of a layer are: all in one, or one [B, ...] a time step."""
+    """Splits a sequence [T, B, ...] like the tensors of a layer: all in one, or one [B, ...] per time step."""
     return [sequence] if len(tensors) == 1 and tensors[0].ndim == sequence.ndim else list(sequence)
 
 
 def direct_effect(ends: Sequence[Tensor], records: Sequence[Record], changes: Sequence[Tensor]) -> list[Tensor]:
-    """Jacobian-vector product: what changes [T, B, ...] of the records' spikes do to each end, in its shape.
-
-    It is taken as the derivative of a vector-Jacobian product with respect to its vector.
-    """
+    """Returns the Jacobian-vector product: the change of each end by changes [T, B, ...] of the records' spikes. The
+    product is the derivative of a vector-Jacobian product with respect to its vector."""
     probes = [torch.zeros_like(end, requires_grad=True) for end in ends]
     graphs = [(end, probe) for end, probe in zip(ends, probes, strict=True) if end.requires_grad]
     effects = [torch.zeros_like(end) for end in ends]

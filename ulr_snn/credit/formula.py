@@ -1,4 +1,4 @@
-"""The formula: the only place where scores and credits become gradients.
+"""The formula that turns scores and credits into gradients. No other code does.
 
 For every weight W that feeds neuron i at time t (unified likelihood ratio, arXiv 2305.08960, and a control variate a):
 
@@ -9,7 +9,7 @@ L is the loss of the sample and copy, b a baseline, ε = s - p the innovation of
 a the prediction of ∂L/∂s. Whole sequences, chunks of time and online learning call the same code.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,22 +25,23 @@ from ulr_snn.sites.records import Record
 
 
 class Passed(Protocol):
-    """What the formula needs of a pass, or of a chunk of one. ends: where spikes reach the loss differentiably, with
-    the loss's gradient there."""
+    """The part of a pass, or of a time chunk, that credit and the formula use. See `Pass`."""
 
     copies: list[int]
     records: list[Record]
     linked: bool
 
     @property
-    def ends(self) -> list[tuple[Tensor, Tensor]]: ...
+    def ends(self) -> Sequence[tuple[Tensor, Tensor]]: ...
+    @property
+    def error(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A gradient and the tensor at which it enters the graph. site: whose current or drive that is, None of the
-    outputs. copies: of the rows, None of the exact gradient at the outputs. by_score: it is the summand of the
-    score."""
+    """A gradient and the tensor at which it enters the graph. site: the site whose current or drive the tensor is, or
+    None for the outputs. copies: the copies of its rows, or None for the exact gradient at the outputs. by_score: the
+    gradient is the summand of the score."""
 
     tensor: Tensor
     gradient: Tensor
@@ -51,11 +52,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Formula:
-    """The coefficients c of a step's passes.
-
-    quiet: sites without noise. gradientless: some losses have no gradient in the outputs. mean_loss, mean_gradientless:
-    moving baselines, of all losses together and of those without a gradient.
-    """
+    """Computes the coefficients c of a step's passes. quiet: sites without noise. gradientless: some losses have no
+    gradient in the outputs. mean_loss, mean_gradientless: moving baselines of all losses together, and of the losses
+    without a gradient."""
 
     credit: CreditKind
     sampling: Sampling
@@ -65,8 +64,8 @@ class Formula:
     mean_gradientless: Tensor | None
 
     def of_group(self, group: Group, predictions: list[list[Credit]], share: float) -> Iterator[Entry]:
-        """The entries of all passes of a group. predictions: of each pass and record. share: of the exact gradient,
-        that of this group among all."""
+        """Yields the entries of all passes of a group. predictions: one for each pass and record. share: the group's
+        share of the exact gradient."""
         losses = group.losses
         shares = multi_sample_weights(losses) if self.sampling.multi_sample else torch.ones_like(losses)
         for p, predicted in zip(group.passes, predictions, strict=True):
@@ -84,10 +83,9 @@ class Formula:
         share: float = 1.0,
         varied: str | None = None,
     ) -> Iterator[Entry]:
-        """The two summands of c at each site, and the exact gradient at the outputs.
-
-        weight [rows]: of each row in the mean over samples and copies. signal: what scores are weighted by, [rows] or,
-        by time step, [rows, T], in a mean over `count`. varied: the only site whose noise differs, if there is one."""
+        """Yields the two summands of c at each site, and the exact gradient at the outputs. weight [rows]: weight of
+        each row in the mean over samples and copies. signal: weight of scores, [rows] or, by time step, [rows, T], in a
+        mean over `count`. varied: the only site whose noise differs, if there is one."""
         for record, credit in self.sites(p, predicted, varied):
             if not record.x.requires_grad:
                 continue
@@ -96,25 +94,25 @@ class Formula:
                 by_row = in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2)))
                 yield Entry(record.x, record.score() * by_row / count, record.site, p.copies, True)
             rows = weight.view(-1, *[1] * (record.x.ndim - 2))
-            if record.entry is not None and credit.current is not None:  # the filter inside the neuron is done
-                yield Entry(record.entry, credit.current.mul_(rows), record.site, p.copies)  # it has no further use
+            if record.entry is not None and credit.current is not None:  # it includes the filter inside the neuron
+                yield Entry(record.entry, credit.current.mul_(rows), record.site, p.copies)  # not used again
             elif credit.a is not None:
                 slope = record.slope if self.credit.unbiased else record.response
                 yield Entry(record.x, credit.a * slope * rows, record.site, p.copies)
-        for end, gradient in p.ends:  # the exact path that meets no spike
+        for end, gradient in p.ends:  # the exact path passes no spike
             if end.requires_grad:
                 rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
                 yield Entry(end, gradient * rows * share)
 
     def sites(self, p: Passed, predicted: list[Credit], varied: str | None) -> list[tuple[Record, Credit]]:
-        """Records at which noise was drawn, and their predictions; of a linked pass none, since there credit goes on by
-        itself from the ends."""
+        """Returns the records at which noise was drawn, with their predictions. A linked pass has none, because there
+        autograd carries credit from the ends."""
         pairs = zip(p.records, predicted, strict=not p.linked)
         return [(r, credit) for r, credit in pairs if varied in (None, r.site) and r.site not in self.quiet]
 
     def signal(self, group: Group, p: Pass, predicted: list[Credit]) -> Tensor:
-        """L - b - Σ a ε, [rows]; with reward-to-go by time step, [rows, T]. Without λ, that of the losses without a
-        gradient alone."""
+        """Returns L - b - Σ a ε, [rows], or by time step with reward-to-go, [rows, T]. If λ is 0, L has only the losses
+        without a gradient."""
         losses, mean = group.losses, self.mean_loss
         if not self.credit.unbiased:
             losses, mean = group.joined("gradientless"), self.mean_gradientless
@@ -133,7 +131,7 @@ class Formula:
         return signal
 
     def of_weights(self, passes: list[Pass], losses: Tensor) -> Tensor:
-        """What the scores of weight noise are weighted by, [K, B]."""
+        """Returns the weights of the scores of weight noise, [K, B]."""
         if self.sampling.multi_sample:
             return multi_sample_signals(losses)
         group = self.sampling.group
@@ -141,7 +139,7 @@ class Formula:
 
 
 def enter(entries: Iterable[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
-    """Adds to the `.grad` of what is wanted the gradients that enter the graph at these tensors."""
+    """Adds to the `.grad` of the wanted tensors the gradients that enter the graph at these tensors."""
     entries = list(entries)
     if wanted and entries:
         tensors, gradients = zip(*entries, strict=True)

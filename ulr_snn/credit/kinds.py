@@ -1,11 +1,11 @@
-"""What every spike is credited with: `Auto`, `Global`, `Feedback` and `Residual` are what `ULR(credit=...)` takes.
+"""Kinds of credit for `ULR(credit=...)`: `Auto`, `Global`, `Feedback` and `Residual`.
 
 kind       λ   a (prediction of ∂E[L]/∂spike)                       what it is
 Global     1   0                                                    unbiased, the paper's estimator
 Feedback   0   direct credit + feedback of the copy itself          slightly biased, very low variance
 Residual   1   the same, from independent copies                    unbiased, a as control variate
 
-See credit/formula.py for what λ and a are in.
+λ and a are those of credit/formula.py.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ulr_snn.sampling.kinds import Sampling
 
 
 class Predictor(Protocol):
-    """What kinds of credit ask of a prediction, see `Prediction`."""
+    """The part of a `Prediction` that kinds of credit use."""
 
     def credit(self, p: Pass) -> list[Credit]: ...
     def learn_layers(self, passes: list[Pass], step: int) -> None: ...
@@ -29,16 +29,16 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class CreditKind:
-    """What all kinds share. unbiased: λ is 1, so that losses weight scores; default_copies: of a sample in a step."""
+    """The base of all kinds of credit. unbiased: λ is 1, so losses weight scores. default_copies: copies per sample."""
 
     name: ClassVar[str]
     unbiased: ClassVar[bool]
     default_copies: ClassVar[int]
-    by_losses: ClassVar[bool] = False  # a pass needs of the others their losses alone
-    goes_back: ClassVar[bool] = True  # credit is predicted, from the gradient of the loss in the outputs
+    by_losses: ClassVar[bool] = False  # passes need only the losses of other passes
+    goes_back: ClassVar[bool] = True  # credit is predicted from the gradient of the loss in the outputs
 
     def check(self, sampling: Sampling) -> None:
-        """Raises UsageError for copies that it cannot be used with."""
+        """Raises UsageError if the credit cannot be used with this sampling."""
         if sampling.multi_sample and self.name == "residual":
             raise UsageError("ULR got multi_sample copies with credit='residual'; use 'auto', 'feedback' or 'global'")
         if sampling.adaptive and self.name not in ("global", "residual"):
@@ -53,31 +53,31 @@ class CreditKind:
         return False
 
     def predict(self, prediction: Predictor, passes: list[Pass], group: int) -> list[list[Credit]]:
-        """The prediction a of each pass and record. group: copies that are not independent of each other."""
+        """Predicts a for each pass and record. group: number of copies that depend on each other."""
         raise NotImplementedError
 
     def learn_before(self, prediction: Predictor, passes: list[Pass], step: int) -> None:
-        """Learns what may be learned from the passes that it is used in."""
+        """Learns feedback that may be used in the same passes."""
 
     def learn_after(self, prediction: Predictor, groups: list[Group], step: int) -> None:
-        """Learns what must not be learned from the passes that it is used in, once they have been used."""
+        """Learns feedback that may be used only in later passes."""
 
     def wants_pair(self, prediction: Predictor, step: int) -> bool:
-        """Whether a step is to run at least two copies, to learn from their difference."""
+        """Returns whether a step should run at least two copies, to learn from their difference."""
         return False
 
     def describe(self, parts: str) -> str:
-        """What a site's spikes are credited with, for `plan`. parts: where the prediction comes from."""
+        """Describes a site's credit for `plan`. parts: the sources of the prediction."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Learned(CreditKind):
-    """Kinds with learned feedback.
+    """The base of kinds with learned feedback.
 
     refresh: number of steps between antithetic pairs. Pairs are needed only where feedback cannot be learned from a
-        single pass: from the outputs, and into layers that see the events otherwise than by spikes.
-    time_functions: number of smooth functions of time that resolve the learned feedback; 1: constant in time.
+        single pass: from the outputs, and into layers that depend on the events without passing spikes.
+    time_functions: number of smooth functions of time in the learned feedback; 1: constant in time.
     rate: bound of the feedback's step, in units of samples / (neurons * functions).
     """
 
@@ -97,24 +97,24 @@ class Learned(CreditKind):
 
 @dataclass(frozen=True)
 class Auto(Learned):
-    """`Feedback` where the loss is differentiable in the outputs, or noise on these makes it so; otherwise `Global`. Of
-    a mix of losses, those without a gradient then get the credit of `Global`."""
+    """Uses `Feedback` where the loss is differentiable in the outputs, or output noise makes it so; otherwise `Global`.
+    In a mix of losses, the losses without a gradient get the credit of `Global`."""
 
     name: ClassVar[str] = "auto"
     unbiased: ClassVar[bool] = False
     default_copies: ClassVar[int] = 1
 
     def chosen(self, differentiable: bool) -> "Feedback | Global":
-        """What it is for a loss that is differentiable in the outputs, or is not."""
+        """Returns the kind for a loss that is, or is not, differentiable in the outputs."""
         return Feedback(self.refresh, self.time_functions, self.rate) if differentiable else Global()
 
 
 @dataclass(frozen=True)
 class Global(CreditKind):
-    """The loss less a baseline, for every spike alike (arXiv 2305.08960): unbiased, of high variance.
+    """Credits every spike with the loss minus a baseline (arXiv 2305.08960): unbiased, with high variance.
 
-    reward_to_go: a spike is credited with what the loss adds up from its time on alone. For losses that are sums over
-        time ("ce_rate", "mse") and models that do not look ahead.
+    reward_to_go: a spike is credited only with the loss from its time on. This is for losses that are sums over time
+        ("ce_rate", "mse") and models that do not look ahead.
     """
 
     name: ClassVar[str] = "global"
@@ -122,7 +122,7 @@ class Global(CreditKind):
     default_copies: ClassVar[int] = 8
     by_losses: ClassVar[bool] = True
     goes_back: ClassVar[bool] = False
-    reward_to_go: bool = False  # type: ignore[assignment]  # a field here, constant elsewhere
+    reward_to_go: bool = False
 
     def predict(self, prediction: Predictor, passes: list[Pass], group: int) -> list[list[Credit]]:
         return [[NOTHING] * len(p.records) for p in passes]
@@ -133,17 +133,17 @@ class Global(CreditKind):
 
 @dataclass(frozen=True)
 class Feedback(Learned):
-    """The prediction of what each spike does to the loss, from its own pass: slightly biased, of very low variance."""
+    """Credits each spike with its predicted effect on the loss in its own pass: slight bias, very low variance."""
 
     name: ClassVar[str] = "feedback"
     unbiased: ClassVar[bool] = False
     default_copies: ClassVar[int] = 1
 
     def predict(self, prediction: Predictor, passes: list[Pass], group: int) -> list[list[Credit]]:
-        return [[] if p.linked else prediction.credit(p) for p in passes]  # a linked pass gives credit by itself
+        return [[] if p.linked else prediction.credit(p) for p in passes]  # autograd carries credit in a linked pass
 
     def learn_before(self, prediction: Predictor, passes: list[Pass], step: int) -> None:
-        # What spikes do to the next layer is no matter of chance.
+        # The effect of spikes on the next layer is deterministic, so learning it from its own pass adds no bias.
         prediction.learn_layers(passes, step)
 
     def learn_after(self, prediction: Predictor, groups: list[Group], step: int) -> None:
@@ -159,13 +159,13 @@ class Feedback(Learned):
 
 @dataclass(frozen=True)
 class Residual(Learned):
-    """The loss less what is predicted from the innovations of independent copies: unbiased, with less variance the
-    better the prediction. reward_to_go: as of `Global`."""
+    """Credits each spike with the loss minus its prediction from independent copies: unbiased, with less variance the
+    better the prediction. reward_to_go: see `Global`."""
 
     name: ClassVar[str] = "residual"
     unbiased: ClassVar[bool] = True
     default_copies: ClassVar[int] = 4
-    reward_to_go: bool = False  # type: ignore[assignment]  # a field here, constant elsewhere
+    reward_to_go: bool = False
 
     def check(self, sampling: Sampling) -> None:
         super().check(sampling)
@@ -191,7 +191,7 @@ KINDS: dict[str, CreditKind] = {kind.name: kind for kind in (Auto(), Global(), F
 
 
 def credit_of(credit: CreditKind | str) -> CreditKind:
-    """The kind of this name, or as it is given."""
+    """Returns the kind of this name, or the given kind."""
     if isinstance(credit, CreditKind):
         return credit
     if not isinstance(credit, str) or credit not in KINDS:

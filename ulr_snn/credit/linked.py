@@ -1,9 +1,9 @@
 """Exact credit of all layers in one backward pass.
 
-Where every map between layers is the product of known derivatives, credit needs no layer to be taken by itself: each
-layer's spikes stand in the graph behind what they were drawn from, and where a gradient arrives at them, the layer
-turns it into that of its input current, by `Recurrence` or by its own library's graph. So products are taken once for
-credit and for parameters together. It is the same credit as `Prediction.credit` of the same pass.
+This works where every map between layers is a product of known derivatives. Each layer's spikes stay in the graph,
+linked to the drives that they were drawn from. The layer turns a gradient at its spikes into the gradient of its input
+current, by `Recurrence` or by its own library's graph. So one product serves both credit and parameters. The credit
+equals `Prediction.credit` of the same pass.
 """
 
 from typing import Any
@@ -21,19 +21,19 @@ from ulr_snn.sites.records import LinkedRecord, Record, response_of
 
 
 class Linked:
-    """The `records.Links` of credit."""
+    """The `records.Links` that carry credit through spikes."""
 
     @staticmethod
     def spikes(record: Record) -> Tensor:
-        """The spikes [T, B, ...] of a layer of ours, in the graph behind its input current."""
+        """Returns the spikes [T, B, ...] of a neuron of `ulr_snn`, linked to its input current."""
         if record.through is None:
             return _Spikes.apply(record.x, None, record)
         return _Spikes.apply(record.through, record.neuron.beta.clamp(0, 1), record)
 
     @staticmethod
-    def steps(*about: Any) -> "StepLink":
-        """For a layer whose membranes come in time step by time step."""
-        return StepLink(*about)
+    def steps(drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> "StepLink":
+        """Returns the link of a layer whose membranes arrive time step by time step."""
+        return StepLink(drawer, scale, over, lengths, whole)
 
 
 class _Spikes(torch.autograd.Function):
@@ -55,26 +55,26 @@ class _Spikes(torch.autograd.Function):
 
 
 class StepLink:
-    """Draws the spikes of a layer that its library's code runs, and keeps what turns a gradient at them into that of
-    the membranes: no graph, so that the graph can refer to it.
+    """Draws the spikes of a layer that its library's code runs, and keeps the slopes that a gradient at them needs.
 
-    scale: of the noise, which may depend on a threshold that is learned; over: distances [K] of the secants, see
-    `Record`; lengths [B]: steps of each row that are no padding; whole: whether all time steps come in at once.
+    It keeps no graph, so that the graph can refer to it. scale: the noise scale, which may depend on a learnable
+    threshold. over: distances [K] of the secants, see `Record`. lengths: [B]; later steps are padding. whole: all time
+    steps arrive at once.
     """
 
     def __init__(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> None:
         self.drawer, self.scale, self.over, self.lengths, self.whole = drawer, scale, over, lengths, whole
         self._slopes: Tensor | None = None  # [T, B, ...], per unit of membrane
-        self._x: dict[int, Tensor] = {}  # standardised drives, where slopes are made of them later
+        self._x: dict[int, Tensor] = {}  # standardised drives, if slopes are computed later
         self._draw: dispatch.StepDraw | None = None
 
     def fired(self, t: int, drive: Tensor) -> Tensor:
-        """Spikes of drives [B, ...] of time step t (or of all, [T, B, ...]) in the graph behind them."""
+        """Draws spikes from drives [B, ...] of time step t, or [T, B, ...] of all steps, linked to the drives."""
         x = drive / self.scale if self.scale.requires_grad else drive
         return _Step.apply(x, drive.detach(), self, t)
 
     def drawn(self, t: int, drive: Tensor) -> Tensor:
-        """Spikes of such drives, without a graph."""
+        """Draws spikes from drives as in `fired`, without a graph."""
         if not self._x and self._draw is None and dispatch.kernels(drive) is not None:  # the first step decides
             draw, like = self.drawer.draw(), drive[0] if self.whole else drive
             self._draw = None if draw is None else dispatch.StepDraw(draw, like, self.lengths, self.over)
@@ -87,7 +87,7 @@ class StepLink:
         return own_steps(spikes, t, self.lengths, self.whole)
 
     def slope(self, t: int) -> Tensor:
-        """What credit takes for ∂p/∂drive, in the shape of the drive."""
+        """Returns ∂p/∂drive as credit uses it (see `response_of`), in the shape of the drive."""
         if self._slopes is None:
             if self._draw is not None:
                 self._slopes = self._draw.slope
@@ -97,7 +97,7 @@ class StepLink:
         return self._slopes if self.whole else self._slopes[t]
 
     def seen(self, site: str) -> LinkedRecord:
-        """Of the pass, once it is over."""
+        """Returns the record of the pass after its last step."""
         if self._draw is not None:
             largest = self._draw.farthest
         else:

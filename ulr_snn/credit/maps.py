@@ -1,9 +1,9 @@
-"""Paths from one layer's spikes to another's input current: which linear maps they can be. The weights are learned.
+"""Paths from one layer's spikes to another's input current: linear maps with learned weights.
 
 Full    every neuron to every neuron: weight [N, N_target].
 Shared  the same weights around every position, as in a convolution or a pooling: weight [C k_1 .. k_d, C_target].
-Both act on rows [n, ...], one for each sample and time step, and give the regression of their weight as plain
-matrices, `inputs` [m, D] and `results` [m, M] with results ≈ inputs @ weight.
+Both act on rows [n, ...], one for each sample and time step. The weight is the solution of the regression
+results ≈ inputs @ weight with matrices `inputs` [m, D] and `results` [m, M].
 """
 
 import math
@@ -21,50 +21,52 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Path:
-    """source, target: shapes of one sample's spikes and input current at one time step."""
+    """A linear map from spikes to currents. source, target: their shapes for one sample in one time step."""
 
     source: Shape
     target: Shape
 
     @property
     def size(self) -> tuple[int, int]:
-        """D, M of the weight."""
+        """The shape (D, M) of the weight."""
         raise NotImplementedError
 
     @property
     def positions(self) -> int:
-        """Rows of the regression that a row of spikes gives."""
+        """The number of regression rows per row of spikes."""
         raise NotImplementedError
 
     @property
     def products(self) -> int:
-        """Multiply-adds that a row of spikes costs."""
+        """The number of multiply-adds per row of spikes."""
         return math.prod(self.size) * self.positions
 
     def unshared(self, entries: int) -> "Path":
-        """The path with a weight for every pair of neurons, where it has no more entries than this; else itself."""
+        """Returns the path with a weight for every pair of neurons if it has at most `entries` weights, else itself."""
         full = Full(self.source, self.target)
         return full if math.prod(full.size) <= entries else self
 
     def inputs(self, spikes: Tensor) -> Tensor:
-        """Spikes [n, *source] as the regression's inputs [n * positions, D]."""
+        """Returns the regression's inputs [n * positions, D] from spikes [n, *source]."""
         raise NotImplementedError
 
     def results(self, current: Tensor) -> Tensor:
-        """Currents [n, *target] as the regression's results [n * positions, M]."""
+        """Returns the regression's results [n * positions, M] from currents [n, *target]."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor, spikes: Tensor) -> Tensor:
-        """Spikes [n, *source] -> their effect on the current [n, *target]."""
+        """Maps spikes [n, *source] to their effect on the current [n, *target]."""
         raise NotImplementedError
 
     def backward(self, weight: Tensor, current: Tensor) -> Tensor:
-        """∂L/∂current [n, *target] -> ∂L/∂spikes [n, *source]."""
+        """Maps ∂L/∂current [n, *target] to ∂L/∂spikes [n, *source]."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Full(Path):
+    """A path with a weight for every pair of neurons."""
+
     @property
     def size(self) -> tuple[int, int]:
         return math.prod(self.source), math.prod(self.target)
@@ -88,8 +90,8 @@ class Full(Path):
 
 @dataclass(frozen=True)
 class Shared(Path):
-    """source [C, S_1 .. S_d] and target [C_target, S'_1 .. S'_d]: position j of the target sees, along every axis,
-    the `extent` positions of the source from stride * j + offset on."""
+    """A path with the same weights around every position, from [C, S_1 .. S_d] to [C_target, S'_1 .. S'_d]. Along every
+    axis, position j of the target depends on the `extent` positions of the source from stride * j + offset on."""
 
     stride: Shape
     offset: Shape
@@ -126,8 +128,8 @@ class Shared(Path):
         margins = self._margins()
         if min(margins) < 0:
             return pad(spread, [-margin for margin in margins])
-        axes = zip(self.source[1:], reversed(margins[::2]), strict=True)  # a view, where nothing is to be added
-        spread = spread[(..., *(slice(before, before + width) for width, before in axes))]
+        axes = zip(self.source[1:], reversed(margins[::2]), strict=True)  # a view, because nothing has to be added
+        spread = spread[(slice(None), slice(None), *(slice(before, before + width) for width, before in axes))]
         return turned(spread.permute(0, 2, 3, 1)) if spread.ndim == 4 else spread
 
     def _convolve(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -139,7 +141,7 @@ class Shared(Path):
         return torch.convolution(x, kernel, None, self.stride, none, one, transposed, none, 1)
 
     def _margins(self) -> list[int]:
-        """Of zeros (or to cut off, where negative) around the source, as `pad` takes them: last axis first."""
+        """Returns the zeros to add around the source (negative: to cut off) as `pad` takes them: last axis first."""
         margins = []
         axes = zip(self.source[1:], self.target[1:], self.stride, self.offset, self.extent, strict=True)
         for width, places, stride, offset, extent in reversed(list(axes)):
@@ -148,12 +150,11 @@ class Shared(Path):
 
 
 def window(x: Tensor, spikes: Tensor, source: Shape, target: Shape) -> Shared | None:
-    """The window of the source [C, ...] that a position of the target [C', ...] sees, in x [T, B, *target] as a
-    function of the spikes [T, B, *source], or of one time step [B, ...] each; None where x is not local in them or the
-    window does not move evenly.
+    """Returns the windows of the source [C, ...] that positions of the target [C', ...] depend on, or None.
 
-    Read off which spikes the graph lets x depend on at three neighbouring positions, not how. Weights that are exactly
-    zero in this pass do not count.
+    x [T, B, *target] is a function of spikes [T, B, *source]; or both are of one time step, [B, ...]. Its gradients at
+    three neighbouring positions show which spikes it depends on. The result is None if x is not local or the window
+    does not move evenly. Weights that are exactly zero in this pass do not count.
     """
     if len(source) != len(target) or len(source) < 2 or min(target[1:]) < 3:
         return None
@@ -175,16 +176,17 @@ def window(x: Tensor, spikes: Tensor, source: Shape, target: Shape) -> Shared | 
 
 
 def _seen(x: Tensor, spikes: Tensor, place: list[int]) -> list[tuple[int, int]]:
-    """First and last position along each axis of the spikes that x at this position depends on."""
+    """Returns the first and last position along each axis of the spikes that x at this place depends on."""
     probe = torch.zeros_like(x)
-    # Batch statistics couple everything a little: signs that alternate over the samples let most of that cancel,
-    # and what counts below is what a position sees by itself.
+    # Batch statistics couple everything a little. Signs that alternate over the samples let most of that cancel, and
+    # the threshold below removes the rest.
     rows = x.shape[-len(place) - 2]
     signs = 1 - 2 * (torch.arange(rows, device=x.device) % 2)
     last = probe if probe.ndim == len(place) + 2 else probe[-1]
-    last[(slice(None), slice(None), *place)] = signs[:, None].to(x.dtype)
+    index: tuple[slice | int, ...] = (slice(None), slice(None), *place)
+    last[index] = signs[:, None].to(x.dtype)
     (gradient,) = torch.autograd.grad(x, spikes, probe, retain_graph=True, allow_unused=True)
-    if gradient is None:  # another time step's
+    if gradient is None:  # the spikes are of another time step
         gradient = torch.zeros_like(spikes)
     strength = gradient.abs().flatten(0, -len(place) - 1).amax(0)
     seen = (strength > 1e-2 * strength.max()).nonzero()

@@ -2,24 +2,24 @@
 
 A spike at t changes its neuron's membrane at t+1 by the reset, h_t = ∂u_{t+1}/∂s_t:
     reset "subtract": h_t = -threshold,     "zero": h_t = -beta u_t,     "none": h_t = 0
-and all of the layer's membranes by the recurrent current, which is learned as a matrix C like that between two layers
-(feedback.py). With it, to first order, it changes later firing probabilities. With a from outside the layer (direct
-credit, learned feedback), p' per unit of membrane, and k_t the factor of the membrane that the reset leaves:
+It changes all membranes of the layer by the recurrent current, which is a matrix C, known or learned (feedback.py).
+So, to first order, it changes later firing probabilities. With a from outside the layer (direct credit, learned
+feedback), p' per unit of membrane, and k_t the factor of the membrane that the reset leaves:
     c_t = (a_t + h_t g_{t+1} + C g_{t+1}) p'_t          credit times slope
     g_t = c_t + beta k_t g_{t+1}                        = ∂L/∂J_t, credit of the input current
-Direct credit misses both; this carries them. It looks at the pass's own later probabilities, so with λ = 1 it must
-come from an independent copy, as all credit does there.
+Direct credit lacks both effects. This credit depends on the pass's own later probabilities, so with λ = 1 it must come
+from an independent copy, as all credit must.
 
-The same linear map the other way: what innovations ε and changes δJ of the input currents do to the spikes,
+The transpose is the effect of innovations ε and of changes δJ of the input currents on the spikes,
     δu_t = beta k_{t-1} δu_{t-1} + h_{t-1} e_{t-1} + C^T e_{t-1} + δJ_t,    e_t = ε_t + p'_t δu_t,
 so that sum_t a_t e_t = sum_t (a + h g + C g)_t ε_t + g_t δJ_t.
 
-A layer of another library brings equations of its own. There the graph of its own steps, at fixed spikes, takes the
-place of beta, k, h and C: what it carries from one step to the next is known, and one step's vector-Jacobian product
-leads from the credit of x_t and of the states after t to that of J_t, of the spikes at t-1 and of the states before.
+A layer of another library has its own equations. There the graph of its steps, at fixed spikes, takes the place of
+beta, k, h and C. The states that it carries between steps are recorded. The vector-Jacobian product of one step leads
+from the credit of x_t and of the states after t to the credit of J_t, of the spikes at t-1 and of the states before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,9 @@ from ulr_snn.sites.records import Record
 class Recurrence:
     """One pass of one layer, linearised along its reset and its recurrent weights.
 
-    slope: gives p' per unit of membrane, anew; membrane: gives u where the reset needs it; all [T, B, ...].
-    path, weight: of the recurrent current, as learned; None where there is none, or nothing is learned yet.
-    fused: credit at one go, where there is a kernel (`Record.fused_credit`).
+    slope: computes p' per unit of membrane; membrane: computes u for the reset; spikes; all [T, B, ...].
+    path, weight: the map C of the recurrent current; None where there is none, or it is not learned yet.
+    fused: computes credit by a kernel, where there is one (`Record.fused_credit`).
     """
 
     neuron: SpikingNeuron
@@ -50,7 +50,7 @@ class Recurrence:
     fused: Callable[[Tensor, Tensor, bool, bool, Tensor | None], Any] | None = None
 
     def _steps(self) -> tuple[Tensor, Tensor]:
-        """beta k_t and h_t, broadcast over time where they are constant."""
+        """Returns beta k_t and h_t, expanded over time where they are constant."""
         beta = self.neuron.beta.detach().clamp(0, 1)
         steps = len(self.spikes)
         if self.neuron.reset == "zero":
@@ -61,9 +61,9 @@ class Recurrence:
     def credit(
         self, a: Tensor, totals: bool = True, later: Tensor | None = None, overwrite: bool = False
     ) -> tuple[Tensor | None, Tensor]:
-        """(a + h g + C g, g) [T, B, ...]: total credit of every spike, if it is asked for, and credit ∂L/∂J of every
-        input current. later: g [B, ...] of the step after the last, which becomes that of the first. overwrite: a is
-        not needed any more."""
+        """Returns (a + h g + C g, g) [T, B, ...]: the total credit of every spike, and ∂L/∂J of every input current.
+        Without `totals` the first is None. later: g [B, ...] of the step after the last; it is overwritten by g of the
+        first step. overwrite: the memory of a may be reused."""
         later = a.new_zeros(a.shape[1:]) if later is None else later
         if self.fused is not None and (self.weight is None or self._dense):
             done = self.fused(a, later, totals, overwrite, self.weight)
@@ -81,26 +81,26 @@ class Recurrence:
 
     @property
     def _dense(self) -> bool:
-        """Whether the recurrent weights are a matrix."""
+        """True if the recurrent weights are a matrix."""
         return isinstance(self.path, Full) and self.spikes.ndim == 3
 
-    def _through(self, h: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-        """(a_t, h_t, g, out) -> a_t + h_t g + C g, all [B, ...]."""
-        weight, threshold = self.weight, self.neuron.threshold
+    def _through(self, h: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], object]:
+        """Returns a function (a_t, h_t, g, out) that writes a_t + h_t g + C g, all [B, ...], to out."""
+        path, weight, threshold = self.path, self.weight, self.neuron.threshold
         uniform = self.neuron.reset == "none" or (self.neuron.reset == "subtract" and threshold.numel() == 1)
         if weight is not None and self._dense and uniform:
-            both = (weight + torch.diag(h[0].expand(len(weight)))).T  # to itself a neuron's reset is one more weight
+            both = (weight + torch.diag(h[0].expand(len(weight)))).T  # a reset is a neuron's weight to itself
             return lambda a_t, _, g, out: torch.addmm(a_t, g, both, out=out)
 
         def through(a_t: Tensor, h_t: Tensor, g: Tensor, out: Tensor) -> None:
             torch.addcmul(a_t, g, h_t, out=out)
-            if weight is not None:
-                out += self.path.backward(weight, g)
+            if path is not None and weight is not None:
+                out += path.backward(weight, g)
 
         return through
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
-        """e [T, B, ...]: innovations and changes of the input currents, with what they do to the layer's spikes."""
+        """Returns e [T, B, ...]: innovations plus the effect of innovations and current changes on the spikes."""
         kept, h = self._steps()
         slope = self.slope()
         response = torch.empty_like(innovations)
@@ -110,7 +110,7 @@ class Recurrence:
                 moved = moved + currents[t]
             torch.addcmul(innovations[t], moved, slope[t], out=response[t])
             moved = kept[t] * moved + h[t] * response[t]
-            if self.weight is not None:
+            if self.path is not None and self.weight is not None:
                 moved = moved + self.path.forward(self.weight, response[t])
         return response
 
@@ -121,15 +121,19 @@ class StepRecurrence:
 
     record: Record
 
-    def credit(self, a: Tensor, totals: bool = True, later: None = None, twice: bool = False) -> tuple[Tensor, Tensor]:
-        """As `Recurrence.credit`, always with totals, from the last step of the sequence on; twice: differentiable in
-        a."""
+    def credit(
+        self, a: Tensor, totals: bool = True, later: Tensor | None = None, overwrite: bool = False, twice: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Returns credit as `Recurrence.credit` does, always with totals, of a whole sequence, and without overwriting.
+        twice: the credit is differentiable in a."""
         trace, arrived, slope = self.record.trace, self.record.arrived, self.record.response
+        assert trace is not None  # see `recurrence_of`
         if self.record.whole:
             (current,) = gradients([(trace.x[0], a * slope)], arrived, twice)
             return a, torch.zeros_like(arrived[0]) if current is None else current
         total, currents = [], []
-        arriving, carried = torch.zeros_like(a[0]), []  # what later steps say about this step's spikes and states
+        arriving = torch.zeros_like(a[0])  # credit of this step's spikes by way of later steps
+        carried: list[Tensor | None] = []  # and of its states
         for t in range(len(a) - 1, -1, -1):
             total.append(a[t] + arriving)
             known = [(x, g) for x, g in zip(trace.states[t], carried, strict=False) if g is not None]
@@ -142,37 +146,40 @@ class StepRecurrence:
         return torch.stack(total[::-1]), torch.stack(currents[::-1])
 
     def response(self, innovations: Tensor, currents: Tensor | None = None) -> Tensor:
-        """As `Recurrence.response`: the derivative of sum_t total_t ε_t + g_t δJ_t with respect to a."""
+        """Returns the derivative of sum_t total_t ε_t + g_t δJ_t with respect to a, as `Recurrence.response` does."""
         a = torch.zeros_like(innovations, requires_grad=True)
         with torch.enable_grad():
             total, arrived = self.credit(a, twice=True)
         sums = [(total, innovations)] + ([(arrived, currents)] if currents is not None else [])
-        return gradients(sums, [a], twice=False)[0]
+        (found,) = gradients(sums, [a], twice=False)
+        assert found is not None  # total depends on a
+        return found
 
 
 def partial(states: list[Tensor], totals: list[Tensor | None], twice: bool) -> list[Tensor | None]:
-    """Derivatives in the states of one time step, each with the others as they are, from those of autograd: in a state
-    of which another one is made, these hold what it does by way of that other, too."""
-    made = [i for i, state in enumerate(states) if state.grad_fn is not None]  # not cut off since then
-    order = sorted(made, key=lambda i: states[i].grad_fn._sequence_nr(), reverse=True)
+    """Returns the partial derivatives in the states of one time step, each with the other states fixed. totals: the
+    derivatives of autograd. In a state that other states are computed from, they include the effect by way of those.
+    The order of computation is known only from the private sequence numbers of autograd's nodes."""
+    made = [(i, state.grad_fn) for i, state in enumerate(states) if state.grad_fn is not None]  # not detached since
+    order = [i for i, node in sorted(made, key=lambda pair: pair[1]._sequence_nr(), reverse=True)]
     found = list(totals)
     for place, i in enumerate(order):
-        earlier = order[place + 1 :]
-        if found[i] is None or not earlier:
+        earlier, total = order[place + 1 :], found[i]
+        if total is None or not earlier:
             continue
-        for j, through in zip(
-            earlier, gradients([(states[i], found[i])], [states[j] for j in earlier], twice), strict=True
-        ):
-            if through is not None:
-                found[j] = found[j] - through
+        through = gradients([(states[i], total)], [states[j] for j in earlier], twice)
+        for j, part in zip(earlier, through, strict=True):
+            before = found[j]
+            if part is not None and before is not None:
+                found[j] = before - part
     return found
 
 
 def recurrence_of(
     record: Record, read: bool = True, path: Path | None = None, weight: Tensor | None = None
 ) -> Recurrence | StepRecurrence:
-    """Of one pass of a layer. read: whether recurrent weights are taken as they are; else path and weight are of what
-    has been learned of them."""
+    """Returns the recurrence of one pass of a layer. read: recurrent weights are read from the layer; else path and
+    weight are the learned map."""
     if record.trace is not None:
         return StepRecurrence(record)
     recurrent = getattr(record.neuron, "recurrent", None)
@@ -184,13 +191,12 @@ def recurrence_of(
 
 
 def gradients(known: list[tuple[Tensor, Tensor]], wanted: list[Tensor], twice: bool) -> list[Tensor | None]:
-    """Σ gradient · ∂output/∂wanted over pairs of outputs and their gradients; None where nothing depends on it."""
+    """Returns Σ gradient · ∂output/∂wanted over pairs (output, gradient) for each wanted tensor, or None for zero."""
     known = [(output, gradient) for output, gradient in known if output.requires_grad]
     asked = [tensor for tensor in wanted if tensor.requires_grad]
-    found = iter([None] * len(asked))
+    found: Iterable[Tensor | None] = [None] * len(asked)
     if known and asked:
         outputs, weights = zip(*known, strict=True)
-        found = iter(
-            torch.autograd.grad(outputs, asked, weights, retain_graph=True, create_graph=twice, allow_unused=True)
-        )
-    return [next(found) if tensor.requires_grad else None for tensor in wanted]
+        found = torch.autograd.grad(outputs, asked, weights, retain_graph=True, create_graph=twice, allow_unused=True)
+    parts = iter(found)
+    return [next(parts) if tensor.requires_grad else None for tensor in wanted]

@@ -1,16 +1,16 @@
-"""Response of a black box: what noise on its input current does to what it gives, learned by a likelihood ratio.
+"""Response of a black box: the effect of noise on its input current on its output, learned by a likelihood ratio.
 
-Where outputs belong to inputs one by one, with Gaussian noise z of scale σ on the current J of neuron i,
+Where each output belongs to one input, with Gaussian noise z of scale σ on the current J of neuron i,
 
     D_ki = E[s_{t+k,i} z_ti] = σ E[∂s_{t+k,i}/∂J_ti],     k = 0 .. LAGS - 1    (Stein's lemma)
 
-is estimated from the samples and times of every pass, less the mean of s over the samples: no derivative of the box is
-asked for. It takes the place of p' and of what a neuron's state carries on: with a = ∂L/∂s from what comes after,
+is estimated from the samples and times of every pass, after the mean of s over the samples is subtracted. It needs no
+derivative of the box. It takes the place of p' and of the dynamics of a neuron's state: with a = ∂L/∂s from downstream,
 
     ∂L/∂z_t = sum_k D_k a_{t+k},     ∂L/∂J_t = ∂L/∂z_t / σ
 
-and the other way, δs_t = sum_k D_k (z + δJ / σ)_{t-k}. D is a mean over samples and times, and so is the credit biased
-by how much the single case differs.
+and in the other direction, δs_t = sum_k D_k (z + δJ / σ)_{t-k}. D is a mean over samples and times. The credit is
+biased by the deviation of each case from that mean.
 """
 
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from ulr_snn.model.neurons import shaped
 from ulr_snn.sites.records import CurrentRecord
 
 LAGS = 16
-WINDOW = 50  # passes that D is a mean of, nearly
+WINDOW = 50  # passes in the moving average D, approximately
 
 
 @dataclass
 class Response:
-    """One pass of one black box, linearised by its learned response [LAGS, ...]; None: nothing learned yet."""
+    """One pass of one black box, linearised by its learned response `kernel` [LAGS, ...]; None: not learned yet."""
 
     record: CurrentRecord
     kernel: Tensor | None
 
     def credit(self, a: Tensor | None) -> Tensor | None:
-        """∂L/∂z [T, B, ...] from ∂L/∂s [T, B, ...]."""
+        """Returns ∂L/∂z [T, B, ...] from ∂L/∂s [T, B, ...]."""
         if a is None or self.kernel is None:
             return None
         found = torch.zeros_like(a)
@@ -42,7 +42,7 @@ class Response:
         return found
 
     def response(self, drawn: Tensor) -> Tensor:
-        """δs [T, B, ...] of what the noise z is moved by, [T, B, ...]."""
+        """Returns δs [T, B, ...] for a change of the noise z, [T, B, ...]."""
         found = torch.zeros_like(self.record.spikes)
         for k, weight in enumerate(() if self.kernel is None else self.kernel[: len(drawn)]):
             found[k:] += weight * drawn[: len(drawn) - k]
@@ -50,8 +50,8 @@ class Response:
 
 
 def learned(kernel: Tensor | None, passes: int, spikes: Tensor, z: Tensor, valid: Tensor) -> Tensor:
-    """D after one more pass. spikes: deviations from the mean over samples; z: noise, zero on padding; both
-    [T, B, ...]; valid: [T, B]; passes: that D has seen so far."""
+    """Returns D after one more pass. spikes: deviations from the mean over samples [T, B, ...]; z: noise [T, B, ...],
+    zero on padding; valid: [T, B]; passes: number of earlier passes."""
     steps = len(z)
     own = shaped(valid.to(z.dtype), z)
     now = z.new_zeros(LAGS, *z.shape[2:])

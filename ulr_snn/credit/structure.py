@@ -1,4 +1,4 @@
-"""What one forward pass shows about a model: which layers feed which, and where each gradient comes from."""
+"""The structure of a model as its first pass shows it: which layers feed which, and where each gradient comes from."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,15 +24,15 @@ STEPS = ("Round", "Sign", "Floor", "Ceil", "Trunc", "Heaviside", "Fix")  # funct
 
 @dataclass
 class Structure:
-    """What the first pass shows: the credit in use, and where each site's credit comes from.
+    """The credit in use, and the source of each site's credit.
 
-    direct: sites whose spikes reach the outputs without passing another spike. exact, feeds: per site, the layers whose
-    input current its spikes reach so: those by a product of known derivatives, and those by a learned map, with its
-    path. paired: layers whose input current also depends on the events otherwise than by spikes, so that only
-    differences between copies tell what spikes do. recurrent: per site with a learned recurrent current, the path of
-    its spikes to it. from_outputs: sites with learned feedback from the outputs: those that act on the outputs only
-    through something that is not differentiable, those with a learned map that feed a layer at other time steps or one
-    too wide for a matrix between the two, and black boxes whose outputs do not belong to inputs one by one.
+    direct: sites whose spikes reach the outputs without passing another spike. exact, feeds: for each site, the layers
+    whose input current its spikes reach in the same way: by a product of known derivatives (exact), or by a learned map
+    with this path (feeds). paired: layers whose input current also depends on the events without passing spikes, so
+    that only differences between copies show the effect of spikes. recurrent: the paths of learned recurrent currents.
+    from_outputs: sites with learned feedback from the outputs. These act on the outputs only through something without
+    a derivative, or feed a layer at other time steps by a learned map, or feed a layer too wide for a matrix, or are
+    black boxes whose outputs do not each belong to one input.
     """
 
     credit: CreditKind
@@ -43,39 +43,39 @@ class Structure:
     recurrent: dict[str, Path]
     from_outputs: list[str]
     output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
-    parameters: dict[str, list[str]]  # parameter -> "outputs" and sites that its gradient comes from
+    parameters: dict[str, list[str]]  # parameter -> sources of its gradient: "outputs" and sites
     differentiable: bool  # whether the loss has a gradient in the outputs
     responding: set[str]  # black boxes with a learned response
-    driven: set[str] | None  # sites that see the events otherwise than by spikes; None where it does not matter
-    treatment: LossTreatment = field(default_factory=LossTreatment)  # how the losses are taken
+    driven: set[str] | None  # sites that depend on events without passing spikes; None: not looked for
+    treatment: LossTreatment = field(default_factory=LossTreatment)  # which losses are smoothed or have no gradient
     weights: dict[str, WeightNoise] = field(default_factory=dict)  # parameters with noise of their own
-    products: bool = True  # whether maps are taken as products, and recurrent weights as they are
-    recurs: set[str] = field(default_factory=set)  # sites with recurrent weights of ours
-    quiet: set[str] = field(default_factory=set)  # sites whose spikes nobody reads, but for their own reset: no noise
+    products: bool = True  # whether maps are products of derivatives, and recurrent weights are read
+    recurs: set[str] = field(default_factory=set)  # neurons of `ulr_snn` with recurrent weights
+    quiet: set[str] = field(default_factory=set)  # sites whose spikes only their own reset reads; they get no noise
     pools: bool = True  # whether there is max pooling
     changes: bool = True  # whether the model changes spikes in place
     current_noise: bool = False  # whether there are sites with noise on their input current
-    detached: list[str] = field(default_factory=list)  # callables without a gradient, where nobody has said so
+    detached: list[str] = field(default_factory=list)  # names of loss functions without a gradient
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether there is feedback that only pairs of copies can teach."""
+        """True if there is feedback that can be learned only from pairs of copies."""
         return bool(self.from_outputs or self.paired)
 
     @property
     def all_exact(self) -> bool:
-        """Whether credit "feedback" is made of products of known derivatives alone, in all layers."""
+        """True if credit "feedback" consists of products of known derivatives in all layers."""
         learned = any(self.feeds.values()) or self.recurrent or self.from_outputs or self.current_noise
         return self.credit.name == "feedback" and self.products and not (learned or self.treatment.gradientless)
 
     @property
     def has_readout(self) -> bool:
-        """Whether any parameter's gradient is exact, through the outputs alone."""
+        """True if a parameter's gradient comes from the outputs alone, and so is exact."""
         return any(sources == ["outputs"] for sources in self.parameters.values())
 
     @property
     def untrained(self) -> list[str]:
-        """Trainable parameters that no gradient reaches."""
+        """The trainable parameters that no gradient reaches."""
         return [name for name, sources in self.parameters.items() if not sources]
 
     @classmethod
@@ -88,14 +88,8 @@ class Structure:
         driven_by_events: Callable[[], set[str]],
         read_by_nobody: Callable[[list[str]], set[str]],
     ) -> "Structure":
-        """driven_by_events, read_by_nobody: see `Forward`; called where it matters."""
-        if isinstance(credit, Auto):
-            credit = credit.chosen(differentiable=bool(p.ends))
-        if not p.ends and credit.goes_back:
-            raise UsageError(
-                f"the loss has no gradient with respect to the outputs, which credit={credit.name!r} needs; "
-                "use credit='global', or noise={'outputs': OutputNoise()}"
-            )
+        """Finds the structure from a first pass p. driven_by_events, read_by_nobody: see replay.py."""
+        credit = chosen(credit, differentiable=bool(p.ends))
         reached = {"outputs": leaves([end for end, _ in p.ends])}
         reached |= {record.site: leaves([record.x]) for record in p.records}
         direct = {r.site for r in p.records if reaches(r, reached["outputs"])}
@@ -105,55 +99,82 @@ class Structure:
             if r.site not in direct and not any(reaches(r, reached[t.site]) for t in p.records if t is not r)
         ]
         quiet = read_by_nobody(nowhere) if nowhere else set()
-        exact, feeds, recurrent, from_outputs = {}, {}, {}, []
-        if isinstance(credit, Learned):
-            exact, feeds, recurrent, from_outputs = routes(p, reached, set(nowhere), maps != "learned")
-            from_outputs = [site for site in from_outputs if site not in quiet]
+        learns, products = isinstance(credit, Learned), maps != "learned"
+        exact, feeds, recurrent, from_outputs = (
+            routes(p, reached, set(nowhere), products) if learns else ({}, {}, {}, [])
+        )
         fed = {target for paths in feeds.values() for target in paths}
         driven = driven_by_events() if fed else None
-        paired = fed & driven if fed else set()
         parameters = {
             name: [source for source, ids in reached.items() if id(q) in ids and source not in quiet]
             for name, q in model.named_parameters()
             if q.requires_grad
         }
-        functions = None
-        if p.outputs.ndim >= 3:
-            functions = 1
-            if (
-                isinstance(credit, Learned)
-                and p.error is not None
-                and (p.error - p.error[:1]).abs().max() > 1e-6 * p.error.abs().max()
-            ):
-                functions = credit.time_functions
-        differentiable = p.error is not None
-        responding = {r.site for r in p.records if isinstance(r, CurrentRecord) and r.elementwise}
-        recurs = {r.site for r in p.records if r.fed_back is not None}
-        maps_of = direct, exact, feeds, paired, recurrent, from_outputs
-        found = *maps_of, functions, parameters, differentiable, responding
-        currents = any(isinstance(r, CurrentRecord) for r in p.records)
-        kinds = {"products": maps != "learned", "recurs": recurs, "quiet": quiet}
-        return cls(credit, *found, driven, **kinds, pools=p.pools, changes=p.changes, current_noise=currents)
+        boxes = [r for r in p.records if isinstance(r, CurrentRecord)]
+        return cls(
+            credit,
+            direct,
+            exact,
+            feeds,
+            paired=fed & (driven or set()),
+            recurrent=recurrent,
+            from_outputs=[site for site in from_outputs if site not in quiet],
+            output_functions=output_functions(p, credit),
+            parameters=parameters,
+            differentiable=p.error is not None,
+            responding={r.site for r in boxes if r.elementwise},
+            driven=driven,
+            products=products,
+            recurs={r.site for r in p.records if r.fed_back is not None},
+            quiet=quiet,
+            pools=p.pools,
+            changes=p.changes,
+            current_noise=bool(boxes),
+        )
 
     def summarise(self, outputs: Tensor) -> Tensor:
-        """o [rows, O]: outputs over time on the output functions, so that ΔL = e · Δo."""
+        """Projects outputs over time on the output functions, o [rows, O], so that ΔL = e · Δo."""
         if self.output_functions is None:
             return outputs.flatten(1)
         basis = time_basis(self.output_functions, len(outputs), outputs)
         return torch.einsum("rt,tbo->bro", basis, outputs.flatten(2)).flatten(1)
 
     def summarise_error(self, error: Tensor) -> Tensor:
-        """e [rows, O] that belongs to `summarise`."""
+        """Returns e [rows, O] that belongs to o of `summarise`."""
         return self.summarise(error if self.output_functions is None else error / len(error))
+
+
+def chosen(credit: CreditKind, differentiable: bool) -> CreditKind:
+    """Returns the credit for a loss that is differentiable in the outputs or is not. Raises UsageError if the credit
+    needs the loss's gradient."""
+    if isinstance(credit, Auto):
+        return credit.chosen(differentiable)
+    if credit.goes_back and not differentiable:
+        raise UsageError(
+            f"the loss has no gradient with respect to the outputs, which credit={credit.name!r} needs; "
+            "use credit='global', or noise={'outputs': OutputNoise()}"
+        )
+    return credit
+
+
+def output_functions(p: Pass, credit: CreditKind) -> int | None:
+    """Returns the number of functions of time that resolve the outputs; None for outputs without a time axis."""
+    if p.outputs.ndim < 3:
+        return None
+    error = p.error
+    if error is None or not isinstance(credit, Learned):
+        return 1
+    varies = bool((error - error[:1]).abs().max() > 1e-6 * error.abs().max())
+    return credit.time_functions if varies else 1
 
 
 def treatment_of(
     objective: Objective, p: Pass, credit: CreditKind, noise: Mapping[str, Any], model: nn.Module
 ) -> LossTreatment:
-    """How the objective's losses are taken. Of those without a gradient, `noise` may say so by an OutputNoise (or None)
-    for "outputs"; else credit "auto" smooths those whose outputs are no spikes: a parameter comes after the last spike,
-    or the loss is known to look at sums."""
-    # A gradient that is zero everywhere (of a sign, of rounding) tells no more than none.
+    """Decides which of an objective's losses are smoothed, and which have no gradient. noise["outputs"], an OutputNoise
+    or None, decides for the losses without a gradient. Without it, credit "auto" smooths losses of outputs that are no
+    spikes: a parameter comes after the last spike, or the loss reads sums."""
+    # A gradient that is zero everywhere (of a sign, of rounding) is as useless as none.
     gradientless = p.evaluation.without_gradient(flat=isinstance(credit, Auto))
     site = noise.get("outputs", OutputNoise() if isinstance(credit, Auto) else None)
     smoothed = (
@@ -164,7 +185,7 @@ def treatment_of(
 
 
 def reads_out(p: Pass, model: nn.Module) -> bool:
-    """Whether the outputs depend on a parameter otherwise than by spikes."""
+    """Returns whether the outputs depend on a parameter without passing a spike."""
     reached = leaves([p.outputs])
     return any(id(q) in reached for q in model.parameters())
 
@@ -172,18 +193,15 @@ def reads_out(p: Pass, model: nn.Module) -> bool:
 def routes(
     p: Pass, reached: dict[str, set[int]], nowhere: set[str], products: bool
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]:
-    """exact, feeds, recurrent, from_outputs of `Structure`.
-
-    reached: ids of the leaves that a site's drive depends on. nowhere: sites from which no differentiable path leads to
-    the outputs or to another layer. products: whether maps are taken as exact vector-Jacobian products where there are
-    some, and recurrent weights as they are."""
+    """Returns exact, feeds, recurrent and from_outputs of `Structure`. reached: ids of the leaves that a site's drive
+    depends on. nowhere: sites without a differentiable path to the outputs or to another layer. products: see there."""
     exact: dict[str, list[str]] = {}
     feeds: dict[str, dict[str, Path]] = {}
     recurrent: dict[str, Path] = {}
     from_outputs = []
     for i, r in enumerate(p.records):
         targets = [t for t in p.records if t is not r and reaches(r, reached[t.site])]
-        mixed = isinstance(r, CurrentRecord) and not r.elementwise  # what its inputs do to its outputs is not learned
+        mixed = isinstance(r, CurrentRecord) and not r.elementwise  # its response is not learned
         later = {t.site for t in p.records[i + 1 :]}
         exact[r.site] = [
             t.site for t in targets if products and not mixed and t.site in later and not steps_between(r, t)
@@ -192,41 +210,43 @@ def routes(
         in_step = [] if mixed else [target for target in others if feeds_in_step(r, target)]
         paths = {target.site: path_between(r, target) for target in in_step}
         feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
-        learns = r.fed_back is not None and r.neuron.learns_recurrence and not products
-        if learns:
+        too_wide = len(feeds[r.site]) < len(others)
+        if r.fed_back is not None and r.neuron.learns_recurrence and not products:
             path = Full(tuple(r.spikes.shape[2:]), tuple(r.fed_back.shape[2:]))
             if math.prod(path.size) <= ENTRIES:
                 recurrent[r.site] = path
-        too_wide = len(feeds[r.site]) < len(others) or (learns and r.site not in recurrent)
+            else:
+                too_wide = True
         if too_wide or r.site in nowhere or mixed:
             from_outputs.append(r.site)
     return exact, feeds, recurrent, from_outputs
 
 
 def steps_between(source: Record, target: Record) -> bool:
-    """Whether a step function lies between spikes and a current: rounding and such, whose derivative is zero."""
+    """Returns whether a function with derivative zero, such as rounding, lies between spikes and a current."""
     return passes_through(target.arrived, {id(leaf) for leaf in source.leaves}, STEPS)
 
 
 def reaches(source: Record, ids: set[int]) -> bool:
-    """Whether any spikes of the layer are among the leaves of these ids."""
+    """Returns whether any spikes of the layer are among the leaves of these ids."""
     return any(id(leaf) in ids for leaf in source.leaves)
 
 
 def feeds_in_step(source: Record, target: Record) -> bool:
-    """Whether spikes of the source act on the target's input current of their own time step."""
-    if target.current.shape[:2] != source.spikes.shape[:2]:
+    """Returns whether spikes of the source act on the target's input current of their own time step."""
+    if target.x.shape[:2] != source.spikes.shape[:2]:
         return False
     if target.trace is None or target.whole:
         return True
-    middle = len(target.current) // 2
+    middle = len(target.x) // 2
     own_step = source.leaves if source.whole else [source.leaves[middle]]
     seen = leaves([target.arrived[middle]])
     return any(id(leaf) in seen for leaf in own_step)
 
 
 def path_between(source: Record, target: Record) -> Path:
-    """How the spikes of one layer act on the input current of another."""
-    shapes = tuple(source.spikes.shape[2:]), tuple(target.current.shape[2:])
+    """Returns the path from the spikes of one layer to the input current of another."""
     result = target.x if target.trace is None else target.arrived[-1]
+    assert target.current is not None  # only records of time chunks have none
+    shapes = tuple(source.spikes.shape[2:]), tuple(target.current.shape[2:])
     return window(result, source.leaves[-1], *shapes) or Full(*shapes)

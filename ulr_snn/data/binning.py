@@ -1,4 +1,4 @@
-"""Events into time bins, kept as lists of occupied cells (compressed rows, one row a recording)."""
+"""Binning of events in time. The result lists the occupied cells (compressed rows, one row for each recording)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TimeBins = int | Literal["full"]
 class Recordings:
     """Raw events of `n` recordings, one recording after another.
 
-    time: [E] microseconds from the start of the recording, not negative; any order.
+    time: [E] microseconds from the start of the recording, not negative, in any order.
     feature: [E] flat index of the input that fired, in 0..prod(sample_shape)-1.
     offsets: [n + 1]; recording i is `time[offsets[i]:offsets[i + 1]]`.
     labels: [n] class indices.
@@ -49,34 +49,30 @@ class Binned:
 
 
 def window(span_us: int, default_us: int, time_bins: TimeBins | None, bin_us: int | None) -> tuple[TimeBins, int]:
-    """The number of bins and their width in microseconds, from the one, the other, both or neither.
+    """Returns the number of bins and their width in microseconds. Each may be given or not.
 
-    What is not given follows from `span_us`, the part of a recording that is covered by default:
-    bins of `default_us` where neither is given, bins just wide enough where only their number is.
-    `time_bins="full"` keeps every recording's own length.
+    A missing number or width follows from `span_us`, the part of a recording that bins cover by default. If both are
+    missing, bins are `default_us` wide. `time_bins="full"` keeps every recording's own length.
     Raises UsageError for a number or width that is not a positive integer.
     """
     for option, value in (("time_bins", time_bins), ("bin_us", bin_us)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
         if not (value is None or whole or (option == "time_bins" and value == "full")):
-            allowed = (
-                'a positive integer or "full"' if option == "time_bins" else "a positive whole number of microseconds"
-            )
+            allowed = 'a positive integer or "full"' if option == "time_bins" else "a positive integer of microseconds"
             raise UsageError(f"{option}={value!r} is not a way to bin events; give {allowed}.")
     if bin_us is None:
-        bin_us = default_us if time_bins in (None, "full") else -(-span_us // time_bins)
+        bin_us = default_us if time_bins is None or isinstance(time_bins, str) else -(-span_us // time_bins)
     if time_bins is None:
         time_bins = -(-span_us // bin_us)
     return (time_bins if time_bins == "full" else int(time_bins)), int(bin_us)
 
 
 def bin_recordings(chunks: Iterable[Recordings], features: int, time_bins: TimeBins, bin_us: int) -> Binned:
-    """Bins events in fixed windows: an event at time t falls into bin `t // bin_us`.
+    """Bins events in fixed windows. An event at time t falls into bin `t // bin_us`.
 
-    Events at or after `time_bins * bin_us` are dropped. With `time_bins="full"` none is: a recording is
-    as long as its last event needs, and at least one bin.
-    Chunks bound the memory: only one chunk's raw events are held at a time.
-    Raises UsageError where `time_bins * features` does not fit 32 bits.
+    Events at or after `time_bins * bin_us` are dropped. With `time_bins="full"` no event is dropped: a recording ends
+    with the bin of its last event and has at least one bin. Only one chunk's raw events are in memory at a time.
+    Raises UsageError if `time_bins * features` does not fit 32 bits.
     """
     parts = [_bin_chunk(chunk, features, time_bins, bin_us) for chunk in chunks]
     sizes = np.concatenate([np.diff(part.offsets) for part in parts])

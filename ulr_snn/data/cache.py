@@ -1,4 +1,4 @@
-"""Binned recordings on disk: one file a data set and way of binning, rebuilt whenever it may be stale."""
+"""The disk cache of binned recordings. It has one file for each data set and binning, and rebuilds stale files."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Splits:
-    """Both splits of a data set, binned, and what their files say about it."""
+    """Both binned splits of a data set, its sample shape and its number of classes."""
 
     train: Binned
     test: Binned
@@ -28,12 +28,13 @@ class Splits:
 def cached(
     cache_dir: str | os.PathLike | None, name: str, key: str, fingerprint: str, build: Callable[[], Splits]
 ) -> Splits:
-    """What `build` returns, from the cache where that is current.
+    """Returns the result of `build`, from the cache if the cached file is current.
+
+    A file that is missing, stale or damaged is built again. If it cannot be written, a warning says so.
 
     cache_dir: default `ULR_SNN_CACHE`, else ~/.cache/ulr_snn.
-    key: what was asked for (source folder, binning); fingerprint: the state of the source. They are apart so
-    that a changed source replaces its old file instead of leaving it behind.
-    A file that is missing, stale or damaged is built again. Where it cannot be written, a warning says so.
+    key: the request (source folder, binning). fingerprint: the state of the source. Only the key is part of the file's
+        name, so that a changed source replaces its old file.
     """
     folder = Path(cache_dir or os.environ.get("ULR_SNN_CACHE") or Path.home() / ".cache" / "ulr_snn").expanduser()
     digest = hashlib.blake2b(f"{FORMAT}\n{name}\n{key}".encode(), digest_size=8).hexdigest()
@@ -53,7 +54,7 @@ def cached(
 
 def _read(path: Path, fingerprint: str) -> Splits | None:
     try:
-        # Opened here, since np.load leaves its own handle open where the zip is damaged.
+        # np.load would leave a handle of its own open if the zip is damaged.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             if str(file["fingerprint"]) != fingerprint:
                 return None
@@ -62,8 +63,8 @@ def _read(path: Path, fingerprint: str) -> Splits | None:
             )
             return Splits(train, test, tuple(file["sample_shape"].tolist()), int(file["classes"]))
     except Exception:
-        # Not there yet, or damaged: that raises anything from BadZipFile to MemoryError (a size gone wrong).
-        # The cure is the same for all. The zip's own checksums keep damage from passing as data.
+        # A missing or damaged file raises anything from FileNotFoundError and BadZipFile to MemoryError (a wrong size).
+        # The remedy is the same for all. The zip's checksums detect damaged data.
         return None
 
 
@@ -74,17 +75,12 @@ def _write(path: Path, fingerprint: str, splits: Splits) -> None:
         for f in fields(Binned)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there in one step: others see a whole file or none.
+    # The file is written under another name and then moved in one step, so that readers see a complete file or none.
     temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            np.savez(
-                file,
-                fingerprint=fingerprint,
-                sample_shape=splits.sample_shape,
-                classes=splits.classes,
-                **arrays,
-            )
+            shape, classes = splits.sample_shape, splits.classes
+            np.savez(file, fingerprint=fingerprint, sample_shape=shape, classes=classes, **arrays)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

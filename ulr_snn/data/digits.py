@@ -1,14 +1,13 @@
-"""scikit-learn's 1,797 handwritten 8x8 digits, seen by a simulated event camera that moves in three saccades.
+"""The digits data set: scikit-learn's 1,797 handwritten 8x8 digits, seen by a simulated event camera.
 
-The digit, 12 sensor pixels wide, passes over 16x16 pixels along a triangle of 100 ms sides at minimum-jerk
-speed. A pixel sends an ON (OFF) event when the logarithm of its luminance is a threshold above (below) a
-reference, which then moves by that threshold; at most one event a step of 2.5 ms. Thresholds differ by up to
-4 % between pixels, references start anywhere within half a threshold of the first luminance, and noise adds
-0.4 events a second and pixel.
+The camera moves in three saccades. The digit, 12 sensor pixels wide, passes over 16x16 pixels along a triangle of
+100 ms sides at minimum-jerk speed. A pixel sends an ON (OFF) event when the logarithm of its luminance is a threshold
+above (below) a reference, which then moves by that threshold. A pixel sends at most one event in a step of 2.5 ms.
+Thresholds differ by up to 4 % between pixels. References start within half a threshold of the first luminance. Noise
+adds 0.4 events a second and pixel.
 
-The events are the same on every machine: apart from one rounded table of logarithms all arithmetic is on
-integers (or on integers held exactly in float64), and all chance comes from the raw bits of PCG64, a stream
-that never changes.
+The events are the same on every machine. Apart from one rounded table of logarithms, all arithmetic is on integers (or
+on integers that float64 holds exactly). All randomness comes from the raw bits of PCG64, a stream that never changes.
 """
 
 from collections.abc import Iterator
@@ -23,24 +22,24 @@ SAMPLE_SHAPE = (2, 16, 16)  # channel 1 is ON
 CLASSES = 10
 SPAN_US = 300_000
 BIN_US = 15_000
-SIMULATION = 1  # to be raised with any change of the events: it tells old caches from new ones
+SIMULATION = 1  # version of the events; a change of the events must raise it, so that old caches are stale
 
 SIZE = 16
 STEP_US = 2_500
 STEPS_PER_SIDE = 40
-SENSOR_PIXEL = 32  # lengths are in 1/32 of a sensor pixel; a picture's pixel is one and a half of those
+SENSOR_PIXEL = 32  # lengths are in 1/32 of a sensor pixel; a picture's pixel is one and a half sensor pixels wide
 PICTURE_PIXEL = 48
 START = (16, 16)
 CORNERS = ((0, 0), (64, 128), (128, 0), (0, 0))  # (x, y) of the saccades' ends
 FULL = 16 * PICTURE_PIXEL**2  # luminance of a white pixel, on top of the black one's
-LOG_UNIT = 4096  # steps of the logarithm in 1
+LOG_UNIT = 4096  # logarithms are in 1 / LOG_UNIT
 THRESHOLD = 1843  # 0.45
-MISMATCH = 74  # 4 % of it
+MISMATCH = 74  # 4 % of the threshold
 NOISE = 2**63 // 1000  # of 2**63: 0.4 events a second in steps of 2.5 ms
 
 
 def recordings() -> tuple[Recordings, Recordings]:
-    """Train and test recordings (1,438 and 359): a split of 80/20 in every class, from seed 0."""
+    """Returns train and test recordings (1,438 and 359), a split of 80/20 in every class, from seed 0."""
     from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
@@ -61,7 +60,7 @@ def _choose(all_recordings: Recordings, indices: np.ndarray) -> Recordings:
 
 
 def _events(pictures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(recording, feature, time) of the events of each step of the motion; pictures [n, 8, 8], 0..16."""
+    """Yields (recording, feature, time) of the events in each step of the motion; pictures [n, 8, 8], 0..16."""
     count, pixels = len(pictures), SIZE * SIZE
     bits = np.random.PCG64(0)
     logarithm = log_table()
@@ -83,27 +82,27 @@ def _events(pictures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.n
 
 
 def log_table() -> np.ndarray:
-    """[FULL + 1] int32: logarithms of luminance in units of 1 / LOG_UNIT; black is 12 % of white."""
+    """Returns logarithms of luminance, [FULL + 1] int32, in units of 1 / LOG_UNIT. Black is 12 % of white."""
     return np.rint(exact_logs()).astype(np.int32)
 
 
 def exact_logs() -> np.ndarray:
-    """The table before rounding; no entry is so near a half that libraries could round it differently."""
+    """Returns the table before rounding. No entry is so near a half that libraries could round it differently."""
     return LOG_UNIT * np.log(0.12 * FULL + 0.88 * np.arange(FULL + 1))
 
 
 def _luminance(flat: np.ndarray, position: tuple[int, int]) -> np.ndarray:
-    """[n, 256] luminance 0..FULL of the pictures [n, 64] shifted to `position`, by linear interpolation."""
+    """Returns luminance [n, 256], 0..FULL, of the pictures [n, 64] shifted to `position`, by linear interpolation."""
     centres = np.arange(SIZE) * SENSOR_PIXEL
     picture = np.arange(8) * PICTURE_PIXEL
     across, down = (np.maximum(0, PICTURE_PIXEL - abs(centres[:, None] - p - picture)) for p in position)
-    # float64 for the speed of its product; integers below 2**53 add up exactly in any order.
+    # Products in float64 are fast, and sums of integers below 2**53 are exact in any order.
     weights = np.kron(down, across).astype(np.float64)
     return (flat @ weights.T).astype(np.int32)
 
 
 def _path() -> list[tuple[int, int]]:
-    """Positions (x, y) of the picture, one a step and the start: minimum-jerk, rounded in integers."""
+    """Returns the positions (x, y) of the picture at the start and after each step, rounded to integers."""
     side = STEPS_PER_SIDE
     path = [START]
     for origin, goal in pairwise(CORNERS):

@@ -1,4 +1,4 @@
-"""The event data set: recordings kept as lists of occupied cells, made dense a batch at a time."""
+"""The event data set. It stores recordings as lists of occupied cells and makes each batch dense."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,10 +16,10 @@ Collated = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 class EventDataset(Dataset):
-    """Binned recordings with labels; item i is `(x, y)`, x uint8 `[T, *sample_shape]`, y an int.
+    """Binned recordings with labels. Item i is `(x, y)`, x uint8 `[T, *sample_shape]`, y an int.
 
     sample_shape: shape of one time step, such as (2, 34, 34) or (128,).
-    time_bins: T, or the largest T where recordings keep their own lengths.
+    time_bins: T, or the largest T if recordings keep their own lengths.
     classes: number of classes.
     targets: int64 tensor [n], the labels.
     lengths: int64 tensor [n], the number of time bins of each recording.
@@ -51,9 +51,9 @@ class EventDataset(Dataset):
         return EventBatch(self, indices)
 
     def dense(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """`(x, y, lengths)` of some recordings: x uint8 [T, B, *sample_shape], y and lengths int64 [B].
+        """Returns `(x, y, lengths)` of some recordings: x uint8 [T, B, *sample_shape], y and lengths int64 [B].
 
-        T is the longest of their lengths; x is zero past a recording's own.
+        T is the longest of their lengths. x is zero beyond a recording's own length.
         """
         place, counts, shape = self._placed(indices)
         x = np.zeros(shape.numel(), np.uint8)
@@ -61,12 +61,12 @@ class EventDataset(Dataset):
         return torch.from_numpy(x).view(shape), *self._about(indices)
 
     def sparse(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with x as a sparse COO tensor, coalesced: the list of the occupied cells, without frames."""
+        """Returns `(x, y, lengths)` like `dense`, but x is a coalesced sparse COO tensor, made without frames."""
         place, counts, shape = self._placed(indices)
         order = np.argsort(place, kind="stable")
         cells = torch.from_numpy(np.stack(np.unravel_index(place[order], shape)))
-        counts = torch.from_numpy(counts[order])
-        x = torch.sparse_coo_tensor(cells, counts, shape, is_coalesced=True, check_invariants=False)
+        values = torch.from_numpy(counts[order])
+        x = torch.sparse_coo_tensor(cells, values, shape, is_coalesced=True, check_invariants=False)
         return x, *self._about(indices)
 
     def _about(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -74,12 +74,13 @@ class EventDataset(Dataset):
         return self.targets[chosen], self.lengths[chosen]
 
     def _placed(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, torch.Size]:
-        """Where occupied cells are in the flattened batch [T, B, *sample_shape], what is in them, and its shape."""
+        """Returns the places of occupied cells in the flattened batch [T, B, *sample_shape], their counts, and the
+        batch's shape."""
         chosen = np.asarray(indices, dtype=np.int64)
         features = int(np.prod(self.sample_shape))
         batch, steps = len(chosen), int(self.lengths[chosen].max())
         sizes = self._sizes[chosen]
-        # One index for all events of the batch: each recording's run in the flat list, one run after another.
+        # `source` indexes all events of the batch in the flat list, one recording after another.
         run_start = np.cumsum(sizes) - sizes
         source = np.arange(sizes.sum()) + np.repeat(self._starts[chosen] - run_start, sizes)
         cells = self._cells[source]
@@ -90,7 +91,7 @@ class EventDataset(Dataset):
         return place, counts, torch.Size((steps, batch, *self.sample_shape))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "EventDataset":
-        """The recordings at `indices`, in that order, as a data set of its own that shares the events."""
+        """Returns a data set of the recordings at `indices`, in that order, which shares the events."""
         chosen = np.asarray(indices, dtype=np.int64)
         part = object.__new__(EventDataset)
         part.__dict__.update(self.__dict__)
@@ -100,8 +101,8 @@ class EventDataset(Dataset):
 
 
 class EventBatch(Sequence):
-    """What a DataLoader fetches at once: `collate` makes it dense in one scatter; to any other collate
-    function it is a sequence of `(x, y)` items."""
+    """A batch that a DataLoader fetches. `collate` makes it dense in one scatter; for other collate functions it is a
+    sequence of `(x, y)` items."""
 
     def __init__(self, dataset: EventDataset, indices: Sequence[int]) -> None:
         self.dataset = dataset
@@ -110,18 +111,18 @@ class EventBatch(Sequence):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: Any) -> tuple[Tensor, int]:  # an int; slices are not supported
         return self.dataset[self.indices[index]]
 
 
 def collate(items: Sequence[tuple[Any, int]], sparse: bool = False) -> Collated:
-    """Recordings into a batch, time first.
+    """Collates recordings to a batch, time first.
 
     items: `(x, y)` pairs, x `[T_i, ...]` (tensor or array, the same `...` for all), y a class index.
-    Returns `(x [T, B, ...], y [B])` where all recordings are equally long, and
-    `(x [T, B, ...], y [B], lengths [B])` where not: x is zero past a recording's length.
-    x keeps its type (uint8 for the sets of this package), y and lengths are int64. sparse: x is a sparse COO tensor,
-    which lists the events; of this package's sets it is made without frames.
+    sparse: whether x is a sparse COO tensor. For this package's data sets it is made without frames.
+    Returns `(x [T, B, ...], y [B])` if all recordings have the same length, otherwise
+    `(x [T, B, ...], y [B], lengths [B])`, where x is zero beyond a recording's length. x keeps its type (uint8 for this
+    package's data sets), y and lengths are int64.
     Raises UsageError for an empty batch and for recordings whose time steps differ in shape.
     """
     if len(items) == 0:
@@ -155,11 +156,11 @@ def loader(
     sparse: bool = False,
     pin_memory: bool | None = None,
 ) -> DataLoader:
-    """A DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
+    """Returns a DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
-    With `shuffle=True` every epoch has an order of its own. num_workers: processes that fetch batches ahead. sparse:
-    batches are lists of events. pin_memory: batches lie where a GPU can fetch them while it computes; None: if there is
-    a GPU.
+    With `shuffle=True` every epoch has another order. num_workers: number of processes that fetch batches ahead.
+    sparse: whether batches are sparse tensors. pin_memory: whether batches are in pinned memory, which a GPU reads
+    while it computes; None: only if there is a GPU and batches are dense.
     """
     if pin_memory is None:
         pin_memory = torch.cuda.is_available() and not sparse

@@ -1,4 +1,4 @@
-"""`load`: every data set by its name."""
+"""The data sets that `load` finds by name."""
 
 import os
 from collections.abc import Callable
@@ -16,20 +16,20 @@ Build = Callable[[TimeBins, int], Splits]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that has been found: what tells its state, and how to read and bin it."""
+    """A data set that has been found."""
 
-    place: str
-    fingerprint: str
-    build: Build
+    place: str  # its folder
+    fingerprint: str  # changes with the state of its files
+    build: Build  # reads and bins its recordings
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set by name: what its recordings cover by default, in microseconds, and how to find it."""
+    """A data set in the registry."""
 
-    span_us: int
-    bin_us: int
-    find: Callable[[str | os.PathLike | None], Source]
+    span_us: int  # time that bins cover by default, in microseconds
+    bin_us: int  # default width of the bins, in microseconds
+    find: Callable[[str | os.PathLike | None], Source]  # finds the data set for a root folder
 
 
 def load(
@@ -41,20 +41,19 @@ def load(
     binary: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> tuple[EventDataset, EventDataset]:
-    """The training and the test recordings of a data set, binned in fixed windows, as `(train, test)`.
+    """Returns the training and the test recordings of a data set, binned in fixed windows, as `(train, test)`.
 
-    name: "digits" (made on first use, nothing to download), "nmnist" or "shd" (recordings in the format of
-        N-MNIST or of the Spiking Heidelberg Digits, read from `root`; subsets included).
-    root: the folder that holds tonic's `NMNIST` or `SHD`, or that folder itself; default: the environment
-        variable ULR_SNN_DATA. In it `saccade-mnist/NMNIST` and `spoken-digits/SHD` are found too.
-    time_bins, bin_us: number and width (microseconds) of the bins. An event at time t is in bin
-        `t // bin_us`; events past the last bin are dropped. By default digits and nmnist have 20 bins of
-        15,000 us, shd 50 of 20,000 us; given one of the two, the other follows so that the bins still cover
-        that span (300 ms; 1 s). `time_bins="full"`: every recording has as many bins as its last event
-        needs, and batches are padded (see `collate`).
+    name: "digits" (made on first use, no download), "nmnist" or "shd" (recordings in the format of N-MNIST or of the
+        Spiking Heidelberg Digits, read from `root`; subsets are supported).
+    root: the folder that holds tonic's `NMNIST` or `SHD`, or that folder itself; default: the environment variable
+        ULR_SNN_DATA. The folders `saccade-mnist/NMNIST` and `spoken-digits/SHD` in `root` are found, too.
+    time_bins, bin_us: number and width (microseconds) of the bins. An event at time t is in bin `t // bin_us`; events
+        after the last bin are dropped. By default digits and nmnist have 20 bins of 15,000 us, shd 50 of 20,000 us.
+        If only one is given, the other follows so that the bins cover the same span (300 ms; 1 s).
+        `time_bins="full"`: each recording ends with the bin of its last event, and batches are padded (see `collate`).
     binary: cells hold 0 and 1 instead of the number of events (at most 255).
-    cache_dir: where the binned events are kept; default ULR_SNN_CACHE, else ~/.cache/ulr_snn. A changed
-        source or option is noticed and read anew.
+    cache_dir: folder of the binned events; default ULR_SNN_CACHE, else ~/.cache/ulr_snn. Recordings are read again
+        after a change of their files or of an option.
 
     Raises UsageError for an unknown name, a bad option, and recordings that are missing or damaged.
     """
@@ -63,23 +62,15 @@ def load(
     entry = ENTRIES[name]
     bins, width = window(entry.span_us, entry.bin_us, time_bins, bin_us)
     source = entry.find(root)
-    splits = cached(
-        cache_dir,
-        name,
-        f"{source.place}\n{bins} {width}",
-        source.fingerprint,
-        lambda: source.build(bins, width),
-    )
-    return tuple(
-        EventDataset(part, splits.sample_shape, splits.classes, binary) for part in (splits.train, splits.test)
-    )
+    key = f"{source.place}\n{bins} {width}"
+    splits = cached(cache_dir, name, key, source.fingerprint, lambda: source.build(bins, width))
+    about = splits.sample_shape, splits.classes, binary
+    return EventDataset(splits.train, *about), EventDataset(splits.test, *about)
 
 
 def _digits(root: str | os.PathLike | None) -> Source:
     if root is not None:
-        raise UsageError(
-            "digits are made, not read from a folder; leave root= out (cache_dir= says where they are kept)."
-        )
+        raise UsageError("digits are made, not read from a folder; leave root= out (cache_dir= is their folder).")
 
     def build(bins: TimeBins, width: int) -> Splits:
         train, test = (bin_recordings([part], 2 * 16 * 16, bins, width) for part in digits.recordings())
@@ -93,9 +84,7 @@ def _nmnist(root: str | os.PathLike | None) -> Source:
     files = {split: tonic.nmnist_files(folder, split) for split in ("train", "test")}
 
     def build(bins: TimeBins, width: int) -> Splits:
-        train, test = (
-            bin_recordings(tonic.read_nmnist(files[split]), 2 * 34 * 34, bins, width) for split in ("train", "test")
-        )
+        train, test = (bin_recordings(tonic.read_nmnist(part), 2 * 34 * 34, bins, width) for part in files.values())
         return Splits(train, test, tonic.NMNIST_SHAPE, tonic.NMNIST_CLASSES)
 
     return Source(str(folder), tonic.fingerprint(files["train"] + files["test"]), build)
@@ -107,19 +96,17 @@ def _shd(root: str | os.PathLike | None) -> Source:
 
     def build(bins: TimeBins, width: int) -> Splits:
         units, classes = tonic.shd_shape(files)
-        train, test = (bin_recordings(tonic.read_shd(files[split]), units, bins, width) for split in ("train", "test"))
+        train, test = (bin_recordings(tonic.read_shd(file), units, bins, width) for file in files.values())
         return Splits(train, test, (units,), classes)
 
     return Source(str(folder), tonic.fingerprint(list(files.values())), build)
 
 
 def _folder(root: str | os.PathLike | None, name: str, simulated: str, mark: str) -> Path:
-    """The folder `name` with the entry `mark`: in `root`, in its folder `simulated`, or `root` itself."""
+    """Returns the folder `name` with the entry `mark`: in `root`, in its folder `simulated`, or `root` itself."""
     root = root or os.environ.get("ULR_SNN_DATA")
     if not root:
-        raise UsageError(
-            f"where are the recordings? Give root=, the folder that holds {name}, or set ULR_SNN_DATA to it."
-        )
+        raise UsageError(f"the recordings have no folder; give root=, the folder of {name}, or set ULR_SNN_DATA to it.")
     base = Path(root).expanduser().absolute()
     candidates = (base / name, base / simulated / name, base)
     for folder in candidates:
@@ -136,5 +123,5 @@ ENTRIES = {
 
 
 def register(name: str, entry: Entry) -> None:
-    """Adds a data set to those that `load` knows by name."""
+    """Adds a data set to the names that `load` takes."""
     ENTRIES[name] = entry

@@ -1,4 +1,4 @@
-"""Stratified splits that are the same everywhere."""
+"""Stratified splits that are the same on every machine."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ from ulr_snn.errors import UsageError
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending indices `(rest, held_out)` of `labels` [n]: about `fraction` of every class is held out.
+    """Returns ascending indices `(rest, held_out)` of `labels` [n], with about `fraction` of every class held out.
 
-    The order comes from raw bits of PCG64, whose stream is fixed for good; that of NumPy's, torch's and
-    scikit-learn's shuffles may change with their versions.
+    The order comes from raw bits of PCG64, a stream that never changes. The shuffles of NumPy, torch and scikit-learn
+    may change between their versions.
     """
     draws = np.random.PCG64(seed).random_raw(len(labels))
     held_out = np.zeros(len(labels), bool)
@@ -22,12 +22,12 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 
 
 def split(dataset: EventDataset, fraction: float, seed: int = 0) -> tuple[EventDataset, EventDataset]:
-    """`(rest, held_out)`: two data sets with about `fraction` of every class in the second.
+    """Returns two data sets `(rest, held_out)`, with about `fraction` of every class in the second.
 
-    The same seed gives the same split. Both share the events of `dataset`, its order and its quick batches.
-    Raises UsageError where either part would be empty.
+    The same seed gives the same split. Both data sets share the events of `dataset` and keep its order.
+    Raises UsageError if either part would be empty.
     """
-    rest, held_out = stratified(dataset.targets.numpy(), fraction, seed) if 0 < fraction < 1 else ([], [])
+    rest, held_out = stratified(dataset.targets.numpy(), fraction if 0 < fraction < 1 else 0.0, seed)
     if len(rest) == 0 or len(held_out) == 0:
         raise UsageError(
             f"fraction={fraction!r} of {len(dataset)} recordings leaves one side of the split empty; "

@@ -1,9 +1,9 @@
-"""Recordings in the formats of N-MNIST and of the Spiking Heidelberg Digits (SHD), in tonic's folders.
+"""Readers of recordings in the formats of N-MNIST and of the Spiking Heidelberg Digits (SHD), in tonic's folders.
 
-Subsets are welcome and nothing is ever downloaded. N-MNIST's files go through `tonic.io.read_mnist_file`,
-since `tonic.datasets.NMNIST` starts a download unless it counts 10,000 files a split. SHD's files are read
-with h5py, since `tonic.datasets.SHD` opens the file anew for every sample. tonic and h5py are imported only
-where recordings are read (tonic alone takes seconds), so not when they come from the cache.
+Subsets are supported, and nothing is downloaded. `tonic.io.read_mnist_file` reads N-MNIST's files, since
+`tonic.datasets.NMNIST` starts a download unless it counts 10,000 files a split. h5py reads SHD's files, since
+`tonic.datasets.SHD` opens the file again for every sample. tonic takes seconds to import, so tonic and h5py are
+imported only to read recordings, not if the recordings come from the cache.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ NMNIST_FOLDERS = {"train": "Train", "test": "Test"}
 NMNIST_EVENT_BYTES = 5
 SHD_FILES = {"train": "shd_train.h5", "test": "shd_test.h5"}
 SHD_UNITS = (128, 700)
-CHUNK = 2_000  # recordings held as raw events at a time
+CHUNK = 2_000  # number of recordings whose raw events are in memory at a time
 
 
 def fingerprint(files: list[Path]) -> str:
-    """Changes with the paths, sizes and modification times of `files`; their contents are not read."""
+    """Returns a hash of the paths, sizes and modification times of `files`, without reading the files."""
     state = hashlib.blake2b(digest_size=16)
     for file in files:
         status = os.stat(file)
@@ -39,9 +39,9 @@ def fingerprint(files: list[Path]) -> str:
 
 
 def nmnist_files(folder: Path, split: str) -> list[Path]:
-    """The recordings `<folder>/Train/<digit>/*.bin` (or `Test`), sorted.
+    """Returns the recordings `<folder>/Train/<digit>/*.bin` (or `Test`), sorted.
 
-    Raises UsageError where there is none, or one in a folder that is not named by a digit.
+    Raises UsageError if there is no recording, or if a recording's folder is not named by a digit.
     """
     base = folder / NMNIST_FOLDERS[split]
     files = sorted(base.glob("*/*.bin"))
@@ -56,9 +56,9 @@ def nmnist_files(folder: Path, split: str) -> list[Path]:
 
 
 def read_nmnist(files: list[Path]) -> Iterator[Recordings]:
-    """Raw events of N-MNIST's files, time in microseconds, feature `(polarity * 34 + y) * 34 + x`.
+    """Yields raw events of N-MNIST's files, time in microseconds, feature `(polarity * 34 + y) * 34 + x`.
 
-    Raises UsageError, naming the file, where one is empty, cut short, or has events outside 34x34 pixels.
+    Raises UsageError, with the file's name, if a file is empty, cut short, or has events outside 34x34 pixels.
     """
     tonic_io = _needs("tonic.io", "N-MNIST")
     fields = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
@@ -86,7 +86,7 @@ def _read_nmnist_file(tonic_io: ModuleType, file: Path, fields: np.dtype) -> np.
 
 
 def shd_files(folder: Path) -> dict[str, Path]:
-    """`shd_train.h5` and `shd_test.h5` in `folder`. Raises UsageError where one is missing."""
+    """Returns `shd_train.h5` and `shd_test.h5` in `folder`, by split. Raises UsageError if one is missing."""
     files = {split: folder / name for split, name in SHD_FILES.items()}
     for file in files.values():
         if not file.is_file():
@@ -95,10 +95,10 @@ def shd_files(folder: Path) -> dict[str, Path]:
 
 
 def shd_shape(files: dict[str, Path]) -> tuple[int, int]:
-    """`(units, classes)` of both files together.
+    """Returns `(units, classes)` of both files together.
 
-    The files do not tell the number of units, and the last unit need not fire. So it is the smallest known
-    size that holds all that do: 128 (spoken-digits) or 700 (SHD). Classes are the names in `extra/keys`, else
+    The files do not contain the number of units, and the last unit need not fire. So the number is the smallest known
+    size that holds all units that fire: 128 (spoken-digits) or 700 (SHD). Classes are the names in `extra/keys`, else
     1 + the largest label. Raises UsageError for units beyond 700, labels without a name, and damaged files.
     """
     largest, classes = 0, 0
@@ -118,9 +118,9 @@ def shd_shape(files: dict[str, Path]) -> tuple[int, int]:
 
 
 def read_shd(file: Path) -> Iterator[Recordings]:
-    """Raw spikes of an SHD file, time in whole microseconds (cut off, as in tonic), feature = unit.
+    """Yields raw spikes of an SHD file, time in whole microseconds (truncated, as in tonic), feature = unit.
 
-    Raises UsageError, naming the file, for times or units that are negative, not finite or differ in number.
+    Raises UsageError, with the file's name, for times or units that are negative, not finite or differ in number.
     """
     with _opened(file) as content:
         labels = content["labels"][:].astype(np.int64)
@@ -139,7 +139,7 @@ def read_shd(file: Path) -> Iterator[Recordings]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """The HDF5 file, open for reading; whatever h5py and NumPy stumble over in it becomes a UsageError."""
+    """Opens the HDF5 file for reading. Errors of h5py and NumPy in its contents become a UsageError."""
     h5py = _needs("h5py", "SHD")
     try:
         with h5py.File(file, "r") as content:

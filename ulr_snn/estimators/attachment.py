@@ -1,9 +1,8 @@
-"""The attachment of `ULR` and `Online`: binds the model for a step, and lets a way to keep memory make the step."""
+"""The attachment of `ULR` and `Online`: binds the model for a step, which a `Memory` object makes."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from ulr_snn.sites.weights import check_names
 class LearnedAttachment(Attachment):
     """Adds likelihood-ratio gradients to `.grad`. The model is bound only inside a step.
 
-    learner: everything that steps change; memory: what a step keeps; binder: binds the model.
+    learner: state that steps change; memory: what a step keeps; binder: binds the model.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class LearnedAttachment(Attachment):
         super().__init__(model, loss, time_first)
         check_names(model, config.noise)
         check_flow(model, config.flow)
-        self.config = replace(config, noise=with_flow(model, config.flow, config.noise))
+        self.config = config.with_noise(with_flow(model, config.flow, config.noise))
         check_layers(model, spiking_layers(model), [*user_modules(model), *self.config.noise])
         self.memory, self.online = memory, memory.online
         self.binder = Binder(model, self.config.noise)
@@ -58,12 +57,12 @@ class LearnedAttachment(Attachment):
 
     @property
     def bound(self) -> BoundModel | None:
-        """The model as it was bound in the last step."""
+        """The bound model of the last step; None before it."""
         return self._bound
 
     @property
     def structure(self) -> Structure | None:
-        """What the first pass has shown of the model; None before it."""
+        """The structure observed in the first pass; None before it."""
         return self.learner.structure
 
     def backward(
@@ -79,7 +78,7 @@ class LearnedAttachment(Attachment):
             return self._each(step, self.memory.estimates(step), known)
 
     def _each(self, step: Step, estimates: Iterator[Estimate], known: Structure | None) -> Iterator[Estimate]:
-        """The estimates of a step, made while nothing else happens to the model. known: before it."""
+        """Yields the estimates of a step. known: the structure before the step."""
         while True:
             with self._ready():
                 estimate = next(estimates, None)
@@ -92,26 +91,26 @@ class LearnedAttachment(Attachment):
             yield estimate
 
     def _warn(self, step: Step) -> None:
-        """Says once what a user should know of the model and the loss."""
+        """Gives each warning about the model and the loss once."""
         for warning in warnings_of(step.structure, step.copies()):
             if warning not in self._told:
                 self._told.add(warning)
                 warnings.warn(warning, stacklevel=4)
 
     def stream(self, *batch: Any, **options: Any) -> Iterator[Estimate]:
-        """An older name of `steps`."""
+        """Deprecated name of `steps`."""
         if not self.online:
             raise UsageError(
                 "ulr.stream is for updates at every time step; attach with ulr_snn.Online(), and use steps"
             )
-        warnings.warn("ulr.stream is ulr.steps now; use that", DeprecationWarning, stacklevel=2)
+        warnings.warn("ulr.stream is deprecated; use ulr.steps", DeprecationWarning, stacklevel=2)
         return self.steps(*batch, **options)
 
-    def prepared(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None) -> Step:
-        """The next step, on this batch, with the model bound."""
+    def prepared(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None = None) -> Step:
+        """Returns the next step on this batch, with the model bound."""
         loss, learner = self.loss if loss is None else loss, self.learner
         if loss != self._loss:  # another loss may reach the outputs in another way
-            if self._loss is not None:  # else what is chosen comes from a checkpoint
+            if self._loss is not None:  # else the choice comes from a checkpoint
                 learner.chosen = None
             learner.structure, self._loss = None, loss
         batch = Batch.of(self.model, x, targets, lengths, resolve(loss), self.time_first)
@@ -141,13 +140,42 @@ class LearnedAttachment(Attachment):
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Frozen parts want no gradient, memory is taken from the pool, and autograd records."""
+        """Freezes parameters, takes memory from the pool, and enables autograd, for the time of the context."""
         with frozen(self.model, self.config.flow), self.pool.used(), torch.enable_grad():
             yield
 
 
+class Attaches:
+    """The base of `ULR` and `Online`, which differ in their configuration and `Memory` object."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration that training steps read."""
+        raise NotImplementedError
+
+    @property
+    def way(self) -> Memory:
+        """What a training step keeps."""
+        raise NotImplementedError
+
+    def attach(
+        self,
+        model: nn.Module,
+        loss: LossSpec,
+        seed: int,
+        time_first: bool,
+        total_steps: int | None = None,
+        *,
+        progress: float | None = None,
+        rates: bool = False,
+    ) -> LearnedAttachment:
+        """Returns the attachment; see `Estimator.attach`."""
+        options = loss, seed, time_first, total_steps, progress, rates
+        return LearnedAttachment(model, self.config, self.way, *options)
+
+
 def in_sum(estimates: list[Estimate]) -> Estimate:
-    """The estimate of a whole sequence, of those of its time steps."""
+    """Returns the estimate of a whole sequence from the estimates of its time steps."""
     if len(estimates) == 1:
         return estimates[0]
     loss = torch.stack([estimate.loss for estimate in estimates]).sum(0)

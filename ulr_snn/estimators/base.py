@@ -1,4 +1,4 @@
-"""The protocol of estimators: what `train` steps with. Peers implement it too."""
+"""The protocol of estimators, which `train` uses and peers implement, too."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ from ulr_snn.losses.named import LossSpec
 
 @dataclass
 class Estimate:
-    """What one step gave. loss: [B], mean over copies; outputs: [K, ...model's output...]; stats: plain numbers."""
+    """The losses and outputs of one step.
+
+    loss: [B], mean over copies; outputs: [K, ...model's output...]; stats: plain numbers.
+    """
 
     loss: Tensor
     outputs: Tensor
@@ -19,15 +22,15 @@ class Estimate:
 
     @property
     def skipped(self) -> bool:
-        """Whether no gradient was added, since a loss was not finite."""
+        """True if no gradient was added because a loss was not finite."""
         return bool(self.stats.get("skipped"))
 
 
 class Attachment:
-    """An estimator that is attached to a model: adds gradients to `.grad`. The base of all attachments.
+    """An estimator that is attached to a model and adds gradients to `.grad`; the base of all attachments.
 
-    online: `steps` gives an estimate for every time step, and is meant for an update after each. forward_passes: of a
-    sample, so far.
+    online: `steps` gives an estimate for every time step, each meant for an update;
+    forward_passes: number of forward passes of a sample so far.
     """
 
     online = False
@@ -45,40 +48,37 @@ class Attachment:
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
-        """Forward passes, then adds the gradient of the batch's mean expected loss to every trainable `.grad`.
+        """Runs forward passes and adds the gradient of the batch's mean expected loss to every trainable `.grad`.
 
-        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype, dense or a sparse COO tensor, which lists the
-        events; targets [B, ...]; loss: another one than that of `attach`; lengths: [B], steps past them are padding.
-        Raises UsageError on wrong shapes, labels, losses, or events that are not finite, FloatingPointError on a loss
-        that is not finite.
+        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype, dense or sparse COO (a list of events).
+        targets: [B, ...]. loss: replaces the loss of `attach`. lengths: [B], steps past them are padding.
+        Raises UsageError for wrong shapes, labels, losses or events, and FloatingPointError for a loss not finite.
         """
         raise NotImplementedError
 
     def steps(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Iterator[Estimate]:
-        """The estimates of a batch, each of which has added to `.grad`: one, or one for each time step (`online`).
-        Takes and raises what `backward` does."""
+        """Yields the estimates of a batch: one, or one for each time step if `online`; see `backward`."""
         yield self.backward(x, targets, loss, lengths)
 
     def learning_rates(self) -> dict[str, float]:
-        """Factors of the learning rate by parameter, for the next step of `train`'s own optimizer; 1 where not
-        named."""
+        """Returns learning rate factors by parameter, for the next step of `train`'s default optimizer."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on with the same steps."""
+        """Returns all that a resumed run needs to continue with the same steps."""
         return {"forward_passes": self.forward_passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.forward_passes = state["forward_passes"]
 
     def close(self) -> None:
-        """Gives back what is kept from one step to the next."""
+        """Frees the memory kept between steps."""
 
 
 class Estimator(Protocol):
-    """Makes attachments."""
+    """A configuration that can be attached to models."""
 
     def attach(
         self,
@@ -91,9 +91,9 @@ class Estimator(Protocol):
         progress: float | None = None,
         rates: bool = False,
     ) -> Attachment:
-        """An attachment to a model, not bound yet.
+        """Returns an attachment to the model.
 
-        seed: of all noise; total_steps: length of the training, over which noise is annealed; progress: of the
-        training, where it is not to follow from the steps; rates: `learning_rates` will be asked for.
+        seed: seed of all noise; total_steps: length of the training, over which noise is annealed;
+        progress: fixed progress of the training, in place of steps / total_steps; rates: `learning_rates` is used.
         """
         ...

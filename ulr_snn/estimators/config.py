@@ -12,7 +12,7 @@ NoiseByName = Mapping[str, CurrentNoise | WeightNoise | OutputNoise | None]
 
 
 class Config(Protocol):
-    """See `ULR` for what these are."""
+    """The fields of `ULR` that training steps read."""
 
     @property
     def credit(self) -> CreditKind: ...
@@ -28,3 +28,7 @@ class Config(Protocol):
     def flow(self) -> Mapping[str, str]: ...
     @property
     def on_nonfinite(self) -> str: ...
+
+    def with_noise(self, noise: NoiseByName) -> "Config":
+        """Returns the same configuration with other noise."""
+        ...

@@ -1,6 +1,7 @@
-"""Everything that a training step changes and a checkpoint holds."""
+"""The learner: all state that training steps change and checkpoints hold."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +22,16 @@ from ulr_snn.model.passes import Pass
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.noise.level import WIDENING, NoiseLevel
 from ulr_snn.sites.binding import check_layers
+from ulr_snn.sites.records import Record
 
 
 class Learner:
-    """What an attachment has learned so far.
+    """The state of an attachment.
 
-    step, forward_passes: so far; level: of the firing noise; prediction: of what spikes do; copies: how many a step
-    takes; mean_loss, mean_gradientless: moving baselines, of all losses together and of those without a gradient;
-    step_sizes: None where nobody asks for learning rates; structure: what the first pass has shown of the model, None
-    before it; times: updates of a batch.
+    step, forward_passes: counts so far; level: level of the firing noise; prediction: learned effects of spikes;
+    copies: counter of the copies of a step; mean_loss, mean_gradientless: moving baselines of all losses, and of
+    losses without a gradient; step_sizes: None if learning rates are not used; structure: the structure observed in
+    the first pass, None before it; times: updates of a batch.
     """
 
     def __init__(
@@ -52,34 +54,34 @@ class Learner:
         self.step_sizes = StepSizes() if rates else None
         self.times = 1
         self.structure: Structure | None = None
-        self.driven: set[str] | None = None  # sites that see the events otherwise than by spikes, once it is known
-        self.chosen: dict[str, WeightNoise] | None = None  # noise on parameters, where a checkpoint says so
+        self.driven: set[str] | None = None  # sites that read the input not only by spikes; None if not known
+        self.chosen: dict[str, WeightNoise] | None = None  # weight noise from a checkpoint
 
     @property
     def progress(self) -> float:
-        """How much of the training is over; half of it where its length is not known."""
+        """The fraction of the training that is over; 0.5 if its length is not known."""
         if self.fixed_progress is not None:
             return self.fixed_progress
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
 
     @property
     def began_at_rest(self) -> bool:
-        """Whether layers did, as far as is known, in a training that goes on."""
+        """True if layers are known to have begun at rest, and progress follows the steps."""
         return bool(self.level.resting) and self.fixed_progress is None
 
     @property
     def measures(self) -> bool:
-        """Whether `measure` would do something at this step."""
+        """True if `measure` has something to measure at this step."""
         return self._widens or (self.step_sizes is not None and self.step_sizes.due(self.step))
 
     @property
     def _widens(self) -> bool:
-        """Whether the noise of layers that began at rest may still follow their membranes."""
+        """True if the noise of layers that began at rest may still follow their membranes."""
         readout = self.structure is not None and self.structure.has_readout
         return self.began_at_rest and not readout and self.level.progress <= WIDENING
 
     def observe(self, forward: Forward, p: Pass, batch: Batch) -> Structure:
-        """Learns from the first pass what the loss and the layers are."""
+        """Observes the structure of the model and the loss in the first pass."""
         structure = observed(forward, p, batch, self.config, self.driven, self.chosen)
         self.structure, self.chosen, self.driven = structure, None, structure.driven
         check_layers(forward.bound.model, forward.bound.layers, structure.weights)
@@ -88,19 +90,18 @@ class Learner:
         return structure
 
     def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
-        """What a pass says about lengths of steps, and about the noise of layers that began at rest. whole: it is over
-        all time steps."""
+        """Measures step sizes and the noise of layers that began at rest. whole: the pass is over all time steps."""
         if not torch.isfinite(p.loss).all():
             return
         if self.step_sizes is not None:
             self.step_sizes.measure(model, p, self.step, whole)
         if self._widens:
-            for r in p.records:
-                if r.site not in self.level.currents:
-                    self.level.widen(r.site, r.neuron.threshold, lambda r=r: own_spread(r.membrane(), r.mask))
+            for record in p.records:
+                if record.site not in self.level.currents:
+                    self.level.widen(record.site, record.neuron.threshold, partial(spread_of, record))
 
     def learn(self, passes: list[Pass], losses: Tensor) -> None:
-        """What the passes of a step say for the next one. losses: [K, B]."""
+        """Updates noise level and baselines by the passes of a step. losses: [K, B]."""
         if self.structure is not None and self.structure.credit.goes_back:
             self.level.see([p.records for p in passes])
         self.mean_loss = moving(self.mean_loss, losses)
@@ -116,13 +117,12 @@ class Learner:
         return {name: overall * self.step_sizes.factor(name, sources) / self.times for name, sources in found}
 
     def forget_structure(self) -> None:
-        """What the first pass has shown is to be seen anew; noise on parameters stays as it was chosen."""
+        """Drops the structure, so that the next pass is observed again. The choice of weight noise stays."""
         if self.structure is not None:
             self.chosen = self.structure.weights
         self.structure = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on with the same steps."""
         chosen = self.chosen if self.structure is None else self.structure.weights
         return {
             "step": self.step,
@@ -138,7 +138,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.structure = None  # what the state says of it is taken when the next pass shows it
+        self.structure = None  # the next pass is observed, with the state's choices
         self.step, self.forward_passes = state["step"], state["forward_passes"]
         state = {"mean_gradientless": state.get("mean_blind"), **state}  # the name of earlier versions
         for name in ("mean_loss", "mean_gradientless"):
@@ -151,3 +151,8 @@ class Learner:
         self.chosen = None if state["weights"] is None else {q: WeightNoise(**n) for q, n in state["weights"].items()}
         self.feedback.load_state_dict(state["feedback"], device)
         self.copies.load_state_dict(state.get("budget") or {})
+
+
+def spread_of(record: Record) -> float:
+    """Returns the standard deviation of a layer's membranes without padding."""
+    return own_spread(record.membrane(), record.mask)

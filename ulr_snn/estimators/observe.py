@@ -1,5 +1,4 @@
-"""What the first pass of a training shows: how losses are taken, where credit comes from, which parameters get
-noise."""
+"""Observes the first pass of a training: treatment of the losses, sources of credit, parameters with noise."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,11 +26,9 @@ def observed(
     driven: set[str] | None = None,
     weights: Mapping[str, WeightNoise] | None = None,
 ) -> Structure:
-    """What the pass p of one copy, made by `forward`, shows. Its evaluation becomes that of the treatment that is
-    found.
+    """Returns the structure shown by the pass p of one copy, and replaces the loss evaluation of p.
 
-    driven: sites that see the events otherwise than by spikes, where it is known; weights: the noise of these
-    parameters, where it has been chosen.
+    driven: sites that read the input not only by spikes, if known; weights: noise on parameters, if chosen before.
     """
     model = forward.bound.model
     treatment = treatment_of(batch.objective, p, config.credit, config.noise, model)
@@ -52,10 +49,11 @@ def observed(
     structure.treatment = treatment
     if isinstance(config.credit, Auto) and "outputs" not in config.noise:
         structure.detached = [name for i, name in batch.objective.own.items() if i in treatment.gradientless]
-    if config.maps == "exact" and (pairs := [(a, b) for a, paths in structure.feeds.items() for b in paths]):
+    learned = [(source, target) for source, paths in structure.feeds.items() for target in paths]
+    if config.maps == "exact" and learned:
         raise UsageError(
-            f"ULR got maps='exact', but no derivative leads from the spikes of {pairs[0][0]} to the current of "
-            f"{pairs[0][1]}; use maps='auto'"
+            f"ULR got maps='exact', but no derivative leads from the spikes of {learned[0][0]} to the current of "
+            f"{learned[0][1]}; use maps='auto'"
         )
     structure.weights = dict(chosen_weights(forward, p, batch, config, structure) if weights is None else weights)
     structure.parameters |= {name: [SOURCE] for name in structure.weights}
@@ -69,8 +67,7 @@ def observed(
 def chosen_weights(
     forward: Forward, p: Pass, batch: Batch, config: Config, structure: Structure
 ) -> dict[str, WeightNoise]:
-    """Noise on parameters: as asked for, on those that no other noise reaches, and where it is expected to vary less
-    than the firing."""
+    """Returns weight noise: as asked for, where no other noise reaches, and where its expected variance is less."""
     model = forward.bound.model
 
     def outcome() -> Tensor:
@@ -86,7 +83,7 @@ def chosen_weights(
 
 
 def warnings_of(structure: Structure, passes: int) -> list[str]:
-    """What a user should be told of a model and a loss. passes: forward passes of a step."""
+    """Returns the warnings about a model and a loss. passes: number of forward passes of a step."""
     found = []
     if structure.untrained:
         names = ", ".join(structure.untrained)
@@ -97,7 +94,7 @@ def warnings_of(structure: Structure, passes: int) -> list[str]:
 
 
 def without_gradient(structure: Structure, passes: int) -> str:
-    """What a user should know whose own losses turned out to have no gradient."""
+    """Returns the warning that losses of the user's own have no gradient."""
     return (
         f"the loss {' and '.join(structure.detached)} gives the outputs no gradient, so every step takes {passes} "
         f"forward pass{'es' * (passes > 1)}; leave out detach(), item() and torch.tensor(...) if it should have one, "

@@ -1,15 +1,15 @@
-"""`ULR`: what to estimate the gradient with, and `attach` for loops of one's own."""
+"""`ULR`, the likelihood-ratio estimator, and `attach`, for training loops of your own."""
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ulr_snn.credit.kinds import CreditKind, Global, credit_of
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.attachment import LearnedAttachment
+from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Attachment, Estimator
 from ulr_snn.estimators.config import NoiseByName
 from ulr_snn.losses.named import LossSpec
@@ -24,7 +24,7 @@ from ulr_snn.sites.flow import FLOWS
 
 MAPS = ("auto", "exact", "learned")
 MEMORY = ("auto", "replay")
-MOVED = {  # fields of earlier versions, and where they are now
+MOVED = {  # fields of earlier versions, and their replacements
     "refresh": "credit=Feedback(refresh=...)",
     "time_functions": "credit=Feedback(time_functions=...)",
     "feedback_rate": "credit=Feedback(rate=...)",
@@ -34,38 +34,37 @@ MOVED = {  # fields of earlier versions, and where they are now
 
 
 @dataclass(frozen=True, init=False)
-class ULR:
-    """The unified likelihood ratio (arXiv 2305.08960). The default is meant to be a good choice everywhere.
+class ULR(Attaches):
+    """The unified likelihood-ratio estimator (arXiv 2305.08960). Raises UsageError for options that do not fit.
 
-    credit: what every spike is credited with: `Auto()`, `Global()`, `Feedback()`, `Residual()`, or their names. "auto"
-        is feedback where the loss is differentiable in the outputs, or noise on these makes it so, otherwise global.
-    maps: what spikes of a layer do to the input current of the next, for credit. "auto": the vector-Jacobian product of
-        the modules between the two at fixed spikes where they are differentiable (max pooling of spikes counts as an
-        OR), and recurrent weights as they are; a learned map where a step function such as rounding lies between.
-        "exact": the same, and UsageError where there is no product. "learned": maps are learned by regression on
-        forward passes, so that no weights are transported backwards.
+    credit: learning signal of a spike: `Auto()`, `Global()`, `Feedback()`, `Residual()`, or their names. "auto" is
+        feedback if the loss is differentiable in the outputs, or noise on the outputs makes it so; otherwise global.
+    maps: effect of a layer's spikes on the current of the next layer, for credit. "auto": vector-Jacobian products
+        of the modules in between at fixed spikes (max pooling of spikes counts as an OR), and recurrent weights as
+        they are; a learned map if a step function such as rounding lies in between. "exact": products only, and
+        UsageError where there is none. "learned": regression on forward passes, without weight transport.
     sampling: how copies of a sample are drawn: `Independent`, `Antithetic`, `Sobol`, `Adaptive`, `LayerByLayer`, or a
-        number of antithetic copies. None: antithetic, one copy for feedback, 8 for global and mixes with a loss without
-        a gradient, 4 for residual.
+        number of antithetic copies. None: antithetic copies, 1 for feedback, 4 for residual, 8 for global and for
+        mixes that contain a loss without a gradient.
     firing: distribution of the threshold noise, and its scale.
-    noise: by name, noise elsewhere: {module: CurrentNoise()} on a module's input current, {parameter or module:
-        WeightNoise()} on parameters, {parameter or module: None} none on parameters, {"outputs": OutputNoise()} on the
-        outputs where a loss has no gradient, {"outputs": None} none there. Of its own accord noise comes on the current
-        of modules that cut the graph, on parameters that no other noise reaches, and with credit "auto" on outputs that
-        are no spikes, or else on weights where that is expected to vary less than the firing (see `plan`).
-    flow: by name, how a module or parameter learns: "ulr" by a likelihood ratio even where a derivative would do (noise
-        on the parameters, unless it fires), "backprop" by the exact gradient of what is differentiable alone, and never
-        by noise of its own, "frozen" not at all: it runs as in evaluation. What is not named learns by whichever of the
-        first two it can.
-    memory: what a step keeps. "replay": time goes by in chunks, whose spikes are drawn again from the same noise, so
-        that memory does not grow with the number of time steps; every chunk runs twice (of many, more often), for
-        credit "feedback" and models that run their modules one after another. With credit "global", "replay" runs one
-        copy after another, each of them twice, so that memory does not grow with the number of copies. "auto": the
-        whole sequence at once while that is small, else "replay" where it can be.
-    on_nonfinite: "stop" raises on a loss that is not finite, "skip" leaves that step out.
+    noise: noise elsewhere, by name. {module: CurrentNoise()}: on a module's input current. {parameter or module:
+        WeightNoise()}: on parameters; None: never on these. {"outputs": OutputNoise()}: on the outputs, for losses
+        without a gradient; None: never. By default noise is on the current of modules that cut the graph, and on
+        parameters that no other noise reaches. With credit "auto" it is also on outputs that are no spikes, or else
+        on weights where its expected variance is less than that of the firing (see `plan`).
+    flow: how a module or parameter learns, by name. "ulr": by a likelihood ratio, even if it is differentiable (by
+        weight noise, unless the module fires). "backprop": only by the exact gradient of differentiable paths.
+        "frozen": not at all; the module runs as in evaluation. By default by whichever of the first two is possible.
+    memory: what a step keeps. "replay" with credit "feedback": recomputation in time chunks with the same noise, so
+        that memory does not grow with the number of time steps. Every chunk runs at least twice, and the model must
+        run its modules one after another. "replay" with credit "global": one copy after another, each run twice, so
+        that memory does not grow with the number of copies. "auto": the whole sequence if it is small, else "replay"
+        if possible.
+    on_nonfinite: "stop" raises FloatingPointError for a loss that is not finite, "skip" leaves the step out.
 
-    copies, antithetic, quasi_monte_carlo, layerwise are shorthands for `sampling`: a number of copies or `Adaptive()`;
-    whether they come in pairs (default True); in Sobol sets in place of pairs; layer by layer.
+    Shorthands for `sampling` follow.
+    copies: a number of copies, or `Adaptive()`. antithetic: copies come in pairs (default True).
+    quasi_monte_carlo: copies come in Sobol sets instead of pairs. layerwise: copies are those of `LayerByLayer`.
     """
 
     credit: CreditKind
@@ -96,8 +95,8 @@ class ULR:
     ) -> None:
         if moved:
             name = next(iter(moved))
-            where = MOVED.get(name)
-            raise UsageError(f"ULR has no {name}; " + (f"use {where}" if where else "see help(ulr_snn.ULR)"))
+            advice = f"use {MOVED[name]}" if name in MOVED else "see help(ulr_snn.ULR)"
+            raise UsageError(f"ULR has no {name}; {advice}")
         fields = {
             "credit": credit_of(credit),
             "maps": maps,
@@ -116,10 +115,10 @@ class ULR:
         if self.maps not in MAPS:
             raise UsageError(f"ULR got maps={self.maps!r}; it is one of {', '.join(MAPS)}")
         if self.memory == "bits":
-            warnings.warn("memory='bits' is memory='replay' now, which keeps less", DeprecationWarning, stacklevel=4)
+            warnings.warn("memory='bits' is deprecated; use memory='replay'", DeprecationWarning, stacklevel=4)
             object.__setattr__(self, "memory", "replay")
         if self.memory == "stream":
-            warnings.warn("ULR(memory='stream') is ulr_snn.Online() now; use that", DeprecationWarning, stacklevel=4)
+            warnings.warn("ULR(memory='stream') is deprecated; use ulr_snn.Online()", DeprecationWarning, stacklevel=4)
             object.__setattr__(self, "memory", OneTimeStep())
         if isinstance(self.memory, str) and self.memory not in MEMORY:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
@@ -137,22 +136,15 @@ class ULR:
         if self.memory == "replay" and self.sampling.adaptive:
             raise UsageError("ULR got memory='replay' with Adaptive copies; give it a number of copies")
 
-    def attach(
-        self,
-        model: nn.Module,
-        loss: LossSpec,
-        seed: int,
-        time_first: bool,
-        total_steps: int | None = None,
-        *,
-        progress: float | None = None,
-        rates: bool = False,
-    ) -> LearnedAttachment:
-        """What `train` steps with; see `Estimator.attach`."""
-        about = loss, seed, time_first, total_steps, progress, rates
-        return LearnedAttachment(model, self, self._memory(), *about)
+    def with_noise(self, noise: NoiseByName) -> "ULR":
+        return replace(self, noise=noise)
 
-    def _memory(self) -> Memory:
+    @property
+    def config(self) -> "ULR":
+        return self
+
+    @property
+    def way(self) -> Memory:
         if not isinstance(self.memory, str):
             return self.memory
         if self.memory == "replay":
@@ -161,7 +153,7 @@ class ULR:
 
 
 def check_noise(noise: NoiseByName) -> None:
-    """Raises UsageError for what is no noise by name."""
+    """Raises UsageError unless `noise` maps names to noise."""
     if not isinstance(noise, Mapping):
         raise UsageError(f"ULR got noise={noise!r}; give it by name, as in noise={{'0.weight': WeightNoise()}}")
     for name, site in noise.items():
@@ -172,7 +164,7 @@ def check_noise(noise: NoiseByName) -> None:
 
 
 def check_flows(flow: Mapping[str, str]) -> None:
-    """Raises UsageError for what is no flow by name."""
+    """Raises UsageError unless `flow` maps names to flows."""
     if not isinstance(flow, Mapping):
         raise UsageError(f"ULR got flow={flow!r}; give it by name, as in flow={{'0': 'frozen'}}")
     for name, kind in flow.items():
@@ -181,7 +173,7 @@ def check_flows(flow: Mapping[str, str]) -> None:
 
 
 def or_default(estimator: Estimator | None) -> Estimator:
-    """`ULR()` where none is given. Raises UsageError for what is no estimator."""
+    """Returns the estimator, or `ULR()` for None. Raises UsageError for anything else."""
     if estimator is not None and not callable(getattr(estimator, "attach", None)):
         raise UsageError(f"{estimator!r} is no estimator; give an object such as ulr_snn.ULR(credit='global')")
     return ULR() if estimator is None else estimator
@@ -195,11 +187,11 @@ def attach(
     time_first: bool = True,
     total_steps: int | None = None,
 ) -> Attachment:
-    """For one's own loop: `with attach(model) as ulr: ... estimate = ulr.backward(x, y); optimizer.step()`.
+    """Attaches an estimator to a model, for a loop of your own.
 
-    total_steps: length of the training, over which the firing noise is annealed; without it the noise stays at
-    the geometric mean of its first and last level.
-    loss: a name (see `ulr_snn.losses.named`) or a callable (outputs, targets) -> [B].
-    Raises UsageError if nothing in the model can get noise; where modules of one's own may, the first `backward` tells.
+    Use it as in `with attach(model) as ulr: ... estimate = ulr.backward(x, y); optimizer.step()`.
+    estimator: default `ULR()`. loss: a name (see `ulr_snn.losses.named`) or a callable (outputs, targets) -> [B].
+    total_steps: length of the training, over which the firing noise is annealed. None keeps the noise at the geometric
+    mean of its first and last level. Raises UsageError, here or in the first `backward`, if no module can get noise.
     """
     return or_default(estimator).attach(model, loss, seed, time_first, total_steps)

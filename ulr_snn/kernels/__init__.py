@@ -1,1 +1,1 @@
-"""Loops over time and over rows: a plain reference in torch, and compiled code for CPUs and GPUs that does the same."""
+"""Loops over time and over rows: a plain reference in torch, and compiled code for CPUs and GPUs."""

@@ -1,16 +1,16 @@
-"""Spikes as bits: 32 neurons to a word."""
+"""Conversion between spikes and bits, with 32 neurons in a word."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-WORD = 32  # neurons of a word
+WORD = 32  # neurons in a word
 
 
 def pack_bits(spikes: Tensor) -> Tensor:
-    """Spikes [..., N], 0 or 1 in any dtype, as words [..., ceil(N / 32)] int32: neuron n is bit n % 32 (bit 0 the
-    least significant) of word n // 32. Bits beyond N are 0."""
-    if spikes.device.type == "cpu":  # numpy's is three times as fast, and takes no more than it gives
+    """Packs spikes [..., N], 0 or 1 in any dtype, into words [..., ceil(N / 32)] int32. Neuron n is bit n % 32 (bit 0
+    the least significant) of word n // 32. Bits beyond N are 0."""
+    if spikes.device.type == "cpu":  # numpy is three times as fast as torch and needs no temporary memory
         packed = np.packbits(spikes.bool().contiguous().numpy(), axis=-1, bitorder="little")
         packed = np.pad(packed, [(0, 0)] * (spikes.ndim - 1) + [(0, -packed.shape[-1] % (WORD // 8))])
         return torch.from_numpy(packed.view("<i4").astype(np.int32, copy=False))
@@ -24,7 +24,7 @@ def packed_by_torch(spikes: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, neurons: int, dtype: torch.dtype) -> Tensor:
-    """The spikes [..., neurons] of such words [..., ceil(neurons / 32)], 0 or 1 in `dtype`."""
+    """Unpacks the spikes [..., neurons], 0 or 1 in `dtype`, from the words [..., ceil(neurons / 32)] of `pack_bits`."""
     if bits.device.type == "cpu":
         packed = bits.contiguous().numpy().astype("<i4", copy=False).view(np.uint8)
         return torch.from_numpy(np.unpackbits(packed, axis=-1, count=neurons, bitorder="little")).to(dtype)

@@ -1,8 +1,8 @@
-"""The time scans on a CPU, fused by numba: one pass over a row's neurons and time steps draws, fires and resets.
+"""The time scans on a CPU, fused by numba. One pass over a row's neurons and time steps draws, fires and resets.
 
-`reference.py` defines what these compute. Each kernel does the rows (samples, copies) from `first` to `end`, so that
-threads may share them (`fused.shared`). Loops over neurons are short and without branches, so that they become vector
-instructions. All arrays are float32, [T, B, N] with features flattened.
+`reference.py` defines their results. Each kernel processes the rows (samples, copies) from `first` to `end`, so that
+threads can share the rows (`dispatch.shared`). Loops over neurons are short and without branches, so that they become
+vector instructions. All arrays are float32, [T, B, N] with features flattened.
 """
 
 import math
@@ -13,53 +13,53 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Laws of firing, and spikes that are given. The Gaussian law is None: what is None is known when a kernel is compiled,
-# so that code for it, or without it, is left out.
+# Laws of firing; KNOWN means given spikes. The Gaussian law is None, since numba compiles a separate kernel for None
+# and drops the code of the other laws from it.
 LOGISTIC, DETERMINISTIC, KNOWN = 0, 1, 2
 SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32
 _ONE, _HALF, _BIT = _f(1), _f(0.5), _f(2.0**-23)
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
-_FARTHEST = _f(80)  # exp of no more than this, which float32 can hold
-NEAR = _f(60)  # of a distance d up to this, e^-|x| / e^-d can be told from zero wherever it matters
-_LEAST_SLOPE, _LEAST_CREDIT = _f(1e-25), _f(1e-30)  # less is zero: numbers below 1e-38 take a hundred times as long
+_FARTHEST = _f(80)  # largest argument of exp, whose result fits float32
+NEAR = _f(60)  # largest distance d for which e^-|x| / e^-d differs from zero wherever it matters
+_LEAST_SLOPE, _LEAST_CREDIT = _f(1e-25), _f(1e-30)  # smaller values become zero, since denormal numbers are slow
 _M1, _M2, _GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
-BLOCK = 64  # outputs that one thread adds up in the cache
-LINE = 16  # float32 numbers of a line of the cache
-TILE = 4  # rows whose products with as many columns as a line has stay in registers together
+BLOCK = 64  # outputs that one thread sums in the cache
+LINE = 16  # float32 numbers in a cache line
+TILE = 4  # rows whose products with LINE columns stay in registers together
 
 
 def compiled(**options):
-    """numba.njit, cached on disk where there is a place for that."""
+    """Decorates a function with numba.njit, with a cache on disk if its directory is writable."""
 
     def decorate(function):
         try:
             return numba.njit(cache=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # no directory to write to
+        except RuntimeError:  # no directory is writable
             return numba.njit(error_model="numpy", **options)(function)
 
     return decorate
 
 
-# -- vectors: loops over a few numbers that lie side by side, of flat arrays. What the compiler makes of loops this
-# short, or of sums that could stay in registers, is several times as slow. In this file, since numba's cache of
-# compiled kernels sees changes of their own file alone.
+# -- vectors: loops over a few adjacent numbers of flat arrays, written as vector instructions. The compiler's code for
+# such short loops, and for sums that could stay in registers, is several times as slow. They are in this file, since
+# numba's cache of a compiled kernel detects only changes of the kernel's own file.
 
 
 def _vector(array, context, builder, kind, at, width):
-    """Pointer to `width` numbers of an array of this type, from the place `at` on."""
+    """Returns a pointer to `width` numbers of an array of this type, from index `at`."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), ir.VectorType(ir.FloatType(), width).as_pointer())
 
 
 def _number(array, context, builder, kind, at):
-    """The number of an array of this type at a place."""
+    """Loads the number of an array of this type at index `at`."""
     return builder.load(builder.gep(context.make_array(kind)(context, builder, array).data, [at]))
 
 
 def _spread(builder, value, kind):
-    """A vector of this type, of one value."""
+    """Returns a vector of this type with `value` in all places."""
     blank = ir.Constant(kind, ir.Undefined)
     single = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(single, blank, _mask(*[0] * kind.count))
@@ -70,7 +70,7 @@ def _mask(*places):
 
 
 def _adder(width):
-    """add(to, t, source, s, value): to[t : t + width] += value * source[s : s + width], of flat arrays, as one
+    """Makes add(to, t, source, s, value): to[t : t + width] += value * source[s : s + width], for flat arrays, as one
     vector."""
 
     @intrinsic
@@ -91,7 +91,7 @@ def _adder(width):
 
 @intrinsic
 def _turn4(typing, to, t, to_step, source, s, step):
-    """to[t + j to_step + i] = source[s + i step + j] for i, j < 4, of flat arrays."""
+    """Sets to[t + j to_step + i] = source[s + i step + j] for i, j < 4, for flat arrays."""
 
     def code(context, builder, signature, arguments):
         to, t, to_step, source, s, step = arguments
@@ -113,8 +113,8 @@ def _turn4(typing, to, t, to_step, source, s, step):
 
 
 def _summer(width):
-    """weighted(out, o, start, z, source, s, step, places, values, k, end): out[o : o + width] = start[z : z + width] +
-    sum over k <= i < end of values[i] * source[s + places[i] * step : ... + width]. The sum stays in registers."""
+    """Makes weighted(out, o, start, z, source, s, step, places, values, k, end): out[o : o + width] = start[z : z +
+    width] + sum over k <= i < end of values[i] * source[s + places[i] * step : ... + width], summed in registers."""
 
     @intrinsic
     def weighted(typing, out, o, start, z, source, s, step, places, values, k, end):
@@ -139,8 +139,8 @@ def _summer(width):
 
 @intrinsic
 def _products(typing, out, o, x, s, step, columns, c, inputs):
-    """out[o + i step : ... + LINE] = sum over k < inputs of x[s + i step + k] * columns[c + LINE k : ... + LINE] for
-    i < TILE, of flat arrays. The sums stay in registers."""
+    """Sets out[o + i step : ... + LINE] = sum over k < inputs of x[s + i step + k] * columns[c + LINE k : ... + LINE]
+    for i < TILE, for flat arrays. The sums stay in registers."""
 
     def code(context, builder, signature, arguments):
         out, o, x, s, step, columns, c, inputs = arguments
@@ -176,7 +176,7 @@ _weighted16, _weighted64 = _summer(16), _summer(64)
 
 @compiled()
 def _copy(source, to):
-    """One row. What numba makes of a slice that is assigned takes seconds to compile."""
+    """Copies one row. A slice assignment would take numba seconds to compile."""
     for n in range(len(source)):
         to[n] = source[n]
 
@@ -189,7 +189,7 @@ def _fill(to, value):
 
 @compiled(inline="always")
 def _exp(x):
-    """exp of -80 <= x <= 80 to the precision of float32 (Cephes' polynomial), in operations that vectorise."""
+    """Returns exp(x), -80 <= x <= 80, in float32 precision (Cephes' polynomial), with operations that vectorise."""
     n = np.floor(x * _LOG2E + _HALF)
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     y = _f(1.9875691500e-4) * r + _f(1.3981999507e-3)
@@ -208,15 +208,15 @@ def _sigmoid(x):
 
 @compiled(inline="always")
 def _gaussian(x):
-    """Phi(x)."""
+    """Returns Phi(x)."""
     return _f(0.5 * math.erfc(-x * 0.7071067811865476))
 
 
 @compiled()
 def _uniforms(row1, row2, mirrored, out):
-    """As `Noise.uniform` of one row at one time step."""
+    """Computes `Noise.uniform` of one row at one time step."""
     for n in range(len(out)):
-        h = _u(_u(n) * _GOLDEN + row1)  # numba widens products and sums: back to 32 bits each time
+        h = _u(_u(n) * _GOLDEN + row1)  # numba widens products and sums, so each result is cut to 32 bits
         h = _u(_u(h ^ (h >> _u(16))) * _M1 + row2)
         h = _u(_u(h ^ (h >> _u(15))) * _M2)
         h = _u(h ^ (h >> _u(16)))
@@ -228,7 +228,7 @@ def _uniforms(row1, row2, mirrored, out):
 
 @compiled(inline="always")
 def _mix(h):
-    """As `noise._mix`."""
+    """Computes `noise.random._mix`."""
     h = _u(_u(h ^ (h >> _u(16))) * _M1)
     h = _u(_u(h ^ (h >> _u(15))) * _M2)
     return _u(h ^ (h >> _u(16)))
@@ -236,7 +236,7 @@ def _mix(h):
 
 @compiled()
 def words(sample, stream, low, high, time, row1, row2):
-    """As `Noise.words` [T, B], from the time of the first step on. low, high: halves of the site's key."""
+    """Computes `Noise.words` [T, B] from this time on. low, high: halves of the site's key."""
     for b in range(len(sample)):
         one, two = _mix(_u(_mix(_u(sample[b] + low)) + stream[b])), _mix(_u(_mix(_u(sample[b] + high)) + stream[b]))
         for t in range(len(row1)):
@@ -245,7 +245,7 @@ def words(sample, stream, low, high, time, row1, row2):
 
 @compiled()
 def _draws(law):
-    """Whether spikes of this law are drawn."""
+    """Returns whether this law draws spikes."""
     if law is None:
         return True
     return law < DETERMINISTIC
@@ -253,7 +253,7 @@ def _draws(law):
 
 @compiled()
 def _fire(law, x, uniform, spikes):
-    """Spikes of one row at one time step, from its standardised drive."""
+    """Computes the spikes of one row at one time step, from its standardised drive."""
     if law is None:
         for n in range(len(x)):
             spikes[n] = _f(uniform[n] < _gaussian(x[n]))
@@ -267,7 +267,7 @@ def _fire(law, x, uniform, spikes):
 
 @compiled()
 def _charge(reset, membrane, before, current, beta, threshold):
-    """Membranes of one row, one time step on; before: spikes of the step before."""
+    """Advances the membranes of one row by one time step. before: spikes of the previous step."""
     if reset == SUBTRACT:
         for n in range(len(membrane)):
             membrane[n] = beta[n] * membrane[n] + current[n] - threshold[n] * before[n]
@@ -281,8 +281,8 @@ def _charge(reset, membrane, before, current, beta, threshold):
 
 @compiled(inline="always")
 def _weighted(out, o, start, z, source, s, step, places, values, k, end, count):
-    """out[o : o + count] = start[z : z + count] + sum over k <= i < end of values[i] * source[s + places[i] * step :
-    ... + count], of flat arrays."""
+    """Sets out[o : o + count] = start[z : z + count] + sum over k <= i < end of values[i] * source[s + places[i] *
+    step : ... + count], for flat arrays."""
     n = 0
     while n + 64 <= count:
         _weighted64(out, o + n, start, z + n, source, s + n, step, places, values, k, end)
@@ -299,11 +299,11 @@ def _weighted(out, o, start, z, source, s, step, places, values, k, end, count):
 
 @compiled()
 def _recurrent(weight, before, places, values, blank, out):
-    """Sum of the rows of weights, flat, of the neurons that fired: silence costs nothing. places, values: room for a
-    list of these; blank: zeros."""
+    """Sums the rows of flat weights of the neurons that fired. Silent neurons cost nothing. places, values: space for
+    the list of neurons that fired; blank: zeros."""
     count, neurons = 0, len(before)
     for j in range(neurons):
-        places[count], values[count] = j, before[j]  # to stay if it fired: no branch has to be guessed
+        places[count], values[count] = j, before[j]  # overwritten unless it fired, which needs no branch
         count += before[j] != 0
     _weighted(out, 0, blank, 0, weight, 0, neurons, places, values, 0, count, neurons)
 
@@ -311,12 +311,12 @@ def _recurrent(weight, before, places, values, blank, out):
 @compiled(nogil=True)
 def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
          spikes, x, fed_back):  # fmt: skip
-    """Runs rows of a layer over time, from membrane and spikes [B, N] of the step before, which become the last step's.
+    """Runs rows of a layer over time. Membrane and spikes (before) [B, N] of the previous step become the last step's.
 
     current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or None; beta, threshold, scale [N];
-    row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: steps that are no padding.
-    Writes spikes (of law KNOWN, reads them), standardised drives and, with recurrent weights, the recurrent current,
-    all [T, B, N].
+    row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: number of steps without padding.
+    Writes spikes (with law KNOWN it reads them), standardised drives and, with recurrent weights, the recurrent
+    current, all [T, B, N].
     """
     steps, _, neurons = current.shape
     uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
@@ -345,14 +345,14 @@ def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, 
 
 @compiled(inline="always")
 def _kept(credit):
-    """Zero in place of what is too small; what is no number stays."""
-    return credit * _f(abs(credit) >= _LEAST_CREDIT)  # a choice between two would be made one by one
+    """Returns zero for too small values. NaN stays NaN."""
+    return credit * _f(abs(credit) >= _LEAST_CREDIT)  # a conditional expression would not vectorise
 
 
 @compiled()
 def _secants(law, x, over, out):
-    """Mean of the secants of F over distances d; of the logistic law sinh d / (2 d (cosh x + cosh d)) each, which is
-    (1 - e^-2d) / 2d / ((1 + e^{|x| - d}) (1 + e^{-|x| - d})). over [K, 4]: see `fused._distances`."""
+    """Computes the mean of the secants of F over distances d. For the logistic law each is sinh d / (2 d (cosh x +
+    cosh d)) = (1 - e^-2d) / 2d / ((1 + e^{|x| - d}) (1 + e^{-|x| - d})). over [K, 4]: see `dispatch._distances`."""
     _fill(out, _f(0))
     if law is None:
         for k in range(len(over)):
@@ -371,7 +371,7 @@ def _secants(law, x, over, out):
 
 @compiled()
 def _near_secants(x, over, out):
-    """Adds four secants from one e^-|x|, those alone whose e^-d it can be added to."""
+    """Adds four secants of the logistic law, up to the distance NEAR, from one e^-|x|."""
     q0, q1, q2, q3 = over[0, 2], over[1, 2], over[2, 2], over[3, 2]
     c0, c1, c2, c3 = over[0, 3], over[1, 3], over[2, 3], over[3, 3]
     for n in range(len(x)):
@@ -384,7 +384,7 @@ def _near_secants(x, over, out):
 
 @compiled()
 def _slope(law, x, over, scale, valid, out):
-    """p' per unit of membrane of one row at one time step, or secants in its place; 0 on padding."""
+    """Computes p' per unit of membrane, or secants instead, of one row at one time step; 0 on padding."""
     if not valid:
         _fill(out, _f(0))
         return
@@ -403,9 +403,9 @@ def _slope(law, x, over, scale, valid, out):
 
 @compiled(nogil=True)
 def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, spikes, slope, farthest):
-    """Time step t of some rows of a layer whose membranes are known: draws spikes of drives [B, N], and gives `_slope`
-    at them, both [T, B, N]. row1, row2, mirrored, own: as of `scan`; farthest [B]: bits of the largest |drive / scale|
-    so far, which are in the order of the numbers."""
+    """Draws the spikes of some rows at time step t from drives [B, N], and computes their `_slope`, both [T, B, N].
+    row1, row2, mirrored, own: as for `scan`; farthest [B]: bits of the largest |drive / scale| so far. The bits of
+    positive floats have the order of the floats."""
     neurons = drive.shape[1]
     x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
     for b in range(first, end):
@@ -425,7 +425,7 @@ def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, spik
 
 @compiled(nogil=True)
 def slopes(first, end, law, x, over, scale, own, out):
-    """p' per unit of membrane [T, B, N] of drives x, or secants over distances `over`; 0 on padding."""
+    """Computes p' per unit of membrane [T, B, N] of drives x, or secants over distances `over`; 0 on padding."""
     for t in range(len(x)):
         for b in range(first, end):
             _slope(law, x[t, b], over, scale, t < own[b], out[t, b])
@@ -433,14 +433,14 @@ def slopes(first, end, law, x, over, scale, own, out):
 
 @compiled(nogil=True)
 def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents):
-    """`Recurrence.credit` of some rows: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} + total_t p'_t,
-    all [T, B, N], from g = later [B, N] on, which becomes the first step's. a: or [1, B, N], of every step; x:
-    standardised drives, of which p' is made (see `slopes`); spikes: read for "zero" alone; columns: C^T in blocks of a
-    line (see there), or None without recurrent weights; totals: [T, B, N], or [0, 0, 0] where they are not asked for.
-    currents may be a."""
+    """Computes `Recurrence.credit` of some rows: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} +
+    total_t p'_t, all [T, B, N]. The first g is later [B, N], which becomes that of the first step. a: may be [1, B, N],
+    the same at every step; x: standardised drives, for p' (see `slopes`); spikes: read only for reset "zero"; columns:
+    C^T in blocks of LINE (see `columns`), or None without recurrent weights; totals: [T, B, N], or [0, 0, 0] if not
+    wanted; currents: may be the same array as a."""
     steps, _, neurons = x.shape
     wide, high = -(-neurons // LINE) * LINE, -(-(end - first) // TILE) * TILE
-    flat, sums = np.zeros(high * wide, np.float32), np.zeros(high * wide, np.float32)  # g; filled up with zeros
+    flat, sums = np.zeros(high * wide, np.float32), np.zeros(high * wide, np.float32)  # g, padded with zeros
     total, slope = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
     for b in range(first, end):
         _copy(later[b], flat[(b - first) * wide :])
@@ -467,7 +467,7 @@ def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, col
 
 @compiled()
 def _credit(a, x, scale, spikes, beta, threshold, reset, recurrent, g, total, slope):
-    """Of one row at one time step: total credit, and g, one step back."""
+    """Computes total credit and g of one row, one time step back."""
     if reset == SUBTRACT:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - threshold[n] * g[n]
@@ -484,7 +484,7 @@ def _credit(a, x, scale, spikes, beta, threshold, reset, recurrent, g, total, sl
 
 @compiled(nogil=True)
 def leaky(first, end, c, spikes, beta, reset, later, out):
-    """g_t = c_t + beta k_t g_{t+1} [T, B, N] of some rows, from g = later [B, N] on, which becomes the first step's."""
+    """Computes g_t = c_t + beta k_t g_{t+1} [T, B, N] of some rows. later [B, N], the first g, becomes the last one."""
     steps, _, neurons = c.shape
     for back in range(steps):
         t = steps - 1 - back
@@ -501,8 +501,8 @@ def leaky(first, end, c, spikes, beta, reset, later, out):
 
 @compiled(nogil=True)
 def leak(first, end, g, x, scale, threshold, spikes, reset, out):
-    """Adds to out [N] the sum over time steps and some rows of g_t times the membrane that the step before left, of
-    standardised drives x."""
+    """Adds to out [N] the sum over time steps and some rows of g_t times the membrane after the previous step's reset.
+    x: standardised drives."""
     steps, _, neurons = g.shape
     for t in range(1, steps):
         for b in range(first, end):
@@ -520,7 +520,7 @@ def leak(first, end, g, x, scale, threshold, spikes, reset, out):
 
 @compiled(nogil=True)
 def count(first, end, frames, counts):
-    """Inputs that are not zero in each of some rows of frames [n, inputs]."""
+    """Counts the non-zero inputs in each of some rows of frames [n, inputs]."""
     for r in range(first, end):
         found = 0
         for i in range(frames.shape[1]):
@@ -530,7 +530,7 @@ def count(first, end, frames, counts):
 
 @compiled(nogil=True)
 def collect(first, end, frames, starts, places, values):
-    """Where in its row each of them is, and its size; those of row r from starts[r] on."""
+    """Lists the non-zero inputs of some rows: their places in the row and their values, for row r from starts[r] on."""
     for r in range(first, end):
         k, last = starts[r], starts[r + 1]
         i = 0
@@ -543,14 +543,14 @@ def collect(first, end, frames, starts, places, values):
 
 @compiled(inline="always")
 def _turn(to, t, to_step, source, s, step, rows, columns):
-    """to[t + j to_step + i] = source[s + i step + j] for i < rows, j < columns, of flat arrays."""
+    """Sets to[t + j to_step + i] = source[s + i step + j] for i < rows, j < columns, for flat arrays."""
     if rows < 4 or columns < 4:
         for i in range(rows):
             for j in range(columns):
                 to[t + j * to_step + i] = source[s + i * step + j]
         return
     for column in range(0, columns, 4):
-        j = min(column, columns - 4)  # the last four once more, where they are fewer
+        j = min(column, columns - 4)  # the last group of four may overlap the one before
         for row in range(0, rows, 4):
             i = min(row, rows - 4)
             _turn4(to, t + j * to_step + i, to_step, source, s + i * step + j, step)
@@ -558,7 +558,7 @@ def _turn(to, t, to_step, source, s, step, rows, columns):
 
 @compiled(inline="always")
 def _add(to, t, source, s, value, count):
-    """to[t : t + count] += value * source[s : s + count], of a count in fours."""
+    """Adds to[t : t + count] += value * source[s : s + count], for a count divisible by 4."""
     wide = count & ~15
     for n in range(0, wide, 16):
         _add16(to, t + n, source, s + n, value)
@@ -568,7 +568,7 @@ def _add(to, t, source, s, value, count):
 
 @compiled(inline="always")
 def _add_lines(to, t, to_step, source, s, step, value, lines, length):
-    """`_add` of so many lines, from one to the next by these steps."""
+    """Applies `_add` to several lines of this length, which are to_step and step apart."""
     for _ in range(lines):
         _add(to, t, source, s, value, length)
         t += to_step
@@ -577,8 +577,8 @@ def _add_lines(to, t, to_step, source, s, step, value, lines, length):
 
 @compiled(nogil=True)
 def scatter(first, end, starts, places, values, g, inputs, out):
-    """g^T x [outputs, inputs], flat, of rows of events x and g [n, outputs]; some blocks of BLOCK outputs, so that what
-    is added to stays in the cache."""
+    """Computes some blocks of BLOCK outputs of g^T x [outputs, inputs], flat, for rows of events x and g [n, outputs].
+    The sums of a block stay in the cache."""
     outputs, width = g.shape[1], BLOCK
     for block in range(first, end):
         low, high = block * width, min((block + 1) * width, outputs)
@@ -592,8 +592,8 @@ def scatter(first, end, starts, places, values, g, inputs, out):
 
 @compiled(nogil=True)
 def columns(first, end, matrix, outputs, inputs, out, width):
-    """W^T [blocks, inputs, width] of W [outputs, inputs], both flat, in blocks of outputs, filled up with zeros, some
-    of them. By few outputs at a time, since lines of W that lie far apart may exclude each other from the cache."""
+    """Computes some blocks of W^T [blocks, inputs, width] from W [outputs, inputs], both flat, padded with zeros. It
+    reads few outputs at a time, since distant lines of W may evict each other from the cache."""
     for block in range(first, end):
         low, high = block * width, min((block + 1) * width, outputs)
         if high - low < width:
@@ -605,8 +605,8 @@ def columns(first, end, matrix, outputs, inputs, out, width):
 
 @compiled(nogil=True)
 def gather(first, end, starts, places, values, columns, inputs, start, out, width):
-    """x W^T + b [n, outputs] of some rows of events x. columns: W^T in blocks of this width (see there), so that one
-    stays in the cache while the rows go by; start: b."""
+    """Computes x W^T + b [n, outputs] of some rows of events x. columns: W^T in blocks of this width (see `columns`),
+    each of which stays in the cache for all rows; start: b."""
     outputs = out.shape[1]
     bias, total = np.zeros(width, np.float32), np.empty(width, np.float32)
     for low in range(0, outputs, width):
@@ -619,11 +619,11 @@ def gather(first, end, starts, places, values, columns, inputs, start, out, widt
 
 @compiled(nogil=True)
 def spread(first, end, starts, places, values, to, which, patches, blank, steps, wide, shape, out):
-    """Convolution [n, outputs, high, across] of some rows of events: see `sparse.Patches`. blank: the grid before any
-    event; steps: `Patches.steps`."""
+    """Computes the convolution [n, outputs, high, across] of some rows of events (see `sparse.Patches`). blank: the
+    grid without events; steps: `Patches.steps`."""
     _, outputs, high, across = shape
     lines, length, step, lead = steps
-    grid = np.empty(len(blank), np.float32)  # outputs last, where a frame of it stays in the cache
+    grid = np.empty(len(blank), np.float32)  # one frame, which stays in the cache; outputs are its last axis
     for r in range(first, end):
         _copy(blank, grid)
         for k in range(starts[r], starts[r + 1]):
@@ -636,8 +636,8 @@ def spread(first, end, starts, places, values, to, which, patches, blank, steps,
 
 @compiled(nogil=True)
 def spread_weight(first, end, starts, places, values, to, which, own, steps, wide, size, shape, g):
-    """Adds the gradient of the patches of some rows to `own`, from that of the outputs g, flat. size: outputs in the
-    grid."""
+    """Adds the gradient of the patches from some rows to `own`. g: flat gradient of the outputs; size: number of places
+    in the grid."""
     _, outputs, high, across = shape
     lines, length, step, lead = steps
     grid = np.zeros(size * wide, np.float32)
@@ -654,9 +654,8 @@ def spread_weight(first, end, starts, places, values, to, which, own, steps, wid
 
 @compiled(nogil=True)
 def turn(first, end, source, start, steps, shape, out):
-    """Turns some rows of [n, high, across, channels], of which only the last two axes lie side by side, to [n,
-    channels, high, across]. source, out: flat; start, steps: where the first number is, and those from one n and from
-    one line to the next."""
+    """Transposes some rows of [n, high, across, channels], whose last two axes are contiguous, to [n, channels, high,
+    across]. source, out: flat; start: index of the first number; steps: strides of n and of high."""
     _, high, across, channels = shape
     for r in range(first, end):
         for y in range(high):

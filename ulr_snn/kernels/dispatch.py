@@ -1,11 +1,13 @@
-"""Fused kernels for the time scans, where there are some for a tensor; `reference.py` defines what they compute.
+"""The choice between fused kernels and the reference. `reference.py` defines the results of the time scans.
 
-One resolver, `choice`, chooses by what a tensor is. An error in a kernel is an error: nothing falls back after one.
+`choice` selects the kernels by the dtype and device of a tensor. A function here returns None if no kernel applies, and
+the caller then runs the reference. An error in a kernel is raised; nothing falls back after an error.
 """
 
 import importlib.util
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from types import ModuleType
@@ -22,8 +24,8 @@ from ulr_snn.kernels.weight_cache import once
 
 Pair = tuple[int, int]
 
-SMALL = 1 << 14  # numbers that other threads would take longer to be told of
-LAWS = {"logistic": 0, "gaussian": None}  # as of cpu.py
+SMALL = 1 << 14  # up to so many numbers, one thread is faster than several
+LAWS = {"logistic": 0, "gaussian": None}  # the constants of cpu.py
 
 
 @lru_cache
@@ -32,7 +34,7 @@ def _installed(name: str) -> bool:
 
 
 def choice(like: Tensor) -> tuple[str, str]:
-    """Which code scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
+    """Returns the code that scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
     if like.dtype != torch.float32:
         return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
     if like.device.type == "cpu":
@@ -43,18 +45,19 @@ def choice(like: Tensor) -> tuple[str, str]:
 
 
 def kernels(like: Tensor) -> ModuleType | None:
-    """The module of kernels for tensors like this one on a CPU; None elsewhere."""
-    return _cpu() if choice(like)[0] == "cpu" else None
+    """Returns the module of CPU kernels if they apply to tensors like this one; otherwise None."""
+    return cpu_kernels() if choice(like)[0] == "cpu" else None
 
 
-def _cpu() -> ModuleType:
+def cpu_kernels() -> ModuleType:
+    """Imports and returns the module of CPU kernels."""
     from ulr_snn.kernels import cpu
 
     return cpu
 
 
 def _gpu(like: Tensor) -> ModuleType | None:
-    """The module of kernels for tensors like this one on a GPU; None elsewhere."""
+    """Returns the module of GPU kernels if they apply to tensors like this one; otherwise None."""
     if choice(like)[0] != "gpu":
         return None
     from ulr_snn.kernels import gpu
@@ -73,10 +76,9 @@ def scan(
     state: State | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Spikes, standardised drives x (drives, where nothing is drawn) and recurrent current, [T, B, ...]; None where the
-    reference has to do it. weight: recurrent [N, N]; lengths [B]: steps of each row that are no padding;
-    known: the spikes, where they are not drawn. Raises UsageError for shapes that do not fit, since kernels check no
-    bounds."""
+    """Returns spikes, standardised drives x (drives, if nothing is drawn) and recurrent current, [T, B, ...]. weight:
+    recurrent [N, N]; lengths [B]: number of steps of each row, without padding; known: given spikes, which are not
+    drawn. Raises UsageError for shapes that do not fit, since kernels check no bounds."""
     check_fit(current, weight, draw, lengths)
     gpu = _gpu(current)
     if gpu is not None:
@@ -89,17 +91,12 @@ def scan(
     scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
     per_neuron = [_per_neuron(value, features) for value in (beta, threshold, scale)]
     state = State(*torch.zeros(2, *current.shape[1:], dtype=torch.float32).unbind()) if state is None else state
-    spikes, x = (
-        empty(*current.shape) if known is None else known.contiguous(),
-        empty(*current.shape),
-    )
+    spikes, x = empty(*current.shape) if known is None else known.contiguous(), empty(*current.shape)
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
     sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
-    mirrored = torch.zeros(rows, dtype=torch.bool)
-    if draw is not None and draw.mirrored is not None:
-        mirrored = draw.mirrored
+    mirrored = torch.zeros(rows, dtype=torch.bool) if draw is None or draw.mirrored is None else draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     given = (
         _array(current), sources, *per_neuron, RESETS.index(reset),
@@ -112,16 +109,16 @@ def scan(
 
 
 def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths: Tensor | None) -> None:
-    """Raises UsageError unless recurrent weights, noise and lengths are those of a current [T, B, ...]."""
+    """Raises UsageError unless recurrent weights, noise and lengths fit a current [T, B, ...]."""
     features, (steps, rows) = tuple(current.shape[2:]), current.shape[:2]
     if weight is not None and (len(features) != 1 or tuple(weight.shape) != features * 2):
         raise UsageError(
             f"recurrent weights {tuple(weight.shape)} got a current of features {features}; give RecurrentLIF as many "
             "features as its current has"
         )
-    drawn = None if draw is None or draw.words is None else tuple(draw.words[0].shape)
-    if drawn not in (None, (steps, rows)) or (lengths is not None and len(lengths) != rows):
-        own = len(lengths) if lengths is not None else drawn[1]
+    drawn = (steps, rows) if draw is None or draw.words is None else tuple(draw.words[0].shape)
+    own = drawn[1] if lengths is None else len(lengths)
+    if drawn != (steps, rows) or own != rows:
         raise UsageError(
             f"a spiking layer got a current of {steps} time steps and {rows} rows in a pass of {own} samples; keep "
             "time and samples the first two axes [T, B, ...] of every layer"
@@ -129,22 +126,24 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
 
 
 def words(key: int, sample: Tensor, stream: Tensor, first: int, steps: int) -> tuple[Tensor, Tensor] | None:
-    """`Noise.words` of a site with this key; None where torch has to make them."""
+    """Returns `Noise.words` of a site with this key; None if no kernel applies."""
     if sample.device.type != "cpu" or not _installed("numba"):
         return None
     found = torch.empty(2, steps, len(sample), dtype=torch.int32)
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
     rows = (tensor.contiguous().numpy().view("uint32") for tensor in (sample, stream))
-    _cpu().words(*rows, low, high, np.uint32(first), *found.numpy().view("uint32"))
+    cpu_kernels().words(*rows, low, high, np.uint32(first), *found.numpy().view("uint32"))
     return found[0], found[1]
 
 
 class StepDraw:
-    """Draws the spikes of a layer on a CPU whose membranes come in time step by time step. like: the drives [B, ...] of
-    one; lengths, over: as of `credit`. spikes: [T, B, ...]; slope: the one that credit takes at them, per unit of
-    membrane; both as far as they have been drawn."""
+    """Draws the spikes of a layer on a CPU that runs step by step. like: drives [B, ...] of one step. lengths, over: as
+    in `credit`. spikes, slope: the spikes, and the slope for credit per unit of membrane, both [T, B, ...] and valid up
+    to the last step drawn."""
 
     def __init__(self, draw: Draw, like: Tensor, lengths: Tensor | None, over: Tensor | None) -> None:
+        if draw.words is None:
+            raise UsageError("a draw step by step needs the words of the noise")
         steps, rows = draw.words[0].shape
         self.spikes, self.slope = empty(steps, *like.shape), empty(steps, *like.shape)
         self._farthest = np.zeros(rows, np.int32)
@@ -153,23 +152,22 @@ class StepDraw:
         about = mirrored.numpy(), _own(lengths, steps, rows), _distances(over), _array(self.spikes), _array(self.slope)
         self._given = _per_neuron(draw.scale, like.shape[1:]), LAWS[draw.law], *words, *about, self._farthest
         self._parts = None if like.numel() > SMALL else 1
-        self._fire = _cpu().fire
+        self._fire = cpu_kernels().fire
 
     @property
     def farthest(self) -> Tensor:
-        """Largest |drive / scale| so far, a number."""
+        """Largest |drive / scale| so far, a scalar."""
         return torch.from_numpy(self._farthest.view(np.float32)).max()
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
-        """Spikes of drives [B, ...] of time step t."""
+        """Draws and returns the spikes [B, ...] of time step t."""
         given = drive.detach().contiguous().view(len(drive), -1).numpy(), t, *self._given
         shared(len(drive), lambda first, end: self._fire(first, end, *given), self._parts)
         return self.spikes[t]
 
 
 def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Tensor | None = None) -> Tensor | None:
-    """p' per unit of membrane [T, B, ...] of standardised drives, or the secants over these distances [K]; None where
-    the reference has to do it."""
+    """Returns p' per unit of membrane [T, B, ...] for standardised drives, or the secants over these distances [K]."""
     cpu = kernels(x)
     if cpu is None:
         return None
@@ -196,61 +194,54 @@ def credit(
     weight: Tensor | None = None,
     over: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor] | None:
-    """`credit.recurrence.Recurrence.credit` of standardised drives x; None where the reference has to do it. later: g
-    [B, ...] of the step after the last; becomes that of the first. totals: whether they are asked for; overwrite: a is
-    not needed any more; weight: C [N, N] of the recurrent current; over: distances [K] of the secants in place of p'.
-    """
+    """Returns `credit.recurrence.Recurrence.credit` for standardised drives x. later: g [B, ...] of the step after the
+    last; it is overwritten with that of the first. totals: whether to return totals. overwrite: whether a may be
+    overwritten. weight: C [N, N] of the recurrent current. over: distances [K] of the secants that replace p'."""
     gpu = _gpu(a)
-    if gpu is not None and over is not None:
-        return None
     if gpu is not None:
-        given = a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals
-        return gpu.credit(*given) if weight is None else None
+        if weight is not None or over is not None:
+            return None
+        return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals)
     cpu = kernels(a)
     if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
     total = empty(*(a.shape if totals else (0, 0, 0)))
     currents = a if overwrite and a.is_contiguous() else empty(*a.shape)
-    scale, beta, threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
+    of_scale, of_beta, of_threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
     columns = None if weight is None else in_columns(weight, cpu.LINE).numpy()
-    each = a if a.stride(0) else a[:1]  # the same at every step
+    each = a if a.stride(0) else a[:1]  # stride 0: a is the same at every step
     given = (
-        _array(each), _array(x), LAWS[law], _distances(over), scale, _own(lengths, *a.shape[:2]), _array(spikes),
-        beta, threshold, columns, RESETS.index(reset), _rows(later), _array(total), _array(currents),
+        _array(each), _array(x), LAWS[law], _distances(over), of_scale, _own(lengths, *a.shape[:2]), _array(spikes),
+        of_beta, of_threshold, columns, RESETS.index(reset), _rows(later), _array(total), _array(currents),
     )  # fmt: skip
     shared(a.shape[1], lambda first, end: cpu.credit(first, end, *given))
     return total if totals else None, currents
 
 
 def leak_gradient(g: Tensor, x: Tensor, scale: Tensor, threshold: Tensor, spikes: Tensor, reset: str) -> Tensor | None:
-    """`Record.leak_gradient` of g, drives and spikes [T, B, ...]; None where torch has to do it."""
+    """Returns `Record.leak_gradient` for g, drives and spikes [T, B, ...]; None if no kernel applies."""
     cpu = kernels(g)
     if cpu is None or not g.dtype == x.dtype == spikes.dtype:
         return None
     per_neuron = (_per_neuron(value, g.shape[2:]) for value in (scale, threshold))
-    given, sums = (_array(g), _array(x), *per_neuron, _array(spikes), RESETS.index(reset)), []  # one of each thread
-
-    def work(first: int, end: int) -> None:
-        sums.append(torch.zeros(g[0, 0].numel(), dtype=torch.float32))
-        cpu.leak(first, end, *given, sums[-1].numpy())
-
-    shared(g.shape[1], work)
-    return sum(sums).view(g.shape[2:])
+    given = _array(g), _array(x), *per_neuron, _array(spikes), RESETS.index(reset)
+    return summed(g.shape[1], g.shape[2:], lambda first, end, out: cpu.leak(first, end, *given, out))
 
 
 def transposed(weight: Tensor) -> Tensor:
-    """W^T in memory of its own."""
+    """Returns a contiguous copy of W^T."""
     return weight.detach().T.contiguous()
 
 
 def in_columns(weight: Tensor, width: int) -> Tensor:
-    """W^T, flat, in blocks of `width` outputs of a weight [outputs, inputs] on a CPU, filled up with zeros: see
-    `cpu.columns`. It is kept for the next part of time, unless a step is to take little memory."""
+    """Returns W^T, flat, in blocks of `width` outputs, padded with zeros (see `cpu.columns`), for a weight [outputs,
+    inputs] on a CPU. The result is cached for the next time chunk, unless the pool is lean."""
 
     def made(weight: Tensor) -> Tensor:
         outputs, inputs = weight.shape
         out = empty(-(-outputs // width) * width * inputs)
-        cpu, given = kernels(out), (weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width)
+        given = weight.detach().contiguous().flatten().numpy(), outputs, inputs, out.numpy(), width
+        cpu = cpu_kernels()
         shared(-(-outputs // width), lambda first, end: cpu.columns(first, end, *given))
         return out
 
@@ -258,13 +249,13 @@ def in_columns(weight: Tensor, width: int) -> Tensor:
 
 
 def threads(rows: int) -> int:
-    """That share rows on a CPU, as many as torch uses."""
+    """Returns the number of threads that share rows on a CPU, at most the number that torch uses."""
     return max(1, min(torch.get_num_threads(), rows))
 
 
 def shared(rows: int, work: Callable[[int, int], Any], parts: int | None = None) -> None:
-    """Calls work(first, end) for ranges that make up all rows, as equal as can be, each in a thread. parts: how many;
-    None: as many as torch uses."""
+    """Calls work(first, end) for nearly equal ranges of all rows, each in a thread. parts: number of ranges; None: the
+    number of threads that torch uses."""
     parts = threads(rows) if parts is None else parts
     ends = [part * rows // parts for part in range(parts + 1)]
     others = [_workers().submit(work, *ends[i : i + 2]) for i in range(1, parts)]
@@ -273,17 +264,31 @@ def shared(rows: int, work: Callable[[int, int], Any], parts: int | None = None)
         other.result()
 
 
+def summed(rows: int, shape: Sequence[int], add: Callable[[int, int, Any], Any]) -> Tensor:
+    """Returns the sum [*shape] of terms of all rows. Each thread calls add(first, end, out), which adds the terms of a
+    range of rows to its own flat array."""
+    sums: dict[tuple[int, int], Tensor] = {}
+
+    def work(first: int, end: int) -> None:
+        own = sums[first, end] = torch.zeros(math.prod(shape), dtype=torch.float32)
+        add(first, end, own.numpy())
+
+    shared(rows, work)
+    first, *others = (sums[part] for part in sorted(sums))  # a fixed order, whichever thread ends first
+    return sum(others, first).view(*shape)
+
+
 @lru_cache
 def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a child process lacks the parent's threads
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:
-    """g_t = c_t + beta k_t g_{t+1} [T, B, ...]; None where the reference has to do it."""
+    """Returns g_t = c_t + beta k_t g_{t+1} [T, B, ...]; None if no kernel applies."""
     if beta.ndim > c.ndim - 2:
         return None
     reset = "none" if spikes is None else reset  # without spikes nothing is reset
@@ -300,20 +305,20 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
 
 
 def window_sums(x: Tensor, windows: tuple[Pair, Pair, Pair], size: Pair) -> tuple[Tensor, bool] | None:
-    """Sums over the windows of pictures x [..., high, across], and whether all of x is 0 or 1; None where torch has to
-    do it. windows: their size, step and margin; size: of the result."""
+    """Returns sums over the windows of pictures x [..., high, across], and whether all of x is 0 or 1. windows: size,
+    step and margin of the windows; size: size of the result."""
     if kernels(x) is None:
         return None
     from ulr_snn.kernels.windows import fired
 
-    out, spikes = empty(*x.shape[:-2], *size), []
+    out, spikes = empty(*x.shape[:-2], *size), list[bool]()
     pictures, sums = (t.contiguous().view(-1, *t.shape[-2:]).numpy() for t in (x, out))
     shared(len(pictures), lambda first, end: spikes.append(fired(first, end, pictures, windows, sums)))
     return out, all(spikes)
 
 
 def window_credit(x: Tensor, total: Tensor, g: Tensor, windows: tuple[Pair, Pair, Pair]) -> Tensor | None:
-    """Gradient of spikes x from that of the OR over windows, whose sums are `total`; None where torch has to do it."""
+    """Returns the gradient of spikes x, from the gradient g of their OR over windows with sums `total`."""
     if kernels(x) is None or g.dtype != x.dtype or total.dtype != x.dtype:
         return None
     from ulr_snn.kernels.windows import credited
@@ -326,8 +331,8 @@ def window_credit(x: Tensor, total: Tensor, g: Tensor, windows: tuple[Pair, Pair
 
 
 def turned(x: Tensor) -> Tensor:
-    """[n, high, across, channels] -> [n, channels, high, across], its own memory: what channels last are put in order
-    by, and, of [n, 1, channels, positions], the other way round."""
+    """Transposes [n, high, across, channels] to a contiguous [n, channels, high, across]. This undoes channels-last
+    order; for [n, 1, channels, positions] it produces channels-last order."""
     cpu = kernels(x)
     if cpu is None or x.stride()[2:] != (x.shape[3], 1) or 0 in x.shape:
         return x.permute(0, 3, 1, 2).contiguous()
@@ -341,29 +346,29 @@ def turned(x: Tensor) -> Tensor:
 
 
 def _array(sequence: Tensor) -> Any:
-    """[T, B, N] of [T, B, ...], its own memory where it can be."""
+    """Returns [T, B, ...] as an array [T, B, N], which shares its memory if it is contiguous."""
     return sequence.detach().contiguous().flatten(2).numpy()
 
 
 def _rows(state: Tensor) -> Any:
-    """[B, N] of [B, ...], its own memory."""
+    """Returns [B, ...] as an array [B, N], which shares its memory."""
     return state.view(len(state), -1).numpy()
 
 
 def _per_neuron(value: Tensor, features: torch.Size) -> Any:
-    """[N] float32 of what broadcasts against [...]."""
+    """Broadcasts a value to features [...] and returns it as an array [N] float32."""
     while value.ndim > len(features) and value.shape[0] == 1:
         value = value[0]
     return value.detach().to(torch.float32).expand(features).reshape(-1).contiguous().numpy()
 
 
 def _distances(over: Tensor | None) -> Any:
-    """Of distances d [K], K filled up to fours: d, 1 / 2dK, e^-d, and 1 / 2dK (1 - e^-2d), but 1 and 0 where e^-d is as
-    good as zero, [K, 4] float32; None of none."""
+    """Returns d, 1 / 2dK, e^-d, and 1 / 2dK (1 - e^-2d) of distances d [K], as [K, 4] float32, with K padded to a
+    multiple of 4; None for None. The last two columns are 1 and 0 if d is beyond NEAR."""
     if over is None:
         return None
     d = over.to(torch.float64).numpy()
-    near, share, q = d <= _cpu().NEAR, 1 / (2 * d * len(d)), np.exp(-d)
+    near, share, q = d <= cpu_kernels().NEAR, 1 / (2 * d * len(d)), np.exp(-d)
     rows = np.zeros((-(-len(d) // 4) * 4, 4), np.float32)
     rows[:, 2] = 1
     rows[: len(d)] = np.stack([d, share, np.where(near, q, 1), np.where(near, share * (1 - q * q), 0)], 1)

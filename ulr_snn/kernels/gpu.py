@@ -1,4 +1,4 @@
-"""The fused scans on a GPU: what `fused` asks for, by the kernels of `triton.py`."""
+"""The fused scans on a GPU. They connect `dispatch` to the kernels of `triton.py`."""
 
 from torch import Tensor
 
@@ -14,10 +14,14 @@ def scan(
     draw: Draw | None,
     lengths: Tensor | None,
     state: State | None,
-) -> tuple[Tensor, Tensor, None]:
-    drawn = (1.0,) if draw is None else (draw.scale, draw.law, draw.words, draw.mirrored)
+) -> tuple[Tensor | None, Tensor | None, None]:
     before = None if state is None else (state.membrane, state.spikes)
-    found = triton.lif_forward(current, beta, threshold, reset, *drawn, state=before, lengths=lengths)
+    given = current, beta, threshold, reset
+    if draw is None:
+        found = triton.lif_forward(*given, state=before, lengths=lengths)
+    else:
+        drawn = draw.scale, draw.law, draw.words, draw.mirrored
+        found = triton.lif_forward(*given, *drawn, before, lengths)
     if state is not None:
         state.membrane.copy_(found.state[0])
         state.spikes.copy_(found.state[1])

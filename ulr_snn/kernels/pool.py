@@ -1,7 +1,8 @@
-"""Memory of large temporaries on a CPU, kept from one training step to the next.
+"""The memory pool of large temporaries on a CPU, which keeps memory from one training step to the next.
 
-What is given back to the system has to come from it again, page by page, each page zeroed: a third of the time of a
-convolutional step. numpy's arrays, since they tell who refers to them, and since large ones ask for large pages.
+Memory that returns to the system comes back page by page, and the system zeroes each page. This takes a third of the
+time of a convolutional step. The pool uses numpy's arrays: their reference counts tell whether a tensor still uses an
+array, which torch does not tell, and large arrays use large pages.
 """
 
 import math
@@ -15,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20  # bytes; what is smaller seldom goes back to the system
-UNUSED = 2  # steps that an array is kept without being used
-ALIGNED = 64  # bytes, as torch's own memory is
+SMALLEST = 1 << 20  # least bytes of an array; smaller memory seldom returns to the system
+UNUSED = 2  # number of steps for which the pool keeps an unused array
+ALIGNED = 64  # alignment in bytes, equal to that of torch's own memory
 
 
 class Pool:
-    """Arrays that `empty` makes tensors of, each of one tensor and its views at a time. lean: it has none, for steps
-    that are to take little."""
+    """A pool of arrays for the tensors of `empty`. Each array serves one tensor and its views. A lean pool stays
+    empty, for steps that should take little memory."""
 
     def __init__(self, lean: bool = False) -> None:
         self.lean = lean
-        self._arrays: list[tuple[np.ndarray, int]] = []  # and the step that used them last
+        self._arrays: list[tuple[np.ndarray, int]] = []  # each with the step that last used it
         self._step = 0
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """One step, whose large temporaries come from here."""
+        """Within this context, one step takes its large temporaries from the pool."""
         token = _current.set(self)
         try:
             yield
@@ -44,7 +45,7 @@ class Pool:
         self._arrays = []
 
     def take(self, shape: Sequence[int]) -> Tensor:
-        """float32, of any values. What refers to it still when it is wanted again keeps it."""
+        """Returns an uninitialised float32 tensor. Its array is free again when no tensor refers to it."""
         needed = 4 * math.prod(shape) + ALIGNED
         index = self._free(needed)
         if index is None:
@@ -56,7 +57,7 @@ class Pool:
         return torch.from_numpy(array[start : start + needed - ALIGNED].view(np.float32).reshape(shape))
 
     def _free(self, needed: int) -> int | None:
-        """The smallest array of this size, or up to twice it, that only the list refers to."""
+        """Returns the index of the smallest free array with `needed` to twice as many bytes."""
         sizes = [array.nbytes for array, _ in self._arrays]
         free = [i for i, size in enumerate(sizes) if needed <= size <= 2 * needed]
         free = [i for i in free if _references(self._arrays, i) == _ALONE]
@@ -67,55 +68,58 @@ class Pool:
 
 
 def _references(arrays: list[tuple[np.ndarray, int]], i: int) -> int:
-    """To array i, as they are counted here."""
+    """Returns the reference count of array i, counted in the same way for `_ALONE`."""
     return sys.getrefcount(arrays[i][0])
 
 
 _current: ContextVar[Pool | None] = ContextVar("pool", default=None)
-_ALONE = _references([(np.empty(0), 0)], 0)  # where only such a list has it
+_ALONE = _references([(np.empty(0), 0)], 0)  # the count of an array that only the pool's list refers to
 
 
 def in_step() -> bool:
-    """Whether this is in a step of a pool."""
+    """Returns whether a step of a pool is running."""
     return _current.get() is not None
 
 
 def lean() -> bool:
-    """Whether there is no step of a pool, or one of a lean one."""
+    """Returns whether no step of a pool is running, or a step of a lean pool."""
     pool = _current.get()
     return pool is None or pool.lean
 
 
 def empty(*shape: int) -> Tensor:
-    """A float32 tensor on the CPU, of any values; within a step of a pool, and where it is large, of its memory."""
-    large = 4 * math.prod(shape) >= SMALLEST
-    return _current.get().take(shape) if large and not lean() else torch.empty(shape, dtype=torch.float32)
+    """Returns an uninitialised float32 tensor on the CPU. A large one comes from the pool of the running step."""
+    pool = _current.get()
+    if pool is None or pool.lean or 4 * math.prod(shape) < SMALLEST:
+        return torch.empty(shape, dtype=torch.float32)
+    return pool.take(shape)
 
 
 def fits(x: Tensor) -> bool:
-    """Whether tensors like this one are of the kind that `empty` makes."""
+    """Returns whether `empty` makes tensors of this dtype and device."""
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like`, of such memory where it can be."""
+    """Returns `torch.empty_like(x)`, from the pool if x `fits`."""
     return empty(*x.shape) if fits(x) else torch.empty_like(x)
 
 
-BLOCK = 1 << 22  # bytes of a block of rows: what torch needs besides then stays in the cache, and with the process
+BLOCK = 1 << 22  # bytes in a block of rows, so small that torch's temporaries stay in the cache and in the process
 
 
 def blocks(rows: int, size: int) -> list[slice]:
-    """Of rows with this many float32 numbers, in their order."""
+    """Splits rows into blocks of up to BLOCK bytes. size: float32 numbers in a row."""
     step = max(1, BLOCK // (4 * max(1, size)))
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
 def by_blocks(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
-    """function(x), which sees each row of x [n, ...] by itself, of x that `fits`; size: of a row, see `blocks`."""
-    out = None
+    """Returns function(x), computed block by block, for an x [n, ...] that `fits`. The function must treat each row by
+    itself. size: float32 numbers that a row needs, see `blocks`."""
+    out: Tensor | None = None
     for rows in blocks(len(x), size):
         block = function(x[rows])
         out = empty(len(x), *block.shape[1:]) if out is None else out
         out[rows] = block
-    return out
+    return function(x) if out is None else out

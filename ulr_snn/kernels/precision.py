@@ -1,4 +1,4 @@
-"""Mixed precision: what autocast makes of a model's own layers, and what it leaves alone."""
+"""Mixed precision. Autocast applies to a model's own layers, not to the computations of this package."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,13 +12,13 @@ REDUCED = (torch.bfloat16, torch.float16)
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in single precision, if it comes in less."""
+    """Returns the tensor in at least single precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it (or in a function that it decorates) autocast changes nothing, on no device."""
+    """Within this context (or in a function that it decorates) autocast is off on all devices."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -28,8 +28,8 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def reduced_precision(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within it the model's own layers run in this type (torch.autocast); None: in their own. Raises UsageError for a
-    type that is none of these."""
+    """Within this context the model's own layers run in this type (torch.autocast); None: in their own type. Raises
+    UsageError for a type that is not in REDUCED."""
     if dtype is None:
         yield
         return

@@ -34,7 +34,7 @@ def scan(
     current: [T, B, ...]; beta, threshold: broadcast against [B, ...].
     fire: (t, drive [B, ...]) -> spikes [B, ...], called once a step.
     recurrent: spikes of the previous step [B, ...] -> recurrent current [B, ...].
-    state: to go on from, left at the last step; None: from rest.
+    state: state before the first step, which becomes the state after the last; None: the layer starts from rest.
     Returns spikes, drive and recurrent current (None without `recurrent`), each [T, B, ...].
     """
     membrane, spike = torch.zeros_like(current[0]), torch.zeros_like(current[0])
@@ -59,25 +59,26 @@ def scan(
 
 
 def shift(sequence: Tensor) -> Tensor:
-    """The sequence [T, ...] one step later: zeros first, the last step dropped."""
+    """Shifts a sequence [T, ...] by one step. The first step becomes zero, and the last one is dropped."""
     return torch.cat([torch.zeros_like(sequence[:1]), sequence[:-1]])
 
 
 def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
-    """Sums a gradient [T, B, ...] over what `like` (a scalar or [...]) was broadcast along."""
+    """Sums a gradient [T, B, ...] to the shape of `like` (a scalar or [...])."""
     return gradient.sum((0, 1)).sum_to_size(like.shape)
 
 
 class _LeakyDrive(torch.autograd.Function):
     """drive / scale as a differentiable function of current, beta and threshold **with the spikes held fixed**.
 
-    Its backward pass is the reverse filter inside the neuron. No derivative of a spike.
+    Its backward pass is the reverse filter inside the neuron and uses no derivative of a spike.
     """
 
     @staticmethod
     def forward(ctx, current, beta, threshold, spikes, x, reset, scale):
         if x is None:
-            _, x, _ = scan(current, beta, threshold, reset, lambda t, d: _spike_at(spikes, t, d))
+            fire = lambda t, drive: torch.zeros_like(drive) if spikes is None else spikes[t]  # noqa: E731
+            _, x, _ = scan(current, beta, threshold, reset, fire)
             x = x if scale is None else x / scale
         ctx.save_for_backward(beta, threshold, spikes, x, scale)
         ctx.reset = reset
@@ -102,21 +103,17 @@ class _LeakyDrive(torch.autograd.Function):
 
 
 def leaky_filter(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor:
-    """g_t = c_t + beta k_t g_{t+1} [T, B, ...]: from ∂L/∂u at fixed later membranes to ∂L/∂J, within a neuron."""
-    # Kernels have no derivative; where one of this filter is asked for, it is made of torch's operations.
+    """Returns g_t = c_t + beta k_t g_{t+1} [T, B, ...], which is ∂L/∂J for c = ∂L/∂u at fixed later membranes."""
+    # Kernels have no derivative, so a filter that has to be differentiable uses torch's operations.
     done = None if torch.is_grad_enabled() and c.requires_grad else dispatch.leaky(c, spikes, beta, reset)
     if done is not None:
         return done
-    carry = beta * (1 - spikes) if reset == "zero" else beta
+    carry = (beta * (1 - spikes)).unbind() if reset == "zero" and spikes is not None else (beta,) * len(c)
     g, reverse = torch.zeros_like(c[0]), []
     for t in range(len(c) - 1, -1, -1):
-        g = c[t] + (carry[t] if reset == "zero" else carry) * g
+        g = c[t] + carry[t] * g
         reverse.append(g)
     return torch.stack(reverse[::-1])
-
-
-def _spike_at(spikes: Tensor | None, t: int, drive: Tensor) -> Tensor:
-    return torch.zeros_like(drive) if spikes is None else spikes[t]
 
 
 def leaky_drive(
@@ -128,9 +125,9 @@ def leaky_drive(
     drive: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Drive [T, B, ...] of given spikes, over `scale` if there is one; differentiable in current, beta and threshold at
-    fixed spikes.
+    """Returns the drive [T, B, ...], divided by `scale` if given, for given spikes (None: no spikes). It is
+    differentiable in current, beta and threshold at fixed spikes.
 
-    drive: the result where it is already known (it is not computed again then).
+    drive: the result, if it is already known; then it is not computed again.
     """
     return _LeakyDrive.apply(current, beta, threshold, spikes, drive, reset, scale)

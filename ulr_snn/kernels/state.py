@@ -1,4 +1,4 @@
-"""What scans are given besides currents: how they draw, and where they begin."""
+"""Inputs of the scans besides currents: the state before the first step, and the noise."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ RESETS = ("subtract", "zero", "none")
 
 @dataclass
 class State:
-    """Where a layer stands between two time steps: its membranes u and spikes, [B, ...]. Scans go on from it, and leave
-    it at their last step."""
+    """The state of a layer between two time steps: membranes u and spikes, [B, ...]. A scan starts from this state and
+    overwrites it with the state after the last step."""
 
     membrane: Tensor
     spikes: Tensor
@@ -18,10 +18,9 @@ class State:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a scan draws its spikes by. law: a key of `fused.LAWS`; scale: of the noise, broadcast against [...]; words:
-    of the noise, [T, B] int32 each, where they are to be drawn; mirrored: [B] bool, rows that see 1 - uniform."""
+    """The noise with which a scan draws spikes."""
 
-    law: str
-    scale: Tensor
-    words: tuple[Tensor, Tensor] | None
-    mirrored: Tensor | None
+    law: str  # a key of `dispatch.LAWS`
+    scale: Tensor  # scale of the noise, broadcast against [...]
+    words: tuple[Tensor, Tensor] | None  # random words, [T, B] int32 each; None: spikes are known
+    mirrored: Tensor | None  # [B] bool, rows that see 1 - uniform

@@ -1,11 +1,12 @@
-"""Stateless modules on many rows on a CPU, within a training step, where torch's own are slow.
+"""Stateless modules on many rows on a CPU, faster than torch's within a training step.
 
-Spikes are sparse: a linear layer that reads few of them costs in proportion to them (see sparse.py). And convolutions
-go through a block of rows at a time: for all time steps of a batch at once torch's own takes several times the memory
-of its input, which goes back to the system and comes again at every call. That can take longer than the convolution.
+Spikes are sparse, and the cost of a linear layer here is proportional to the number of spikes (see sparse.py).
+Convolutions process a block of rows at a time. For all time steps of a batch at once, torch's convolution needs several
+times the memory of its input and requests it from the system at every call, which can take longer than the convolution.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,13 @@ from ulr_snn.kernels.pool import blocks, by_blocks, empty, in_step
 from ulr_snn.kernels.sparse import few, linear, wanted
 
 KINDS = ("forward", "forward_pre", "backward", "backward_pre")
-OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # of all modules there are
+OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # hooks of all modules
 PLAIN = (Tensor, nn.Parameter)
-LEAST = 32  # outputs of a linear layer, below which it costs more to look for what is sparse
+LEAST = 32  # least outputs of a linear layer for which the search for non-zero inputs pays
 
 
 def run(module: nn.Module, x: Tensor) -> Any:
-    """What a module gives for x; within a training step by what is in `OWN`, a Sequential's modules one after
-    another."""
+    """Returns module(x). Within a training step, functions in `OWN` replace torch's code, also in a Sequential."""
     if not in_step() or type(module) not in OWN or _changed(module):
         return module(x)
     found = OWN[type(module)](module, x)
@@ -30,15 +30,15 @@ def run(module: nn.Module, x: Tensor) -> Any:
 
 
 def _changed(module: nn.Module) -> bool:
-    """Whether there is more to a call of a module than what its class does, or another precision."""
+    """Returns whether a call of a module runs more than its class's forward, or in reduced precision."""
     own = vars(module)
     hooked = any(own[f"_{kind}_hooks"] for kind in KINDS) or any(hooks for hooks in OF_ALL)
     compiled = module._compiled_call_impl is not None
     return hooked or compiled or "forward" in own or torch.is_autocast_enabled("cpu")
 
 
-def _usual(module: nn.Module, x: Tensor) -> bool:
-    """Whether this is all in dense float32 on a CPU, and torch's own."""
+def _usual(module: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
+    """Returns whether input and parameters are plain dense float32 tensors on a CPU."""
     tensors = x, module.weight, module.bias
     return not torch._C._are_functorch_transforms_active() and all(
         q is None or (type(q) in PLAIN and q.dtype == torch.float32 and q.layout == torch.strided and q.is_cpu)
@@ -88,13 +88,14 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (stride, padding, dilation, groups), which = ctx.about, wanted(ctx)
 
-        def gradients(rows: slice) -> tuple[Tensor | None, ...]:
+        def gradients(rows: slice) -> tuple[Any, ...]:
             about = [len(weight)], stride, padding, dilation, False, [0, 0], groups, which
             return torch.ops.aten.convolution_backward(g[rows], x[rows], weight, *about)
 
-        if torch.is_grad_enabled():  # this is to be differentiated itself
+        if torch.is_grad_enabled():  # the gradient has to be differentiable
             return *gradients(slice(None)), None
-        d_x, sums = empty(*x.shape) if which[0] else None, [None, None]
+        d_x = empty(*x.shape) if which[0] else None
+        sums: list[Tensor | None] = [None, None]
         for rows in blocks(len(x), math.prod(x.shape[1:])):
             found = gradients(rows)
             if d_x is not None:
@@ -103,4 +104,4 @@ class _Convolution(torch.autograd.Function):
         return d_x, *sums, None
 
 
-OWN = {nn.Sequential: _sequential, nn.Linear: _linear, nn.Conv2d: _convolution}
+OWN: dict[type, Callable[..., Any]] = {nn.Sequential: _sequential, nn.Linear: _linear, nn.Conv2d: _convolution}

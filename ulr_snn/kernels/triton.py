@@ -1,11 +1,11 @@
 """The time scan of a layer and the reverse filter of its credit as one Triton kernel each, for GPUs.
 
-The equations are those of `reference.py` and of `credit/recurrence.py`. A program takes a block of neurons of one row
-of the batch through all time steps, with its state in registers: every number is read and written once. Membranes and
-credit are float32 inside, whatever the dtype of the sequences.
+`reference.py` and `credit/recurrence.py` define the equations. A program runs a block of neurons of one row of the
+batch through all time steps. Its state is in registers, so that it reads and writes every number once. Membranes and
+credit are float32 inside, for every dtype of the sequences.
 
 Features [...] of sequences [T, B, ...] are flattened to N neurons. beta, threshold and scale are numbers or broadcast
-against [...]; beta lies in [0, 1]. Nothing here is differentiable.
+against [...]; beta lies in [0, 1]. The kernels are not differentiable.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from ulr_snn.kernels.bits import WORD
 from ulr_snn.kernels.state import RESETS
 
 LAWS = ("logistic", "gaussian")
-MOST = 256  # neurons of a program
+MOST = 256  # largest number of neurons in a program
 
-# -- what a neuron does -------------------------------------------------------------------------------------
+# -- one neuron at one time step ----------------------------------------------------------------------------
 
-GOLDEN = tl.constexpr(0x9E3779B9)  # these three as in `ulr_snn.noise.level`, which lies above this package
+GOLDEN = tl.constexpr(0x9E3779B9)  # these three equal those in `ulr_snn.noise.random`, which imports this package
 M1, M2 = tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
 BITS = tl.constexpr(WORD)
 
 
 @triton.jit
 def uniform(n, row1, row2):
-    """Uniforms on (0, 1) with 23 bits of neurons n (int32), given their row's two words (uint32) at one time: bit for
-    bit those of `ulr_snn.noise.level.Noise.uniform`."""
+    """Returns uniforms on (0, 1) with 23 bits for neurons n (int32), from their row's two words (uint32) at one time.
+    They equal those of `ulr_snn.noise.random.Noise.uniform` bit for bit."""
     h = n.to(tl.uint32) * GOLDEN + row1
     h ^= h >> 16
     h *= M1
@@ -45,16 +45,16 @@ def uniform(n, row1, row2):
 
 @triton.jit
 def probability(x, LAW: tl.constexpr):
-    """F(x)."""
+    """Returns F(x)."""
     if LAW == "logistic":
         return tl.sigmoid(x)
     else:
-        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # off by less than the grid of the uniforms in the tails
+        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # the error in the tails is below the grid of the uniforms
 
 
 @triton.jit
 def density(x, LAW: tl.constexpr):
-    """f(x) = F'(x)."""
+    """Returns f(x) = F'(x)."""
     if LAW == "logistic":
         p = tl.sigmoid(x)
         return p * (1 - p)
@@ -62,7 +62,7 @@ def density(x, LAW: tl.constexpr):
         return 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
-# -- the kernels: one program a row and block of neurons; None stands for what is not given or not wanted ------
+# -- the kernels: one program for each row and block of neurons; None: not given, or not wanted ----------------
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _forward(
     leak = tl.load(beta + n, mask=own, other=0.0)
     theta = tl.load(threshold + n, mask=own, other=0.0)
     width = tl.load(scale + n, mask=own, other=1.0)
-    row = b.to(tl.int64)  # counts on over time; a sequence may have more elements than int32 counts
+    row = b.to(tl.int64)  # t * B + b; a sequence may have more elements than int32 can count
     state = row * N + n
     u = tl.zeros([BLOCK], tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -162,7 +162,7 @@ def _reverse(
     LAW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The spikes (in either form) are given where they cut the membrane's memory."""
+    """Runs the reverse filter. Spikes (in either form) are given if the reset is to zero."""
     b = tl.program_id(0)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     own = n < N
@@ -205,18 +205,17 @@ def _reverse(
     tl.store(carry + state, g, mask=own)
 
 
-# -- their launchers ----------------------------------------------------------------------------------------
+# -- launchers ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Scanned:
-    """What `lif_forward` returns. x: the standardised drive. state: membrane and spikes after the last step, both
-    [B, ...] float32: the state to give for the steps that follow. None: not asked for."""
+    """The result of `lif_forward`. An output that is not wanted is None."""
 
     spikes: Tensor | None  # [T, B, ...] in the current's dtype
-    bits: Tensor | None  # [T, B, ceil(N / 32)] int32, laid out as by `pack_bits` of the flattened features
-    x: Tensor | None  # [T, B, ...]
-    state: tuple[Tensor, Tensor]
+    bits: Tensor | None  # [T, B, ceil(N / 32)] int32, with the layout of `pack_bits` of the flattened features
+    x: Tensor | None  # standardised drive [T, B, ...]
+    state: tuple[Tensor, Tensor]  # membrane and spikes after the last step, both [B, ...] float32
 
 
 def lif_forward(
@@ -238,12 +237,12 @@ def lif_forward(
     x = (u - threshold) / scale and F the law.
 
     current: [T, B, ...] float32 or bfloat16.
-    law: "logistic", "gaussian", or None: fires where u > threshold.
-    words: [T, B] int32 each, of `Noise.words` at these time steps; mirrored: [B] bool, rows that see 1 - U. (Noise of
-        Sobol points is none of these: the kernel does not draw it.)
+    law: "logistic", "gaussian", or None: a neuron fires where u > threshold.
+    words: `Noise.words` of these time steps, [T, B] int32 each; mirrored: [B] bool, rows that see 1 - U. The kernel
+        does not support Sobol points.
     state: membrane and spikes [B, ...] of the step before the first; None: zeros.
-    lengths: [B], counted from the first step here; from step t = lengths[b] on row b does not fire.
-    dense, packed, x_dtype: whether to return spikes, bits, and x in which dtype (None: not).
+    lengths: [B], counted from the first step here; row b does not fire from step t = lengths[b] on.
+    dense, packed, x_dtype: whether to return spikes and bits, and the dtype of x (None: x is not returned).
     Raises UsageError for another dtype, reset, law or shape, and for a law without words.
     """
     _check(current, reset, law)
@@ -257,7 +256,8 @@ def lif_forward(
         None if x_dtype is None else current.new_empty(current.shape, dtype=x_dtype),
         (_row_like(current), _row_like(current)),
     )
-    given = [_given(word, current.shape[:2]) for word in ((None, None) if law is None else words)]
+    drawn = (None, None) if law is None or words is None else words
+    given = [_given(word, current.shape[:2]) for word in drawn]
     given += [_given(value, current.shape[1:2]) for value in (mirrored, lengths)]
     given += [_given(value, current.shape[1:]) for value in ((None, None) if state is None else state)]
     written = (out.spikes, out.bits, out.x, *out.state)
@@ -281,18 +281,18 @@ def reverse_filter(
     lengths: Tensor | None = None,
     with_total: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Credit through a layer's own reset, from the last step to the first (`Recurrence.credit` without recurrent
+    """Runs credit through a layer's own reset, from the last step to the first (`Recurrence.credit` without recurrent
     weights): total_t = a_t + h_t g_{t+1}, g_t = beta k_t g_{t+1} + total_t p'_t.
 
     a: [T, B, ...] float32 or bfloat16, credit of the spikes.
-    slope: p' per unit of membrane [T, B, ...]; or, in its place, the law, "logistic" or "gaussian", whose density at x
-        over scale it then is, 0 from step lengths[b] of row b on.
-    x: standardised drive [T, B, ...]; for a law, and for reset "zero", which needs the membrane x scale + threshold.
-    spikes [T, B, ...], or bits [T, B, ceil(N / 32)] as of `lif_forward`: for reset "zero".
+    slope: p' per unit of membrane [T, B, ...]. With law "logistic" or "gaussian" instead of slope, p' is the law's
+        density at x divided by scale, and 0 for row b from step lengths[b] on.
+    x: standardised drive [T, B, ...], for a law, and for reset "zero", which needs the membrane x scale + threshold.
+    spikes [T, B, ...], or bits [T, B, ceil(N / 32)] as from `lif_forward`: for reset "zero".
     later: g of the step after the last [B, ...]; None: zeros.
     Returns total (None without with_total) and g, both in a's shape and dtype, and g of the first step [B, ...] in
-    float32: `later` of the steps before.
-    Raises UsageError for another dtype, reset, law or shape, and where one of these is missing.
+    float32, which is `later` for the steps before.
+    Raises UsageError for another dtype, reset, law or shape, and if one of these is missing.
     """
     _check(a, reset, law)
     if (slope is None) == (law is None):
@@ -314,8 +314,8 @@ def leaky_filter(
     bits: Tensor | None = None,
     later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reverse filter inside the neuron at fixed spikes, g_t = c_t + beta k_t g_{t+1}, of what reaches the drives
-    c [T, B, ...] (as in `leaky_drive`). All else, and what it returns without total, as in `reverse_filter`."""
+    """Runs the filter inside the neuron at fixed spikes, g_t = c_t + beta k_t g_{t+1}, for the drives' gradient
+    c [T, B, ...]. Returns g and g of the first step. The other arguments are those of `reverse_filter`."""
     _check(c, reset, None)
     return _filter(c, beta, 0.0, 1.0, None, None, *_cut(reset, spikes, bits), None, later, None, "none", None)
 
@@ -341,7 +341,7 @@ def _check(sequence: Tensor, reset: str, law: str | None) -> None:
 
 
 def _cut(reset: str, spikes: Tensor | None, bits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The spikes in one form, where they cut the membrane's memory."""
+    """Returns spikes and bits, of which only one is not None, for reset "zero"; otherwise neither."""
     if reset != "zero":
         return None, None
     if spikes is None and bits is None:
@@ -350,7 +350,7 @@ def _cut(reset: str, spikes: Tensor | None, bits: Tensor | None) -> tuple[Tensor
 
 
 def _launch(sequence: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], int]:
-    """Grid, sizes (T, B, N), and neurons a program."""
+    """Returns the grid, the sizes (T, B, N), and the number of neurons in a program."""
     steps, rows = sequence.shape[:2]
     neurons = sequence.shape[2:].numel()
     block = min(MOST, max(WORD, triton.next_power_of_2(neurons)))
@@ -358,14 +358,14 @@ def _launch(sequence: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], in
 
 
 def _per_neuron(value: Tensor | float, sequence: Tensor) -> Tensor:
-    """[N] float32."""
+    """Broadcasts a value to [N] float32."""
     if not isinstance(value, Tensor):
-        value = torch.full((), value, device=sequence.device)  # filled there: a copy from here would wait for the GPU
+        value = torch.full((), value, device=sequence.device)  # a copy from the CPU would wait for the GPU
     return value.detach().to(sequence.device, torch.float32).expand(sequence.shape[2:]).reshape(-1).contiguous()
 
 
 def _row_like(sequence: Tensor) -> Tensor:
-    """[B, ...] float32, not initialised."""
+    """Returns [B, ...] float32, not initialised."""
     return sequence.new_empty(sequence.shape[1:], dtype=torch.float32)
 
 
@@ -374,7 +374,7 @@ def _shape_of_bits(sequence: Tensor) -> tuple[int, int, int]:
 
 
 def _given(value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """For a kernel, which would read past the end of anything smaller."""
+    """Returns the contiguous value. Raises UsageError for another shape, beyond whose end a kernel would read."""
     if value is None:
         return None
     if value.shape != torch.Size(shape):

@@ -1,4 +1,4 @@
-"""Weights in the order that kernels read them in, put so once for as long as they stay."""
+"""The cache of weights in the memory layouts of the kernels. A layout is made once for as long as the weight stays."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def weight_cache() -> Iterator[None]:
-    """One step in many scans, between which parameters hardly ever change."""
+    """Within this context, weight layouts are cached. It is for one step with many scans."""
     token = _kept.set({})
     try:
         yield
@@ -21,12 +21,12 @@ def weight_cache() -> Iterator[None]:
 
 
 def once(weight: Tensor, order: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """make(weight), which is the weight in this order; inside `weight_cache`, of a parameter that is as it was, what
-    was made then."""
+    """Returns make(weight), the weight in this order. Inside `weight_cache`, the result for a parameter is cached until
+    the parameter changes."""
     kept = _kept.get()
     if kept is None or not isinstance(weight, nn.Parameter):
         return make(weight)
-    found = kept.get((id(weight), order))  # of a tensor that lives on, since it is kept with it
+    found = kept.get((id(weight), order))  # the id stays unique, since the cache keeps the tensor alive
     if found is None or found[1] != weight._version:
         found = kept[id(weight), order] = weight, weight._version, make(weight)
     return found[2]

@@ -1,6 +1,6 @@
-"""The OR of spikes over windows of pictures on a CPU, fused by numba; `pooling.py` defines what this computes.
+"""The OR of spikes over windows of pictures on a CPU, fused by numba. `credit/pooling.py` defines the results.
 
-All arrays are float32 [n, high, across]; windows: their size, step and margin along both axes.
+All arrays are float32 [n, high, across]. windows: size, step and margin of the windows along both axes.
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ _ONE = _f(1)
 
 @compiled(inline="always")
 def _inside(offset, step, inputs, outputs):
-    """First and end of the outputs j for which input j * step + offset is in the picture."""
+    """Returns the range (first, end) of the outputs j for which input j * step + offset is in the picture."""
     first = max(0, -(offset // step))
     return first, max(first, min(outputs, -((offset - inputs) // step)))
 
 
 @compiled(nogil=True)
 def fired(first, end, x, windows, out):
-    """Sums over the windows of some pictures x; whether all numbers of these are 0 or 1."""
+    """Computes the sums over the windows of some pictures x. Returns whether all their numbers are 0 or 1."""
     (high, across), (down, right), (above, left) = windows
     odd = 0
     for i in range(first, end):
@@ -34,7 +34,7 @@ def fired(first, end, x, windows, out):
             for y in range(max(0, row * down - above), min(x.shape[1], row * down - above + high)):
                 source = x[i, y]
                 if across == 2 and right == 2 and left == 0 and 2 * len(total) <= len(source):
-                    for j in range(len(total)):  # a step that the compiler knows
+                    for j in range(len(total)):  # the compiler vectorises a constant step
                         total[j] += source[2 * j] + source[2 * j + 1]
                     continue
                 for k in range(across):
@@ -46,8 +46,8 @@ def fired(first, end, x, windows, out):
 
 @compiled(nogil=True)
 def credited(first, end, x, total, g, windows, out):
-    """Gradient of some pictures x from that of their windows' OR: g of silent windows, and of the spikes of those that
-    fired alone. total: sums over the windows."""
+    """Computes the gradient of some pictures x from the gradient g of their windows' OR. A silent window passes g to
+    all its inputs, a window with one spike to that spike. total: sums over the windows."""
     (high, across), (down, right), (above, left) = windows
     silent, alone = np.empty(g.shape[2], np.float32), np.empty(g.shape[2], np.float32)
     for i in range(first, end):

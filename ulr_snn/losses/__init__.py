@@ -1,4 +1,4 @@
-"""Losses, objectives made of them, and their evaluation."""
+"""Losses, objectives that combine losses, and their evaluation."""
 
 from ulr_snn.losses.named import LOSSES as LOSSES
 from ulr_snn.losses.named import NamedLoss as NamedLoss

@@ -1,11 +1,10 @@
-"""What an objective says about the outputs of a pass: its value, and its gradient, by a likelihood ratio where it has
-none.
+"""The evaluation of an objective on the outputs of a pass: its value and its gradient in the outputs.
 
-With noise on the outputs, o + σ z, a loss that has no derivative gets one (arXiv 2305.08960, noise on logits):
+A loss that has no derivative gets one by noise on the outputs, o + σ z (arXiv 2305.08960, noise on logits):
 
     ∂E[L(o + σ z)]/∂o = E[(L(o + σ z) - L(o - σ z)) z] / 2σ
 
-as the mean over pairs of draws. It is that of the smoothed loss E[L(o + σ z)], exactly in the mean.
+The mean over pairs of draws is an unbiased estimate of this gradient of the smoothed loss E[L(o + σ z)].
 """
 
 from collections.abc import Callable, Mapping
@@ -21,51 +20,48 @@ from ulr_snn.losses.named import Objective, total
 from ulr_snn.noise.kinds import OutputNoise
 from ulr_snn.noise.random import Noise
 
-SITE = 1 << 40  # of the output noise, among the sites that draw
-ELEMENTS = 1 << 22  # of disturbed outputs held at a time
+SITE = 1 << 40  # index of the output noise, beyond the indices of the firing sites
+ELEMENTS = 1 << 22  # most elements of disturbed outputs in memory at once
 
 
 @dataclass(frozen=True)
 class LossTreatment:
-    """How the losses of an objective are taken, by index. smoothed: those with noise on the outputs; gradientless:
-    those that stay without a gradient in the outputs. in_time: whether what each time step adds is asked for."""
+    """Which losses of an objective, by index, are smoothed by output noise, and which have no gradient."""
 
     smoothed: Mapping[int, OutputNoise] = field(default_factory=dict)
     gradientless: frozenset[int] = frozenset()
-    in_time: bool = False
+    in_time: bool = False  # whether to evaluate the contribution of each time step
 
 
 @dataclass(frozen=True)
 class LossEvaluation:
-    """values, errors: each loss, weighted [rows], and its gradient in the shape of the outputs, None if it has none.
-    costs: activity [rows] of the pass's spikes, the gradient of its cost [rows], and the cost [rows]. treatment: how it
-    was done; weights: of the losses; steps: what each time step adds to the loss [T, rows], if it was asked for."""
+    """The losses and costs of a pass, and their gradients."""
 
-    values: list[Tensor]
-    errors: list[Tensor | None]
-    costs: list[tuple[Tensor, Tensor, Tensor]]
+    values: list[Tensor]  # each loss, weighted [rows]
+    errors: list[Tensor | None]  # each loss's gradient in the shape of the outputs; None if it has none
+    costs: list[tuple[Tensor, Tensor, Tensor]]  # activity [rows], the cost's gradient [rows], and the cost [rows]
     treatment: LossTreatment
-    weights: tuple[float, ...]
-    steps: Tensor | None
+    weights: tuple[float, ...]  # weights of the losses
+    steps: Tensor | None  # contribution of each time step to the loss [T, rows], for `in_time`
 
     @cached_property
     def loss(self) -> Tensor:
-        """All together, [rows]."""
+        """Sum of all losses and costs, [rows]."""
         return added(self.values + [value for _, _, value in self.costs])
 
     @cached_property
     def error(self) -> Tensor | None:
-        """∂loss/∂outputs in the shape of the outputs; None if there is none."""
-        seen = [e for i, e in enumerate(self.errors) if e is not None and i not in self.treatment.gradientless]
-        return added(seen) if seen else None
+        """∂loss/∂outputs in the shape of the outputs; None if no loss has a gradient."""
+        used = [e for i, e in enumerate(self.errors) if e is not None and i not in self.treatment.gradientless]
+        return added(used) if used else None
 
     @cached_property
     def gradientless_loss(self) -> Tensor:
-        """The losses without a gradient, [rows]."""
+        """Sum of the losses without a gradient, [rows]."""
         return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.treatment.gradientless)])
 
     def without_gradient(self, flat: bool) -> frozenset[int]:
-        """Losses without a gradient; flat: or with one that is zero everywhere."""
+        """Returns the indices of losses without a gradient. flat: a gradient that is zero everywhere counts as none."""
         return frozenset(i for i, e in enumerate(self.errors) if e is None or (flat and not e.any()))
 
 
@@ -83,13 +79,13 @@ def evaluate_losses(
     mask: Tensor | None,
     noise: Noise | None,
 ) -> LossEvaluation:
-    """The objective of outputs [T, rows, ...] or [rows, C], in single precision at least, and of the activity of their
-    spikes. noise: for the losses that are smoothed, where there are some."""
+    """Evaluates the objective on outputs [T, rows, ...] or [rows, C], at least in single precision, and on the activity
+    of the pass. noise: random numbers for the smoothed losses; None if no loss is smoothed."""
     outputs = widened(outputs.detach())
     errors: list[Tensor | None] = []
     values: list[Tensor] = []
     for i, (weight, loss) in enumerate(objective.losses):
-        if i in treatment.smoothed:
+        if noise is not None and i in treatment.smoothed:
             of_totals = i in objective.of_totals
             value, error = smoothed(loss, outputs, targets, mask, treatment.smoothed[i], noise, SITE + i, of_totals)
         elif i in treatment.gradientless:
@@ -114,7 +110,7 @@ def evaluate_losses(
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-    """What each time step adds to the objective, [T, rows]."""
+    """Returns the contribution of each time step to the objective, [T, rows]."""
     if objective.steps is None or outputs.ndim < 3:
         raise UsageError(
             "reward_to_go needs a loss that is a sum over time steps, 'ce_rate' or 'mse', of outputs [T, B, ...]"
@@ -125,19 +121,18 @@ def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor
 def with_gradient(
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], outputs: Tensor, targets: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss [rows], and its gradient in the shape of the outputs; None if it has none."""
-    cut = outputs.detach().requires_grad_()
+    """Returns the loss [rows], and its gradient in the shape of the outputs; None if it has none."""
+    leaf = outputs.detach().requires_grad_()
     try:
         with torch.enable_grad():
-            value = loss(cut, targets, mask)
+            value = loss(leaf, targets, mask)
     except RuntimeError as error:
-        if "requires grad" not in str(error):  # what NumPy says of a tensor that does
+        if "requires grad" not in str(error):  # torch refuses to convert a tensor that requires grad to NumPy
             raise
         value = loss(outputs, targets, mask)
-    error = (
-        torch.autograd.grad(value, cut, torch.ones_like(value), allow_unused=True)[0] if value.requires_grad else None
-    )
-    return value.detach(), error
+    if not value.requires_grad:
+        return value, None
+    return value.detach(), torch.autograd.grad(value, leaf, torch.ones_like(value), allow_unused=True)[0]
 
 
 @torch.no_grad()
@@ -151,15 +146,15 @@ def smoothed(
     index: int,
     of_totals: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The smoothed loss [rows], and its gradient in the shape of the outputs. Of outputs over time every step has noise
-    of its own; of_totals: or all the same, which for a loss of their sum varies less and means the same."""
-    axis = 1 if outputs.ndim >= 3 else 0  # of the rows
+    """Returns the smoothed loss [rows], and its gradient in the shape of the outputs. Each time step has its own noise.
+    With of_totals all share one: for a loss of the outputs' sum this has the same mean and a lower variance."""
+    axis = 1 if outputs.ndim >= 3 else 0  # axis of the rows
     steps = len(outputs) if axis else 1
     rows = outputs.shape[axis]
-    own = steps if mask is None else mask.sum(0, keepdim=True)  # steps of each row
+    own = steps if mask is None else mask.sum(0, keepdim=True)  # number of steps of each row, without padding
     spread = site.relative * total(outputs, mask).std().nan_to_num().item() or 1.0
-    scale = site.scale or spread / steps**0.5  # of each step's noise
-    unit = scale * (steps**0.5 / own if axis and of_totals else 1)  # what z is multiplied by
+    scale = site.scale or spread / steps**0.5  # scale of each step's noise
+    unit = scale * (steps**0.5 / own if axis and of_totals else 1)  # factor of z
     value, error = outputs.new_zeros(rows), torch.zeros_like(outputs)
     pairs = site.draws // 2
     together = max(1, min(pairs, ELEMENTS // max(1, 2 * outputs.numel())))
@@ -181,5 +176,5 @@ def smoothed(
         value += found.sum((0, 1))
         weight = (found[0] - found[1]).view(*[1] * axis, count, rows, *[1] * (outputs.ndim - axis - 1))
         error += (weight * z).sum(axis)
-    size = scale * (steps**0.5 if axis and of_totals else 1)  # of the noise of the sum, or of a step
+    size = scale * (steps**0.5 if axis and of_totals else 1)  # scale of the noise of the sum, or of a step
     return value / site.draws, error / (site.draws * size) * (1 if mask is None else mask)

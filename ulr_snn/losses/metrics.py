@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BINS = 15  # of the calibration error
+BINS = 15  # number of confidence bins in the calibration error
 
 
 @dataclass
 class Tally:
-    """Running means over samples."""
+    """Running means of loss and accuracy over samples."""
 
     samples: int = 0
     loss: float = 0.0
     correct: int | None = None
 
     def add(self, loss: Tensor, totals: Tensor, targets: Tensor) -> None:
-        """loss [B]; totals: outputs summed over time [B, C]."""
+        """Adds a batch. loss: [B]; totals: outputs summed over time [B, C]."""
         self.samples += len(targets)
         self.loss += loss.sum().item()
         if not targets.is_floating_point() and targets.ndim == 1 and totals.ndim == 2:
@@ -31,7 +31,7 @@ class Tally:
 
 @dataclass
 class Several:
-    """What several predictions of each sample tell. Means over samples; empty where none were added."""
+    """Metrics of several predictions for each sample, as means over samples; empty if no batch was added."""
 
     bound: list[Tensor] = field(default_factory=list)
     confidence: list[Tensor] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Several:
     differ: list[Tensor] = field(default_factory=list)
 
     def add(self, losses: Tensor, totals: Tensor, targets: Tensor) -> None:
-        """losses: [K, B]; totals: outputs summed over time [K, B, C]."""
+        """Adds a batch. losses: [K, B]; totals: outputs summed over time [K, B, C]."""
         self.bound.append(multi_sample(losses))
         if targets.is_floating_point() or targets.ndim != 1:
             return
@@ -62,13 +62,14 @@ class Several:
 
 
 def multi_sample(losses: Tensor) -> Tensor:
-    """-log mean over copies of exp(-loss), [B], of losses [K, B]: of a cross-entropy, that of the mean probability."""
+    """Returns -log mean over copies of exp(-loss), [B], for losses [K, B]. For cross-entropies it is the cross-entropy
+    of the mean probability."""
     return -(torch.logsumexp(-losses, 0) - torch.tensor(float(len(losses))).log())
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Expected calibration error: |mean confidence - accuracy|, of samples in equal bins of confidence, weighted by
-    their number."""
+    """Returns the expected calibration error: |mean confidence - accuracy| in equal bins of confidence, weighted by
+    the number of samples."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=confidence.dtype, device=confidence.device).index_add_(0, bins, confidence - right)
     return gaps.abs().sum().item() / len(confidence)
@@ -76,7 +77,7 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 @dataclass
 class Activities:
-    """Activity of a sample by name, mean over samples."""
+    """Mean activity of a sample, by name."""
 
     found: dict[str, list[Tensor]] = field(default_factory=dict)
 

@@ -1,8 +1,8 @@
-"""What is to be made small: per-sample losses, costs of activity, and mixes of them.
+"""Training objectives: per-sample losses, costs of activity, and mixes of them.
 
-Losses are (outputs, targets, mask) -> [B], named as in snntorch.functional where it has them.
+A loss is a function (outputs, targets, mask) -> [B]. Its name is that of snntorch.functional if the loss exists there.
 
-outputs: [T, B, C] over time (spikes, currents or membranes), or [B, C] (already reduced over time by the model).
+outputs: [T, B, C] over time (spikes, currents or membranes), or [B, C] if the model reduces them over time.
 targets: class indices [B] (int64) for the cross-entropies, [B, C] for mse. mask: [T, B, 1], 0 on padding, or None.
 """
 
@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import numpy
 import torch
@@ -22,33 +23,33 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def total(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Outputs summed over time, [B, C]; outputs without a time axis as they are."""
+    """Returns the outputs summed over time, [B, C], and outputs without a time axis unchanged."""
     if outputs.ndim < 3:
         return outputs
     return (outputs if mask is None else outputs * mask).sum(0)
 
 
 def ce_count(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the outputs summed over time (snntorch.functional.ce_count_loss)."""
+    """Returns the cross-entropy of the outputs summed over time (snntorch.functional.ce_count_loss)."""
     return F.cross_entropy(total(outputs, mask), targets.long(), reduction="none")
 
 
 def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cross-entropy of every time step's outputs, averaged over time (snntorch.functional.ce_rate_loss)."""
+    """Returns the cross-entropy of each time step's outputs, averaged over time (snntorch.functional.ce_rate_loss)."""
     if outputs.ndim < 3:
         return ce_count(outputs, targets)
     return ce_rate_steps(outputs, targets, mask).sum(0)
 
 
 def ce_rate_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What each time step adds to `ce_rate`, [T, B]."""
+    """Returns the contribution of each time step to `ce_rate`, [T, B]."""
     steps = F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(len(outputs)), reduction="none")
     return of_mean(steps.view(outputs.shape[:2]), mask)
 
 
 def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error, summed over features and averaged over time; targets of the shape of the outputs, or of one time
-    step of them (the same target at every step). Raises UsageError for any other shape."""
+    """Returns the squared error, summed over features and averaged over time. Targets have the shape of the outputs, or
+    of one time step (the same target at every step). Raises UsageError for any other shape."""
     shape = outputs.shape if outputs.ndim < 3 else outputs.shape[1:]
     if targets.shape not in (outputs.shape, shape):
         raise UsageError(
@@ -61,12 +62,12 @@ def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def mse_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What each time step adds to `mse`, [T, B]."""
+    """Returns the contribution of each time step to `mse`, [T, B]."""
     return of_mean(((outputs - targets) ** 2).flatten(2).sum(2), mask)
 
 
 def of_mean(steps: Tensor, mask: Tensor | None) -> Tensor:
-    """What each of these values [T, B] adds to their mean over a sample's own time steps."""
+    """Returns the contribution of each value [T, B] to the mean over a sample's own time steps."""
     if mask is None:
         return steps / len(steps)
     mask = mask.view(steps.shape)
@@ -74,20 +75,20 @@ def of_mean(steps: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def zero_one(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 where the outputs summed over time are not largest for the target, else 0."""
+    """Returns 0 if the outputs summed over time are largest for the target, otherwise 1."""
     totals = total(outputs, mask)
     return (totals.argmax(1) != targets).to(totals.dtype)
 
 
 def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The output that spikes first decides: t / T, t = 0 .. T-1 the step of that spike, if it is the target's alone,
-    otherwise 1 (also if there is no spike). Outputs over time, spikes where they are above 0; T: the sample's steps."""
+    """Returns t / T if the first spike of the outputs, at step t = 0 .. T-1, is the target's alone, otherwise 1 (also
+    if there is no spike). Outputs above 0 are spikes; T is the number of the sample's steps."""
     if outputs.ndim < 3:
         raise UsageError("latency got outputs without a time axis; give it the output spikes [T, B, C]")
     spikes = (outputs > 0) if mask is None else (outputs * mask > 0)
     steps = len(outputs) if mask is None else mask.flatten(1).sum(0)
     any_spike = spikes.any(2)  # [T, B]
-    first = any_spike.to(torch.uint8).argmax(0)  # of equal ones the first
+    first = any_spike.to(torch.uint8).argmax(0)  # argmax returns the first of equal values
     rows = torch.arange(len(first), device=outputs.device)
     decision = spikes[first, rows]  # [B, C]
     right = any_spike.any(0) & decision[rows, targets.long()] & (decision.sum(1) == 1)
@@ -96,10 +97,10 @@ def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
 
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss (outputs, targets, mask) -> [B] that goes by a name.
+    """A loss (outputs, targets, mask) -> [B] for use by name.
 
-    steps: what each time step adds to it, [T, B], where it is a sum over time; labels: its targets are class indices;
-    of_totals: it depends on the outputs by their sum over time alone.
+    steps: function for the contribution of each time step, [T, B], if the loss is a sum over time. labels: whether
+    targets are class indices. of_totals: whether the loss depends only on the outputs' sum over time.
     """
 
     value: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -123,16 +124,18 @@ LOSSES = {
 
 
 def register(name: str, loss: NamedLoss) -> None:
-    """Adds a loss to those that `loss=` takes by name."""
+    """Adds a loss to the names that `loss=` takes."""
     LOSSES[name] = loss
 
 
 @dataclass(frozen=True)
 class SpikeBudget:
-    """A cost of a sample's activity n: max(0, n / limit - 1), for a mix as in `loss={"ce_count": 1, SpikeBudget(500):
-    0.1}`. n: the spikes of all layers over all time steps, or with operations=True the synaptic operations (non-zero
-    inputs times what they are connected to, of all linear and convolutional modules; of inputs other than 0 and 1,
-    their sum in place of their number)."""
+    """A cost max(0, n / limit - 1) of a sample's activity n, for a mix like `{"ce_count": 1, SpikeBudget(500): 0.1}`.
+
+    n is the number of spikes of all layers over all time steps. With operations=True it is the number of synaptic
+    operations: non-zero inputs times their connections, for all linear and convolutional modules. For inputs other than
+    0 and 1, the sum of the inputs replaces their number.
+    """
 
     limit: float
     operations: bool = False
@@ -143,11 +146,11 @@ class SpikeBudget:
 
     @property
     def counts(self) -> str:
-        """What it needs of an activity."""
+        """The key of the activity that the cost needs."""
         return "operations" if self.operations else "spikes"
 
     def __call__(self, activity: Mapping[str, Tensor]) -> Tensor:
-        """The cost [B] of spikes [B] or operations [B]."""
+        """Returns the cost [B] of spikes [B] or operations [B]."""
         return F.relu(activity[self.counts] / self.limit - 1)
 
 
@@ -155,9 +158,9 @@ class SpikeBudget:
 class Objective:
     """A weighted sum of losses (outputs, targets, mask) -> [B] and of costs of activity.
 
-    of_totals: those losses that depend on the outputs by their sum over time alone, as far as is known. steps: as
-    losses, what each time step adds, None unless all are known to be sums over time. own: names of the callables among
-    the losses, by index.
+    of_totals: indices of the losses known to depend only on the outputs' sum over time. steps: like `losses`, functions
+    for the contribution of each time step; None unless all losses are known to be sums over time. own: names of the
+    user's callables among the losses, by index.
     """
 
     losses: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]]
@@ -168,7 +171,7 @@ class Objective:
 
     @property
     def counts(self) -> set[str]:
-        """Which activity it needs: "spikes", "operations"."""
+        """The keys of the activity that the costs need: "spikes", "operations"."""
         return {cost.counts for _, cost in self.costs}
 
     def __call__(
@@ -178,7 +181,7 @@ class Objective:
         mask: Tensor | None = None,
         activity: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The sum, [B]."""
+        """Returns the weighted sum, [B]."""
         parts = [weight * loss(outputs, targets, mask) for weight, loss in self.losses]
         parts += [weight * cost(activity or {}) for weight, cost in self.costs]
         return sum(parts[1:], parts[0])
@@ -188,9 +191,8 @@ LossSpec = str | Loss | Mapping[str | Loss | SpikeBudget, float]
 
 
 def resolve(loss: LossSpec) -> Objective:
-    """The objective: of one loss, or of a mix {loss: weight}. Raises UsageError for an unknown name."""
-    mix = loss if isinstance(loss, Mapping) else {loss: 1.0} if isinstance(loss, str | SpikeBudget) else None
-    parts = [(loss, 1.0)] if mix is None else list(mix.items())
+    """Returns the objective for one loss, or for a mix {loss: weight}. Raises UsageError for an unknown name."""
+    parts = list(loss.items()) if isinstance(loss, Mapping) else [(loss, 1.0)]
     for _, weight in parts:
         if not isinstance(weight, Real):
             raise UsageError(f"a mix of losses got the weight {weight!r}; give {{loss: weight}} with numbers")
@@ -208,15 +210,16 @@ def resolve(loss: LossSpec) -> Objective:
 
 
 def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The loss as (outputs, targets, mask) -> [B]; a callable of one's own sees padded outputs as zeros.
+    """Returns the loss as a function (outputs, targets, mask) -> [B]. A user's callable sees zeros on padding.
 
-    A loss object with a `reduction` (torch's, snnTorch's) is asked for its single values, and reduced so over all but
-    the batch. Raises UsageError for an unknown name, labels out of range, or a result that is not one value a sample.
+    If a loss object has a `reduction` (torch's, snnTorch's), the reduction runs over all dimensions but the batch.
+    Raises UsageError for an unknown name, labels out of range, or a result that is not one value a sample.
     """
     if isinstance(loss, str) and loss not in LOSSES:
         raise UsageError(f"loss={loss!r} is not known; use {', '.join(LOSSES)} or a callable (outputs, targets) -> [B]")
 
-    own, reduction = loss, getattr(loss, "reduction", "none")
+    own: Any = loss
+    reduction = getattr(loss, "reduction", "none")
     if reduction in ("mean", "sum"):
         own = copy.copy(loss)
         own.reduction = "none"
@@ -228,10 +231,9 @@ def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Te
             value = answer(own, outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)
         batch = outputs.shape[1] if outputs.ndim >= 3 else outputs.shape[0]
         if own is not loss and isinstance(value, Tensor) and value.ndim > 1:
-            value = each_sample(
-                value, 1 if outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2] else 0, reduction
-            )
-        if isinstance(value, list | tuple | numpy.ndarray):  # of a function that does not use torch
+            over_time = outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2]
+            value = each_sample(value, 1 if over_time else 0, reduction)
+        if isinstance(value, list | tuple | numpy.ndarray):  # the function does not use torch
             value = torch.as_tensor(value)
         if tuple(getattr(value, "shape", ())) != (batch,):
             raise UsageError(
@@ -244,7 +246,7 @@ def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Te
 
 
 def answer(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """What a callable gives. Raises UsageError where a cross-entropy of torch's gets outputs over time, and refuses."""
+    """Calls the loss. Raises UsageError if a cross-entropy of torch refuses outputs over time."""
     try:
         return loss(outputs, targets)
     except (RuntimeError, ValueError) as error:
@@ -257,13 +259,13 @@ def answer(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def each_sample(values: Tensor, batch: int, reduction: str) -> Tensor:
-    """Mean or sum over all dimensions but the batch, [B]."""
+    """Returns the mean or sum over all dimensions but the batch, [B]."""
     values = values.movedim(batch, 0).flatten(1)
     return values.mean(1) if reduction == "mean" else values.sum(1)
 
 
 def check_labels(targets: Tensor, classes: int) -> None:
-    """Raises UsageError unless targets are class indices below `classes`."""
+    """Raises UsageError unless targets are class indices from 0 to classes - 1."""
     if targets.is_floating_point() or targets.ndim != 1:
         raise UsageError(
             f"targets are {targets.dtype} of shape {tuple(targets.shape)}; a cross-entropy takes class indices [B]"

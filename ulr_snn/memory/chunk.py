@@ -1,5 +1,6 @@
-"""A chunk of time: the sites of its layers, how layers stand before and after it, what it leaves for credit."""
+"""A chunk of time: its firing sites, the layer states at its two ends, and what it leaves for credit assignment."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,11 +16,36 @@ from ulr_snn.sites.binding import record_of
 from ulr_snn.sites.records import Record
 
 
+@dataclass(frozen=True)
+class Fired:
+    """The activity of a layer in a chunk.
+
+    state: state after the last step; before: spikes of the step before the first; x: standardised drive;
+    fed_back: recurrent current; scale: scale of the noise; mask: 0 on padding, or None.
+    """
+
+    state: State
+    before: Tensor
+    current: Tensor
+    spikes: Tensor
+    x: Tensor
+    fed_back: Tensor | None
+    scale: Tensor
+    mask: Tensor | None
+
+    @property
+    def farthest(self) -> Tensor:
+        """Largest distance of a membrane to the threshold."""
+        return farthest(self.x, self.mask) * self.scale.mean()
+
+
 @dataclass
 class ChunkSite:
-    """The firing site of a layer over a chunk of time from step `first` on. records: gets its record, if there is a
-    list; watched: whether it keeps what it has seen. Afterwards
-    `state` is that of its last step."""
+    """The firing site of a layer over a chunk of time that begins at step `first`.
+
+    state: state before the chunk, None at the start; fired: receives the layer's activity by its name;
+    records: receives the layer's record, if there is a list.
+    """
 
     name: str
     index: int
@@ -27,50 +53,52 @@ class ChunkSite:
     noise: Noise
     first: int
     state: State | None
-    records: list[Record] | None
-    watched: bool = False
-    before: Tensor | None = None  # spikes of the step before
-    current: Tensor | None = None
-    spikes: Tensor | None = None
-    fed_back: Tensor | None = None
-    farthest: Tensor | None = None  # distance of a membrane to its threshold
+    fired: dict[str, Fired]
+    records: list[Record] | None = None
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
-        scale = self.level.scale(self.name, neuron.threshold, None).detach()
+        """Runs the neuron over the chunk, from current [t, B, ...] to spikes [t, B, ...]."""
+        scale = self.level.scale(self.name, neuron.threshold, not_measured).detach()
         drawer = Drawer(self.noise, self.level.firing, self.index, len(current), scale, self.first)
         if self.state is None:
-            self.state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
-        before = self.state.spikes.to(current.dtype)
-        self.state = State(self.state.membrane.clone(), before.clone())
+            state = State(*torch.zeros(2, *current.shape[1:], dtype=current.dtype, device=current.device))
+        else:
+            state = State(self.state.membrane.clone(), self.state.spikes.to(current.dtype, copy=True))
+        before = state.spikes.clone()
         with torch.no_grad():
-            fired = neuron.fired(current, drawer, self.state)
-        if self.watched:
-            mask = None if neuron.lengths is None else step_mask(neuron.lengths, fired[1])
-            self.farthest = farthest(fired[1], mask) * scale.mean()
-            self.before, self.current, (self.spikes, _, self.fed_back) = before, current.detach(), fired
+            spikes, x, fed_back = fired = neuron.fired(current, drawer, state)
+        mask = None if neuron.lengths is None else step_mask(neuron.lengths, x)
+        self.fired[self.name] = Fired(state, before, current.detach(), spikes, x, fed_back, scale, mask)
         if self.records is not None:
             record = record_of(self.name, neuron, current, scale, fired, self.level, before)
             self.records.append(replace(record, current=None, fed_back=None))
             record.spikes.requires_grad_()
-        return fired[0]
+        return spikes
+
+
+def not_measured() -> float:
+    """Raises RuntimeError, because chunks run only when the noise level is known."""
+    raise RuntimeError("a layer runs in a chunk of time before the level of its noise is known")
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """The states of the layers between two time steps. states: by site, their spikes as bits; membranes: of the
-    readouts; empty at the start."""
+    """The states of all layers between two time steps; empty at the start.
 
-    states: dict[str, State] = field(default_factory=dict)
-    membranes: list[Tensor | None] = field(default_factory=list)
+    states: states by site, with spikes as bits; membranes: membranes of the readouts.
+    """
+
+    states: Mapping[str, State] = field(default_factory=dict)
+    membranes: Sequence[Tensor | None] = ()
 
     @classmethod
-    def of(cls, sites: dict[str, ChunkSite], membranes: list[Tensor]) -> "LayerStates":
-        """The states of sites that a chunk has run through."""
-        states = {name: site.state for name, site in sites.items()}
-        return cls({n: State(s.membrane, pack_bits(s.spikes.flatten(1))) for n, s in states.items()}, membranes)
+    def of(cls, fired: Mapping[str, Fired], membranes: Sequence[Tensor]) -> "LayerStates":
+        states = {name: layer.state for name, layer in fired.items()}
+        packed = {name: State(s.membrane, pack_bits(s.spikes.flatten(1))) for name, s in states.items()}
+        return cls(packed, membranes)
 
     def state(self, name: str, dtype: torch.dtype) -> State | None:
-        """Of a site, with spikes [B, ...] of that type; None at the start."""
+        """Returns the state of a site, with spikes [B, ...] of this type; None at the start."""
         kept = self.states.get(name)
         if kept is None:
             return None
@@ -78,9 +106,9 @@ class LayerStates:
         return State(kept.membrane, spikes.view(kept.membrane.shape))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
-    """What a chunk of time leaves for the credit, as a `Pass` does."""
+    """What credit assignment needs of a chunk of time; stands in for a `Pass`."""
 
     ends: list[tuple[Tensor, Tensor]]
     records: list[Record]

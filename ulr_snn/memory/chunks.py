@@ -1,4 +1,4 @@
-"""Steps in chunks of time: which models and objectives allow them, how long a chunk is, and the step itself."""
+"""Training steps in chunks of time: when they are possible, how long a chunk is, and the step itself."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,13 +24,13 @@ from ulr_snn.model.shape_errors import shape_advice
 
 @dataclass(frozen=True)
 class ChunkLimits:
-    """Where the whole sequence is too much, and how long chunks are.
+    """When memory "auto" uses chunks, and how long chunks are.
 
-    whole: bytes that memory "auto" lets a step over the whole sequence keep; kept: bytes that such a step keeps of
-    every neuron at every time step, about; short: time steps of samples below which this is not looked at. together:
-    spikes of a chunk, at least and at most, where little is to be kept; roomy: where chunks only have to keep within
-    bounds, fewer of them, since each has a cost of its own. least: time steps of a chunk. states: time steps at which
-    the states of the layers are kept, where little is to be kept.
+    whole: bytes up to which "auto" keeps the whole sequence; kept: bytes kept of a neuron at a time step, about;
+    short: time steps times samples below which "auto" never uses chunks.
+    together: least and most spikes of a chunk for "replay"; roomy: least spikes of a chunk for "auto", which makes
+    fewer chunks since each has a cost.
+    least: least time steps of a chunk; states: time steps at which "replay" keeps layer states.
     """
 
     whole: int = 1 << 29
@@ -44,16 +44,17 @@ class ChunkLimits:
 
 @dataclass
 class Chunks:
-    """What ways to keep memory share that do not see the whole sequence at once. asked: they are asked for, so that
-    what cannot be is an error."""
+    """The base of `Memory` classes that do not keep the whole sequence. asked: raise where chunks are impossible."""
 
     asked: bool = True
     limits: ChunkLimits = field(default_factory=ChunkLimits)
     _counted: tuple[nn.Module, int] | None = field(default=None, repr=False, compare=False)
 
     def first(self, step: Step) -> tuple[slice, slice] | None:
-        """First time steps, and samples, with about as many spikes as a chunk of the batch: what such steps measure by;
-        None for steps over the whole sequence. Raises UsageError where others are asked for and cannot be."""
+        """Returns slices of time steps and samples for measurements, about as large as a chunk.
+
+        None means the whole sequence. Raises UsageError if chunks are asked for and impossible.
+        """
         limits, batch = self.limits, step.batch
         if not self.asked and batch.steps * batch.samples < limits.short:
             return None
@@ -67,8 +68,7 @@ class Chunks:
         return slice(0, steps), slice(0, max(2, size // steps))
 
     def neurons(self, step: Step) -> int:
-        """Neurons of a sample; 0 where the model has to see all time steps at once. Raises UsageError where it must
-        not."""
+        """Returns the number of neurons, 0 if the model needs all time steps at once (UsageError if `asked`)."""
         if self._counted is None or self._counted[0] is not step.model:
             with shape_advice(step.model):
                 try:
@@ -81,9 +81,11 @@ class Chunks:
         return self._counted[1]
 
     def chunk_steps(self, step: Step) -> int:
-        """Time steps of a chunk. Where little is to be kept, it has half as many spikes as there are weights, within
-        bounds, since the gradients of these take as much anyway; else as many as take the memory of the weights, if
-        these are large, since what each chunk adds to their gradients takes the time of so many."""
+        """Returns the number of time steps of a chunk.
+
+        If `asked`, a chunk has half as many spikes as there are weights, within bounds: weight gradients take as much
+        memory. Else its spikes take at least the memory of the weights: adding to weight gradients takes that time.
+        """
         limits, batch = self.limits, step.batch
         least, most = limits.together
         weights = sum(q.numel() for q in step.model.parameters())
@@ -91,8 +93,7 @@ class Chunks:
         return min(batch.steps, max(limits.least, spikes // (batch.samples * max(1, self.neurons(step)))))
 
     def possible(self, step: Step) -> bool:
-        """Whether steps need not see the whole sequence at once, as far as is known. Raises UsageError where they must
-        and should not."""
+        """True if chunks are possible, as far as is known. Raises UsageError if they are asked for and impossible."""
         why = self.why_not(step)
         if why and self.asked:
             raise UsageError(f"ULR got {self.name}, but {why}; use memory='auto'")
@@ -100,11 +101,11 @@ class Chunks:
 
     @property
     def name(self) -> str:
-        """As what it was asked for."""
+        """The option that asks for this class, for messages."""
         return "memory='replay'"
 
     def why_not(self, step: Step) -> str | None:
-        """Why steps have to see the whole sequence at once; None if they need not, as far as is known."""
+        """Returns why chunks are impossible, or None if they are possible as far as is known."""
         config, structure, sampling = step.config, step.learner.structure, step.config.sampling
         several = (sampling.copies or 1) > 1 or sampling.adaptive or sampling.multi_sample
         if not config.credit.goes_back or isinstance(config.credit, Residual) or several:
@@ -122,14 +123,13 @@ class Chunks:
         return None
 
     def sample(self, step: Step, first: tuple[slice, slice]) -> Pass | None:
-        """A pass over a sample of the batch, where one is due: the first of all shows what the model is, others are to
-        be measured."""
+        """Runs a pass over a part of the batch if one is due, to observe the model or to measure it; else None."""
         learner, known = step.learner, step.learner.structure is not None
         if known and not learner.measures:
             return None
         part = Step(step.config, learner, step.bound, step.batch.part(first))
         forward = part.forward() if known else part.plain_forward()
-        with no_side_effects(step.model):  # the step itself leaves those of an ordinary pass
+        with no_side_effects(step.model):  # the step itself has the side effects of an ordinary pass
             p = forward.run(part.batch, [0])
         if not known:
             learner.observe(forward, p, part.batch)
@@ -139,8 +139,7 @@ class Chunks:
 
 @dataclass
 class TimeChunks(Chunks):
-    """Keeps nothing of all time steps but the outputs, where that can be; else, if not asked for, the whole
-    sequence."""
+    """Keeps only the outputs of all time steps; the whole sequence if chunks are impossible and not asked for."""
 
     online: ClassVar[bool] = False
 
@@ -164,21 +163,20 @@ class TimeChunks(Chunks):
         return super().why_not(step)
 
     def describe(self, step: Step) -> str:
-        """What a step keeps, for `plan`."""
         if self.first(step) is None:
             return WholeSequence().describe(step)
         return f"chunks of {self.chunk_steps(step)} time steps, each run twice or more, with the same noise"
 
     @weight_cache()
     def step(self, step: Step, first: tuple[slice, slice]) -> Estimate | None:
-        """One training step; None where the first one of all shows that it has to see the whole sequence."""
+        """Makes a training step; None if its first pass shows that the model needs the whole sequence."""
         learner, batch, unknown = step.learner, step.batch, step.learner.structure is None
         sizes = learner.step_sizes
-        at_start = sizes is not None and sizes.summed is None  # not so in a training that goes on
-        remembered = learner.driven, learner.chosen  # what a checkpoint says
+        at_start = sizes is not None and sizes.summed is None  # False in a resumed training
+        remembered = learner.driven, learner.chosen  # from a checkpoint
         p = self.sample(step, first)
         if unknown and not self.possible(step):
-            learner.structure = None  # the whole shows more: which noise is the lesser, for one
+            learner.structure = None  # the whole sequence shows more, such as the noise of less variance
             learner.driven, learner.chosen = remembered
             return None
         if p is not None:
@@ -189,19 +187,20 @@ class TimeChunks(Chunks):
         states = self.limits.states if self.asked else batch.steps
         run = ChunkedRun(step.bound, learner.level, noise, batch, self.chunk_steps(step), states)
         sites = [name for name, _ in step.bound.layers]
-        regressions = list(learner.prediction.regressions(sites, batch.valid, batch.samples, learner.step))
+        regressions = list(learner.prediction.maps.regressions(sites, batch.valid, batch.samples, learner.step))
         seen, learned = run.forward(regressions)
         outputs = run.finished(seen)
         evaluation = forward.evaluate(batch, outputs, {}, [0])
         if sizes is not None and unknown and at_start:
-            sizes.summed = times_summed(evaluation)  # all have more time steps than were measured
+            sizes.summed = times_summed(evaluation)  # the measured pass had fewer time steps
         learner.step += 1
         losses = evaluation.loss[None]
         stats = {"copies": 1, "step": learner.step, "chunks": len(run.chunks)}
         if step.usable(losses):
-            for regression in regressions:
-                learner.prediction.learn(regression, *learned.pop(0))  # what it is learned from is not kept any longer
-            self._backward(step, run, seen, outputs, evaluation.error)
+            for rows in learned:
+                rows.learn(learner.prediction.maps)
+            if evaluation.error is not None:
+                self._backward(step, run, seen, outputs, evaluation.error)
             learner.level.take(run.farthest)
             learner.mean_loss = moving(learner.mean_loss, losses)
         else:
@@ -209,10 +208,10 @@ class TimeChunks(Chunks):
         step.count(-(-run.steps_run // batch.steps))
         return Estimate(losses.mean(0), outputs.detach()[None], stats)
 
-    def _backward(self, step: Step, run: ChunkedRun, seen: Tensor, outputs: Tensor, error: Tensor | None) -> None:
-        """Adds the gradient of the batch's mean loss, by way of what comes after the average, and of the chunks."""
+    def _backward(self, step: Step, run: ChunkedRun, seen: Tensor, outputs: Tensor, error: Tensor) -> None:
+        """Adds the gradient of the batch's mean loss: of the modules after the average, then of the chunks."""
         wanted = [q for q in step.model.parameters() if q.requires_grad]
-        if run.split.back and error is not None:
+        if run.split.back:
             if wanted and outputs.requires_grad:
                 torch.autograd.backward(outputs, error / run.batch.samples, inputs=wanted, retain_graph=True)
             (error,) = torch.autograd.grad(outputs, seen, error)

@@ -1,14 +1,13 @@
-"""Training that updates at every time step, with memory that does not grow with their number.
+"""Online learning: an update at every time step, with memory that does not grow with the number of time steps.
 
-At time t nothing of the future is known, so credit is that of the step's own loss l_t, where the loss is a sum over
-time:
+The loss must be a sum over time. The future is not known at time t, so credit is that of the step's own loss l_t:
 
     a_t = ∂l_t/∂s_t + C g_t        direct credit, and learned feedback from the layer that the spikes feed
     g_t = a_t p'_t                 ∂l_t/∂J_t within the time step
 
-Left out is what a spike does to later steps, through membranes, resets and recurrent weights of its own layer and of
-those after it: a truncation, as in OTTT (arXiv 2210.04195) and e-prop (Bellec et al. 2020), and a bias besides that of
-C. Nothing is left out of what a membrane keeps of its layer's own inputs x, whose leaky sum stands for them all:
+The effect of a spike on later steps (through membranes, resets and recurrent weights) is left out. This truncation, as
+in OTTT (arXiv 2210.04195) and e-prop (Bellec et al. 2020), is a bias in addition to that of C. The effect of all
+earlier inputs x on a layer's own membrane is exact, by their leaky sum:
 
     g_W = Σ_t g_t ⊗ trace_t,        trace_t = beta trace_{t-1} + x_t
 
@@ -32,8 +31,8 @@ from ulr_snn.kernels.precision import widened
 from ulr_snn.kernels.state import State
 from ulr_snn.losses.evaluation import evaluate_losses
 from ulr_snn.losses.named import LOSSES
-from ulr_snn.memory.chunk import Chunk, ChunkSite
-from ulr_snn.memory.chunked import RegressionRows
+from ulr_snn.memory.chunk import Chunk, ChunkSite, Fired
+from ulr_snn.memory.chunked import RegressionRows, see_farthest
 from ulr_snn.memory.chunks import Chunks
 from ulr_snn.memory.split import chain
 from ulr_snn.memory.step import Step
@@ -50,8 +49,10 @@ AFFINE = (
 
 
 def affine(module: nn.Module) -> bool:
-    """Whether it is known to be, of each time step by itself."""
-    return type(module) in AFFINE or (type(module) in (Fold, nn.Sequential) and all(map(affine, module)))
+    """True if the module is a known affine map of each time step."""
+    if isinstance(module, nn.Sequential) and type(module) in (Fold, nn.Sequential):
+        return all(affine(part) for part in module)
+    return type(module) in AFFINE
 
 
 def learns(module: nn.Module) -> bool:
@@ -60,8 +61,11 @@ def learns(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """What lies between two layers. still: the modules before the first one with something to learn; learning: those
-    from there on; into: the neurons or the readout that they feed, None where they end in the outputs."""
+    """The modules between two layers.
+
+    still: modules before the first trainable one; learning: all later modules; into: the neurons or readout that the
+    modules feed, None for the outputs.
+    """
 
     still: list[nn.Module]
     learning: list[nn.Module]
@@ -74,8 +78,9 @@ class Stage:
 
 
 def stages(model: nn.Module) -> list[Stage]:
-    """Of a model that runs its modules one after another; the last one ends in the outputs."""
-    found, between = [], []
+    """Splits a model that runs its modules one after another. The last stage ends in the outputs."""
+    found: list[Stage] = []
+    between: list[nn.Module] = []
     for module in chain(model):
         if isinstance(module, LIF | LeakyReadout):
             found.append(Stage.of(between, module))
@@ -88,7 +93,7 @@ def stages(model: nn.Module) -> list[Stage]:
 
 
 def without_trace(model: nn.Module) -> str | None:
-    """Why one trace of its inputs does not do for a layer of the model; None where it does for all."""
+    """Returns why a trace of the inputs is not enough for some layer of the model; None if it is enough."""
     found = stages(model)
     if any(type(module) is TimeAverage for module in chain(model)):
         return "TimeAverage leaves single time steps without a loss"
@@ -102,45 +107,44 @@ def without_trace(model: nn.Module) -> str | None:
             return f"{name} with a leak of each neuron's own, or reset 'zero', needs a trace for every weight"
         if isinstance(into, LeakyReadout) and stage is not found[-1]:
             return "LeakyReadout is not the last module"
-        if bad := next((module for module in stage.learning if not affine(module)), None):
-            return f"{type(bad).__name__}, from the first weights on that lead to {name}, is not known to be affine"
+        if other := next((module for module in stage.learning if not affine(module)), None):
+            return f"{type(other).__name__}, from the first weights on that lead to {name}, is not known to be affine"
     return None
 
 
 class Trace:
-    """The leaky sum of what a layer's weights read, [1, B, ...], and n, that of ones."""
+    """The leaky sum of the inputs of a layer's weights, and n, the leaky sum of ones."""
 
     def __init__(self, beta: Tensor) -> None:
         self.beta = beta.detach().clamp(0, 1).reshape(())
-        self.sum: Tensor | None = None  # [1, B + 1, ...]; the last row, of no input, is where F(0) is found
+        self.sum = torch.empty(0)  # [1, B + 1, ...]; the last row stays 0, for F(0)
         self.n = torch.zeros_like(self.beta)
 
     def add(self, x: Tensor) -> None:
-        """x [1, B, ...]."""
-        if self.sum is None:
+        """Adds the input x [1, B, ...] of a time step."""
+        if not self.sum.numel():
             self.sum = widened(x.new_zeros(1, x.shape[1] + 1, *x.shape[2:]))
         self.sum.mul_(self.beta)
         self.sum[:, :-1] += x
         self.n = self.beta * self.n + 1
 
     def entries(self, modules: list[nn.Module], g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors in the graph of the modules' parameters, and the gradients that enter there, for ∂L/∂J g
-        [1, B, ...] of what the modules give."""
-        if len(modules) == 1 and type(modules[0]) is nn.Linear:  # without a forward product that nobody reads
+        """Yields (tensor, gradient) pairs that add the parameters' gradients, for g = ∂L/∂output [1, B, ...]."""
+        if len(modules) == 1 and type(modules[0]) is nn.Linear:  # saves the forward product
             linear, rows = modules[0], g.flatten(0, -2)
-            found = rows.to(self.sum.dtype).T @ self.sum[:, :-1].flatten(0, -2)
-            yield linear.weight, found.to(linear.weight.dtype)
+            gradient = rows.to(self.sum.dtype).T @ self.sum[:, :-1].flatten(0, -2)
+            yield linear.weight, gradient.to(linear.weight.dtype)
             if linear.bias is not None:
                 yield linear.bias, (self.n * rows.sum(0)).to(linear.bias.dtype)
             return
-        x = self.sum.to(next(q for m in modules for q in m.parameters()).dtype)
+        x = self.sum.to(next(q for module in modules for q in module.parameters()).dtype)
         for module in modules:
             x = module(x)
         yield x, torch.cat([g, (self.n - 1) * g.sum(1, keepdim=True)], 1)
 
 
 class OnlineRun:
-    """A batch that goes by, one time step after another."""
+    """A training step on a batch, one time step after another."""
 
     def __init__(self, step: Step) -> None:
         self.training_step, self.learner, self.batch, self.bound = step, step.learner, step.batch, step.bound
@@ -149,54 +153,54 @@ class OnlineRun:
         self.noise = forward.noise(self.batch.samples, [0], self.batch.frames.device)
         self.stages = stages(step.model)
         self.traces = [None if s.into is None else Trace(s.into.beta) for s in self.stages]
-        self.recurrent = {
-            name: Trace(neuron.beta) for name, neuron in step.bound.layers if neuron.recurrent is not None
-        }
+        neurons = {name: neuron for name, neuron in step.bound.layers if isinstance(neuron, LIF)}
+        weights = {name: neuron.recurrent for name, neuron in neurons.items()}
+        self.recurring = {name: module for name, module in weights.items() if isinstance(module, nn.Module)}
+        self.recurrent = {name: Trace(neurons[name].beta) for name in self.recurring}
         self.states: dict[str, State] = {}
-        self.farthest: dict[str, Tensor] = {}  # see `ChunkSite`, so far
+        self.farthest: dict[str, Tensor] = {}  # `Fired.farthest` so far
         self.membrane: Tensor | None = None  # of the readout
         sites = [name for name, _ in step.bound.layers]
-        regressions = self.learner.prediction.regressions(
+        regressions = self.learner.prediction.maps.regressions(
             sites, self.batch.valid, self.batch.samples, self.learner.step
         )
         self.learned = [RegressionRows(regression) for regression in regressions if not regression.before]
         self.learner.step += 1
-        self.usable = True  # so far
+        self.usable = True  # False after a loss that is not finite
 
     def step(self, t: int) -> Estimate:
-        """Time step t, those before it being done: adds the gradient of the batch's mean of its loss."""
+        """Runs time step t, after all earlier ones, and adds the gradient of the batch's mean loss at t."""
         learner = self.learner
-        torch.clear_autocast_cache()  # which has the weights of before the last update
+        torch.clear_autocast_cache()  # it holds the weights before the last update
         records: list[Record] = []
-        about = learner.level, self.noise, t
-        sites = {
-            name: ChunkSite(name, i, *about, self.states.get(name), records, watched=True)
+        fired: dict[str, Fired] = {}
+        sites = [
+            ChunkSite(name, i, learner.level, self.noise, t, self.states.get(name), fired, records)
             for i, (name, _) in enumerate(self.bound.layers)
-        }
+        ]
         lengths = None if self.batch.lengths is None else (self.batch.lengths - t).clamp(0, 1)
-        with bind_sites(self.bound.model, list(sites.values()), lengths, self.bound.layers), SpikePooling():
-            outputs = self._forward(Events.of(self.batch.frames[t : t + 1], self.batch.dtype), sites)
-        self.states = {name: site.state for name, site in sites.items()}
+        with bind_sites(self.bound.model, sites, lengths, self.bound.layers), SpikePooling():
+            outputs = self._forward(Events.of(self.batch.frames[t : t + 1], self.batch.dtype), fired)
+        self.states = {name: layer.state for name, layer in fired.items()}
         with torch.no_grad():
             for rows in self.learned:
-                rows.see(range(t, t + 1), sites, self.batch.valid)
-        loss, error = self._judge(t, outputs)
+                rows.see(range(t, t + 1), fired, self.batch.valid)
+        loss, error = self._evaluate(t, outputs)
         stats = {"copies": 1, "step": learner.step, "time": t, "times": self.batch.steps}
         if self.training_step.usable(loss):
             self._backward(outputs, error, records)
-            for name, site in sites.items():
-                self.farthest[name] = torch.maximum(self.farthest.get(name, site.farthest), site.farthest)
+            see_farthest(self.farthest, fired)
             if t == self.batch.steps - 1:
                 learner.level.take(self.farthest)
         else:
             self.usable, stats["skipped"] = False, True
         if t == self.batch.steps - 1 and self.usable:
             for rows in self.learned:
-                learner.prediction.learn(rows.regression, rows.spikes, rows.current)
+                rows.learn(learner.prediction.maps)
         return Estimate(loss, outputs.detach()[None], stats)
 
-    def _forward(self, x: Tensor, sites: dict[str, ChunkSite]) -> Tensor:
-        """Outputs [1, B, ...], in the graph from each layer's spikes to what they reach. Traces go on."""
+    def _forward(self, x: Tensor, fired: dict[str, Fired]) -> Tensor:
+        """Returns the outputs [1, B, ...] with graphs from each layer's spikes, and updates the traces."""
         for stage, trace in zip(self.stages, self.traces, strict=True):
             with torch.enable_grad():
                 for module in stage.still:
@@ -209,22 +213,23 @@ class OnlineRun:
                     x = stage.into(x, self.membrane)
                     self.membrane = x[0].detach()
                 elif stage.into is not None:
-                    with torch.enable_grad():  # what spikes are cast to belongs to the graph
+                    with torch.enable_grad():  # autocast of the spikes belongs to the graph
                         x = stage.into(x)
         for name, trace in self.recurrent.items():
-            trace.add(sites[name].before[None])
+            trace.add(fired[name].before[None])
         check_outputs(x, 1, self.batch.samples)
         return x
 
-    def _judge(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """What the time step adds to the loss [B], and the gradient of that in the shape of the outputs."""
+    def _evaluate(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the time step's part of the loss [B], and the gradient of this part in the outputs."""
         found = evaluate_losses(self.batch.objective, self.treatment, outputs, {}, self.batch.targets, None, self.noise)
+        if found.error is None:
+            raise RuntimeError("an update at every time step was begun for a loss without a gradient")
         share = self.batch.share[t].to(outputs.dtype)
         return found.loss * share, found.error * share.view(1, -1, *[1] * (outputs.ndim - 2))
 
     def _backward(self, outputs: Tensor, error: Tensor, records: list[Record]) -> None:
-        """Adds the gradient of a time step. What the formula gives for the currents of a layer meets the traces of what
-        its weights have read."""
+        """Adds the gradient of a time step: the formula's ∂L/∂J of each layer, times the traces of its inputs."""
         passed = Chunk([(outputs, error)], records)
         found = self.learner.prediction.credit_at_once(passed)
         credits = [Credit(None, found.get(record.site)) for record in records]
@@ -236,15 +241,15 @@ class OnlineRun:
             if site in given and stage.learning:
                 g = given[site].gradient
                 entries += [(outputs, g)] if trace is None else trace.entries(stage.learning, g)
-        for name, neuron in self.bound.layers:
-            if name in self.recurrent and name in given:
-                entries += self.recurrent[name].entries([neuron.recurrent], given[name].gradient)
+        for name, weights in self.recurring.items():
+            if name in given:
+                entries += self.recurrent[name].entries([weights], given[name].gradient)
         wanted = [q for q in self.bound.model.parameters() if q.requires_grad]
         enter([entry for entry in entries if entry[0].requires_grad], list(wanted))
 
 
 class OneTimeStep(Chunks):
-    """Keeps one time step, for an update after each."""
+    """Keeps one time step. Every time step ends with an update."""
 
     online: ClassVar[bool] = True
     lean: ClassVar[bool] = True
@@ -258,7 +263,7 @@ class OneTimeStep(Chunks):
         return (run.step(t) for t in range(step.batch.steps))
 
     def start(self, step: Step) -> OnlineRun:
-        """The batch of a step, before its first time step."""
+        """Prepares the batch of a step, and returns its run before the first time step."""
         self.possible(step)
         learner, unknown, first = step.learner, step.learner.structure is None, self.first(step)
         p = None if first is None else self.sample(step, first)
@@ -280,5 +285,5 @@ class OneTimeStep(Chunks):
 
     def describe(self, step: Step) -> str:
         self.possible(step)
-        self.first(step)  # raises UsageError, as `possible` does, where it cannot be
+        self.first(step)  # raises UsageError if it is impossible
         return "one time step, with an update after each; credit is that of the step's own loss, the future left out"

@@ -1,5 +1,4 @@
-"""Models that can run in chunks of time: modules one after another, each of which sees every time step by itself or
-carries a state that is known."""
+"""Splits models that can run in chunks of time: sequences of modules that act on single steps or have known states."""
 
 from dataclasses import dataclass
 
@@ -17,27 +16,31 @@ TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
 def chain(model: nn.Module) -> list[nn.Module]:
-    """The modules that a model runs one after another."""
+    """Returns the modules that a model runs one after another."""
     if isinstance(model, Chain):
-        return model.stages
-    opens = type(model) is nn.Sequential and not hooked(model)
-    return [part for module in model for part in chain(module)] if opens else [model]
+        return list(model.stages)
+    if type(model) is nn.Sequential and not hooked(model):
+        return [part for module in model for part in chain(module)]
+    return [model]
 
 
 @torch.no_grad()
 def neurons_of(model: nn.Module, frames: Frames, dtype: torch.dtype) -> int:
-    """Those of a sample in all layers. Raises UsageError for a model that has to see all time steps at once."""
-    x, found = frames[:1, :2].to(dtype).clone(), 0  # a module may change it in place
+    """Counts the neurons of all layers. Raises UsageError for a model that needs all time steps at once."""
+    x, count = frames[:1, :2].to(dtype).clone(), 0  # a module may change it in place
     for module in Split.of(model).front:
         x = module(x)
-        found += x[0, 0].numel() if isinstance(module, LIF) else 0
-    return found
+        count += x[0, 0].numel() if isinstance(module, LIF) else 0
+    return count
 
 
 @dataclass(frozen=True)
 class Split:
-    """A model in front: modules that see each time step by itself, or carry a state that is known; average: over time,
-    where there is one; back: what comes after it."""
+    """A model in three parts.
+
+    front: modules that act on single time steps or have known states; average: the average over time, if any;
+    back: modules after the average.
+    """
 
     front: list[nn.Module]
     average: TimeAverage | None
@@ -45,12 +48,12 @@ class Split:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Split":
-        """Raises UsageError for a model that has to see all time steps at once."""
+        """Splits a model. Raises UsageError for a model that needs all time steps at once."""
         modules = chain(model)
         cut = next((i for i, module in enumerate(modules) if type(module) is TimeAverage), len(modules))
-        if bad := next((module for module in modules[:cut] if not local_in_time(module)), None):
+        if other := next((module for module in modules[:cut] if not local_in_time(module)), None):
             raise UsageError(
-                f"{type(bad).__name__} is not known to see each time step by itself, which chunks of time need; use "
+                f"{type(other).__name__} is not known to see each time step by itself, which chunks of time need; use "
                 "memory='auto', or nn.Sequential of Linear, Flatten, Fold and ulr_snn's neurons"
             )
         neurons = [module for module in modules[:cut] if isinstance(module, LIF)]
@@ -59,7 +62,8 @@ class Split:
         last = max((i for i, module in enumerate(modules[:cut]) if isinstance(module, LIF)), default=0)
         if any(isinstance(module, LeakyReadout) for module in modules[:last]):
             raise UsageError("chunks of time need a LeakyReadout to come after all spiking layers; use memory='auto'")
-        return cls(modules[:cut], modules[cut] if cut < len(modules) else None, modules[cut + 1 :])
+        average = next((module for module in modules if isinstance(module, TimeAverage)), None)
+        return cls(modules[:cut], average, modules[cut + 1 :])
 
     @property
     def readouts(self) -> list[LeakyReadout]:
@@ -67,7 +71,7 @@ class Split:
 
 
 def local_in_time(module: nn.Module) -> bool:
-    """Whether a module gives for a chunk of time what it gives there for the whole, from a state that is known."""
+    """True if a module has the same outputs in a chunk of time as in the whole sequence, given its known state."""
     if type(module) is nn.Flatten:
         return module.start_dim >= 2
     if type(module) is nn.Unflatten:

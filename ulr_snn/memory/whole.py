@@ -1,4 +1,4 @@
-"""Steps that see the whole sequence at once: all copies together, or one after another."""
+"""Training steps over the whole sequence at once: all copies together, or one after another."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ulr_snn.sites.weights import SOURCE
 
 @dataclass(frozen=True)
 class WholeSequence:
-    """Keeps the graph of the whole sequence, of all copies of a step."""
+    """Keeps the graph of the whole sequence for all copies of a step."""
 
     online: ClassVar[bool] = False
     lean: ClassVar[bool] = False
@@ -25,7 +25,6 @@ class WholeSequence:
         yield self.step(step)
 
     def step(self, step: Step) -> Estimate:
-        """One training step."""
         forward, passes = step.begin()
         copies = step.copies()
 
@@ -43,8 +42,10 @@ class WholeSequence:
 
 @dataclass(frozen=True)
 class CopiesInTurn:
-    """Holds the graph of one copy at a time, each of which runs twice: once for its loss, once for its gradient. For
-    credit "global", where a copy needs of the others their losses alone."""
+    """Keeps the graph of one copy at a time. Every copy runs twice: once for its loss, once for its gradient.
+
+    This is for credit "global", where the gradient of a copy needs only the losses of the others.
+    """
 
     online: ClassVar[bool] = False
     lean: ClassVar[bool] = True
@@ -53,16 +54,15 @@ class CopiesInTurn:
         yield self.step(step)
 
     def step(self, step: Step) -> Estimate:
-        """One training step."""
         forward, seen = step.begin()
         copies = step.copies()
         with torch.no_grad():
             counted = [forward.run(step.batch, [copy]).losses_only() for copy in range(copies)]
         step.count(2 * copies + len(seen) + forward.log.extra)
-        del seen  # with its graph
+        del seen  # frees its graph
 
         def again() -> Iterator[Pass]:
-            for copy in reversed(range(copies)):  # the first one last: what is measured of it may change the noise
+            for copy in reversed(range(copies)):  # the first copy is last: measuring it may change the noise
                 p = forward.run(step.batch, [copy])
                 if copy == 0:
                     step.learner.measure(step.model, p)
@@ -75,7 +75,7 @@ class CopiesInTurn:
 
 
 def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list[Group]) -> None:
-    """Adds what passes say about the parameters without noise of their own, and learns the prediction from them."""
+    """Adds the gradient of parameters without weight noise, and fits the prediction to the passes."""
     learner, credit, sampling = step.learner, formula.credit, step.config.sampling
     if credit.by_losses and not (sampling.adaptive or sampling.by_layer):
         add_by_pass(step, formula, passes, passes)
@@ -95,17 +95,16 @@ def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list
 
 
 def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], counted: list[Pass]) -> None:
-    """The same where a pass needs of the others, counted, their losses alone, and is done with by itself."""
-    wanted = list(step.parameters.values())
+    """Adds the same gradient pass by pass, where a pass needs only the losses of all passes, `counted`."""
+    wanted: list[Tensor] = list(step.parameters.values())
     for p in passes:
-        group = Group(None, [p], counted)
         predictions = formula.credit.predict(step.learner.prediction, [p], step.config.sampling.group)
-        entries = formula.of_group(group, predictions, 1.0)
+        entries = formula.of_group(Group(None, [p], counted), predictions, 1.0)
         enter([(entry.tensor, entry.gradient) for entry in entries], wanted)
 
 
 def halves(step: Step, formula: Formula, group: Group, entries: list[Entry]) -> list[tuple[Tensor, Tensor]]:
-    """What the two halves of a group's copies give to the parameters that its noise reaches, by parameter."""
+    """Returns the gradients by each half of a group's copies, for every parameter that the noise reaches."""
     noisy = [entry for entry in entries if entry.copies is not None]
     reached = {name for name, sources in step.structure.parameters.items() if set(sources) - {"outputs", SOURCE}}
     named = step.model.named_parameters()
@@ -117,7 +116,7 @@ def halves(step: Step, formula: Formula, group: Group, entries: list[Entry]) -> 
 def half_of(
     step: Step, formula: Formula, group: Group, entries: list[Entry], parameters: list[nn.Parameter], half: int
 ) -> list[Tensor]:
-    """Gradients by every other group of copies that are not independent."""
+    """Returns the gradients by the even (half=0) or odd (half=1) sets of dependent copies."""
     size, found = step.config.sampling.group, []
     if entries and parameters:
         tensors, gradients = [], []

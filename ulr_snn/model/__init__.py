@@ -1,1 +1,1 @@
-"""A bound model: its neurons, its input, the way it is called, one stochastic forward pass."""
+"""Runs of a model: its neurons, its input, the way it is called, and one stochastic forward pass."""

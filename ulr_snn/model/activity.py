@@ -1,5 +1,4 @@
-"""Activity of a forward pass: spikes, and synaptic operations as NeuroBench counts them, per sample and differentiable
-in the spikes."""
+"""Counts of spikes and synaptic operations (as in NeuroBench), per sample and differentiable in the spikes."""
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,15 +17,15 @@ CONNECTIONS = (nn.Linear, _ConvNd)
 
 @dataclass
 class Sums:
-    """What one module saw or gave in a pass, over features, at every call: as if a call were one time step [rows], or
-    the whole sequence [T, rows], as far as its shape fits either."""
+    """Sums over features of a module's inputs or outputs, one for each call. steps: sums [rows], if the call may be one
+    time step. whole: sums [T, rows], if it may be the whole sequence. The shape of a tensor may fit both."""
 
     steps: list[Tensor] = field(default_factory=list)
     whole: list[Tensor] = field(default_factory=list)
 
 
 class Activity(dict[str, Tensor]):
-    """ "spikes" and "operations", each [rows], of what ran inside `counting`, once it is over."""
+    """The counts of a pass, "spikes" and "operations", each [rows]. They are complete when `counting` ends."""
 
     def __init__(self, steps: int, rows: int, lengths: Tensor | None) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class Activity(dict[str, Tensor]):
         self.sums: dict[tuple[str, int], Sums] = {}
 
     def see(self, name: str, module: nn.Module, sequence: Tensor) -> None:
-        """Takes a tensor [T, rows, ...], [T * rows, ...] or [rows, ...] of a module."""
+        """Adds a tensor [T, rows, ...], [T * rows, ...] or [rows, ...] of a module."""
         sums = self.sums.setdefault((name, id(module)), Sums())
         if len(sequence) == self.rows:
             sums.steps.append(sequence.flatten(1).sum(1) if sequence.ndim > 1 else sequence)
@@ -44,7 +43,7 @@ class Activity(dict[str, Tensor]):
             sums.whole.append(sequence.unflatten(0, (self.size, self.rows)).flatten(2).sum(2))
 
     def finish(self) -> None:
-        """Adds all up, steps of padding left out. A module that ran as often as there are steps ran a step a call."""
+        """Sums the calls without padding. A module with as many calls as time steps ran one time step a call."""
         own = None
         if self.lengths is not None:
             own = torch.arange(self.size, device=self.lengths.device)[:, None] < self.lengths
@@ -63,8 +62,8 @@ class Activity(dict[str, Tensor]):
 def counting(
     model: nn.Module, layers: Layers, counts: Collection[str], steps: int, rows: int, lengths: Tensor | None = None
 ) -> Iterator[Activity]:
-    """Counts what a pass of `rows` samples over `steps` time steps does; there is something in it afterwards. counts:
-    of "spikes" and "operations"; lengths: [rows], later steps are padding."""
+    """Counts the activity of a pass of `rows` samples over `steps` time steps. counts: any of "spikes" and
+    "operations". lengths: [rows]; later steps are padding."""
     found = Activity(steps, rows, lengths)
     if not counts:
         yield found
@@ -83,10 +82,11 @@ def counting(
     def operations(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         key = (id(module), inputs[0].shape[1:])
         if key not in fan_outs:
-            fan_outs[key] = None  # meanwhile: it calls the module, and so this, again
+            fan_outs[key] = None  # `fan_out` calls the module, and thereby this hook, again
             fan_outs[key] = fan_out(module, inputs[0])
-        if fan_outs[key] is not None:
-            found.see("operations", module, inputs[0] * fan_outs[key])
+        fans = fan_outs[key]
+        if fans is not None:
+            found.see("operations", module, inputs[0] * fans)
 
     with ExitStack() as stack:
         for neuron in neurons:
@@ -100,7 +100,7 @@ def counting(
 
 
 def fan_out(module: nn.Module, inputs: Tensor) -> Tensor:
-    """How many outputs each input of a linear or convolutional module is connected to, in the shape of one row."""
+    """Counts the outputs connected to each input of a linear or convolutional module, in the shape of one row."""
     ones = {name: torch.full_like(q, float(name == "weight")) for name, q in module.named_parameters()}
     row = torch.zeros_like(inputs[:1], requires_grad=True)
     with torch.enable_grad():

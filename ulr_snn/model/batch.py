@@ -1,4 +1,4 @@
-"""A batch as a step sees it: frames or listed events with time first, on the model's device."""
+"""The batch of a training step: frames or listed events with time first, on the model's device."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +15,8 @@ from ulr_snn.model.events import Events, Frames
 
 @dataclass(frozen=True)
 class Batch:
-    """frames [T, B, ...] as they came; dtype: of the model; targets [B, ...]; lengths [B], steps past them are padding,
-    or None."""
+    """A batch of samples with targets. frames [T, B, ...] in their own dtype; dtype: the model's; targets [B, ...];
+    lengths [B] or None: later steps are padding."""
 
     frames: Frames
     dtype: torch.dtype
@@ -34,11 +34,11 @@ class Batch:
         objective: Objective,
         time_first: bool,
     ) -> "Batch":
-        """x [T, B, ...] ([B, T, ...] unless time_first), dense or a sparse COO tensor that lists events, on the model's
-        device and for its type. Raises UsageError for what cannot be a sequence of samples with targets."""
+        """Makes a batch on the model's device from x [T, B, ...] ([B, T, ...] unless time_first). x is dense, or a
+        sparse COO tensor that lists events. Raises UsageError if x, targets and lengths do not fit."""
         check_shapes(x, targets, time_first)
         if x.layout is torch.sparse_coo and x.dense_dim():
-            x = x.to_dense()  # whose values are no single events
+            x = x.to_dense()  # the values of a hybrid tensor are no single events
         x = x if time_first else x.transpose(0, 1)
         if lengths is not None and (lengths.shape != targets.shape[:1] or lengths.min() < 1 or lengths.max() > len(x)):
             raise UsageError(f"lengths must be [B], each from 1 to the {len(x)} steps of the batch")
@@ -62,30 +62,30 @@ class Batch:
 
     @cached_property
     def x(self) -> Tensor:
-        """The frames as a model sees them."""
+        """The frames in the model's dtype, as `Events` where they are sparse."""
         return Events.of(self.frames, self.dtype)
 
     def first_samples(self, count: int) -> Tensor:
-        """The first samples as a model sees them, over all time steps."""
+        """All time steps of the first samples, as in `x`."""
         return Events.of(self.frames[:, :count], self.dtype)
 
     @cached_property
     def valid(self) -> Tensor:
-        """[T, B]: which time steps are no padding; one number of them all, where there is none."""
+        """[T, B]: True where a time step is not padding. Without lengths it is one expanded number."""
         if self.lengths is None:
             return torch.ones((), dtype=torch.bool, device=self.frames.device).expand(self.steps, self.samples)
         return torch.arange(self.steps, device=self.frames.device)[:, None] < self.lengths
 
     @cached_property
     def share(self) -> Tensor:
-        """[T, B]: of each time step in a mean over the sample's own."""
+        """[T, B]: the weight of each time step in a mean over the sample's own steps."""
         if self.lengths is None:
             one = torch.ones((), dtype=self.dtype, device=self.frames.device)
             return (one / self.steps).expand(self.steps, self.samples)
         return self.valid.to(self.dtype) / self.valid.sum(0)
 
     def part(self, first: tuple[slice, slice]) -> "Batch":
-        """First time steps, and samples."""
+        """Returns the batch of these first time steps and samples."""
         steps, samples = first
         lengths = None if self.lengths is None else self.lengths[samples].clamp(max=steps.stop)
         return replace(self, frames=self.frames[first], targets=self.targets[samples], lengths=lengths)

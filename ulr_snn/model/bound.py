@@ -1,5 +1,4 @@
-"""A bound model: which code runs, which layers get noise, how it is called. Training, evaluation, `plan` and the peers
-run models by it."""
+"""Bound models: which code runs, which layers get noise, and how the model is called. All parts run models by them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,11 +22,9 @@ from ulr_snn.sites.records import InPlaceGuard, Links, Record
 
 @dataclass(frozen=True)
 class BoundModel:
-    """A model with the layers that get noise in it, and the way in which it is called.
-
-    model: what runs, the user's model or a chain in its place. by_step: it takes one time step a call. layers: those
-    that get noise, by name. notes: a line for every other module that cuts the graph. why: no chain runs.
-    """
+    """A model with its noisy layers and its way of being called. model: the module that runs, the user's model or a
+    chain in its place. by_step: the model takes one time step a call. layers: the layers that get noise, by name.
+    notes: a line for every other module that cuts the graph. why: the reason why no chain runs."""
 
     model: nn.Module
     by_step: bool
@@ -37,11 +34,12 @@ class BoundModel:
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, noise: Mapping[str, Any], own_code: bool = False) -> "BoundModel":
-        """A model as it is, for such batches. noise: see `ULR`; own_code: a chain is not looked for."""
-        running, why, notes = model, "", []
+        """Binds a model to batches like this one. noise: see `ULR`; own_code: no chain is looked for."""
+        running, why = model, ""
+        notes: list[str] = []
         try:
             chain = None if own_code else recognise(model, batch.frames, batch.dtype, noise)
-            # The operations of recurrent weights are counted in the model's own modules alone.
+            # Operations of recurrent weights can be counted only in the model's own modules.
             if chain is not None and not ("operations" in batch.objective.counts and chain.recurs):
                 running = chain
         except NoChain as error:
@@ -59,15 +57,14 @@ class BoundModel:
         links: Links | None = None,
         guard: InPlaceGuard | None = None,
     ) -> tuple[Tensor, list[Record]]:
-        """One pass over x [T, B, ...]: the model's outputs, and a record of each layer that drew spikes. Firing is
-        deterministic without noise. lengths, links, guard: see `bind`."""
+        """Runs one pass over x [T, B, ...]. Returns the outputs and a record of each layer that drew spikes. Without
+        noise, firing is deterministic. lengths, links, guard: see `bind`."""
         with bind(self.model, level, noise, lengths, len(x), self.layers, links, guard) as records:
             outputs = model_outputs(self.model, x, self.by_step)
         return outputs, records
 
     def measure_levels(self, level: NoiseLevel, run: Callable[[], Any]) -> int:
-        """Runs passes until the level of noise is known in all layers that their library's code runs; returns how many
-        that took."""
+        """Runs passes until all layers run by their library's code have a noise level. Returns the number of passes."""
         names = [site for site, neuron in self.layers if not (isinstance(neuron, SpikingNeuron) or neuron.scans)]
         level.currents.update({site: neuron.noise for site, neuron in self.layers if isinstance(neuron, BlackBox)})
         passes = 0
@@ -77,18 +74,18 @@ class BoundModel:
                 run()
             passes += 1
             if len(level.starts) == known:
-                level.idle.update(unknown)  # they do not run
+                level.idle.update(unknown)  # these layers do not run
         return passes
 
     def describe(self) -> list[str]:
-        """Which code runs, for `plan`; empty for models of our own neurons."""
+        """Describes which code runs, for `plan`. The list is empty for models of `ulr_snn`'s own neurons."""
         if isinstance(self.model, Chain):
             return [f"engine: runs as a chain {' -> '.join(self.model.names)}, neurons as scans over time"]
         return [f"engine: the model's own code, as it is ({self.why})"] if self.why else []
 
 
 class Binder:
-    """Binds a model to batches, and anew only where something has changed that a `BoundModel` depends on."""
+    """Binds a model to batches, and keeps the `BoundModel` until something that it depends on changes."""
 
     def __init__(self, model: nn.Module, noise: Mapping[str, Any], own_code: bool = False) -> None:
         self.model, self.noise, self.own_code = model, noise, own_code
@@ -96,14 +93,14 @@ class Binder:
         self._bound: BoundModel | None = None
 
     def bound(self, batch: Batch) -> BoundModel:
-        """The model bound to batches like this one; the same object as long as nothing has changed."""
+        """Returns the model bound to batches like this one: the same object as long as nothing has changed."""
         seen = self._look(batch)
         if self._bound is None or seen != self._seen:
             self._seen, self._bound = seen, BoundModel.of(self.model, batch, self.noise, self.own_code)
         return self._bound
 
     def _look(self, batch: Batch) -> Any:
-        """What a bound model depends on, other than parameters and buffers."""
+        """Returns everything that a bound model depends on, other than parameters and buffers."""
         modules = [(id(m), m.training, hooked(m)) for m in self.model.modules()]
         neurons = [neuron for _, neuron in spiking_layers(self.model)]
         options = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]

@@ -1,4 +1,4 @@
-"""How a model is called: with a whole sequence or one time step at a time, without traces, and what it may return."""
+"""Calls of a model: with a whole sequence or one time step at a time, without side effects, with checked outputs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,16 +18,14 @@ from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import bind, spiking_layers, user_modules
 
-# What modules raise for a shape that they do not take. Whatever else a model raises is a mistake in it.
+# Errors that modules raise for a wrong shape. Any other error is a mistake in the model itself.
 OF_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that couple the rows of a batch or draw noise of their own: training batch norm (without running
-    statistics always) and dropout.
-
-    Copies must not share a batch with each other there, or they would distort its statistics.
-    """
+    """Returns the modules that couple the rows of a batch or draw noise of their own. These are dropout and batch norm
+    in training mode, and batch norm without running statistics in any mode. Copies must not share a batch there,
+    because they would distort its statistics."""
     return [
         m
         for m in model.modules()
@@ -37,12 +35,13 @@ def coupled_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def generator_state() -> tuple[Tensor, Tensor | None]:
-    """State of torch's global generators, on the CPU and on the current CUDA device."""
+    """Returns the state of torch's global generators, on the CPU and on the current CUDA device."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
 
 
 def set_generator_state(state: tuple[Tensor, Tensor | None]) -> None:
+    """Sets the state of torch's global generators."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
@@ -50,14 +49,13 @@ def set_generator_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 @contextmanager
 def no_side_effects(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside leave neither running statistics, nor what modules of the user's own classes keep, nor the
-    generators changed."""
+    """Restores running statistics, the state of modules of the user's own classes, and the generators afterwards."""
     norms = [m for m in coupled_modules(model) if isinstance(m, _BatchNorm)]
     kept = [dict(norm._buffers) for norm in norms]
     state = generator_state()
     try:
         for norm, buffers in zip(norms, kept, strict=True):
-            # clones: an earlier pass's graph may still hold the originals
+            # An earlier pass's graph may still hold the originals.
             norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
         with ExitStack() as stack:
             for module in user_modules(model):
@@ -70,12 +68,12 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
 
 
 def runs_by_step(model: nn.Module, x: Tensor) -> bool:
-    """Whether the model takes one time step [B, ...] a call: its layers, which run so, do not fire len(x) times when it
-    is called with a sequence x [T, B, ...], or it cannot be. An error that says nothing about shapes passes at once."""
+    """Returns whether the model takes one time step [B, ...] a call, and not a sequence x [T, B, ...]. The model is
+    called with a sequence first. An error that says nothing about shapes is raised at once."""
     layers = spiking_layers(model)
     if layers and all(isinstance(neuron, SpikingNeuron) for _, neuron in layers):
         return False
-    x = x[:, :2] if len(x) > 1 else x[:, :2].repeat(2, *[1] * (x.ndim - 1))  # a single step would tell nothing
+    x = x[:, :2] if len(x) > 1 else x[:, :2].repeat(2, *[1] * (x.ndim - 1))  # a single step would not tell them apart
     try:
         with no_side_effects(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
             check_outputs(model_outputs(model, x.clone()), len(x), x.shape[1])
@@ -94,8 +92,8 @@ def runs_by_step(model: nn.Module, x: Tensor) -> bool:
 
 
 def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
-    """The model's output; of a tuple or list (as in `(spikes, membranes)`), its first item. Stacked over time where the
-    model takes one time step a call (by_step)."""
+    """Returns the model's output, or its first item if it is a tuple or list like `(spikes, membranes)`. by_step: the
+    model takes one time step a call, and its outputs are stacked over time."""
     if by_step:
         return torch.stack(list(each_step(model, x)))
     with shape_advice(model):
@@ -103,8 +101,9 @@ def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
 
 
 def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Outputs of a model that takes one time step a call; of one that returns its state, which takes it again."""
-    adapter, state = adapter_of(model), ()
+    """Yields the outputs of a model that takes one time step a call. A returned state goes into the next call."""
+    adapter = adapter_of(model)
+    state: tuple[Any, ...] = ()
     carries = adapter is not None and adapter.carries_state(model)
     for step in x:
         outputs = model(step, *state)
@@ -114,7 +113,7 @@ def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 
 def first_output(model: nn.Module, outputs: Any) -> Tensor:
-    """The tensor, or the first one of a tuple or list."""
+    """Returns the outputs, or the first item of a tuple or list. Raises UsageError for anything but a tensor."""
     if isinstance(outputs, tuple | list) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, Tensor):

@@ -1,4 +1,4 @@
-"""A chain: a model's modules one after another over a whole sequence, in place of the model's own time loop."""
+"""Chains: a model's modules run one after another over a whole sequence, in place of the model's own time loop."""
 
 from collections.abc import Mapping
 
@@ -12,17 +12,20 @@ OVER_TIME = {"MeanBackward1": torch.mean, "SumBackward1": torch.sum}
 
 
 class NoChain(Exception):
-    """A model cannot run as a chain; says why."""
+    """Raised with the reason if a model cannot run as a chain."""
 
 
 class Chain(nn.Module):
-    """A model's stages over a whole sequence [T, B, ...], one after another. Its modules are the model's under the same
-    names, with neurons of ours in place of the model's own; names: those that run."""
+    """Runs a model's stages one after another, each over a whole sequence [T, B, ...]. It has the model's modules under
+    the same names, with neurons of `ulr_snn` in place of the model's own. names: the modules that run."""
+
+    stages: list[nn.Module]
+    names: list[str]
 
     def __init__(self, model: nn.Module, stages: list[nn.Module], swapped: dict[int, LIF], names: list[str]) -> None:
         super().__init__()
         self.__dict__.update(tree(model, swapped, {}).__dict__)
-        self.__dict__.update(stages=stages, names=names)  # no modules of the tree: their names would double
+        self.__dict__.update(stages=stages, names=names)  # not as submodules, which would have two names each
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:
@@ -31,13 +34,13 @@ class Chain(nn.Module):
 
     @property
     def recurs(self) -> bool:
-        """Whether a layer of neurons has recurrent weights."""
+        """True if a layer of neurons has recurrent weights."""
         return any(getattr(stage, "recurrent", None) is not None for stage in self.stages)
 
 
 def tree(module: nn.Module, swapped: Mapping[int, LIF], done: dict[int, nn.Module]) -> nn.Module:
-    """A module that holds what this one does by the same names, neurons swapped. Parameters and buffers are in the very
-    dictionaries of the original, so that what comes in their place is in both."""
+    """Returns a module with the same submodules by the same names, but with swapped neurons. Both modules share the
+    dictionaries of parameters and buffers, so that a replaced parameter is replaced in both."""
     if id(module) in swapped:
         return swapped[id(module)]
     if id(module) not in done:
@@ -51,11 +54,11 @@ def tree(module: nn.Module, swapped: Mapping[int, LIF], done: dict[int, nn.Modul
 
 
 class EachStep(nn.Sequential):
-    """A module that sees a whole sequence [T, B, ...] at once, but each time step of it by itself."""
+    """Runs a module that takes a whole sequence [T, B, ...] and treats each time step by itself."""
 
 
 class Shape(nn.Module):
-    """Rows [n, ...] with features of this shape."""
+    """Reshapes the features of rows [n, ...]."""
 
     def __init__(self, features: torch.Size) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class Shape(nn.Module):
 
 
 class OverTime(nn.Module):
-    """Mean or sum over time, padding included: [T, B, ...] -> [B, ...]."""
+    """Takes the mean or sum over time, padding included: [T, B, ...] -> [B, ...]."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -77,4 +80,5 @@ class OverTime(nn.Module):
 
 
 def hooked(module: nn.Module) -> bool:
+    """Returns whether a module has hooks of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

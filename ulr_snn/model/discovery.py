@@ -1,4 +1,4 @@
-"""Which modules nobody knows, and need noise on their input current: one pass and its replay show it."""
+"""Search for black boxes, modules of no known kind that need noise on their current, by one pass and its replay."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +19,8 @@ from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
 
 DRAWS = 4  # changes of the input by which a black box is probed
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
 
 def find_layers(
     model: nn.Module,
@@ -27,10 +29,9 @@ def find_layers(
     noise: Mapping[str, Any],
     notes: list[str] | None = None,
 ) -> Layers:
-    """All layers of a model that get noise, by name, in module order. events: gives events [T, B, ...], where modules
-    are to be probed; noise: see `ULR`; notes: gets a line for every other module that cuts the graph, or fires by a
-    gradient of its own.
-    """
+    """Returns all layers of a model that get noise, by name, in module order. events: makes events [T, B, ...] to probe
+    modules with. noise: see `ULR`. notes: receives a line for every other module that cuts the graph or fires with a
+    gradient of its own."""
     names = {*unknown(model), *(name for name, site in noise.items() if isinstance(site, CurrentNoise))}
     if not names:
         return spiking_layers(model)
@@ -48,11 +49,9 @@ def find_layers(
 def black_boxes(
     watched: Mapping[str, "Watch"], x: Tensor, noise: Mapping[str, Any], notes: list[str]
 ) -> dict[str, BlackBox]:
-    """The modules that get noise on their current, by name: those that `noise` names for it, and those whose output
-    depends on their input, and that on parameters, by no derivative; of nested ones the innermost.
-
-    Raises UsageError where one that is named does not run over time.
-    """
+    """Returns the modules that get noise on their current, by name. These are the modules that `noise` names, and the
+    innermost modules that cut the graph between parameters and an output that depends on the input. Raises UsageError
+    if a named module does not run over time."""
     cuts = [name for name, watch in watched.items() if watch.cuts]
     boxes: dict[str, BlackBox] = {}
     for name, watch in watched.items():
@@ -78,18 +77,19 @@ def black_boxes(
 
 
 class Watch:
-    """Sees in one pass how a module is called, and whether a graph leads from its inputs to its outputs. Nothing is cut
-    by it. trained: the input depends on parameters."""
+    """Records the calls of a module in one pass, and whether the graph leads from its inputs to its outputs. trained:
+    the input depends on parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.trained, self.leaves_torch = module, False, False
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
         self.outputs: list[Tensor] = []
         self._probes: set[int] = set()
         self._kept: list[Tensor] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Watches the module for a while."""
         own = self.module.forward
         before = self.module.__dict__.get("forward")
         self.module.__dict__["forward"] = partial(self._forward, own)
@@ -117,50 +117,52 @@ class Watch:
             except RuntimeError as error:
                 if "requires grad" not in str(error):
                     raise
-                self.leaves_torch = True  # it asks for a tensor without a graph
+                # There is no public way to know that the module asks for tensors without a graph, as numpy() does.
+                self.leaves_torch = True
         if self.leaves_torch:
             with torch.no_grad():
                 result = own(*map(detached, arguments), **{name: detached(item) for name, item in named.items()})
-        replaced(result, lambda spikes: self.outputs.append(spikes) or spikes)
+        replaced(result, partial(noted, self.outputs))
         return result
 
     @property
     def cuts(self) -> bool:
-        """Whether no output of any call depends differentiably on an input."""
+        """True if no output of any call depends differentiably on an input."""
         return bool(self.outputs) and not self._probes & leaves(self.outputs)
 
     def runs_over_time(self, steps: int, batch: int) -> bool:
-        """Whether it sees all steps in one call, or one in each of as many calls."""
-        shapes = [current_of(*call).shape for call in self.calls]
+        """Returns whether the module takes all steps in one call, or one step in each of as many calls."""
+        shapes = [current_in(call).shape for call in self.calls]
         return self.runs_whole(steps, batch) or (len(shapes) == steps and all(shape[0] == batch for shape in shapes))
 
     def runs_whole(self, steps: int, batch: int) -> bool:
-        """Whether it sees all steps in one call."""
-        return len(self.calls) == 1 and tuple(current_of(*self.calls[0]).shape[:2]) == (steps, batch)
+        """Returns whether the module takes all steps in one call."""
+        return len(self.calls) == 1 and tuple(current_in(self.calls[0]).shape[:2]) == (steps, batch)
 
     def calls_in_words(self) -> str:
+        """Describes the calls for a message."""
         if not self.calls:
             return "it does not run"
-        shapes = {tuple(current_of(*call).shape) for call in self.calls}
+        shapes = {tuple(current_in(call).shape) for call in self.calls}
         return f"it is called {len(self.calls)} times with {' and '.join(str(list(shape)) for shape in shapes)}"
 
     def fires_by_its_own_gradient(self) -> bool:
-        """Whether it gives only zeros and another value for inputs that vary, and a graph leads through it."""
+        """Returns whether the graph leads through the module, and its outputs for varied inputs are 0 or one value."""
         if self.cuts or not self.outputs or not self.calls:
             return False
         values = torch.cat([output.detach().flatten() for output in self.outputs]).unique()
-        inputs = torch.cat([current_of(*call).flatten() for call in self.calls]).unique()
+        inputs = torch.cat([current_in(call).flatten() for call in self.calls]).unique()
         return len(inputs) > 4 and len(values) == 2 and bool((values == 0).any())
 
     def probed(self) -> tuple[bool, bool]:
-        """Whether outputs change with the input at all, and whether only in the place of it: replays the calls with the
-        currents of a random half of the neurons changed a lot."""
+        """Returns whether outputs change with the input at all, and whether each changes only with the input of its own
+        place. The calls are replayed with large changes in the currents of a random half of the neurons."""
         generator = torch.Generator().manual_seed(0)
-        first = self._replay(None, None)
-        features = current_of(*self.calls[0])
+        first = self._replay()
+        features = current_in(self.calls[0])
         shape = features.shape[2:] if len(self.calls) == 1 and features.ndim > 2 else features.shape[1:]
-        depends, alike = False, all(o.shape == current_of(*c).shape for o, c in zip(first, self.calls, strict=True))
-        elementwise = alike
+        depends = False
+        elementwise = all(o.shape == current_in(c).shape for o, c in zip(first, self.calls, strict=True))
         for draw in range(DRAWS):
             chosen = (torch.rand(shape, generator=generator) < 0.5).to(features.device)
             chosen = chosen if chosen.any() else torch.ones_like(chosen)
@@ -170,19 +172,34 @@ class Watch:
             elementwise = elementwise and not any(bool((c & ~chosen).any()) for c in changed)
         return depends, elementwise
 
-    def _replay(self, chosen: Tensor | None, size: Tensor | None) -> list[Tensor]:
+    def _replay(self, chosen: Tensor | None = None, size: Tensor | float = 0.0) -> list[Tensor]:
+        """Returns the outputs of all calls, with the currents of the chosen neurons moved by `size`."""
         outputs: list[Tensor] = []
         state = generator_state()
         with torch.no_grad(), BlackBox(self.module, CurrentNoise(), whole=False).bound(None):
-            for arguments, named in self.calls:
-                current = current_of(arguments, named)
+            for call in self.calls:
+                current = current_in(call)
                 moved = current if chosen is None else torch.where(chosen, current + size, current)
-                arguments, named = with_current(moved.clone(), arguments, named)
+                arguments, named = with_current(moved.clone(), *call)
                 result = self.module.forward(*arguments, **named)
-                replaced(result, lambda spikes: outputs.append(spikes.detach().clone()) or spikes)
+                replaced(result, lambda spikes: noted(outputs, spikes.detach().clone()))
         set_generator_state(state)
         return outputs
 
 
+def current_in(call: Call) -> Tensor:
+    """Returns the current among the arguments of a call that has one."""
+    current = current_of(*call)
+    assert current is not None
+    return current
+
+
+def noted(outputs: list[Tensor], spikes: Tensor) -> Tensor:
+    """Appends spikes to the outputs and returns them."""
+    outputs.append(spikes)
+    return spikes
+
+
 def kept(item: Any) -> Any:
+    """Returns a copy of a tensor, and anything else as it is."""
     return item.detach().clone() if isinstance(item, Tensor) else item

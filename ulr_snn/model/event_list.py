@@ -1,8 +1,8 @@
-"""Frames that are never made: the list of the events in them, from torch's own sparse tensors (COO)."""
+"""Lists of events that stand for frames, made from torch's sparse tensors (COO)."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from ulr_snn.kernels.sparse import Rows
 
 @dataclass(frozen=True, eq=False)
 class EventList:
-    """Frames [T, B, ...] as their events: where they are in the flattened frames, ascending, int64 [E], and how many
-    each place has, [E]."""
+    """Frames [T, B, ...] as a list of events. places: int64 [E], ascending positions in the flattened frames. values:
+    [E], the number of events at each."""
 
     places: Tensor
     values: Tensor
@@ -21,9 +21,9 @@ class EventList:
 
     @classmethod
     def of(cls, x: Tensor) -> "EventList":
-        """Of a sparse COO tensor [T, B, ...] of sparse axes alone; what is listed twice is added up."""
+        """Makes the list from a sparse COO tensor [T, B, ...] without dense axes. Repeated entries are summed."""
         if not x.is_floating_point():
-            x = x.to(torch.float32)  # before anything is added up: sums of small integers may be too large for them
+            x = x.to(torch.float32)  # before summation: sums may overflow small integers
         x = x.coalesce()
         strides = torch.tensor([math.prod(x.shape[d + 1 :]) for d in range(x.ndim)], device=x.device)
         places, values = (x.indices() * strides[:, None]).sum(0), x.values().detach()
@@ -44,7 +44,7 @@ class EventList:
         return self
 
     def rows(self, width: int, most: float = math.inf) -> Rows | None:
-        """The events in rows of this many inputs; None where there are more than `most`."""
+        """Returns the events in rows of `width` inputs, or None if there are more than `most`."""
         if len(self.places) > most:
             return None
         starts = torch.zeros(self.numel() // width + 1, dtype=torch.int64)
@@ -52,8 +52,12 @@ class EventList:
         starts[1:] = torch.bincount(row, minlength=len(starts) - 1).cumsum(0)
         return Rows(starts, (self.places - row * width).int(), self.values.to(torch.float32), width)
 
+    @overload
+    def to(self, target: torch.dtype) -> Tensor: ...
+    @overload
+    def to(self, target: torch.device) -> "EventList": ...
     def to(self, target: torch.dtype | torch.device) -> "Tensor | EventList":
-        """The list on a device, or the frames as a tensor of a type."""
+        """Returns the list on a device, or the frames as a tensor of a dtype."""
         if isinstance(target, torch.device):
             return EventList(self.places.to(target), self.values.to(target), self.shape)
         frames = torch.zeros(self.numel(), dtype=target, device=self.device)
@@ -61,21 +65,21 @@ class EventList:
         return frames.view(self.shape)
 
     def equal(self, other: "EventList") -> bool:
-        """Whether both stand for the same frames."""
+        """Returns whether both lists stand for the same frames."""
         same = self.shape == other.shape and torch.equal(self.places, other.places)
         return same and torch.equal(self.values, other.values)
 
-    # -- as of a tensor ------------------------------------------------------------------------------------
+    # -- methods of a tensor -------------------------------------------------------------------------------
 
     def changed(self, name: str, *arguments: Any, **named: Any) -> "EventList":
-        """What a tensor's method of this name gives: repeat and roll, or one that does but change the shape."""
+        """Applies a tensor's method by name: repeat, roll, or one that only changes the shape."""
         if name in ("repeat", "roll"):
             return getattr(self, name)(*arguments, **named)
         shape = getattr(torch.empty(self.shape, device="meta"), name)(*arguments, **named).shape
         return EventList(self.places, self.values, shape)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> "EventList":
-        """A part of the first axes, by slices without a step."""
+        """Returns a part of the first axes, given by slices without a step."""
         first, *others = index if isinstance(index, tuple) else (index,)
         start, stop, _ = first.indices(len(self))
         block = math.prod(self.shape[1:])
@@ -92,7 +96,7 @@ class EventList:
         return EventList(places, values, torch.Size(shape))
 
     def repeat(self, *times: Any) -> "EventList":
-        """As of a tensor."""
+        """Repeats the frames as `Tensor.repeat` does."""
         times = tuple(times[0]) if isinstance(times[0], tuple | list) else times
         places, shape = self.places[None], [1] * (len(times) - len(self.shape)) + list(self.shape)
         for axis, count in enumerate(times):
@@ -103,9 +107,10 @@ class EventList:
         return self._sorted(places.flatten(), self.values.repeat(len(places)), torch.Size(shape))
 
     def roll(self, shifts: int | tuple[int, ...], dims: int | tuple[int, ...] | None = None) -> "EventList":
-        """As of a tensor."""
+        """Rolls the frames as `Tensor.roll` does."""
         if dims is None or dims == ():
-            return self._sorted((self.places + shifts) % self.numel(), self.values, self.shape)
+            (shift,) = shifts if isinstance(shifts, tuple) else (shifts,)
+            return self._sorted((self.places + shift) % self.numel(), self.values, self.shape)
         places = self.places
         for shift, axis in zip(*(item if isinstance(item, tuple) else (item,) for item in (shifts, dims)), strict=True):
             size = self.shape[axis]

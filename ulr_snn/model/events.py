@@ -1,7 +1,7 @@
-"""Sparse events as the input of a model: a layer that reads them costs in proportion to the events (see sparse.py).
+"""Sparse events as the input of a model. A layer that reads events costs in proportion to their number (sparse.py).
 
-To the model they are a tensor like any other. Changes of shape keep them sparse; whatever else is done with them is
-done with the frames that they stand for, which are made then.
+To the model, events are a tensor like any other. Changes of shape keep events sparse. Any other operation makes the
+dense frames and runs on them.
 """
 
 import math
@@ -16,23 +16,24 @@ from ulr_snn.kernels import dispatch
 from ulr_snn.kernels.sparse import DENSITY, FEWEST, Rows, convolution, linear
 from ulr_snn.model.event_list import EventList
 
-Frames = Tensor | EventList  # [T, B, ...], as they came
+Frames = Tensor | EventList  # [T, B, ...], in their own dtype
 
 
 class Events(Tensor):
-    """Frames [T, B, ...] that are zero nearly everywhere, as a tensor of `dtype`."""
+    """A tensor of `dtype` that stands for frames [T, B, ...] that are zero nearly everywhere."""
 
     @staticmethod
     def __new__(cls, frames: Frames, dtype: torch.dtype, found: dict[int, Rows] | None = None) -> "Events":
         return Tensor._make_wrapper_subclass(cls, frames.shape, dtype=dtype, device=frames.device)
 
     def __init__(self, frames: Frames, dtype: torch.dtype, found: dict[int, Rows] | None = None) -> None:
-        self._frames, self._dense = frames, None
-        self._found = {} if found is None else found  # by width of a row; the same for all shapes of the same frames
+        self._frames = frames
+        self._dense: Tensor | None = None
+        self._found = {} if found is None else found  # by width of a row; all shapes of the same frames share it
 
     @classmethod
     def of(cls, frames: Frames, dtype: torch.dtype) -> Tensor:
-        """Events of frames [T, B, ...] on a CPU, if they are sparse enough; else the frames, as a tensor of `dtype`."""
+        """Returns events if frames [T, B, ...] are on a CPU and sparse enough, else a dense tensor of `dtype`."""
         known = isinstance(frames, EventList) or frames.dtype in KINDS
         known = known and frames.device.type == "cpu" and dtype == torch.float32
         if known and frames.numel() >= FEWEST and dispatch.kernels(torch.empty(0, dtype=torch.float32)) is not None:
@@ -42,17 +43,19 @@ class Events(Tensor):
                 return cls(frames, dtype, {width: rows})
         return frames.to(dtype)
 
-    def __repr__(self) -> str:  # of a tensor without storage, the default fails
+    def __repr__(self, *, tensor_contents=None):  # the default fails for a tensor without storage
         return f"Events({tuple(self.shape)}, {self.dtype})"
 
     def rows(self, width: int) -> Rows:
-        """The events in rows of this many inputs."""
+        """Returns the events in rows of `width` inputs."""
         if width not in self._found:
-            self._found[width] = rows_of(self._frames, width)
+            rows = rows_of(self._frames, width)
+            assert rows is not None  # there is no limit on their number
+            self._found[width] = rows
         return self._found[width]
 
     def dense(self) -> Tensor:
-        """The frames as a tensor; from now on that is what this one is."""
+        """Returns the frames as a tensor, which takes the place of the events from now on."""
         if self._dense is None:
             frames = self._frames
             self._dense = frames.to(self.dtype, copy=True) if isinstance(frames, Tensor) else frames.to(self.dtype)
@@ -87,15 +90,16 @@ class Events(Tensor):
         return getattr(self._frames, name)(*arguments, **named)
 
     def _equal(self, other: Any) -> bool | None:
-        if not isinstance(other, Events) or other._dense is not None or type(self._frames) is not type(other._frames):
+        if not isinstance(other, Events) or other._dense is not None:
             return None
-        if isinstance(self._frames, Tensor) and self._frames.dtype != other._frames.dtype:
-            return None
-        return self._frames.equal(other._frames)
+        mine, others = self._frames, other._frames
+        if isinstance(mine, EventList) or isinstance(others, EventList):
+            return mine.equal(others) if isinstance(mine, EventList) and isinstance(others, EventList) else None
+        return mine.equal(others) if type(mine) is type(others) and mine.dtype == others.dtype else None
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if not float32(weight, bias) or self.shape[-1] != weight.shape[1]:
-            return None  # the dense one, which says what is wrong
+            return None  # the dense operation says what is wrong
         return linear(self.rows(self.shape[-1]), weight, bias).view(*self.shape[:-1], len(weight))
 
     def _convolution(self, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> Tensor | None:
@@ -105,12 +109,12 @@ class Events(Tensor):
         return convolution(frame, self.rows(frame.numel()), weight, bias, *options, **named)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: Any = None) -> Any:
-        return function(*map(_dense, arguments), **{name: _dense(item) for name, item in (named or {}).items()})
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*map(_dense, args), **{name: _dense(item) for name, item in (kwargs or {}).items()})
 
 
 def rows_of(frames: Frames, width: int, most: float = math.inf) -> Rows | None:
-    """The events of frames in rows of this many inputs; None where there are more than `most`."""
+    """Returns the events of frames in rows of `width` inputs, or None if there are more than `most`."""
     if isinstance(frames, EventList):
         return frames.rows(width, most)
     return Rows.of(frames.reshape(-1, width), most)
@@ -123,12 +127,13 @@ def _dense(item: Any) -> Any:
 
 
 def float32(*parameters: Tensor | None) -> bool:
-    """Whether parameters are what the kernels take."""
+    """Returns whether the kernels take all of these parameters."""
     return all(q is None or (q.dtype == torch.float32 and q.device.type == "cpu") for q in parameters)
 
 
-# What events do themselves; it gives None where it is to be done with frames.
-OWN = {functional.linear: Events._linear, torch.conv2d: Events._convolution, torch.equal: Events._equal}
+# Operations with a sparse implementation, which returns None for arguments that need the frames.
+OWN: dict[Callable[..., Any], Callable[..., Any]] = {functional.linear: Events._linear, torch.equal: Events._equal}
+OWN[torch.conv2d] = Events._convolution
 KINDS = (torch.uint8, torch.bool, torch.float32)
 SHAPES = (Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.unflatten, torch.flatten, torch.reshape)
 MOVES = (Tensor.repeat, Tensor.roll)

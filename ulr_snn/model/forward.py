@@ -1,7 +1,7 @@
-"""Stochastic forward passes: draw the spikes of some copies of a batch, keep what the estimator needs."""
+"""Stochastic forward passes that draw the spikes of some copies of a batch and keep what the estimator needs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +25,8 @@ from ulr_snn.sites.weights import WeightSites
 
 @dataclass
 class PassLog:
-    """What the passes of one step share. generator: state of torch's generators before the first pass; extra: passes
-    of a batch beside those of the estimator, to set levels of noise and to see what depends on what."""
+    """The state that all passes of one step share. generator: state of torch's generators before the first pass. extra:
+    number of passes beside the estimator's own, which set noise levels and find dependencies."""
 
     generator: tuple[Tensor, Tensor | None] | None = None
     extra: int = 0
@@ -34,13 +34,13 @@ class PassLog:
 
 @dataclass(frozen=True)
 class Forward:
-    """Makes the passes of one training step.
+    """Runs the passes of one training step.
 
-    The first pass leaves the traces of an ordinary forward pass (running statistics, generator state). Every further
-    one sees the same dropout masks and leaves none. weights: parameters with noise of their own. treatment: how losses
-    are taken. links: keep spikes in the graph behind what they were drawn from; else they are leaves of the graph.
-    pools: max pooling is looked for, which makes all of torch's functions slower. changes: the model may change spikes
-    in place.
+    The first pass has the side effects of an ordinary forward pass (running statistics, generator state). Every further
+    pass sees the same dropout masks and has no side effects. weights: parameters with noise of their own. treatment:
+    which losses are smoothed or have no gradient. links: keep spikes in the graph behind the drives that they were
+    drawn from; without links, spikes are leaves of the graph. pools: look for max pooling, which slows down all of
+    torch's functions. changes: the model may change spikes in place.
     """
 
     bound: BoundModel
@@ -56,16 +56,16 @@ class Forward:
     log: PassLog = field(default_factory=PassLog)
 
     def chunks(self, copies: list[int]) -> list[list[int]]:
-        """Copies in one pass where that changes nothing; else one pass a copy."""
+        """Splits copies into passes: all in one where that changes nothing, else one pass a copy."""
         apart = self.weights is not None or coupled_modules(self.bound.model)
         return [[copy] for copy in copies] if apart else [copies] * bool(copies)
 
     def all(self, batch: Batch, copies: range, varied: str | None = None) -> list[Pass]:
-        """The passes of these copies, in as few as can be. varied: see `run`."""
+        """Runs these copies in as few passes as possible. varied: see `run`."""
         return [self.run(batch, chunk, varied) for chunk in self.chunks(list(copies))]
 
     def run(self, batch: Batch, copies: list[int], varied: str | None = None) -> Pass:
-        """One pass of these copies of a batch. varied: the only site at which copies differ, if there is but one."""
+        """Runs one pass of these copies of a batch. varied: the only site at which copies differ; None: all sites."""
         x, lengths, k, model = batch.x, batch.lengths, len(copies), self.bound.model
         rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
         row_lengths = lengths.repeat(k) if lengths is not None else None
@@ -79,7 +79,10 @@ class Forward:
 
         self.log.extra += self.bound.measure_levels(self.level, outputs_of)
         size = batch.steps, batch.samples
-        disturbed = self.weights.disturbed(model, self.step, *copies, *size) if self.weights else nullcontext()
+        disturbed: AbstractContextManager[None] = nullcontext()
+        if self.weights is not None:
+            (copy,) = copies  # see `chunks`
+            disturbed = self.weights.disturbed(model, self.step, copy, *size)
         counted = counting(model, self.bound.layers, batch.objective.counts, size[0], size[1] * k, row_lengths)
         pooling = SpikePooling() if self.pools else None
         with self.side_effects_once(), disturbed, counted as activity, pooling or nullcontext():
@@ -90,7 +93,7 @@ class Forward:
         return Pass(copies, outputs, records, activity, evaluation, pools, changes, self.links is not None)
 
     def evaluate(self, batch: Batch, outputs: Tensor, activity: dict[str, Tensor], copies: list[int]) -> LossEvaluation:
-        """What the objective says about outputs and activity of a pass of these copies."""
+        """Evaluates the objective on the outputs and the activity of a pass of these copies."""
         k, targets, lengths = len(copies), batch.targets, batch.lengths
         mask = output_mask(lengths.repeat(k) if lengths is not None else None, outputs)
         noise = self.noise(len(targets), copies, outputs.device) if self.treatment.smoothed else None
@@ -98,14 +101,14 @@ class Forward:
         return evaluate_losses(batch.objective, self.treatment, outputs, activity, repeated, mask, noise)
 
     def noise(self, samples: int, copies: list[int], device: torch.device, varied: str | None = None) -> Noise:
-        """That of these copies of a batch of so many samples."""
+        """Returns the noise of these copies of a batch of `samples` samples."""
         sample, copy = rows_of(copies, samples, device)
         site = None if varied is None else site_index(self.bound.layers, varied)
         return self.sampling.noise(self.seed, self.step, sample, copy, site)
 
     @contextmanager
     def side_effects_once(self) -> Iterator[None]:
-        """The first pass as it is; every further one with the first one's generator state, and without a trace."""
+        """Lets the first pass have side effects. Every further pass starts from its generator state and has none."""
         if self.log.generator is None:
             self.log.generator = generator_state()
             yield

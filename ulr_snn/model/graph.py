@@ -1,4 +1,4 @@
-"""Which leaves an autograd graph reaches: how the plan knows what gets its gradient from where."""
+"""Searches of autograd graphs. They show where each gradient comes from."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def leaves(tensors: Iterable[Tensor]) -> set[int]:
-    """ids of the leaf tensors (parameters, spikes) on which the tensors depend differentiably."""
-    tensors = list(tensors)  # an iterator gives them once
+    """Returns the ids of the leaf tensors (parameters, spikes) on which the tensors depend differentiably."""
+    tensors = list(tensors)  # an iterator can be read only once
     found = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.grad_fn is None}
     stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(stack)
@@ -23,7 +23,8 @@ def leaves(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def passes_through(tensors: Iterable[Tensor], ids: set[int], names: tuple[str, ...]) -> bool:
-    """Whether a path from the tensors to leaves of these ids passes a node whose name begins with one of the names."""
+    """Returns whether a path from the tensors to leaves of these ids passes a node with one of these names. names:
+    beginnings of the names."""
     stack = [(t.grad_fn, False) for t in tensors if t.grad_fn is not None]
     seen = set(stack)
     while stack:

@@ -1,4 +1,4 @@
-"""The device and the mode of a model, and batches of a loader on its device."""
+"""Device and mode of a model, and batches of a loader on its device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,9 @@ from ulr_snn.errors import UsageError
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts the model in training or evaluation mode; afterwards every module is in its own mode again. For training, a
-    model in training mode stays as it is: the user has put those of its modules that are not into evaluation mode."""
+    """Puts the model into training or evaluation mode, and restores the mode of every module afterwards. For training,
+    a model that is in training mode stays as it is, because the user may have put some of its modules into evaluation
+    mode."""
     modes = [(module, module.training) for module in model.modules()]
     if not (training and model.training):
         model.train(training)
@@ -25,7 +26,7 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x, y) or (x, y, lengths) on the device."""
+    """Returns (x, y, lengths) on the device, with lengths None where the batch has none."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise UsageError("the loader must give (x, y) or (x, y, lengths) batches of tensors")
     moved = [torch.as_tensor(item).to(device, non_blocking=True) for item in batch]
@@ -33,7 +34,7 @@ def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | N
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a CUDA device where there is one."""
+    """Returns the device by its name. "auto" is a CUDA device where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

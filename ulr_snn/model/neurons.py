@@ -1,7 +1,8 @@
-"""Our own neurons, on whole sequences [T, B, ...]: LIF, RecurrentLIF, LeakyReadout; and two small helpers for time."""
+"""Neurons of `ulr_snn` on whole sequences [T, B, ...]: LIF, RecurrentLIF, LeakyReadout, and small modules for time."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from ulr_snn.noise.random import Drawer
 
 
 class Timed(nn.Module):
-    """A module that runs over time. While it is bound, `lengths` [B] marks the steps that are padding."""
+    """A module that runs over time. While it is bound, steps past `lengths` [B] are padding."""
 
     lengths: Tensor | None = None
 
 
 def check_sequence(module: nn.Module, current: Tensor) -> None:
+    """Raises UsageError unless current is a floating-point sequence [T, B, ...]."""
     if current.ndim < 3 or not current.is_floating_point():
         raise UsageError(
             f"{type(module).__name__} got {current.dtype} of shape {tuple(current.shape)}; "
@@ -31,31 +33,38 @@ def check_sequence(module: nn.Module, current: Tensor) -> None:
         )
 
 
+Fire = Callable[[int, Tensor], Tensor]  # spikes from the time step and the drive
+Outcome = tuple[Tensor, Tensor, Tensor | None]  # spikes, drive and recurrent current of a pass over time
+
+
+class FiringSite(Protocol):
+    """A site that draws the spikes of a neuron."""
+
+    def fire_sequence(self, neuron: "SpikingNeuron", current: Tensor) -> Tensor: ...
+
+
 class SpikingNeuron(Timed):
-    """What a firing site needs of a neuron. Unbound (`site` is None) it fires deterministically."""
+    """A neuron layer with all that a firing site needs. Unbound (`site` is None) it fires deterministically."""
 
-    site = None
+    site: FiringSite | None = None
     reset: str
+    beta: Tensor
+    threshold: Tensor
 
-    def run(
-        self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """spikes, drive, recurrent current of one pass over time (see `ulr_snn.kernels.scan`)."""
+    def run(self, current: Tensor, fire: Fire, state: State | None = None) -> Outcome:
+        """Returns spikes, drive and recurrent current of one pass over time (see `ulr_snn.kernels.scan`)."""
         raise NotImplementedError
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
-        """The known drive again, now differentiable in current and parameters with the spikes held fixed."""
+        """Returns the known drive, differentiable in current and parameters with the spikes held fixed."""
         raise NotImplementedError
 
     def fired(
-        self,
-        current: Tensor,
-        drawer: Drawer | None = None,
-        state: State | None = None,
-        known: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """spikes, standardised drive (drive, where nothing is drawn) and recurrent current of one pass over time, from
-        a state on; none on padding fires. known: the spikes, where they need not be drawn."""
+        self, current: Tensor, drawer: Drawer | None = None, state: State | None = None, known: Tensor | None = None
+    ) -> Outcome:
+        """Returns spikes, standardised drive and recurrent current of one pass over time, from a state on. Nothing
+        fires on padding. Without a drawer, the drive is not standardised. known: spikes to use instead of drawing
+        them."""
         mask = None if self.lengths is None else step_mask(self.lengths, current)
 
         def fire(t: int, drive: Tensor) -> Tensor:
@@ -76,14 +85,14 @@ class SpikingNeuron(Timed):
         scale: Tensor,
         before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The known standardised drive again, now differentiable as in `drive_at`, and in the scale. And the current
-        with all that adds to it, if the drive depends on nothing else that learns but a leak, as a place in the graph,
-        whose numbers mean nothing. before: spikes of the step before the first, if that is not the start."""
+        """Returns the known standardised drive, differentiable as in `drive_at` and in the scale. Also returns an
+        autograd handle for the total current, whose values are undefined, if no parameter other than currents and the
+        leak affects the drive; else None. before: spikes of the step before the first, if there is one."""
         return self.drive_at(current, spikes, x * scale.detach(), fed_back) / scale, None
 
     def forward(self, current: Tensor) -> Tensor:
-        """current [T, B, ...] -> spikes [T, B, ...] (0 or 1, in the current's dtype). Membranes are summed in single
-        precision at least."""
+        """Fires on a current [T, B, ...]. Returns spikes [T, B, ...], 0 or 1 in the current's dtype. Membranes are
+        summed in single precision at least."""
         check_sequence(self, current)
         with full_precision():
             wide = widened(current)
@@ -94,7 +103,7 @@ class SpikingNeuron(Timed):
 
 
 def heaviside(t: int, drive: Tensor) -> Tensor:
-    """Deterministic firing: a spike where the membrane exceeds the threshold (strictly)."""
+    """Fires deterministically: a spike where the membrane exceeds the threshold (strictly)."""
     return (drive > 0).to(drive.dtype)
 
 
@@ -115,13 +124,14 @@ class LIF(SpikingNeuron):
         s_t = 1 if u_t > threshold else 0                 deterministic firing
         s_t ~ Bernoulli(F((u_t - threshold) / scale))     stochastic firing; F: logistic or Gaussian (`ULR.firing`)
 
-    beta: leak a step, clamped to [0, 1]; threshold: in units of the membrane. Both a number or a tensor that
-    broadcasts against one time step's features [...]; learnable with learn_beta, learn_threshold.
-    Input current [T, B, ...], output spikes of the same shape; every sequence starts from u = 0.
+    beta: leak per step, clamped to [0, 1]. threshold: in units of the membrane. Both are a number or a tensor that
+    broadcasts against one time step's features [...], and learn with learn_beta and learn_threshold.
+    The input is a current [T, B, ...]; the output has the same shape. Every sequence starts from u = 0.
     Raises UsageError for an unknown reset or a threshold that is not positive.
     """
 
-    learns_recurrence = True  # what recurrent weights do is learned by watching; else they are read
+    recurrent: "nn.Module | Weighted | None"
+    learns_recurrence = True  # whether feedback through recurrent weights may be learned; else the weights are read
 
     def __init__(
         self,
@@ -143,38 +153,33 @@ class LIF(SpikingNeuron):
 
     @classmethod
     def sharing(cls, module: nn.Module, reset: str, recurrent: "Weighted | None" = None, **values: Tensor) -> "LIF":
-        """Neurons with the equations above and with the parameters of another library's module, by the same names, in
-        the very same dictionaries: what is moved or replaced there is so here. values: `beta` and `threshold`, where
-        the module has no such tensors."""
+        """Makes neurons with the equations above that share the parameters of another library's module. Both share the
+        dictionaries of parameters, so that a tensor moved or replaced in one is so in the other. values: `beta` and
+        `threshold`, where the module has no such tensors."""
         neuron = cls(reset=reset)
-        shared = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
+        shared: dict[str, Any] = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
         neuron.__dict__.update(shared, recurrent=recurrent, learns_recurrence=False, **values)
         return neuron
 
-    def run(
-        self, current: Tensor, fire: Callable[[int, Tensor], Tensor], state: State | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def run(self, current: Tensor, fire: Fire, state: State | None = None) -> Outcome:
         weight = self._weight(current)
         fed_back = None if weight is None else partial(linear, weight=weight)
         return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, fed_back, state)
 
     def _weight(self, current: Tensor) -> Tensor | None:
-        """V in the precision of the current; None where there is none. Raises UsageError for what is no such matrix."""
-        if isinstance(self.recurrent, nn.Module) and not (
-            isinstance(self.recurrent, nn.Linear) and self.recurrent.bias is None
-        ):
+        """Returns V in the precision of the current, or None. Raises UsageError if it is no Linear without a bias."""
+        recurrent = self.recurrent
+        if recurrent is None:
+            return None
+        if not isinstance(recurrent, Weighted) and not (isinstance(recurrent, nn.Linear) and recurrent.bias is None):
             raise UsageError(
-                f"RecurrentLIF.recurrent is {type(self.recurrent).__name__}; it has to be a Linear without a bias"
+                f"RecurrentLIF.recurrent is {type(recurrent).__name__}; it has to be a Linear without a bias"
             )
-        return None if self.recurrent is None else self.recurrent.weight.to(current.dtype)
+        return recurrent.weight.to(current.dtype)
 
     def fired(
-        self,
-        current: Tensor,
-        drawer: Drawer | None = None,
-        state: State | None = None,
-        known: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, current: Tensor, drawer: Drawer | None = None, state: State | None = None, known: Tensor | None = None
+    ) -> Outcome:
         draw = None if drawer is None else drawer.draw(words=known is None)
         done = None
         if type(self) in (LIF, RecurrentLIF) and (drawer is None or draw is not None):
@@ -183,7 +188,7 @@ class LIF(SpikingNeuron):
         return super().fired(current, drawer, state, known) if done is None else done
 
     def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
-        """The current with the recurrent one, in the graph alone: without numbers."""
+        """Returns an autograd handle for the sum of input and recurrent current. Its values are undefined."""
         return current if fed_back is None else _Total.apply(current, self._weight(current), spikes, before)
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
@@ -216,7 +221,7 @@ def _show(value: Tensor) -> str:
 class RecurrentLIF(LIF):
     """LIF neurons with all-to-all recurrent weights: I_t in the equations of `LIF` becomes I_t + V s_{t-1}.
 
-    features: number of neurons N; current and spikes [T, B, N]. V is `recurrent.weight` [N, N], no bias.
+    features: number of neurons N. Current and spikes are [T, B, N]. V is `recurrent.weight` [N, N], without a bias.
     """
 
     def __init__(
@@ -233,16 +238,16 @@ class RecurrentLIF(LIF):
 
 
 class _Total(torch.autograd.Function):
-    """The derivative of J_t + V s_{t-1} with respect to J and V (nothing flows through spikes). What comes of it knows
-    its own numbers, so that none are computed here, nor kept."""
+    """The derivative of J_t + V s_{t-1} with respect to J and V (nothing flows through spikes). Operations on the
+    result know their own values, so that no values are computed or kept here."""
 
     @staticmethod
-    def forward(ctx, current, weight, spikes, before):
+    def forward(ctx: Any, current: Tensor, weight: Tensor, spikes: Tensor, before: Tensor | None) -> Tensor:
         ctx.save_for_backward(spikes, before)
         return current.new_zeros(()).expand(current.shape)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         spikes, before = ctx.saved_tensors
         d_weight = None
         if ctx.needs_input_grad[1]:
@@ -253,7 +258,7 @@ class _Total(torch.autograd.Function):
 
 
 class Weighted:
-    """The weights of another library's recurrent module, without its bias, which `Biased` adds to the current."""
+    """The weights of another library's recurrent module, without its bias. `Biased` adds the bias to the current."""
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
@@ -275,7 +280,7 @@ class Biased(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Rows times a number."""
+    """Multiplies rows by a number."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -288,15 +293,17 @@ class Scaled(nn.Module):
 class LeakyReadout(Timed):
     """Non-spiking leaky integrators u_t = beta u_{t-1} + I_t: current [T, B, ...] -> membranes [T, B, ...].
 
-    A sample that is shorter than T holds its last membrane through the padding.
+    A sample that is shorter than T keeps its last membrane through the padding.
     """
+
+    beta: Tensor
 
     def __init__(self, beta: float | Tensor = 0.9, learn_beta: bool = False) -> None:
         super().__init__()
         _parameter(self, "beta", beta, learn_beta)
 
     def forward(self, current: Tensor, before: Tensor | None = None) -> Tensor:
-        """before: membranes [B, ...] of the step before the first; None: from rest."""
+        """Integrates a current. before: membranes [B, ...] of the step before the first; None: zero."""
         check_sequence(self, current)
         with full_precision():
             return self._integrated(widened(current), before).to(current.dtype)
@@ -314,19 +321,19 @@ class LeakyReadout(Timed):
 
 
 class TimeAverage(Timed):
-    """Mean over time, [T, B, ...] -> [B, ...]; over a sample's own steps where lengths are given."""
+    """Takes the mean over time, [T, B, ...] -> [B, ...], without padding where lengths are given."""
 
     def forward(self, sequence: Tensor) -> Tensor:
         if self.lengths is None:
-            if sequence.dtype == torch.float16:  # of which a sum may be too large
+            if sequence.dtype == torch.float16:  # its sum may overflow
                 return sequence.mean(0)
-            return sequence.sum(0) / len(sequence)  # the gradient of a mean would be made for each step
+            return sequence.sum(0) / len(sequence)  # the gradient of mean() takes the memory of a whole sequence
         mask = step_mask(self.lengths, sequence)
         return (sequence * mask).sum(0) / self.lengths.to(sequence.dtype).view(mask.shape[1:])
 
 
 class Fold(nn.Sequential):
-    """Stateless modules on every time step at once: folds [T, B, ...] to [T*B, ...], applies them, unfolds."""
+    """Applies stateless modules to all time steps at once: folds [T, B, ...] to [T*B, ...], and unfolds the result."""
 
     def forward(self, sequence: Tensor) -> Tensor:
         x = sequence.flatten(0, 1)
@@ -336,30 +343,30 @@ class Fold(nn.Sequential):
 
 
 def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
-    """[T, B, 1, ...] in the dtype of `sequence` [T, B, ...]: 1 on a sample's own steps, 0 on padding."""
+    """Returns 1 on a sample's own steps and 0 on padding, [T, B, 1, ...] in the dtype of `sequence` [T, B, ...]."""
     steps = torch.arange(len(sequence), device=sequence.device)[:, None]
     mask = (steps < lengths[None].to(sequence.device)).to(sequence.dtype)
     return shaped(mask, sequence)
 
 
 def own_steps(x: Tensor, t: int, lengths: Tensor | None, whole: bool) -> Tensor:
-    """x [B, ...] of time step t, zero in samples for which that is padding; whole: x is [T, B, ...], of all steps."""
+    """Sets x [B, ...] of time step t to zero on padding. whole: x is [T, B, ...], of all steps."""
     if lengths is None:
         return x
     return x * (step_mask(lengths, x) if whole else (t < lengths).to(x).view(-1, *[1] * (x.ndim - 1)))
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """[T, B, 1, ...] of [T, B], to broadcast against [T, B, ...]."""
+    """Reshapes [T, B] to [T, B, 1, ...], which broadcasts against [T, B, ...]."""
     return rows.view(*rows.shape, *[1] * (like.ndim - 2))
 
 
 def own_spread(sequence: Tensor, mask: Tensor | None) -> float:
-    """Standard deviation of all of a sequence [T, B, ...], padding left out."""
+    """Returns the standard deviation of a whole sequence [T, B, ...] without padding."""
     own = sequence if mask is None else sequence[mask.bool().expand_as(sequence)]
     return own.std(correction=0).item()
 
 
 def output_mask(lengths: Tensor | None, outputs: Tensor) -> Tensor | None:
-    """The step mask of a model's outputs; None where nothing is padding or the outputs have no time axis."""
+    """Returns the step mask of a model's outputs, or None if they have no time axis or there is no padding."""
     return step_mask(lengths, outputs) if lengths is not None and outputs.ndim >= 3 else None

@@ -1,4 +1,4 @@
-"""What one stochastic forward pass leaves for the estimator."""
+"""Results of stochastic forward passes, as the estimator needs them."""
 
 from dataclasses import dataclass
 
@@ -11,35 +11,37 @@ from ulr_snn.sites.records import Record
 
 @dataclass
 class Pass:
-    """One forward pass of `copies` of a batch of B samples, stacked along the batch: row = copy * B + sample."""
+    """The result of one forward pass of `copies` of a batch of B samples, stacked: row = copy * B + sample."""
 
     copies: list[int]
     outputs: Tensor  # [T, copies * B, ...] or [copies * B, ...], graph cut at every spike
-    records: list[Record]  # of layers of other libraries in a linked pass `LinkedRecord` alone
-    activity: dict[str, Tensor]  # what the objective needs of it, [copies * B], graph cut at every spike
+    records: list[Record]  # a linked pass has `LinkedRecord` for layers of other libraries
+    activity: dict[str, Tensor]  # the counts of the objective, [copies * B], graph cut at every spike
     evaluation: LossEvaluation
-    pools: bool = True  # whether there is max pooling in it, as far as was looked for
+    pools: bool = True  # whether it has max pooling, as far as was looked for
     changes: bool = True  # whether the model changes spikes in place, as far as was looked for
-    linked: bool = False  # whether a gradient that arrives at spikes becomes their credit, where else the graph is cut
+    linked: bool = False  # whether a gradient at spikes becomes their credit; else the graph is cut there
 
     @property
     def loss(self) -> Tensor:
-        """[copies, B]."""
+        """The loss [copies, B]."""
         return self.evaluation.loss.view(len(self.copies), -1)
 
     def losses_only(self) -> "Pass":
-        """Its outputs and losses alone."""
+        """Returns the pass with nothing but its outputs and losses."""
         return Pass(self.copies, self.outputs.detach(), [], {}, self.evaluation)
 
     @property
     def gradientless(self) -> Tensor:
-        """[copies, B]: the part of the loss that has no gradient in the outputs, nor is a cost of activity."""
+        """The part of the loss that has no gradient in the outputs and is no cost of activity, [copies, B]."""
         return self.evaluation.gradientless_loss.view(len(self.copies), -1)
 
     @property
     def loss_in_time(self) -> Tensor:
-        """[copies, B, T]: what each time step adds to the loss."""
-        return self.evaluation.steps.T.view(*self.loss.shape, -1)
+        """The summands of the loss by time step, [copies, B, T]."""
+        steps = self.evaluation.steps
+        assert steps is not None  # see `LossTreatment.in_time`
+        return steps.T.view(*self.loss.shape, -1)
 
     @property
     def error(self) -> Tensor | None:
@@ -48,25 +50,25 @@ class Pass:
 
     @property
     def ends(self) -> list[tuple[Tensor, Tensor]]:
-        """Where spikes reach the loss differentiably: tensors, and the loss's gradient with respect to them."""
+        """The tensors at which spikes reach the loss differentiably, with the loss's gradient at each."""
         ends = [] if self.error is None else [(self.outputs, self.error)]
         return ends + [(activity, gradient) for activity, gradient, _ in self.evaluation.costs]
 
 
 @dataclass
 class Group:
-    """Passes that are copies of each other: in all their noise (site: None), or in that of one site alone. counted: all
-    passes whose losses count, if they are more than these."""
+    """A group of passes that are copies of each other. site: the only site whose noise differs; None: all noise
+    differs. counted: all passes whose losses count, if there are more of them than `passes`."""
 
     site: str | None
     passes: list[Pass]
     counted: list[Pass] | None = None
 
     def joined(self, kind: str) -> Tensor:
-        """[K, B, ...] of all copies: their "loss", "gradientless" or "loss_in_time"."""
+        """Returns the "loss", "gradientless" or "loss_in_time" of all copies, [K, B, ...]."""
         return torch.cat([getattr(p, kind) for p in self.counted or self.passes])
 
     @property
     def losses(self) -> Tensor:
-        """[K, B]."""
+        """The losses of all copies, [K, B]."""
         return self.joined("loss")

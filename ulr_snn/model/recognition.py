@@ -1,9 +1,9 @@
 """Models of other libraries on the scans of `ulr_snn`'s own neurons, where their structure allows it.
 
-A pass over a few samples is recorded: which modules run in every time step, and what each of them reads. If that is a
-chain, every module reading what the one before it gave in the same step, and its neurons have the equations of `LIF` or
-`RecurrentLIF`, then the chain runs over the whole sequence in place of the model, with the same parameters by the same
-names and the same sites. What was recorded has to come out of it again. Else the model's own code runs.
+A pass over a few samples is recorded: which modules run in every time step, and what each of them reads. A model is a
+chain if every module reads the output of the module before it in the same step. If its neurons also have the equations
+of `LIF` or `RecurrentLIF`, the chain runs over the whole sequence in place of the model, with the same parameters,
+names and sites. The chain must reproduce the recording. Otherwise the model's own code runs.
 """
 
 from collections.abc import Mapping
@@ -25,21 +25,22 @@ from ulr_snn.noise.kinds import CurrentNoise, WeightNoise
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import Layers, bind, inside, spiking_layers
 
-SAMPLES, STEPS = 8, 32  # of a batch and of its time steps that are recorded
-TRIAL = 24  # time steps of random currents by which a neuron's equations are compared
-EACH_STEP = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Dropout)  # whatever axes come before the features
+SAMPLES, STEPS = 8, 32  # samples and time steps of a batch that are recorded
+TRIAL = 24  # time steps of random currents on which two neurons are compared
+EACH_STEP = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Dropout)  # they take any axes before the features
 EACH_ROW = (
     *(*EACH_STEP, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.Flatten, nn.Unflatten),
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
     *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout1d, nn.Dropout2d),
-)  # of which each row of a batch is seen by itself, training batch norm and dropout aside
+)  # they treat each row of a batch by itself, in evaluation mode
 
 
 @full_precision()
 def recognise(model: nn.Module, frames: Frames, dtype: torch.dtype, noise: Mapping[str, Any]) -> Chain:
-    """The chain that does what a model does for such frames [T, B, ...]. noise: see `ULR`. Raises NoChain."""
+    """Returns the chain that is equivalent to a model on frames [T, B, ...] like these, or raises NoChain. noise: see
+    `ULR`."""
     for name, site in noise.items():
         if isinstance(site, CurrentNoise) or (isinstance(site, WeightNoise) and site.per_sample):
             raise NoChain(f"there is noise of its own at {name}")
@@ -50,7 +51,7 @@ def recognise(model: nn.Module, frames: Frames, dtype: torch.dtype, noise: Mappi
             return recorded(model, frames[:steps, :SAMPLES].to(dtype), noise)
         except NoChain:
             raise
-        except Exception as error:  # of fewer time steps, the model may ask for all of them
+        except Exception as error:  # the model may need all time steps
             if steps == len(frames) and not isinstance(error, OF_SHAPES):
                 raise
             reason = error
@@ -58,15 +59,15 @@ def recognise(model: nn.Module, frames: Frames, dtype: torch.dtype, noise: Mappi
 
 
 def recorded(model: nn.Module, x: Tensor, noise: Mapping[str, Any]) -> Chain:
-    """The chain of a model that was recorded with events x [T, B, ...], a single step or sample taken twice. Raises
-    NoChain, and what the model raises."""
+    """Records a model with events x [T, B, ...] and returns its chain. A single step or sample is taken twice. Raises
+    NoChain, and any error of the model."""
     x = x.repeat(2 if len(x) == 1 else 1, 2 if x.shape[1] == 1 else 1, *[1] * (x.ndim - 2)).contiguous()
     by_step = runs_by_step(model, x)
     return recognised(model, x, by_step, find_layers(model, lambda: x, by_step, noise))
 
 
 def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Chain:
-    """The chain that gives what the model gives for events x [T, B, ...], T and B at least 2. Raises NoChain."""
+    """Returns the chain that equals the model on events x [T, B, ...], T and B at least 2, or raises NoChain."""
     check_modules(model, layers)
     recorder, start = Recorder(model, layers), Given.of(x)
     start.tensor = start.leaf.clone()  # a model may change its input in place
@@ -78,8 +79,8 @@ def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Ch
         raise NoChain(f"{idle[0]} does not run")
     steps, rows = x.shape[:2]
     links = recorder.links(steps, rows)
-    for before, link in zip([None, *links], links, strict=False):
-        check_link(start, before, link, steps)
+    for i, link in enumerate(links):
+        check_link(start, links[i - 1] if i else None, link, steps)
     kind = check_end(links[-1], outputs, steps)
     stages, swapped, currents = assembled(links, recorder.neurons, x)
     stages += [OverTime(kind)] if kind else []
@@ -92,15 +93,16 @@ def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Ch
 def assembled(
     links: list[Link], neurons: Mapping[str, StepNeuron], x: Tensor
 ) -> tuple[list[nn.Module], dict[int, LIF], list[Tensor]]:
-    """Stages of a chain; our neurons in it, by the id of the module whose place they take; the current [T, B, ...] of
-    each as it was recorded. Modules that see each row by itself wait in `row_wise` for one `Fold`. Raises NoChain."""
-    steps, rows, *features = x.shape
+    """Returns the stages of a chain, its neurons of `ulr_snn`, and their recorded currents [T, B, ...]. The neurons are
+    keyed by the id of the module whose place they take. Modules that treat each row by itself wait in `row_wise` for
+    one `Fold`. Raises NoChain."""
+    (steps, rows), features = x.shape[:2], x.shape[2:]
     stages: list[nn.Module] = []
     swapped: dict[int, LIF] = {}
     row_wise: list[nn.Module] = []
     currents = []
     for link in links:
-        if link.features(False, steps, rows) != torch.Size(features):
+        if link.features(False, steps, rows) != features:
             row_wise.append(Shape(link.features(False, steps, rows)))
         features = link.features(True, steps, rows)
         if link.name in neurons:
@@ -111,7 +113,7 @@ def assembled(
             row_wise = []
         elif link.mode == "whole":
             check_each_step(link)
-            known = type(link.module) is nn.Linear  # to all that look at stages
+            known = type(link.module) is nn.Linear  # a plain Linear keeps its fast paths
             stages += [*folded(row_wise), link.module if known else EachStep(link.module)]
             row_wise = []
         else:
@@ -120,11 +122,12 @@ def assembled(
 
 
 def folded(modules: list[nn.Module]) -> list[nn.Module]:
+    """Returns the modules as one `Fold`, in a list that is empty if there are none."""
     return [Fold(*modules)] if modules else []
 
 
 def check_modules(model: nn.Module, layers: Layers) -> None:
-    """Raises NoChain for what no chain is made of, whatever the order."""
+    """Raises NoChain if the model has a module that cannot be part of a chain."""
     names = {name for name, _ in layers}
     if "model" in names and not model._modules.get("model"):
         raise NoChain("it is a single layer")
@@ -141,35 +144,36 @@ def check_modules(model: nn.Module, layers: Layers) -> None:
 
 
 def row_by_row(module: nn.Module) -> bool:
-    """Whether a module is known to see each row of a batch by itself (in evaluation mode)."""
+    """Returns whether a module is known to treat each row of a batch by itself (in evaluation mode)."""
     kind = type(module)
     return kind in EACH_ROW or (per_row(module) and any(base in EACH_ROW for base in kind.__mro__))
 
 
 def per_row(module: nn.Module) -> bool:
-    """Whether its library's adapter says so."""
+    """Returns whether the adapter of the module's library says that it treats each row by itself."""
     adapter = adapter_of(module)
     return adapter is not None and adapter.per_row(module)
 
 
 def check_each_step(link: Link) -> None:
+    """Raises NoChain unless a module that takes whole sequences treats each time step by itself."""
     module = link.module
-    later = {nn.Flatten: "start_dim", nn.Unflatten: "dim"}.get(type(module))
-    later = later is not None and getattr(module, later) >= 2
+    axis = {nn.Flatten: "start_dim", nn.Unflatten: "dim"}.get(type(module))
+    later = axis is not None and getattr(module, axis) >= 2
     lifted = per_row(module) and getattr(module, "step_mode", "m") == "m"
     if not (later or lifted or type(module) in EACH_STEP):
         raise NoChain(f"{link.name} is called with a whole sequence")
 
 
 def check_link(start: Given, before: Link | None, link: Link, steps: int) -> None:
-    """Raises NoChain unless each call of a module reads what the module before it gave for the same time step."""
-    whole = before is None or before.mode != "step"
-    source = start if before is None else before.calls[0].gave
-    if whole and link.mode == "step":
-        at = len(source.tensor) == steps
-        fits = at and all(source.read_by(call.read, t) for t, call in enumerate(link.calls))
-    elif whole:
-        fits = source.read_by(link.calls[0].read)
+    """Raises NoChain unless each call of a module reads the output of the module before it for the same time step."""
+    if before is None or before.mode != "step":
+        source = start if before is None else before.calls[0].gave
+        if link.mode == "step":
+            at = len(source.tensor) == steps
+            fits = at and all(source.read_by(call.read, t) for t, call in enumerate(link.calls))
+        else:
+            fits = source.read_by(link.calls[0].read)
     elif link.mode == "step":
         fits = all(b.gave.read_by(call.read) for b, call in zip(before.calls, link.calls, strict=True))
     else:
@@ -181,7 +185,7 @@ def check_link(start: Given, before: Link | None, link: Link, steps: int) -> Non
 
 
 def stacks(node: Any, calls: list[Call]) -> bool:
-    """Whether a node of the graph stacks what these calls gave, in their order, along a first axis."""
+    """Returns whether a node of the graph stacks the outputs of these calls, in their order, along a first axis."""
     if type(node).__name__ != "StackBackward0" or node._saved_dim != 0:
         return False
     parents = [getattr(parent, "variable", None) for parent, _ in node.next_functions]
@@ -189,8 +193,9 @@ def stacks(node: Any, calls: list[Call]) -> bool:
 
 
 def check_end(last: Link, outputs: Tensor, steps: int) -> str | None:
-    """What is done over time with what the last module gives: nothing, or a key of `OVER_TIME`. Raises NoChain."""
-    node, kind = outputs.grad_fn, None
+    """Returns the reduction over time of the last module's outputs, a key of `OVER_TIME`, or None. Raises NoChain."""
+    node: Any = outputs.grad_fn  # torch does not declare what nodes save
+    kind = None
     if type(node).__name__ in OVER_TIME and tuple(node._saved_dim) == (0,) and not node._saved_keepdim:
         kind, node = type(node).__name__, node.next_functions[0][0]
     if last.mode == "step":
@@ -205,8 +210,8 @@ def check_end(last: Link, outputs: Tensor, steps: int) -> str | None:
 
 
 def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor) -> tuple[list[nn.Module], LIF]:
-    """A neuron of ours with the equations of this one, and what comes before it, row by row. Raises NoChain unless both
-    do the same with the recorded currents and with random ones."""
+    """Returns a neuron of `ulr_snn` with the equations of this one, and the modules that its current passes before.
+    Raises NoChain unless both neurons fire alike on the recorded currents and on random ones."""
     found = neuron.ours(like)
     if isinstance(found, str):
         raise NoChain(f"{link.name} ({type(link.module).__name__}): {found}")
@@ -227,7 +232,7 @@ def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor
 
 @torch.no_grad()
 def fires_alike(entry: list[nn.Module], ours: LIF, current: Tensor, spikes: Tensor, size: float) -> bool:
-    """Whether our neuron, given these spikes so far, would fire the next ones, as far as rounding lets it be told."""
+    """Returns whether our neuron, given the earlier spikes, fires each next one, up to rounding."""
     if spikes.shape != current.shape:
         return False
     drive = ours.fired(through(entry, current), known=spikes)[1]
@@ -237,6 +242,7 @@ def fires_alike(entry: list[nn.Module], ours: LIF, current: Tensor, spikes: Tens
 
 @torch.no_grad()
 def through(modules: list[nn.Module], x: Tensor) -> Tensor:
+    """Applies modules one after another."""
     for module in modules:
         x = module(x)
     return x
@@ -244,19 +250,19 @@ def through(modules: list[nn.Module], x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_numbers(chain: Chain, x: Tensor, expected: list[Tensor], fired: list[Tensor]) -> None:
-    """Raises NoChain unless the currents of its neurons and its outputs are those expected, given what was fired."""
-    close = {"rtol": 1e-3, "atol": 1e-4} if x.dtype != torch.float64 else {"rtol": 1e-9, "atol": 1e-9}
-    expected, fired = iter(expected), iter(fired)
+    """Raises NoChain unless the chain has the expected currents and outputs, given the spikes that were fired."""
+    relative, absolute = (1e-3, 1e-4) if x.dtype != torch.float64 else (1e-9, 1e-9)
+    numbers, spikes = iter(expected), iter(fired)
 
     def check(found: Tensor) -> None:
-        number = next(expected)
-        if found.shape != number.shape or not torch.allclose(found, number, **close):
+        number = next(numbers)
+        if found.shape != number.shape or not torch.allclose(found, number, relative, absolute):
             raise NoChain("the chain gives other numbers than the model")
 
     for stage in chain.stages:
         if isinstance(stage, LIF):
             check(x)
-            x = next(fired).reshape(x.shape)
+            x = next(spikes).reshape(x.shape)
         else:
             x = stage(x)
     check(x)

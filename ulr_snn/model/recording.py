@@ -1,4 +1,4 @@
-"""A recording of one deterministic pass: which modules run in every time step, and what each of them reads."""
+"""Recordings of one deterministic pass: which modules run in every time step, and what each of them reads."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ulr_snn.sites.binding import Layers, inside
 
 @dataclass
 class Given:
-    """A tensor that a module gave: a leaf of the graph, of which what reads it is made."""
+    """An output of a module, made a leaf of the graph so that its readers can be recognised."""
 
     tensor: Tensor
     leaf: Tensor
@@ -23,11 +23,12 @@ class Given:
 
     @classmethod
     def of(cls, output: Tensor) -> "Given":
+        """Makes a leaf of an output."""
         leaf = output.detach().requires_grad_()
         return cls(leaf, leaf, leaf._version)
 
     def read_by(self, x: Tensor, at: int | None = None) -> bool:
-        """Whether x is this tensor, or its time step `at`, with nothing but its shape changed."""
+        """Returns whether x is this tensor, or its time step `at`, with nothing but its shape changed."""
         here = self.tensor if at is None else self.tensor[at]
         alike = x.shape == here.shape and x.stride() == here.stride()
         plain = x.numel() == here.numel() and x.is_contiguous() and here.is_contiguous()
@@ -37,17 +38,17 @@ class Given:
 
 @dataclass
 class Call:
-    """A call of a module. read: its input; gave: its output."""
+    """A call of a module. read: its input, at this version; gave: its output."""
 
     read: Tensor
     version: int
-    gave: Given | None = None
+    gave: Given
 
 
 @dataclass
 class Link:
-    """A module of the chain. mode: "step", called once a time step with [B, ...]; "whole", once with [T, B, ...];
-    "folded", once with [T * B, ...]."""
+    """A module of the chain with its calls. mode: "step", one call per time step with [B, ...]; "whole", one call with
+    [T, B, ...]; "folded", one call with [T * B, ...]."""
 
     name: str
     module: nn.Module
@@ -55,12 +56,12 @@ class Link:
     calls: list[Call]
 
     def sequence(self, gave: bool) -> Tensor:
-        """What its calls gave, or read, [T * B, ...] or [T, B, ...]."""
+        """Returns the outputs (gave) or inputs of all calls, [T * B, ...] or [T, B, ...]."""
         tensors = [(call.gave.tensor if gave else call.read).detach() for call in self.calls]
         return torch.stack(tensors) if self.mode == "step" else tensors[0]
 
     def features(self, gave: bool, steps: int, rows: int) -> torch.Size:
-        """Shape of a time step of one sample, in or out. Raises NoChain for what is no batch of them."""
+        """Returns the shape of one sample's output (gave) or input in a time step. Raises NoChain for other shapes."""
         lead = {"step": (rows,), "whole": (steps, rows), "folded": (steps * rows,)}[self.mode]
         shapes = {tuple(call.gave.tensor.shape if gave else call.read.shape) for call in self.calls}
         (shape,) = shapes if len(shapes) == 1 else (None,)
@@ -70,20 +71,21 @@ class Link:
 
 
 class Recorder:
-    """Sees the calls of a model's innermost modules and neurons in a pass of deterministic firing."""
+    """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing."""
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
-        neurons = dict(layers)
         self.calls: dict[str, list[Call]] = {}  # by module
-        self._order: list[Call] = []
         self.modules: dict[str, nn.Module] = {}
-        self.neurons: dict[str, StepNeuron] = neurons
-        self._left: dict[str, list[Any]] = {}  # by neuron: what it returned and carries, as it stood then
+        self.neurons = {name: neuron for name, neuron in layers if isinstance(neuron, StepNeuron)}
+        self._order: list[Call] = []
+        self._read: dict[str, tuple[Tensor, int]] = {}  # by module: input of the call in progress, and its version
+        self._left: dict[str, list[Any]] = {}  # by neuron: its last output, and the identity of its states then
         for name, module in model.named_modules():
-            if name in neurons or not (module._modules or any(inside(name, neuron) for neuron in neurons)):
+            if name in self.neurons or not (module._modules or any(inside(name, other) for other in self.neurons)):
                 self.modules[name] = module
 
     def watching(self) -> ExitStack:
+        """Records calls until the stack is closed."""
         stack = ExitStack()
         for name, module in self.modules.items():
             before = lambda m, a, k, name=name: self._enter(name, a, k)  # noqa: E731
@@ -99,11 +101,10 @@ class Recorder:
             self._check_state(name, [*arguments[1:], *named.values()])
         elif len(arguments) > 1 or named:
             raise NoChain(f"{name} is called with more than a tensor")
-        self._order.append(Call(arguments[0], arguments[0]._version))
-        self.calls.setdefault(name, []).append(self._order[-1])
+        self._read[name] = arguments[0], arguments[0]._version
 
     def _check_state(self, name: str, passed: list[Any]) -> None:
-        """Raises NoChain unless a neuron goes on from what it left, or begins at zero."""
+        """Raises NoChain unless a neuron starts from zero, or from its own states of the last call."""
         passed = [state for state in passed if state is not None]
         if name not in self._left:
             if any(not isinstance(s, Tensor) or s.requires_grad or bool((s != 0).any()) for s in passed):
@@ -118,7 +119,9 @@ class Recorder:
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor) or not first.is_floating_point():
             raise NoChain(f"{name} gives no tensor")
-        given = self.calls[name][-1].gave = Given.of(first)
+        given = Given.of(first)
+        self._order.append(Call(*self._read.pop(name), given))
+        self.calls.setdefault(name, []).append(self._order[-1])
         output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
         if name in self.neurons:
             returned = output if isinstance(output, tuple) else (output,)
@@ -126,7 +129,7 @@ class Recorder:
         return output
 
     def links(self, steps: int, rows: int) -> list[Link]:
-        """The modules that ran, in their order, those that ran several times a step as often. Raises NoChain."""
+        """Returns a link for each run of a module in a time step, in the order of the runs. Raises NoChain."""
         found: list[Link] = []
         for name, calls in self.calls.items():
             if len(calls) == 1:
@@ -142,5 +145,5 @@ class Recorder:
 
 
 def identity_of(state: Tensor) -> tuple[int, int, int]:
-    """What tells that a state is the very tensor that it was, with its graph and its values."""
+    """Returns a key that changes if the state becomes another tensor or its graph or values change."""
     return id(state), state._version, id(state.grad_fn)

@@ -1,7 +1,8 @@
-"""Runs of a bound model for evaluation: as it stands, or with noise at the level of the end of training."""
+"""Runs of a bound model for evaluation: deterministic, or with noise at the level of the end of training."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ Run = tuple[Tensor, Mapping[str, Tensor]]  # outputs, and activity [B] by name
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs a bound model. level: of the noise, in stochastic runs."""
+    """Runs a bound model for evaluation. level: the noise level of stochastic runs."""
 
     bound: BoundModel
     level: NoiseLevel
 
     def runs(self, batch: Batch, step: int, copies: int, seed: int, counts: Collection[str]) -> list[Run]:
-        """Outputs and activity of each copy of a batch; of deterministic firing where copies is 0."""
+        """Returns outputs and activity of each copy of a batch. With copies=0, a single run fires deterministically."""
         found: list[Run] = []
         x, lengths, size = batch.x, batch.lengths, (batch.steps, batch.samples)
         for copy in range(max(copies, 1)):
@@ -33,7 +34,7 @@ class Runner:
             if copies:
                 sample = torch.arange(batch.samples, dtype=torch.int32, device=x.device)
                 noise = Noise(seed, step, sample, torch.full_like(sample, copy))
-                self.bound.measure_levels(self.level, lambda n=noise: self.bound.outputs(x, self.level, n, lengths))
+                self.bound.measure_levels(self.level, partial(self.bound.outputs, x, self.level, noise, lengths))
             with counting(self.bound.model, self.bound.layers, counts, *size, lengths) as activity:
                 outputs = widened(self.bound.outputs(x, self.level, noise, lengths)[0])
             check_outputs(outputs, *size)

@@ -1,4 +1,4 @@
-"""The usual mistake about shapes, told with the layer's name: events that are not flat, convolutions of sequences."""
+"""Advice on common shape errors, with the layer's name: events that are not flat, convolutions of sequences."""
 
 import math
 from collections.abc import Iterator
@@ -7,19 +7,20 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ulr_snn.errors import UsageError
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.sites.binding import spiking_layers
 
-CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # and the dimensions that they take
+CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # with the number of input dimensions
 
 
 @contextmanager
 def shape_advice(model: nn.Module) -> Iterator[None]:
-    """Raises UsageError where a module of torch's refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would make
-    what it takes; other errors stay as they are, and those of models with layers of other libraries, of which it is not
-    known whether they are meant to see all time steps at once."""
+    """Raises UsageError if a module of torch refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would fix. Other
+    errors stay as they are. So do errors of models with layers of other libraries, because it is not known whether
+    these models are meant to take all time steps at once."""
     try:
         yield
     except RuntimeError as error:
@@ -34,23 +35,25 @@ def shape_advice(model: nn.Module) -> Iterator[None]:
 
 
 def remedy(module: nn.Module | None, x: Tensor) -> str | None:
-    """What would make this input one that the module takes."""
+    """Returns advice on how to make this input fit the module, or None."""
     if type(module) is nn.Linear and x.ndim > 3 and math.prod(x.shape[2:]) == module.in_features != x.shape[-1]:
         return "flatten them by nn.Flatten(2) before it"
-    if x.ndim == CONVOLUTIONS.get(type(module), -1) + 1 and x.shape[2] == module.in_channels:
+    sequences = isinstance(module, _ConvNd) and x.ndim == CONVOLUTIONS.get(type(module), -1) + 1
+    if isinstance(module, _ConvNd) and sequences and x.shape[2] == module.in_channels:
         return f"wrap it as Fold(nn.{type(module).__name__}(...))"
     return None
 
 
 def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
-    """The module of torch's that the error came from, and its input; None where it came from elsewhere."""
+    """Returns the module of torch that raised the error and its input, or None if the error came from elsewhere.
+    torch's errors name no module, so the local variables of the traceback are read."""
     module = x = None
     while traceback is not None:
         frame = traceback.tb_frame
         owner, where = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
         if type(owner) in (nn.Linear, *CONVOLUTIONS) and where.startswith("torch.nn.modules"):
             module, x = owner, frame.f_locals.get("input", x if owner is module else None)
-        elif not where.startswith(("torch", "ulr_snn.credit.pooling")):  # between module and function
+        elif not where.startswith(("torch", "ulr_snn.credit.pooling")):  # the error came from other code
             module = x = None
         traceback = traceback.tb_next
     return module, x

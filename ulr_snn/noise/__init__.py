@@ -1,1 +1,1 @@
-"""Firing noise: distributions, its level over a training, and the counter-based numbers that it is drawn from."""
+"""Noise of all kinds: distributions, scales over the course of training, and counter-based random numbers."""

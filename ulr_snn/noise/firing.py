@@ -1,4 +1,4 @@
-"""Distributions of the threshold noise, which make firing a matter of chance."""
+"""Distributions of the threshold noise, which makes firing stochastic."""
 
 import math
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from ulr_snn.noise.kinds import check_positive
 class Firing:
     """Distribution of the threshold noise: a neuron with drive d = u - threshold fires with p = F(d / scale).
 
-    scale: a constant scale, in units of the membrane, > 0. None: calibrated and annealed, see `NoiseLevel`.
-    start: sets the starting scale, from the spread of the layer's membranes, > 0.
-    end: the scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
-    secants: number of measured distances over which credit takes secants of F in place of its derivative (see
-        `secant`); 0: the derivative.
+    scale: constant scale, in units of the membrane, > 0. None: the scale is calibrated and annealed, see `NoiseLevel`.
+    start: factor of the starting scale, which follows from the spread of the layer's membranes, > 0.
+    end: scale at the end of training and in stochastic evaluation, in units of each neuron's threshold, > 0.
+    secants: number of measured distances over which credit uses secants of F instead of its derivative (see
+        `secant`). 0: credit uses the derivative.
     """
 
     scale: float | None = None
@@ -32,15 +32,15 @@ class Firing:
             raise UsageError(f"{type(self).__name__} got secants={self.secants!r}; it is a whole number, at least 0")
 
     def probability(self, x: Tensor) -> Tensor:
-        """p = F(x), where x = drive / scale is the standardised drive."""
+        """Returns p = F(x), where x = drive / scale is the standardised drive."""
         raise NotImplementedError
 
     def slope(self, x: Tensor) -> Tensor:
-        """p' = ∂p/∂x = f(x)."""
+        """Returns p' = ∂p/∂x = f(x)."""
         raise NotImplementedError
 
     def score(self, spikes: Tensor, x: Tensor) -> Tensor:
-        """δ = ∂ log P(spikes) / ∂x = (s - p) p' / (p (1 - p))."""
+        """Returns δ = ∂ log P(spikes) / ∂x = (s - p) p' / (p (1 - p))."""
         raise NotImplementedError
 
 
@@ -70,12 +70,13 @@ class Gaussian(Firing):
         return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
 
     def score(self, spikes: Tensor, x: Tensor) -> Tensor:
-        # (s - p) p' / (p (1 - p)) is 0/0 where p saturates: the log-CDF keeps the ratio finite.
+        # (s - p) p' / (p (1 - p)) is 0/0 where p saturates. The log-CDF keeps the ratio finite.
         sign = 2 * spikes - 1
         log_ratio = -0.5 * x**2 - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(sign * x)
         return sign * torch.exp(log_ratio)
 
 
 def law_of(firing: Firing) -> str | None:
-    """The name of a law that fused scans know; exactly of these classes, since others may have another probability."""
+    """Returns the name of the law for the fused scans; None if they do not support it. Subclasses have no name, since
+    they may have another probability."""
     return {Logistic: "logistic", Gaussian: "gaussian"}.get(type(firing))

@@ -1,4 +1,4 @@
-"""Noise elsewhere than on firing: on input currents, on weights, on outputs."""
+"""Noise on input currents, on weights and on outputs."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,12 @@ from ulr_snn.errors import UsageError
 
 @dataclass(frozen=True)
 class CurrentNoise:
-    """Gaussian noise on a module's input current J, drawn anew at every time step: the module sees J + scale z, and the
-    score with respect to J is z / scale (arXiv 2305.08960). For modules whose inside is not known.
+    """Gaussian noise on a module's input current J, drawn at every time step. It is for unknown modules.
 
-    scale: constant, in units of the current, > 0. None: from `start` to `end`, in units of the standard deviation of
-    the layer's current in the first batch, geometrically over the training.
+    The module sees J + scale z, and the score with respect to J is z / scale (arXiv 2305.08960).
+
+    scale: constant scale, in units of the current, > 0. None: the scale falls geometrically over the training from
+    `start` to `end`, in units of the standard deviation of the layer's current in the first batch.
     """
 
     scale: float | None = None
@@ -27,13 +28,14 @@ class CurrentNoise:
 
 @dataclass(frozen=True)
 class WeightNoise:
-    """Gaussian noise on a parameter W, one draw a copy, for all its samples and time steps: a copy runs with
-    W + scale ζ, and the score with respect to W is ζ / scale. For parameters that no other site's gradient reaches.
+    """Gaussian noise on a parameter W, for parameters that no gradient of another site reaches.
 
-    scale: constant, in units of the parameter, > 0. None: `relative` times the parameter's root mean square as it is
-    now, or `relative` itself where that is zero. per_sample: every sample of a
-    batch has noise of its own, by signs, so that its own loss tells about it, with much less variance; for weights and
-    biases of linear and convolutional modules.
+    A copy runs with W + scale ζ, one ζ for all samples and time steps, and the score with respect to W is ζ / scale.
+
+    scale: constant scale, in units of the parameter, > 0. None: `relative` times the parameter's current root mean
+    square, or `relative` if that is zero. per_sample: every sample of a batch has its own noise, made by random signs,
+    so that its own loss is the signal and the variance is much lower. It is for weights and biases of linear and
+    convolutional modules.
     """
 
     scale: float | None = None
@@ -44,19 +46,20 @@ class WeightNoise:
         check_positive(self, "scale", "relative")
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """ζ for a parameter of this shape, in double precision."""
+        """Draws ζ for a parameter of this shape, in double precision."""
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class OutputNoise:
-    """Gaussian noise on the model's outputs o, for losses that have no gradient: the loss becomes the mean of
-    L(o + scale z), whose derivative with respect to o is the mean of L z / scale. Draws need no forward pass, since
-    only the loss is computed anew; of outputs over time, every step has noise of its own.
+    """Gaussian noise on the model's outputs o, for losses that have no gradient.
 
-    scale: constant, in units of the outputs of a time step, > 0. None: `relative` times the standard deviation, over
-    samples and classes, of the outputs' sum over time, for the noise of that sum. draws: of each sample and copy, in
-    pairs z, -z.
+    The loss becomes the mean of L(o + scale z), whose derivative with respect to o is the mean of L z / scale. A draw
+    needs no forward pass, only another evaluation of the loss. Every time step of the outputs has its own noise.
+
+    scale: constant scale, in units of the outputs of a time step, > 0. None: the noise of the outputs' sum over time
+    has `relative` times the standard deviation of that sum over samples and classes. draws: number of draws for each
+    sample and copy, in pairs z, -z.
     """
 
     scale: float | None = None
@@ -70,7 +73,7 @@ class OutputNoise:
 
 
 def check_positive(owner: object, *names: str) -> None:
-    """Raises UsageError unless each of these attributes is None or positive."""
+    """Raises UsageError unless each of these attributes of the owner is None or positive."""
     for name in names:
         value = getattr(owner, name)
         if value is not None and not value > 0:

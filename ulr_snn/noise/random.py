@@ -1,4 +1,4 @@
-"""Counter-based random numbers: the same noise in whatever order, chunk or process it is drawn."""
+"""Counter-based random numbers. The noise does not depend on the order, chunk or process in which it is drawn."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ulr_snn.noise.firing import Firing, law_of
 
 _GOLDEN = 0x9E3779B9
 SOBOL_POINTS = 64
-_CHUNK = 1 << 18  # elements hashed at once: a chunk's temporaries stay in cache
+_CHUNK = 1 << 18  # elements hashed at once, so that temporaries stay in the cache
 
 
 def _int32(value: int) -> int:
@@ -25,14 +25,14 @@ _M1, _M2 = _int32(0x7FEB352D), _int32(0x846CA68B)
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A bijective 32-bit mixer (xorshift-multiply, constants of C. Wellons' lowbias32)."""
+    """Applies a bijective 32-bit mixer (xorshift-multiply, constants of C. Wellons' lowbias32)."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * _M1
     h = (h ^ ((h >> 15) & 0x1FFFF)) * _M2
     return h ^ ((h >> 16) & 0xFFFF)
 
 
 def _splitmix(*words: int) -> int:
-    """64-bit key of a few integers (splitmix64, chained)."""
+    """Hashes a few integers to a 64-bit key (splitmix64, chained)."""
     state = 0
     for word in words:
         state = (state + (word & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -44,14 +44,13 @@ def _splitmix(*words: int) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """Uniforms keyed by seed, step, sample, copy, site, neuron and time: the same numbers in whatever order,
-    chunk or process they are made.
+    """Uniforms keyed by seed, step, sample, copy, site, neuron and time.
 
-    sample: [B] int32, index of each row's sample in the global batch; stream: [B] int32, its independent draw
-    (the two copies of an antithetic pair share one); mirrored: [B] bool, rows that see 1 - uniform. point: [B] int64,
-    which point of a Sobol set a row is: its bits are those of the stream, exclusive-or those of the point, so that the
-    rows of a stream are a randomly shifted net, each by itself as if drawn independently. varied: the only site at
-    which streams, mirrors and points differ; at all others every row of a sample sees stream 0.
+    sample: [B] int32, index of each row's sample in the global batch. stream: [B] int32, index of the row's independent
+    draw; the two copies of an antithetic pair share a stream. mirrored: [B] bool, rows that see 1 - uniform. point: [B]
+    int64, index of the row's point in a Sobol set. A row's bits are the stream's bits XOR the point's bits, so that the
+    rows of a stream are a randomly shifted net, and each row alone is uniform. varied: the only site at which streams,
+    mirrors and points differ; at all other sites every row of a sample sees stream 0.
     """
 
     seed: int
@@ -63,8 +62,8 @@ class Noise:
     varied: int | None = None
 
     def uniform(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1; in at
-        least single precision, since a lower one cannot hold their bits."""
+        """Returns uniforms on (0, 1) with 23 bits, [steps, B, *shape], for times first_step .. first_step + steps - 1.
+        They have at least single precision, since a lower precision cannot hold 23 bits."""
         dtype = torch.promote_types(dtype, torch.float32)
         if self.at(site) is not self:
             return self.at(site).uniform(site, first_step, steps, shape, dtype)
@@ -87,13 +86,13 @@ class Noise:
         return out.view(steps, len(self.sample), *shape)
 
     def at(self, site: int) -> "Noise":
-        """The noise of a site: that which is common to all copies where they differ at another site alone."""
+        """Returns the noise of a site. If copies differ only at another site, this noise is common to all copies."""
         if self.varied is None or site == self.varied:
             return self
         return Noise(self.seed, self.step, self.sample, torch.zeros_like(self.stream))
 
     def words(self, site: int, first_step: int, steps: int) -> tuple[Tensor, Tensor]:
-        """The two random words of every row at every time, [steps, B] int32, that `_hash` mixes with the neurons."""
+        """Returns two random words for every row at every time, [steps, B] int32, which `_hash` mixes with neurons."""
         key = _splitmix(self.seed, self.step, site)
         done = dispatch.words(key, self.sample, self.stream, first_step, steps)
         if done is not None:
@@ -104,13 +103,13 @@ class Noise:
         return row1, row2
 
     def normal(self, site: int, first_step: int, steps: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Standard normal z of the uniforms, -z in mirrored rows; same shape."""
+        """Returns standard normal z, [steps, B, *shape], from the uniforms. Mirrored rows get -z."""
         return torch.special.ndtri(self.uniform(site, first_step, steps, shape, dtype)).to(dtype)
 
 
 def sobol_bits(points: Tensor, times: range, neurons: int) -> Tensor:
-    """23 bits of these Sobol points [B], [times, B, neurons]: a dimension a neuron and time, as far as there are so
-    many; then they begin anew, which the shifts of `Noise` allow."""
+    """Returns 23 bits of these Sobol points [B], [times, B, neurons]. Every neuron and time has its own dimension. The
+    dimensions repeat when they run out, which the random shifts of `Noise` allow."""
     table = _sobol_table().to(points.device)
     dimension = torch.arange(times.start * neurons, times.stop * neurons, device=points.device) % table.shape[1]
     few = table[: int(points.max()) + 1][:, dimension].view(-1, len(times), neurons).transpose(0, 1)
@@ -124,8 +123,8 @@ def _sobol_table() -> Tensor:
 
 
 def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:
-    """23 random bits per (row, neuron): the mixer over the neuron's counter, with the row's second word put in
-    half-way, so that two rows whose first words collide still differ."""
+    """Returns 23 random bits per (row, neuron). The mixer runs over the neuron's counter and takes in the row's second
+    word half-way, so that two rows whose first words collide still differ."""
     h = counter + row1
     h ^= (h >> 16) & 0xFFFF
     h *= _M1
@@ -137,18 +136,19 @@ def _hash(counter: Tensor, row1: Tensor, row2: Tensor) -> Tensor:
 
 
 class Drawer:
-    """Draws the spikes of one layer in one pass, the steps of time in their order.
+    """Draws the spikes of one layer in one pass, in the order of the time steps.
 
-    scale: of the noise, broadcast against [...]. first: the step of time that the first one here is.
+    scale: scale of the noise, broadcast against [...]. first: index in time of the first step.
     """
 
     def __init__(self, noise: Noise, firing: Firing, site: int, steps: int, scale: Tensor, first: int = 0) -> None:
         self.noise, self.firing, self.site, self.steps = noise.at(site), firing, site, steps
         self.scale, self.first = scale, first
-        self._start, self._uniforms = 0, None
+        self._start = 0
+        self._uniforms: Tensor | None = None
 
     def __call__(self, t: int, x: Tensor) -> Tensor:
-        """Spikes of standardised drives x [B, ...]."""
+        """Draws spikes from standardised drives x [B, ...] of step t."""
         block = max(1, (1 << 20) // max(1, x.numel()))  # steps of noise held at a time
         start = t - t % block
         if self._uniforms is None or start != self._start:
@@ -158,7 +158,8 @@ class Drawer:
         return (self._uniforms[t - start] < self.firing.probability(x)).to(x.dtype)
 
     def draw(self, words: bool = True) -> Draw | None:
-        """What a fused scan draws the same spikes by; None where none knows how. words: else they need not be drawn."""
+        """Returns the input with which a fused scan draws the same spikes; None if no fused scan can. words: whether to
+        include the random words, which known spikes do not need."""
         law = law_of(self.firing)
         if law is None or self.noise.point is not None:
             return None

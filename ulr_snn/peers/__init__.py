@@ -1,13 +1,15 @@
-"""What likelihood ratios are compared with: `METHODS`, by the name that `compare` takes."""
+"""Other estimators, for comparison with likelihood ratios. `METHODS` lists them by the name that `compare` takes."""
 
+from collections.abc import Callable
 from functools import partial
 
+from ulr_snn.estimators.base import Estimator
 from ulr_snn.peers.alignment import FeedbackAlignment
 from ulr_snn.peers.evolution import EvolutionStrategies, RankOneNoise
 from ulr_snn.peers.expected import ExpectedGradientBPTT
 from ulr_snn.peers.surrogate import SurrogateBPTT
 
-METHODS = {
+METHODS: dict[str, Callable[[], Estimator]] = {
     "surrogate": SurrogateBPTT,
     "expected": ExpectedGradientBPTT,
     "alignment": FeedbackAlignment,

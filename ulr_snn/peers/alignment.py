@@ -1,11 +1,12 @@
-"""Direct feedback alignment: the error of the outputs reaches every layer by fixed random weights.
+"""Direct feedback alignment (arXiv 1609.01596): fixed random weights carry the output error to every layer.
 
-a_t = B e_t with B fixed and random, e = ∂L/∂outputs (arXiv 1609.01596), times the surrogate derivative of the spike and
-the local derivative of the membrane at fixed spikes. What comes after the last spike learns by its exact gradient.
+The credit of a spike is a_t = B e_t with B fixed and random and e = ∂L/∂outputs. It is multiplied by the surrogate
+derivative of the spike and the derivative of the membrane at fixed spikes. Layers after the last spike learn exactly.
 """
 
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +23,14 @@ from ulr_snn.sites.binding import bind_sites, check_layers, spiking_layers
 
 @dataclass(frozen=True)
 class FeedbackAlignment:
-    """Direct feedback alignment of models of our own neurons. neuron: whose derivative stands in for the spike's."""
+    """Direct feedback alignment (arXiv 1609.01596), for ulr_snn's neurons. neuron: gives the surrogate derivative."""
 
     neuron: SurrogateBPTT = field(default_factory=SurrogateBPTT)
 
     def attach(
-        self,
-        model: nn.Module,
-        loss: LossSpec,
-        seed: int,
-        time_first: bool,
-        total_steps: int | None = None,
-        *,
-        progress: float | None = None,
-        rates: bool = False,
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, *_: Any, **__: Any
     ) -> "AlignmentAttachment":
-        """What `train` steps with; see `Estimator.attach`. seed: of the random weights."""
+        """Returns the attachment; see `Estimator.attach`. seed: seed of the random weights."""
         return AlignmentAttachment(model, self, loss, seed, time_first)
 
 
@@ -47,11 +40,12 @@ class _Layer:
 
     name: str
     drive: Tensor | None = None
+    mask: Tensor | None = None
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
-        """current [T, B, ...] -> spikes [T, B, ...]."""
-        self.mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-        fire = heaviside if self.mask is None else lambda t, drive: heaviside(t, drive) * self.mask[t]
+        """Runs the neuron from current [T, B, ...] to spikes [T, B, ...]."""
+        mask = self.mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
+        fire = heaviside if mask is None else lambda t, drive: heaviside(t, drive) * mask[t]
         with torch.no_grad():
             spikes, drive, fed_back = neuron.run(current, fire)
         self.drive = neuron.drive_at(current, spikes, drive, fed_back)
@@ -68,12 +62,12 @@ class AlignmentAttachment(PeerAttachment):
         check_layers(model, layers)
         for name, neuron in layers:
             if not isinstance(neuron, LIF):
-                raise UsageError(f"{name} is no LIF or RecurrentLIF; FeedbackAlignment knows these alone")
+                raise UsageError(f"{name} is no LIF or RecurrentLIF; FeedbackAlignment knows only these")
 
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
-        """One forward pass, then adds to every trainable `.grad`; see `SurrogateAttachment.backward`."""
+        """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
         batch = self.begun(x, targets, loss, lengths)
         x, lengths, objective = batch.x, batch.lengths, batch.objective
         if objective.costs:
@@ -89,14 +83,18 @@ class AlignmentAttachment(PeerAttachment):
         check_gradient(value, self.peer)
         error = torch.autograd.grad(value.mean(), cut)[0]
         ends = [(outputs, error)] if outputs.requires_grad else []
-        ends += [(layer.drive, self._credit(layer, error)) for layer in layers if layer.drive is not None]
+        ends += [
+            (drive, self._credit(layer, drive.detach(), error))
+            for layer in layers
+            if (drive := layer.drive) is not None
+        ]
         ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
-        torch.autograd.backward(*map(list, zip(*ends, strict=True)))
+        tensors, gradients = zip(*ends, strict=True)
+        torch.autograd.backward(tensors, gradients)
         return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
 
-    def _credit(self, layer: _Layer, error: Tensor) -> Tensor:
-        """B e times the surrogate derivative, [T, B, ...]."""
-        drive = layer.drive.detach()
+    def _credit(self, layer: _Layer, drive: Tensor, error: Tensor) -> Tensor:
+        """Returns B e times the surrogate derivative, [T, B, ...]."""
         classes, neurons = error.shape[-1], drive[0, 0].numel()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {layer.name}".encode()))
         weights = torch.randn(classes, neurons, generator=generator).to(drive) / classes**0.5

@@ -1,4 +1,4 @@
-"""What the attachments of all peers share: what a step begins with, and their state."""
+"""The base of the attachments of all peers."""
 
 from typing import Any
 
@@ -11,8 +11,10 @@ from ulr_snn.model.batch import Batch
 
 
 class PeerAttachment(Attachment):
-    """Adds a peer's gradients to `.grad` in `backward`, which each peer brings. `forward_passes` counts one a sample,
-    copy and step."""
+    """Adds a peer's gradients to `.grad` in `backward`, which subclasses define.
+
+    forward_passes: number of forward passes, one for each sample, copy and step.
+    """
 
     def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool) -> None:
         super().__init__(model, loss, time_first)
@@ -20,12 +22,12 @@ class PeerAttachment(Attachment):
         self.step = 0
 
     def begun(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None) -> Batch:
-        """The batch of this step, on the model's device."""
+        """Returns the batch of this step, on the model's device."""
         objective = resolve(loss if loss is not None else self.loss)
         return Batch.of(self.model, x, targets, lengths, objective, self.time_first)
 
     def counted(self, losses: Tensor, passes: int) -> None:
-        """Counts the step. Raises FloatingPointError unless all its losses are finite."""
+        """Counts the step. Raises FloatingPointError for a loss that is not finite."""
         self.step += 1
         self.forward_passes += passes
         if not torch.isfinite(losses).all():

@@ -1,8 +1,7 @@
-"""Evolution strategies: noise on all weights of the deterministic net, one draw a copy, and its score (arXiv
-1703.03864), with the same variance reduction as `ULR`: antithetic pairs and leave-one-out baselines.
+"""Evolution strategies (arXiv 1703.03864): the score of noise on all weights of the deterministic net.
 
-With one copy and a moving baseline it is the one-point zeroth-order estimator. Low-rank draws (arXiv 2511.16652) are
-`RankOneNoise`.
+Variance reduction is that of `ULR`: antithetic pairs and leave-one-out baselines. With one copy and a moving baseline
+this is the one-point zeroth-order estimator. `RankOneNoise` makes low-rank draws (arXiv 2511.16652).
 """
 
 from contextlib import nullcontext
@@ -29,11 +28,13 @@ from ulr_snn.sites.weights import WeightSites
 
 @dataclass(frozen=True)
 class RankOneNoise(WeightNoise):
-    """Weight noise whose draw for a matrix [n, m, ...] is a b^T, with a [n] and b [m ...] standard normal: n + m
-    numbers in place of n m, for a gradient with a bias of order scale². Vectors and numbers are drawn in full."""
+    """Weight noise of rank one (arXiv 2511.16652): ζ = a b^T for a matrix [n, m, ...], a and b standard normal.
+
+    This draws n + m numbers instead of n m. The gradient has a bias of order scale². Vectors are drawn in full.
+    """
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """ζ for a parameter of this shape, in double precision."""
+        """Returns ζ for a parameter of this shape, in double precision."""
         if len(shape) < 2:
             return super().draw(shape, generator)
         a, b = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (shape[0], shape[1:].numel()))
@@ -42,8 +43,11 @@ class RankOneNoise(WeightNoise):
 
 @dataclass(frozen=True)
 class EvolutionStrategies:
-    """Deterministic firing, Gaussian noise on all trainable parameters. copies: draws of the weights a step;
-    antithetic: in mirrored pairs; noise: its scale and rank."""
+    """Evolution strategies (arXiv 1703.03864): deterministic firing, Gaussian noise on all trainable parameters.
+
+    copies: number of weight draws in a step; antithetic: draws come in mirrored pairs, UsageError for odd `copies`;
+    noise: scale and rank of the noise.
+    """
 
     copies: int = 8
     antithetic: bool = True
@@ -56,22 +60,14 @@ class EvolutionStrategies:
             )
 
     def attach(
-        self,
-        model: nn.Module,
-        loss: LossSpec,
-        seed: int,
-        time_first: bool,
-        total_steps: int | None = None,
-        *,
-        progress: float | None = None,
-        rates: bool = False,
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, *_: Any, **__: Any
     ) -> "EvolutionAttachment":
-        """What `train` steps with; see `Estimator.attach`."""
+        """Returns the attachment; see `Estimator.attach`."""
         return EvolutionAttachment(model, self, loss, seed, time_first)
 
 
 class EvolutionAttachment(PeerAttachment):
-    """Adds gradients by evolution strategies to `.grad`, from forward passes of the deterministic net alone."""
+    """Adds gradients by evolution strategies to `.grad`, from forward passes only."""
 
     def __init__(
         self, model: nn.Module, peer: EvolutionStrategies, loss: LossSpec, seed: int, time_first: bool
@@ -86,15 +82,15 @@ class EvolutionAttachment(PeerAttachment):
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
-        """A forward pass a copy, then adds to every trainable `.grad`; see `Attachment.backward`."""
+        """Runs one forward pass for each copy and adds to every trainable `.grad`; see `Attachment.backward`."""
         batch = self.begun(x, targets, loss, lengths)
         if self.runner is None:
             self.runner = Runner(BoundModel.of(self.model, batch, {}, own_code=True), NoiseLevel(Logistic()))
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
-            # The first copy leaves the traces of an ordinary pass; all see the same dropout masks.
-            traces = no_side_effects(self.model) if copy else nullcontext()
-            with traces, self.sites.disturbed(self.model, self.step, copy, batch.steps, batch.samples):
+            # Only the first copy has side effects, as an ordinary pass; all copies see the same dropout masks.
+            side_effects = no_side_effects(self.model) if copy else nullcontext()
+            with side_effects, self.sites.disturbed(self.model, self.step, copy, batch.steps, batch.samples):
                 if copy:
                     set_generator_state(state)
                 ((outputs, activity),) = self.runner.runs(batch, self.step, 0, 0, batch.objective.counts)

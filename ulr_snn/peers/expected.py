@@ -1,8 +1,8 @@
-"""Expected-gradient backpropagation: through the stochastic net, by the derivatives of the firing probabilities.
+"""Expected-gradient BPTT: backpropagation through the stochastic net by derivatives of the firing probabilities.
 
-Spikes are drawn as under `ULR`; in the backward sweep through time and layers ∂p/∂u stands in for ∂s/∂u. Unlike a
-surrogate it is the derivative of something, but a chain of them is not the gradient of the expected loss, unless what
-comes after each spike is linear. A yardstick for what credit can do in the same noise.
+Spikes are drawn as in `ULR`. In the backward pass ∂p/∂u replaces ∂s/∂u. Unlike a surrogate this is a true derivative,
+but a chain of them is not the gradient of the expected loss, unless the loss is linear in every spike. It shows what
+credit assignment can reach with the same noise.
 """
 
 from dataclasses import dataclass, field
@@ -23,8 +23,10 @@ from ulr_snn.sites.binding import Layers
 
 @dataclass(frozen=True)
 class ExpectedGradientBPTT:
-    """BPTT through the derivatives of the firing probabilities, of models of our own neurons. firing: as of `ULR`; a
-    learned threshold is taken with the scale of the noise held fixed."""
+    """BPTT by derivatives of the firing probabilities, for models of ulr_snn's neurons.
+
+    firing: as in `ULR`; a learned threshold has its gradient at a fixed scale of the noise.
+    """
 
     firing: Firing = field(default_factory=Logistic)
 
@@ -39,12 +41,12 @@ class ExpectedGradientBPTT:
         progress: float | None = None,
         rates: bool = False,
     ) -> "ExpectedAttachment":
-        """What `train` steps with; see `Estimator.attach`."""
+        """Returns the attachment; see `Estimator.attach`."""
         return ExpectedAttachment(model, self, loss, seed, time_first, total_steps, progress)
 
 
 class ExpectedAttachment(SurrogateAttachment):
-    """Adds expected gradients to `.grad`. fixed_progress: of the training, where it does not follow from the step."""
+    """Adds expected gradients to `.grad`. fixed_progress: progress of the training, None if it follows the steps."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class ExpectedAttachment(SurrogateAttachment):
     def check(self, name: str, module: nn.Module) -> None:
         if not isinstance(module, LIF):
             raise UsageError(
-                f"{name} is a {type(module).__name__}; ExpectedGradientBPTT knows LIF and RecurrentLIF alone"
+                f"{name} is a {type(module).__name__}; ExpectedGradientBPTT knows only LIF and RecurrentLIF"
             )
 
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:
@@ -83,16 +85,16 @@ class ExpectedAttachment(SurrogateAttachment):
 
 @dataclass
 class _Stochastic:
-    """A site that draws spikes, and passes on gradients by the derivative of their probability."""
+    """A site that draws spikes and passes gradients by the derivative of their probability."""
 
     name: str
     index: int
     level: NoiseLevel
     noise: Noise
-    detach_reset = False  # this derivative is a true one
+    detach_reset = False  # the derivative is a true one
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
-        """current [T, B, ...] -> spikes [T, B, ...]."""
+        """Runs the neuron from current [T, B, ...] to spikes [T, B, ...]."""
         mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
         with torch.no_grad():
             self.scale = self.level.scale(

@@ -1,7 +1,6 @@
-"""Backpropagation through time with a surrogate derivative of the spike: the peer that most people use.
+"""Backpropagation through time with a surrogate derivative of the spike, for ulr_snn's neurons and other libraries'.
 
-A model of another library runs as it is, with the surrogate that it has; for our own neurons it is written here.
-`SurrogateBPTT` stands in for `ULR` in `train`: the same loop, optimizer and batches, another gradient.
+`SurrogateBPTT` replaces `ULR` in `train`, with the same loop, optimizer and batches.
 """
 
 import math
@@ -25,12 +24,12 @@ from ulr_snn.sites.binding import Layers, bind_sites, check_layers, spiking_laye
 
 
 def atan_slope(drive: Tensor, a: float) -> Tensor:
-    """h'(d) = (a / 2) / (1 + (pi a d / 2)^2): snnTorch's ATan, there with a = 2."""
+    """Returns h'(d) = (a / 2) / (1 + (pi a d / 2)^2), the ATan of snnTorch, which has a = 2."""
     return drive.mul(math.pi / 2 * a).square_().add_(1).reciprocal_().mul_(a / 2)
 
 
 def fast_sigmoid_slope(drive: Tensor, k: float) -> Tensor:
-    """h'(d) = 1 / (1 + k |d|)^2: the fast sigmoid, in snnTorch with k = 25."""
+    """Returns h'(d) = 1 / (1 + k |d|)^2, the fast sigmoid of snnTorch, which has k = 25."""
     return drive.abs().mul_(k).add_(1).square_().reciprocal_()
 
 
@@ -39,15 +38,15 @@ FUNCTIONS = {"atan": atan_slope, "fast_sigmoid": fast_sigmoid_slope}
 
 @dataclass(frozen=True)
 class SurrogateBPTT:
-    """Surrogate-gradient BPTT, through time, layers and recurrent weights, with deterministic spikes. The options are
-    for our own neurons; those of other libraries have options of their own.
+    """Surrogate-gradient BPTT through time, layers and recurrent weights, with deterministic spikes.
 
-    function: derivative h' that stands in for that of the spike; d is the membrane minus the threshold.
+    The options are for ulr_snn's neurons. Neurons of other libraries keep their own surrogate.
+    function: surrogate derivative h' of the spike, for membrane minus threshold d:
         "atan":         h'(d) = (slope / 2) / (1 + (pi slope d / 2)^2)
         "fast_sigmoid": h'(d) = 1 / (1 + slope |d|)^2
-    slope: the larger, the narrower h'. The default belongs to "atan" (snnTorch's).
-    detach_reset: the reset passes no gradient, as in snnTorch and as is usual (Zenke & Vogels 2021 found that
-        learning suffers otherwise). The leak always does; with reset "zero" its factor 1 - s is a constant.
+    slope: positive; a larger slope makes h' narrower. The default is that of snnTorch's ATan.
+    detach_reset: the reset passes no gradient, as in snnTorch (Zenke & Vogels 2021: learning suffers otherwise).
+        The leak always passes gradients; with reset "zero" its factor 1 - s is a constant.
     """
 
     function: str = "atan"
@@ -61,47 +60,41 @@ class SurrogateBPTT:
             raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
 
     def attach(
-        self,
-        model: nn.Module,
-        loss: LossSpec,
-        seed: int,
-        time_first: bool,
-        total_steps: int | None = None,
-        *,
-        progress: float | None = None,
-        rates: bool = False,
+        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, *_: Any, **__: Any
     ) -> "SurrogateAttachment":
-        """What `train` steps with. seed, total_steps: not used, since nothing is drawn or annealed."""
+        """Returns the attachment; see `Estimator.attach`. There is nothing random, so `seed` is not used."""
         return SurrogateAttachment(model, self, loss, time_first)
 
     def derivative(self, drive: Tensor) -> Tensor:
-        """h'(d) for each d."""
+        """Returns h'(d) for each d."""
         return FUNCTIONS[self.function](drive, self.slope)
 
     def fire(self, t: int, drive: Tensor) -> Tensor:
-        """Spikes of one time step."""
+        """Returns the spikes of one time step."""
         return heaviside(t, drive)
 
     def fire_sequence(self, neuron: LIF, current: Tensor) -> Tensor:
-        """current [T, B, ...] -> spikes [T, B, ...], differentiable by the surrogate. This is every site."""
+        """Runs the neuron from current [T, B, ...] to spikes [T, B, ...], differentiable by the surrogate."""
         return differentiable_spikes(neuron, current, self)
 
 
 def differentiable_spikes(neuron: LIF, current: Tensor, peer: Any) -> Tensor:
-    """current [T, B, ...] -> spikes [T, B, ...]. peer: has `fire(t, drive)`, `derivative(drive)` that stands in for the
-    derivative of what is fired, and `detach_reset`."""
+    """Runs the neuron from current [T, B, ...] to spikes [T, B, ...].
+
+    peer: has `fire(t, drive)`, its surrogate `derivative(drive)`, and `detach_reset`.
+    """
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
     recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
     return _SurrogateScan.apply(current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, peer, mask)
 
 
 class _SurrogateScan(torch.autograd.Function):
-    """A whole layer over time. With gradients G of the spikes, g of the membranes u and J = current + V s:
+    """A layer over all time steps as one graph node. With gradients G of spikes, g of membranes u, J = current + V s:
 
         g_t = h'(d_t) (G_t + V^T g_{t+1} [- r_t g_{t+1}]) + beta k_t g_{t+1}
 
-    where k = 1 - s for reset "zero", else 1, and r, left out if the reset is detached, is the threshold for
-    reset "subtract" and beta u for "zero". Then dL/dJ = g. One node of the graph instead of T times ten.
+    where k = 1 - s for reset "zero", else 1. r is the threshold for reset "subtract" and beta u for "zero"; the term
+    is left out if the reset is detached. Then dL/dJ = g.
     """
 
     @staticmethod
@@ -140,7 +133,7 @@ class _SurrogateScan(torch.autograd.Function):
 
 
 def reset_effect(reset: str, beta: Tensor, threshold: Tensor, drive: Tensor) -> Tensor | None:
-    """[T, 1 or B, ...]: by how much a spike at t lowers the membrane at t + 1."""
+    """Returns by how much a spike at t lowers the membrane at t + 1, [T, 1 or B, ...]."""
     if reset == "none":
         return None
     if reset == "subtract":
@@ -151,10 +144,10 @@ def reset_effect(reset: str, beta: Tensor, threshold: Tensor, drive: Tensor) -> 
 def reverse_scan(
     through_spikes: Tensor, slope: Tensor, carry: Tensor, recurrent: Tensor | None, lowered: Tensor | None
 ) -> Tensor:
-    """g [T, B, ...] of the equation above, from the last step to the first.
+    """Returns g [T, B, ...] of the equation in `_SurrogateScan`.
 
-    through_spikes [T, B, ...]: G h', changed in place to all that comes through the spikes; slope: h';
-    carry [T, ...]: beta k; recurrent: V [N, N]; lowered [T, ...]: r, None where the reset passes no gradient.
+    through_spikes: G h' [T, B, ...], overwritten by all of g but its last term; slope: h'; carry: beta k [T, ...];
+    recurrent: V [N, N]; lowered: r [T, ...], None if the reset is detached.
     """
     g = torch.empty_like(through_spikes)
     g[-1] = through_spikes[-1]
@@ -169,18 +162,15 @@ def reverse_scan(
 
 
 def check_gradient(value: Tensor, peer: Any) -> None:
-    """Raises UsageError for a loss that this peer cannot use."""
+    """Raises UsageError for a loss without a gradient."""
     if not value.requires_grad:
         raise UsageError(f"the loss has no gradient in the outputs, which {type(peer).__name__} needs")
 
 
 class SurrogateAttachment(PeerAttachment):
-    """Adds surrogate gradients to `.grad`, as `ulr_snn.estimators.ulr.Attachment` adds those of likelihood ratios.
+    """Adds surrogate gradients to `.grad`. The model is bound only inside `backward`."""
 
-    The model is bound only inside `backward`. `forward_passes` counts one a sample and step.
-    """
-
-    def __init__(self, model: nn.Module, peer: SurrogateBPTT, loss: LossSpec, time_first: bool = True) -> None:
+    def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool = True) -> None:
         super().__init__(model, peer, loss, time_first)
         layers = spiking_layers(model)
         check_layers(model, layers)
@@ -194,21 +184,17 @@ class SurrogateAttachment(PeerAttachment):
         self.bound: BoundModel | None = None
 
     def check(self, name: str, module: nn.Module) -> None:
-        """Raises UsageError for a spiking layer that this method does not know."""
+        """Raises UsageError for a spiking layer that this peer does not know."""
         if not (self.theirs or isinstance(module, LIF)):
             raise UsageError(
-                f"{name} is a {type(module).__name__}; SurrogateBPTT knows LIF, RecurrentLIF, and models of another "
-                "library alone"
+                f"{name} is a {type(module).__name__}; SurrogateBPTT knows only LIF, RecurrentLIF, and models of "
+                "another library"
             )
 
     def backward(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Estimate:
-        """One forward pass, then adds the gradient of the batch's mean loss to every trainable `.grad`.
-
-        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype; lengths: [B], later steps are padding.
-        Raises UsageError on wrong shapes, labels or losses, FloatingPointError on a loss that is not finite.
-        """
+        """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
         batch = self.begun(x, targets, loss, lengths)
         if self.bound is None:
             self.bound = BoundModel.of(self.model, batch, {}, own_code=True)
@@ -227,5 +213,5 @@ class SurrogateAttachment(PeerAttachment):
         return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
 
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:
-        """One of each layer for this step; None: the layer's own firing."""
+        """Returns the firing sites of this step, one for each layer; None for the layer's own firing."""
         return [None if self.theirs else self.peer] * len(layers)

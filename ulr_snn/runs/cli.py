@@ -1,7 +1,6 @@
 """The command line: `ulr-snn train|evaluate|compare|plan|diagnose`, also as `python -m ulr_snn`.
 
-A wrong use ends with one line on stderr and exit code 2, an interruption with 130, a
-run that diverged with 1.
+A wrong use ends with one line on stderr and exit code 2, an interruption with 130, a diverged run with 1.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.runs import directory
 from ulr_snn.runs.models import default_model
 
-# What a checkpoint records, so that `evaluate` can build the same data and model again.
+# Arguments recorded in a checkpoint, so that `evaluate` can build the same data and model.
 _RECORDED = ("data", "data_root", "model", "batch_size", "lr", "seed", "credit", "copies")
 
 
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except (UsageError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return _fail(str(error), 2)
-    except FloatingPointError as error:  # training diverged: not a wrong use, but its traceback tells nothing
+    except FloatingPointError as error:  # training diverged; a traceback would not help
         return _fail(str(error), 1)
     return 0
 
@@ -149,11 +148,11 @@ def _diagnose(args: argparse.Namespace) -> None:
         found.plot(args.picture)
 
 
-# --- what the commands are made of
+# --- parts of the commands
 
 
 def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
-    """The model that `config` names, with weights drawn from its seed."""
+    """Builds the model that `config` names, with weights drawn from its seed."""
     torch.manual_seed(config["seed"])
     if config["model"] is None:
         return default_model(dataset.sample_shape, dataset.classes)
@@ -167,12 +166,12 @@ def _import_factory(spec: str) -> Any:
     module_name, separator, factory_name = spec.partition(":")
     if not (module_name and separator and factory_name):
         raise UsageError(f"--model takes module:factory, as in my_nets:conv_net, not '{spec}'.")
-    if os.getcwd() not in sys.path:  # an installed script, unlike `python -m`, starts without it
+    if os.getcwd() not in sys.path:  # unlike `python -m`, an installed script starts without it
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A module that is missing further down is the user's bug, and its traceback says where.
+        # Another missing module is a bug in the user's code, which a traceback locates.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise UsageError(f"--model {spec}: there is no module '{module_name}' here or installed.") from error
@@ -188,7 +187,7 @@ def _estimator(config: Mapping[str, Any]) -> ulr_snn.ULR:
 
 
 def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """A resumed run must be the run that it goes on with; only its data may have moved."""
+    """Raises UsageError unless a resumed run has the options of its start; its data may have moved."""
     if not run_dir.exists() or not any(run_dir.glob("checkpoint-*")):
         return
     for name, before in directory.read_config(run_dir).items():
@@ -202,7 +201,7 @@ def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _run_directory(args: argparse.Namespace, config: Mapping[str, Any]) -> Iterator[directory.RunDirectory]:
-    """The run directory asked for, or the next free one; one in which nothing was saved goes again."""
+    """Makes the run directory, by default the next free one, and removes it if nothing was saved."""
     path = args.run_dir or _next_free(Path("runs"), args.data)
     run = directory.RunDirectory(path, resume=args.resume, config=config)
     with _emptied(run.path):
@@ -211,11 +210,11 @@ def _run_directory(args: argparse.Namespace, config: Mapping[str, Any]) -> Itera
 
 @contextlib.contextmanager
 def _emptied(folder: Path) -> Iterator[None]:
-    """Takes the folder away in the end if nothing was written into it."""
+    """Removes the folder at the end if it is empty."""
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty: there is something to keep
+        with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
 
 
@@ -224,7 +223,7 @@ def _next_free(parent: Path, name: str) -> Path:
     number = 1
     while True:
         path = parent / f"{name}-{number:03d}"
-        try:  # Making it is what claims it from runs that start at the same moment.
+        try:  # making the directory claims it from runs that start at the same moment
             path.mkdir(parents=True)
             return path
         except FileExistsError:
@@ -235,7 +234,7 @@ def _next_free(parent: Path, name: str) -> Path:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with wrong uses told in one line, and no option guessed from its beginning."""
+    """A parser that reports wrong uses in one line and accepts no abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -313,10 +312,9 @@ def _add_task(parser: argparse.ArgumentParser, estimator: bool = True) -> None:
     parser.add_argument("--model", metavar="MODULE:FACTORY", help="factory(sample_shape, classes) -> nn.Module")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and noise")
-    if not estimator:
-        return
-    parser.add_argument("--credit", choices=("auto", "global", "feedback", "residual"), help="default: auto")
-    parser.add_argument("--copies", type=_positive, metavar="K", help="runs of each sample in a step")
+    if estimator:
+        parser.add_argument("--credit", choices=("auto", "global", "feedback", "residual"), help="default: auto")
+        parser.add_argument("--copies", type=_positive, metavar="K", help="runs of each sample in a step")
 
 
 def _add_data_root(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,15 @@
-"""The run directory: the checkpoints of a run while it lasts, its figures once it is finished.
+"""The run directory, which holds checkpoints of a run, and its figures after the end.
 
     run_dir/
       checkpoint-0007/     only the newest one is kept
         model.safetensors  weights and buffers
         state.pt           optimizer, scheduler, estimator, counters, history
         config.json        what the run was started with
-      curves.png           written at the end, and
-      metrics.json         last of all: where it exists, the run is finished
+      curves.png           written at the end of the run
+      metrics.json         written last; it exists only in a finished run
 
-A checkpoint is a directory because its files belong together: it is written under a temporary name and
-renamed when it is complete, so that a run killed at any moment leaves the previous checkpoint or the new
-one, never parts of both.
+A checkpoint is written under a temporary name and renamed when it is complete. So a run killed at any moment leaves the
+previous checkpoint or the new one, never parts of both.
 """
 
 from __future__ import annotations
@@ -38,11 +37,10 @@ _TEMPORARY = ".tmp-"
 
 
 class RunDirectory:
-    """Where one run keeps its checkpoints, metrics and curves.
+    """The directory of one run. Raises UsageError for a file, or a run without `resume`.
 
-    `config` is recorded with every checkpoint, for `read_config`. Without `resume` the directory must not
-    hold a run yet; with it, a run that is there goes on (keeping its config where none is given), and where
-    there is none it starts.
+    resume: continue the run in the directory, if there is one. config: recorded with every checkpoint, for
+    `read_config`; None keeps the config of a resumed run.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class RunDirectory:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"run_dir '{self.path}' is a file: name a directory.")
-        if not resume and _holds_run(self.path):
+        if not resume and (_checkpoints(self.path) or (self.path / "metrics.json").exists()):
             raise UsageError(f"run_dir '{self.path}' holds a run already: resume it, or name another.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,7 +66,7 @@ class RunDirectory:
         from safetensors.torch import save_model
 
         previous = _checkpoints(self.path)
-        # They describe an older checkpoint from now on (a finished run was resumed for more epochs).
+        # A finished run was resumed for more epochs: its figures are no longer those of the newest checkpoint.
         (self.path / "metrics.json").unlink(missing_ok=True)
         (self.path / "curves.png").unlink(missing_ok=True)
 
@@ -92,7 +90,7 @@ class RunDirectory:
         return load_checkpoint(self.path, model) if _checkpoints(self.path) else None
 
     def finish(self, metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
-        """Draws curves.png and writes metrics.json with the history in it."""
+        """Draws curves.png, and writes metrics.json with the history."""
         from ulr_snn.runs.plots import save_curves
 
         text = _to_json({**metrics, "history": list(history)})
@@ -100,7 +98,7 @@ class RunDirectory:
         _write_atomically(self.path / "metrics.json", lambda file: file.write_text(text))
 
     def _remove_leftovers(self) -> None:
-        """Clears away what a killed run could not clear away itself."""
+        """Removes files that a killed run could not remove."""
         for path in self.path.glob(f"{_TEMPORARY}*"):
             _remove(path)
         for folder in _checkpoints(self.path)[:-1]:
@@ -120,12 +118,12 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the run in `path` was started with, as its newest checkpoint records it."""
+    """Returns the config of the run in `path`, from its newest checkpoint."""
     return json.loads((_newest(path) / "config.json").read_text())
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on, for metrics.json."""
+    """Returns the versions on which a result depends, for metrics.json."""
     import numpy
 
     return {
@@ -137,10 +135,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory in use so far: allocated on a CUDA device, else resident in this process.
-
-    None where the system does not tell (Windows). On CUDA, `torch.cuda.reset_peak_memory_stats` starts anew.
-    """
+    """Returns the peak memory in bytes: allocated on a CUDA device, else resident in this process (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -152,18 +147,18 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def _require(*libraries: str) -> None:
-    """Says before the first step what would otherwise fail after the last one."""
+    """Raises UsageError before the first step if libraries are missing that only the end of a run needs."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"a run_dir needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
 
 
 def _number(folder: Path) -> int:
-    return int(_CHECKPOINT.fullmatch(folder.name).group(1))
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The complete checkpoints in a directory, oldest first."""
+    """Returns the complete checkpoints in a directory, oldest first."""
     if not path.is_dir():
         return []
     return sorted((folder for folder in path.iterdir() if _CHECKPOINT.fullmatch(folder.name)), key=_number)
@@ -176,12 +171,8 @@ def _newest(path: str | os.PathLike[str]) -> Path:
     return checkpoints[-1]
 
 
-def _holds_run(path: Path) -> bool:
-    return bool(_checkpoints(path)) or (path / "metrics.json").exists()
-
-
 def _write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file or directory under a temporary name, and renames it when it is complete."""
+    """Calls `write` with a temporary path, and renames the complete file or directory to `target`."""
     temporary = target.with_name(_TEMPORARY + target.name)
     try:
         write(temporary)
@@ -194,21 +185,18 @@ def _write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
 
 def _save_state(state: dict[str, Any], file: Path) -> None:
     torch.save(state, file)
-    try:  # A state that cannot be read back is found now, not when the run is resumed.
+    try:  # finds a state that cannot be read back now, not when the run is resumed
         torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             "the state of this run cannot be saved for resuming: optimizer, scheduler and estimator must "
-            f"keep only tensors and plain Python values in their state_dict ({_first_line(error)})."
+            f"keep only tensors and plain Python values in their state_dict ({reason})."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 def _flush(file: Path) -> None:
-    """Has the system write a file to the disk, so that a power cut cannot leave it without its content."""
+    """Flushes a file to the disk, so that a power cut cannot leave it without its content."""
     descriptor = os.open(file, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -228,7 +216,7 @@ def _to_json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON knows it: 0-d tensors and NumPy numbers as Python's, NaN and infinity as null."""
+    """Converts a value for JSON: 0-d tensors and NumPy numbers to Python numbers, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

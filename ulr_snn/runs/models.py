@@ -11,15 +11,14 @@ from torch import nn
 from ulr_snn.model.neurons import LIF, TimeAverage
 
 _HIDDEN = 256
-# PyTorch's initial weights suit dense inputs: with events, the second layer would start all but silent.
+# PyTorch's initial weights suit dense inputs. With events, the second layer would be almost silent at the start.
 _WEIGHT_GAIN = 3.0
 
 
 def default_model(sample_shape: Sequence[int], classes: int) -> nn.Sequential:
-    """Two dense layers of 256 LIF neurons and a linear readout of their mean activity.
+    """Returns two dense layers of 256 LIF neurons and a linear readout of their mean activity.
 
-    `sample_shape` is the shape of one time step of one sample; the model takes [T, B, *sample_shape] and
-    returns logits [B, classes].
+    The model maps [T, B, *sample_shape] to logits [B, classes].
     """
     return nn.Sequential(
         nn.Flatten(start_dim=2),

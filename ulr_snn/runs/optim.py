@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from ulr_snn.errors import UsageError
 
 DEFAULT_LR = 1e-2
-LR_WARM_UP = 0.1  # of the steps, in the cosine schedule
+LR_WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
 
 
 def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimizer:
@@ -22,8 +22,8 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
     if lr is not None and (optimizer is not None or not lr > 0):
         raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
     if optimizer is None:
-        fused = all(q.device.type in ("cpu", "cuda") and q.is_floating_point() for q in trainable)  # else there is none
-        return torch.optim.Adam([{"params": [q]} for q in trainable], DEFAULT_LR if lr is None else lr, fused=fused)
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
+        return torch.optim.Adam([{"params": [p]} for p in trainable], DEFAULT_LR if lr is None else lr, fused=fused)
     if isinstance(optimizer, Optimizer):
         return optimizer
     if not callable(optimizer):
@@ -56,25 +56,25 @@ def make_scheduler(
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Of the cosine schedule: a half cosine from 1 to 0, under a linear warm-up.
+    """Returns the factor of the cosine schedule: a half cosine from 1 to 0, times a linear warm-up.
 
-    A freshly made net fires little, so that its first gradients are mostly noise; an adaptive optimizer would make
-    full-size steps of them, which silence whole layers of a deep net for good.
+    The first gradients of a new net are mostly noise, because it fires little. Adam would turn them into steps of full
+    size, which silence whole layers of a deep net for good.
     """
     warm = min(1.0, (step + 1) / (LR_WARM_UP * steps))
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
 def loader_length(loader: Iterable) -> int | None:
-    """Batches an epoch; None where the loader cannot tell (a generator, an iterable data set)."""
+    """Returns the number of batches in an epoch; None for a loader without a length, such as a generator."""
     try:
-        return len(loader)
+        return len(loader)  # type: ignore[arg-type]  # a loader may have no length
     except TypeError:
         return None
 
 
 def total_steps(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> int | None:
-    """Optimizer steps of the run; None where the loader has no length and no bound is given."""
+    """Returns the number of optimizer steps of the run; None if neither the loader nor `max_steps` tells."""
     batches = loader_length(loader)
     if batches is None:
         return max_steps

@@ -1,4 +1,4 @@
-"""Pictures of a run. matplotlib is imported only here, and without pyplot, which keeps a global state."""
+"""Pictures of runs. Only this file imports matplotlib, without pyplot, which has global state."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from ulr_snn.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Two of the Okabe-Ito colours, for readers with any colour vision; markers tell them apart in print.
+# Okabe-Ito colours suit any colour vision, and markers tell the curves apart in print.
 _CURVES = (("train", "#0072B2", "o"), ("val", "#D55E00", "s"))
 
 _SCALE = {"loss": 1.0, "accuracy": 100.0}
 
 
-def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws loss and accuracy by epoch into a PNG file, from `train_*` and `val_*` of each epoch.
-
-    A run without accuracies (a regression) gets the loss alone. Raises UsageError where there is no epoch.
-    """
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws loss and, if known, accuracy by epoch into a PNG file. Raises UsageError if there is no epoch.
+
+    history: entries with `train_*` and `val_*`.
+    """
     if not history:
         raise UsageError("there is no epoch to draw: train for at least one.")
     drawn = [name for name in _SCALE if any(entry.get(f"train_{name}") is not None for entry in history)]
-    figure = Figure(figsize=(4.5 * len(drawn), 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(4.5 * len(drawn), 3.6)
     for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, history, name)
     figure.savefig(path, format="png")
@@ -56,11 +62,8 @@ def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> No
 
 
 def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws the rows of a comparison into a PNG file: validation accuracy by epoch (of a regression, the loss), time a
-    step, and peak memory where it is known."""
+    """Draws a comparison into a PNG file: accuracy (or loss) by epoch, step time, and peak memory if known."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in rows if row["history"]]
@@ -72,8 +75,7 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     bars = [("time a step (ms)", [1e3 * row["seconds_a_step"] for row in rows])]
     if all(row["peak_memory_bytes"] is not None for row in rows):
         bars.append(("peak memory (MiB)", [row["peak_memory_bytes"] / 2**20 for row in rows]))
-    figure = Figure(figsize=(5.5 + 3.2 * len(bars), 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(5.5 + 3.2 * len(bars), 3.6)
     curves, *others = figure.subplots(1, 1 + len(bars), width_ratios=[1.7] + [1] * len(bars))
     for row, label, colour, marker in zip(rows, labels, colours, "osD^v<>Xph" * len(rows), strict=False):
         values = [_SCALE[quantity] * entry[f"val_{quantity}"] for entry in row["history"]]
@@ -95,24 +97,22 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
 
 def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws the rows of a diagnosis into a PNG file: by layer and estimator the cosine of the mean gradient with the
-    true one, the cosine of a single step's, and its relative variance."""
+    """Draws a diagnosis into a PNG file: the cosines and relative variance of each layer and estimator."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     estimators, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("estimator", "layer"))
     values = {(row["estimator"], row["layer"]): row for row in rows}
-    panels = (("cosine", "cosine of the mean (bias)"), ("step_cosine", "cosine of a step (bias and noise)"))
-    panels += (("variance", "relative variance of a step"),)
-    figure = Figure(figsize=(4 * len(panels), 1.6 + 0.16 * len(layers) * (len(estimators) + 1)), dpi=120)
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
+    panels = {
+        "cosine": "cosine of the mean (bias)",
+        "step_cosine": "cosine of a step (bias and noise)",
+        "variance": "relative variance of a step",
+    }
+    figure = _figure(4 * len(panels), 1.6 + 0.16 * len(layers) * (len(estimators) + 1))
     height = 0.8 / len(estimators)
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for i, estimator in enumerate(estimators):
             found = [values[estimator, layer][key] for layer in layers]
-            places = [n + (i - (len(estimators) - 1) / 2) * height for n in range(len(layers))]
+            places = [row + (i - (len(estimators) - 1) / 2) * height for row in range(len(layers))]
             drawn = [(place, value) for place, value in zip(places, found, strict=True) if value]
             colour = colormaps["viridis"](0.9 * i / max(1, len(estimators) - 1))
             axes.barh(*zip(*drawn, strict=True) if drawn else ((), ()), height, color=colour, label=estimator)

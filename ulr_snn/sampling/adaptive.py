@@ -1,14 +1,14 @@
-"""How many copies a step takes: a number, or as many as the measured variance of its gradient asks for.
+"""The number of copies of a step: fixed, or by the measured variance of its gradient.
 
-The copies of a step, in G groups that are independent of each other, give two halves a and b of its gradient g = a + b,
-the batch being what it is. With baselines from the other groups (leave-one-out),
+The copies of a step form G independent groups. Half of the groups give a, the others b, and the gradient is g = a + b.
+With leave-one-out baselines from the other groups, and for a given batch,
 
     4 E[a · b] = |E g|² (1 + 1 / (G - 1)²)
     trace(cov g) = E|a - b|² + |E g|² / (G - 1)²
 
-and from running means of both follows at how many groups trace(cov g) is `variance` times |E g|². The number holds for
-the steps that come after, so that it does not depend on the noise that it weighs: the gradient stays unbiased. (The
-norm test of adaptive sampling, Byrd, Chin, Nocedal, Wu 2012, with copies for samples.)
+Running means of both tell for how many groups trace(cov g) is `variance` times |E g|². The number applies to later
+steps, so it does not depend on their noise, and the gradient stays unbiased. This is the norm test of adaptive sampling
+(Byrd, Chin, Nocedal, Wu 2012), with copies in place of samples.
 """
 
 import math
@@ -17,74 +17,74 @@ from typing import Any
 
 from torch import Tensor
 
-EVERY = 8  # steps between two measurements, once there are so many
-WINDOW = 16  # measurements that the running means reach back
+EVERY = 8  # steps between two measurements, after as many first steps that all measure
+WINDOW = 16  # measurements in the running means
 
 
 @dataclass
 class FixedCopies:
-    """The same number of copies in every step; None: the default of the credit."""
+    """A fixed number of copies; None for the default of the credit."""
 
     number: int | None
 
     def due(self, step: int) -> bool:
-        """Whether a step's gradient is to be measured."""
+        """True if the step's gradient is to be measured."""
         return False
 
     def copies(self, site: str | None = None, default: int = 1) -> int:
-        """Of the next step."""
+        """Returns the number of copies of the next step."""
         return self.number or default
 
     def see(self, site: str | None, halves: list[tuple[Tensor, Tensor]], copies: int) -> None:
-        """Takes what the two halves of a step's copies give, parameter by parameter."""
+        """Takes the gradients by each half of a step's copies, for every parameter."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is kept."""
+        """Does nothing, because there is no state."""
 
 
 @dataclass
 class CopyBudget:
-    """As many copies as the measured variance asks for, see `Adaptive`.
+    """The number of copies by the measured variance; see `Adaptive`.
 
-    What has been measured is kept by site (layer by layer) or, of all together, by None. variances: trace(cov) of one
-    group; powers: squares of the mean's norm; both running means over so many measurements.
+    Keys are sites with `LayerByLayer`, else None. variances: trace(cov) of one group; powers: squared norm of the mean
+    gradient; measured: number of measurements in these running means; group: copies that depend on each other.
     """
 
     variance: float
     least: int
     most: int
-    group: int  # copies that are not independent of each other
+    group: int
     variances: dict[str | None, float] = field(default_factory=dict)
     powers: dict[str | None, float] = field(default_factory=dict)
     measured: dict[str | None, int] = field(default_factory=dict)
 
     def due(self, step: int) -> bool:
-        """Whether step (0, 1, ...) is one that measures."""
+        """True if step (0, 1, ...) measures."""
         return step < EVERY or step % EVERY == 0
 
     def copies(self, site: str | None = None, default: int = 1) -> int:
-        """Of the next step; of one site, where each has copies of its own."""
+        """Returns the number of copies of the next step. site: the only site at which the copies differ."""
         if site not in self.measured:
             return self.least
         variance, power = self.variances[site], self.powers[site]
-        if power * self.variance * self.most <= variance * self.group:  # also where no mean is seen in the noise
+        if power * self.variance * self.most <= variance * self.group:  # also if the mean is lost in the noise
             return self.most
-        halves = math.ceil(variance / (power * self.variance) / 2)  # groups in each
+        halves = math.ceil(variance / (power * self.variance) / 2)  # groups in each half
         return min(self.most, max(self.least, 2 * halves * self.group))
 
     def see(self, site: str | None, halves: list[tuple[Tensor, Tensor]], copies: int) -> None:
-        """Takes what the two halves of a step's copies give, parameter by parameter."""
+        """Takes the gradients by each half of a step's copies, for every parameter."""
         groups = copies // self.group
         noise = sum(float((a - b).square().sum()) for a, b in halves)
         product = sum(float((a * b).sum()) for a, b in halves)
-        coupled = 1 / (groups - 1) ** 2  # by baselines
+        coupled = 1 / (groups - 1) ** 2  # covariance of the halves, by their baselines
         power = 4 * product / (1 + coupled)
-        found = {"variances": groups * (noise + coupled * power), "powers": power}
+        measurement = {"variances": groups * (noise + coupled * power), "powers": power}
         count = self.measured[site] = self.measured.get(site, 0) + 1
-        for name, value in found.items():
+        for name, value in measurement.items():
             means = getattr(self, name)
             means[site] = means.get(site, 0.0) + (value - means.get(site, 0.0)) / min(count, WINDOW)
 

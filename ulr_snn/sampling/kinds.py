@@ -1,7 +1,4 @@
-"""How the copies of a sample are drawn: how many, and what noise they share.
-
-`Independent`, `Antithetic`, `Sobol`, `Adaptive` and `LayerByLayer` are what `ULR(sampling=...)` takes.
-"""
+"""The kinds of sampling for `ULR(sampling=...)`: how many copies of a sample there are, and what noise they share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,9 +16,9 @@ Run = Callable[..., list[Pass]]  # (copies, varied=None) -> passes
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all kinds share. copies: runs of every sample in a step; None: as many as the credit's default.
+    """The base of all kinds of sampling.
 
-    group: copies that are not independent of each other.
+    copies: runs of every sample in a step, None for the default of the credit; group: copies that depend on each other.
     """
 
     copies: int | None = None
@@ -36,54 +33,56 @@ class Sampling:
 
     @property
     def mirrored(self) -> bool:
-        """Whether copies come in antithetic pairs."""
+        """True if copies come in antithetic pairs."""
         return False
 
     @property
     def multi_sample(self) -> bool:
-        """Whether the objective is the multi-sample bound."""
+        """True if the objective is the multi-sample bound."""
         return False
 
     @property
     def by_layer(self) -> bool:
-        """Whether one layer after another has copies of its own."""
+        """True if every layer has copies of its own."""
         return False
 
     @property
     def adaptive(self) -> bool:
-        """Whether the number of copies follows the measured variance."""
+        """True if the number of copies follows the measured variance."""
         return False
 
     def check(self) -> None:
-        """Raises UsageError for numbers that do not go together, once all are known."""
+        """Raises UsageError for numbers that do not fit together."""
 
     def counter(self) -> FixedCopies | CopyBudget:
-        """How many copies each step takes, for one training."""
+        """Returns the counter of copies of one training."""
         return FixedCopies(self.copies)
 
     def noise(self, seed: int, step: int, sample: Tensor, copy: Tensor, varied: int | None) -> Noise:
-        """The noise of rows that are these copies of these samples. varied: the only site at which copies differ."""
+        """Returns the noise of rows with these samples and copies. varied: the only site at which copies differ."""
         return Noise(seed, step, sample, copy, varied=varied)
 
     def groups(self, run: Run, passes: list[Pass], copies: Callable[[str | None], int]) -> list[Group]:
-        """Runs what is left of a step's copies, and groups those that are copies of each other.
+        """Runs the remaining copies of a step, and groups the passes that are copies of each other.
 
-        passes: those that have run; extended by what runs here. copies: their number, of a site if that has its own.
+        passes: passes that have run, extended in place; copies: number of copies, of a site or (None) of all together.
         """
         passes += run(range(len(passes), copies(None)))
         return [Group(None, passes)]
 
     def describe(self) -> list[str]:
-        """Notes for `plan`."""
+        """Returns notes for `plan`."""
         return []
 
 
 @dataclass(frozen=True)
 class Independent(Sampling):
-    """Copies with independent noise. multi_sample: the objective is the multi-sample bound -log mean over copies of
-    exp(-loss) (GEM-SNN, arXiv 2102.03280), with at least two copies."""
+    """Copies with independent noise. Raises UsageError for `multi_sample` with fewer than two copies.
 
-    multi_sample: bool = False  # type: ignore[assignment]  # a field here, constant elsewhere
+    multi_sample: the objective is the bound -log mean over copies of exp(-loss) (GEM-SNN, arXiv 2102.03280).
+    """
+
+    multi_sample: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +94,7 @@ class Independent(Sampling):
 
 @dataclass(frozen=True)
 class Antithetic(Sampling):
-    """Copies in pairs from mirrored uniforms u and 1 - u. A single copy has no partner."""
+    """Copies in pairs with mirrored uniforms u and 1 - u. Raises UsageError for an odd number, except one copy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +117,7 @@ class Antithetic(Sampling):
 
 @dataclass(frozen=True)
 class Sobol(Sampling):
-    """Copies in two randomly shifted Sobol sets. copies: a power of two from 2 to 128."""
+    """Copies in two randomly shifted Sobol sets. copies: a power of two from 2 to 128, else UsageError."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,10 +134,11 @@ class Sobol(Sampling):
 
 @dataclass(frozen=True)
 class Adaptive(Sampling):
-    """As many copies as bring trace(cov) of a step's gradient down to `variance` times the square of its mean's norm,
-    from `least` to `most`; with `LayerByLayer`, of each layer's gradient.
+    """Adapts the number of copies so that trace(cov g) of a step's gradient g is at most variance · |E g|².
 
-    variance: > 0; at 10, a step's gradient has a cosine of about 0.3 with its mean. antithetic: copies come in pairs.
+    With `LayerByLayer` this holds for the gradient of each layer. Raises UsageError for wrong numbers.
+    variance: positive; at 10, a step's gradient has a cosine of about 0.3 with its mean. least, most: bounds of the
+    number of copies, multiples of 4 (of 2 with antithetic=False). antithetic: copies come in antithetic pairs.
     """
 
     copies: int | None = field(default=None, init=False, repr=False)
@@ -192,8 +192,11 @@ class Adaptive(Sampling):
 
 @dataclass(frozen=True)
 class LayerByLayer(Sampling):
-    """One layer after another has copies of its own, all others see the same noise in each. This is unbiased, with less
-    variance, in 1 + layers * (copies - 1) forward passes. of: how the copies of a layer are drawn."""
+    """Gives every layer copies of its own, in which only this layer's noise differs.
+
+    This is unbiased and has less variance, in 1 + layers * (copies - 1) forward passes.
+    of: how the copies of a layer are drawn; UsageError if it is `LayerByLayer` or multi-sample.
+    """
 
     copies: int | None = field(default=None, init=False, repr=False)
     of: Sampling = field(default_factory=Antithetic)
@@ -235,10 +238,10 @@ class LayerByLayer(Sampling):
             own = run(range(1, copies(site)), varied=site)
             passes += own
             groups.append(Group(site, [passes[0], *own]))
-        return groups or [Group(None, passes)]  # no layer has anything to learn
+        return groups or [Group(None, passes)]  # no layer learns
 
     def describe(self) -> list[str]:
-        alone = "layer by layer: a pass for all, and copies - 1 more for each layer, in which it alone has other draws"
+        alone = "layer by layer: a pass for all, and copies - 1 more for each layer, in which only its noise differs"
         return [*self.of.describe(), alone]
 
 
@@ -249,8 +252,10 @@ def sampling_of(
     quasi_monte_carlo: bool | None,
     layerwise: bool | None,
 ) -> Sampling:
-    """The sampling that the arguments of `ULR` ask for; shorthands change one that is given. Raises UsageError for what
-    does not go together."""
+    """Returns the sampling by the arguments of `ULR`, in which shorthands change a given `sampling`.
+
+    Raises UsageError for arguments that do not fit together.
+    """
     bound = False
     if isinstance(sampling, Sampling):
         if copies is None and antithetic is None and quasi_monte_carlo is None and layerwise is None:
@@ -283,7 +288,7 @@ def sampling_of(
 
 
 def rows_of(copies: list[int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sample and copy of each row [copies * batch] of a pass, int32."""
+    """Returns the sample and the copy of each row [copies * batch] of a pass, int32."""
     copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
     sample = torch.arange(batch, dtype=torch.int32, device=device).repeat(len(copies))
     return sample, copy

@@ -1,1 +1,1 @@
-"""Where noise enters a model: at firing, on input currents, on weights."""
+"""The places where noise enters a model: firing, input currents and weights."""

@@ -1,9 +1,8 @@
-"""Firing sites: find them in a model, bind them, let them go again."""
+"""Functions that find the firing sites of a model and bind them to it."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,20 +23,20 @@ from ulr_snn.sites.step import StepSite
 
 @dataclass
 class Site:
-    """The firing site of one neuron layer. Stochastic where `noise` is given, deterministic otherwise."""
+    """The firing site of one neuron layer. It fires deterministically if `noise` is None."""
 
     name: str
     index: int
     level: NoiseLevel
     noise: Noise | None
-    records: list[Record]  # of all sites, in the order in which they ran
+    records: list[Record]  # of all sites, in the order in which the sites ran
     lengths: Tensor | None
-    links: Links | None  # that keep spikes in the graph behind the current; else they are leaves of it
+    links: Links | None  # keep spikes in the graph behind the current; None: spikes are autograd leaves
     guard: InPlaceGuard
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
-        """Runs the neuron over time, drawing its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
+        """Runs the neuron over time and draws its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
         call, self.calls = self.calls, self.calls + 1
         if self.noise is None:
             with torch.no_grad():
@@ -54,8 +53,8 @@ class Site:
 
     @torch.no_grad()
     def _spread(self, name: str, neuron: SpikingNeuron, current: Tensor, mask: Tensor | None) -> float:
-        """Standard deviation of the membranes that the current charges under deterministic firing, padding left out.
-        Their distance from the threshold is noted."""
+        """Returns the standard deviation of the membranes under deterministic firing, without padding. Stores their
+        distance from the threshold."""
         drive = neuron.fired(current)[1]
         self.level.take({name: farthest(drive, mask)})
         return own_spread(drive + neuron.threshold, mask)
@@ -70,8 +69,8 @@ def record_of(
     level: NoiseLevel,
     before: Tensor | None = None,
 ) -> Record:
-    """Of a layer that has fired (see `SpikingNeuron.fired`). before: spikes of the step before the first, if that is
-    not the start."""
+    """Returns the record of a layer. fired: the result of `SpikingNeuron.fired`. before: spikes of the step before the
+    first; None at the start of the sequence."""
     spikes, x, fed_back = fired
     x, through = neuron.x_at(current, spikes, x, fed_back, scale, before)
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
@@ -81,18 +80,18 @@ def record_of(
 
 
 def call_name(name: str, call: int) -> str:
-    """A module that is called several times in one forward pass is as many sites, with noise and feedback of their
-    own."""
+    """Returns the site name of a layer's call (1, 2, ...) in a forward pass. Each call is a site with its own noise and
+    feedback."""
     return name if call == 1 else f"{name}#{call}"
 
 
 def call_index(layer: int, call: int) -> int:
-    """Which site a call (0, 1, ...) of a layer is, for the noise."""
+    """Returns the noise's index for a call (0, 1, ...) of a layer."""
     return layer + (call << 20)
 
 
 def site_index(layers: "Layers", site: str) -> int:
-    """`call_index` of a site's name."""
+    """Returns the `call_index` for a site's name."""
     name, _, call = site.partition("#")
     return call_index([name for name, _ in layers].index(name), int(call or 1) - 1)
 
@@ -101,14 +100,14 @@ Layers = list[tuple[str, SpikingNeuron | StepNeuron]]
 
 
 def spiking_layers(model: nn.Module, boxes: Mapping[str, BlackBox] | None = None) -> Layers:
-    """The model's spiking layers by name, in module order, black boxes among them, what is inside those left out.
-    Raises UsageError for a layer of another library that cannot be trained."""
+    """Returns the model's spiking layers by name, in module order. Black boxes are among them, modules inside a black
+    box are not. Raises UsageError for a layer of another library that cannot be trained."""
     boxes = boxes or {}
     found: Layers = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{box}.") for box in boxes):
             continue
-        neuron = boxes.get(name)
+        neuron: SpikingNeuron | StepNeuron | None = boxes.get(name)
         if neuron is None:
             neuron = module if isinstance(module, SpikingNeuron) else adapt(module, name or "model")
         if neuron is not None:
@@ -117,29 +116,26 @@ def spiking_layers(model: nn.Module, boxes: Mapping[str, BlackBox] | None = None
 
 
 def user_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of the user's own classes: of no known library."""
+    """Returns the modules whose classes come from no known library."""
     known = {"torch", "ulr_snn", *libraries()}
     return [module for module in model.modules() if type(module).__module__.partition(".")[0] not in known]
 
 
 def inside(name: str, module: str) -> bool:
-    """Whether the name of a module or parameter is that of the module, or of something in it."""
+    """Returns whether the name of a module or parameter is `module` or lies in `module`."""
     return name == module or name.startswith(f"{module}.")
 
 
 def unknown(model: nn.Module) -> list[str]:
-    """Names of the modules inside a model that are of the user's own classes, and hold no known spiking layer."""
+    """Returns the names of a model's inner `user_modules` that contain no known spiking layer."""
     own = {id(module) for module in user_modules(model)}
+    names = [name for name, module in model.named_modules() if name and id(module) in own]
     spiking = [name for name, _ in spiking_layers(model)]
-    return [
-        name
-        for name, module in model.named_modules()
-        if name and id(module) in own and not any(inside(site, name) for site in spiking)
-    ]
+    return [name for name in names if not any(inside(site, name) for site in spiking)]
 
 
-def check_layers(model: nn.Module, layers: Layers, others: Collection[str] = ()) -> None:
-    """Raises UsageError where nothing gets noise: neither layers nor others, parameters."""
+def check_layers(model: nn.Module, layers: Layers, others: Collection[object] = ()) -> None:
+    """Raises UsageError if nothing can get noise. others: anything besides layers that may get noise."""
     if not layers and not others:
         raise UsageError(
             f"{type(model).__name__} has no spiking layer that ulr_snn knows, and no module that cuts the graph; use "
@@ -158,51 +154,52 @@ def bind(
     links: Links | None = None,
     guard: InPlaceGuard | None = None,
 ) -> Iterator[list[Record]]:
-    """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time. Gives
-    the list that their records go to; it stays empty as long as a layer is measured (see `StepSite`).
+    """Binds a firing site to every spiking layer, and the lengths [B] to every module that runs over time.
 
-    steps: of the events, for layers that run step by step. layers: those of the model, where they are known. links:
-    that keep spikes in the graph behind what they were drawn from; else they are leaves of it. guard: see there.
+    Yields the list of their records. The list ends empty if a layer was measured in the pass (see `StepSite`).
+
+    steps: number of time steps, for layers that run step by step. layers: the model's layers; None: they are looked up.
+    links: keep spikes in the graph behind their currents; None: spikes are autograd leaves. guard: see `InPlaceGuard`.
     """
     guard = guard or InPlaceGuard(copies=True)
     records: list[Any] = []
     layers = spiking_layers(model) if layers is None else layers
-    sites = []
+    sites: list[Site | StepSite] = []
     for index, (name, neuron) in enumerate(layers):
         own = None if name in level.quiet or never_fires(neuron) else noise
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
             sites.append(Site(name, index, level, own, records, lengths, links, guard))
         else:
-            kind = CurrentSite if isinstance(neuron, BlackBox) else partial(StepSite, links=links)
-            sites.append(kind(name, index, level, own, records, neuron, steps, lengths, guard))
+            about = name, index, level, own, records, neuron, steps, lengths, guard
+            sites.append(CurrentSite(*about) if isinstance(neuron, BlackBox) else StepSite(*about, links=links))
     with bind_sites(model, sites, lengths, layers):
         yield records
-    stepwise = [site for site in sites if isinstance(site, StepSite)]
-    measured = [i for i, site in enumerate(records) if isinstance(site, StepSite) and site.measured]
+    measured = [i for i, record in enumerate(records) if isinstance(record, StepSite) and record.measured]
     if not measured:
-        for site in stepwise:
-            site.finish()
-        records[:] = [r.record() if isinstance(r, StepSite) else r for r in records]
+        for site in sites:
+            if isinstance(site, StepSite):
+                site.finish()
+        records[:] = [record.record() if isinstance(record, StepSite) else record for record in records]
         return
     first, *later = records[measured[0] :]
     first.finish()
-    for site in later:  # what comes after a layer that is measured does not see what it will see
-        level.starts.pop(site.site if isinstance(site, Record) else site.name, None)
+    for record in later:  # a layer without noise fed them, so their calibration does not count
+        level.starts.pop(record.site if isinstance(record, Record) else record.name, None)
     records.clear()
 
 
 def never_fires(neuron: SpikingNeuron | StepNeuron) -> bool:
-    """Whether a threshold is infinite: such neurons are readouts."""
+    """Returns whether a threshold is infinite. Such neurons are readouts."""
     return not bool(torch.isfinite(torch.as_tensor(neuron.threshold)).all())
 
 
-_turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # no attributes: models are copied and saved
+_turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # not attributes, since models are copied and saved
 _turns_made = Lock()
 
 
 def turn(model: nn.Module) -> Any:
-    """The lock of a model. A thread holds it while sites, modes or flows of its own are set in the model's modules; the
-    same thread may take it again."""
+    """Returns the reentrant lock of a model. A thread holds it while it has sites, modes or flows set in the model's
+    modules."""
     with _turns_made:
         return _turns.setdefault(model, RLock())
 
@@ -211,17 +208,17 @@ def turn(model: nn.Module) -> Any:
 def bind_sites(
     model: nn.Module, sites: Sequence[Any], lengths: Tensor | None, layers: Layers | None = None
 ) -> Iterator[None]:
-    """For a while, gives each spiking layer its site, one with `fire_sequence(neuron, current)` or an
-    `adapters.Step`, and lets go again. Other threads wait. Raises UsageError where this one has bound the model."""
-    layers = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
+    """Within this context, each spiking layer has its site: an object with `fire_sequence(neuron, current)` or an
+    `adapters.Step`. Other threads wait. Raises UsageError if this thread has already bound the model."""
+    neurons = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
-    modules = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for neuron in layers]
-    places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in layers]
+    modules = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for neuron in neurons]
+    places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in neurons]
     with turn(model), ExitStack() as stack:
         if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
             raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
         stack.enter_context(fresh_state(model))
-        for neuron, module, place, site in zip(layers, modules, places, sites, strict=True):
+        for neuron, module, place, site in zip(neurons, modules, places, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))
             if site is not None:

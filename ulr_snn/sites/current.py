@@ -1,6 +1,4 @@
-"""The site of Gaussian noise on a module's input current."""
-
-from functools import partial
+"""The site that adds Gaussian noise to a module's input current."""
 
 import torch
 from torch import Tensor
@@ -8,23 +6,25 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.precision import widened
 from ulr_snn.model.neurons import own_spread
+from ulr_snn.noise.random import Noise
 from ulr_snn.sites.records import CurrentRecord
 from ulr_snn.sites.step import StepSite
 
 
 class CurrentSite(StepSite):
-    """The site of a black box (see `adapters.blackbox`); once a time step, or once in all: disturb, then release.
+    """The site of a black box (see `adapters.blackbox`). The box calls `disturb` and then `release`, once a time step
+    or once for the whole sequence.
 
-    measured: the layer is on its first pass, and runs without noise, so that the spread of its current is known.
+    measured: whether the layer is in its first pass, in which it runs without noise to calibrate the scale.
     """
 
-    def _start(self) -> None:
-        scale = self.level.current_scale(self.name, None)
-        self._scale = torch.tensor(scale, dtype=torch.float64, device=self.noise.sample.device)
+    def _start(self, noise: Noise) -> None:
+        scale = self.level.current_scale(self.name)
+        self._scale = torch.tensor(scale, dtype=torch.float64, device=noise.sample.device)
         self.drawn: list[Tensor] = []
 
     def disturb(self, current: Tensor) -> Tensor:
-        """J [B, ...] or [T, B, ...] -> J + scale z, detached."""
+        """Returns J + scale z, detached, for a current J [B, ...] or [T, B, ...]."""
         rows = () if self.noise is None else (len(self.noise.sample),)
         expected = (self.steps, *rows) if self.neuron.whole else rows
         if tuple(current.shape[: len(expected)]) != expected:
@@ -45,7 +45,7 @@ class CurrentSite(StepSite):
         return (now + self._scale * (z if self.neuron.whole else z[0])).to(current.dtype)
 
     def release(self, spikes: Tensor) -> Tensor:
-        """What the module gave, as a tensor from which the graph starts anew."""
+        """Returns the module's output as an autograd leaf."""
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
         spikes = spikes.detach()
         if not spikes.is_floating_point():
@@ -63,7 +63,7 @@ class CurrentSite(StepSite):
 
     def measure(self) -> None:
         current = self._joined(self.trace.x)
-        self.level.current_scale(self.name, partial(own_spread, current, self._mask(current)))
+        self.level.current_scale(self.name, lambda: own_spread(current, self._mask(current)))
 
     def record(self) -> CurrentRecord:
         return CurrentRecord(**vars(super().record()), z=self._joined(self.drawn))

@@ -1,4 +1,4 @@
-"""Which parts of a model learn how: `ULR(flow={name: "ulr" | "backprop" | "frozen"})`."""
+"""The flow of a model: which of its parts learn how, as in `ULR(flow={name: "ulr" | "backprop" | "frozen"})`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +9,14 @@ from torch import nn
 from ulr_snn.errors import UsageError
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.sites.binding import Layers, inside, spiking_layers, turn
+from ulr_snn.sites.weights import named
 
 FLOWS = ("ulr", "backprop", "frozen")
 
 
 def check_flow(model: nn.Module, flow: Mapping[str, str], layers: Layers | None = None) -> None:
-    """Raises UsageError for a name that the model does not have, or a layer that fires in a part marked "backprop"."""
+    """Raises UsageError for a name that the model does not have, or for a part marked "backprop" in which a layer
+    fires."""
     known = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
     layers = spiking_layers(model) if layers is None else layers
     for name, kind in flow.items():
@@ -29,8 +31,8 @@ def check_flow(model: nn.Module, flow: Mapping[str, str], layers: Layers | None 
 
 
 def with_flow(model: nn.Module, flow: Mapping[str, str], noise: Mapping[str, Any]) -> dict[str, Any]:
-    """`noise` with what the flow adds: noise on the parameters of parts marked "ulr" in which nothing fires, none on
-    those of parts marked "backprop"."""
+    """Returns `noise` with the additions of the flow: weight noise on parts marked "ulr" in which nothing fires, and no
+    noise on parts marked "backprop"."""
     sites = [name for name, _ in spiking_layers(model)]
     trainable = [name for name, q in model.named_parameters() if q.requires_grad]
     found = dict(noise)
@@ -46,15 +48,12 @@ def with_flow(model: nn.Module, flow: Mapping[str, str], noise: Mapping[str, Any
 
 @contextmanager
 def frozen(model: nn.Module, flow: Mapping[str, str]) -> Iterator[None]:
-    """For a while, parameters of parts marked "frozen" want no gradient, and their modules are in evaluation mode.
-    Other threads wait for the model."""
+    """Within this context, parameters of parts marked "frozen" require no gradient, and their modules are in evaluation
+    mode. Other threads wait for the model."""
     with turn(model):
         names = [name for name, kind in flow.items() if kind == "frozen"]
-        held = [
-            q for key, q in model.named_parameters() if q.requires_grad and any(inside(key, name) for name in names)
-        ]
-        training = [(key, module) for key, module in model.named_modules() if module.training]
-        still = [module for key, module in training if any(inside(key, name) for name in names)]
+        held = [q for key, q in model.named_parameters() if q.requires_grad and named(key, names)]
+        still = [module for key, module in model.named_modules() if module.training and named(key, names)]
         try:
             for q in held:
                 q.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What one forward pass leaves at one firing site."""
+"""Records of one forward pass at one site."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,10 +17,10 @@ from ulr_snn.noise.secant import farthest, secant
 
 @dataclass
 class Trace:
-    """Of a layer that its library's code ran: its tensors of every call, as they stand in the autograd graph.
+    """The tensors, in the autograd graph, of every call of a layer that its library's code ran.
 
-    x: [B, ...] each, or one [T, B, ...]; resets: the spikes as the layer's own reset sees them, where its library asks
-    for them apart; states: what the layer carries to the next call.
+    x: [B, ...] each, or one [T, B, ...]. resets: the spikes that the layer's own reset reads, if its library reads them
+    separately. states: the state that the layer carries to the next call.
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -29,8 +29,8 @@ class Trace:
 
 
 def response_of(firing: Firing, x: Tensor, lengths: Tensor | None, over: Tensor | None) -> Tensor:
-    """What credit takes for ∂p/∂x of standardised drives [T, B, ...]: p', or secants of F over these distances [K];
-    zero on padding. lengths: steps of each row that are none, [B]."""
+    """Returns the estimate of ∂p/∂x that credit uses, for standardised drives [T, B, ...]; zero on padding. over:
+    distances [K] of the secants of F; None: it is p'. lengths: number of steps of each row, without padding, [B]."""
     law = law_of(firing)
     done = None if law is None else dispatch.slopes(x, law, torch.ones(()), lengths, over)
     if done is not None:
@@ -41,73 +41,77 @@ def response_of(firing: Firing, x: Tensor, lengths: Tensor | None, over: Tensor 
 
 @dataclass
 class Record:
-    """What one forward pass leaves at one site. All [T, B, ...]; B counts the rows of the pass (copies included)."""
+    """The record of one forward pass at one site. Sequences are [T, B, ...]; B is the number of rows, with all copies.
+
+    through: autograd handle of the total current, with undefined values; None if x depends on more learned parameters
+    than a leak.
+    """
 
     site: str
     neuron: Any  # a SpikingNeuron or an adapters.StepNeuron
-    current: Tensor | None  # None of a part of time, of which nobody asks for it
+    current: Tensor | None  # None in a time chunk, where nothing reads it
     scale: Tensor
     x: Tensor  # standardised drive, differentiable in current and parameters with the spikes held fixed
     spikes: Tensor
-    leaves: list[Tensor]  # the spikes where the path from them to the loss starts: all in one, or one a time step
+    leaves: list[Tensor]  # the spikes as autograd leaves, one for all time steps or one a time step
     firing: Firing
     mask: Tensor | None
-    fed_back: Tensor | None = None  # recurrent current, of a layer that has one; None of a part of time
-    trace: Trace | None = None  # of a layer of another library
-    through: Tensor | None = None  # of its current in the graph, no numbers; None if x has more that learns than a leak
-    over: Tensor | None = None  # standardised distances [K] of the secants that stand for p' in credit; None: p'
-    arrived: list[Tensor] = field(default_factory=list)  # its current in the graph: all in one, or one a time step
+    fed_back: Tensor | None = None  # recurrent current of a layer that has one; None in a time chunk
+    trace: Trace | None = None  # None for a layer of this package
+    through: Tensor | None = None
+    over: Tensor | None = None  # standardised distances [K] of the secants that replace p' in credit; None: p'
+    arrived: list[Tensor] = field(default_factory=list)  # the current in the graph, for all time steps or one a step
 
     @property
     def farthest(self) -> Tensor:
-        """Largest distance of a membrane to the threshold, a number; padding left out."""
+        """Largest distance of a membrane to the threshold, a scalar, without padding."""
         return farthest(self.x, self.mask) * self.scale.detach().mean()
 
     @property
     def entry(self) -> Tensor | None:
-        """Where credit of the current goes on, if x depends on nothing else that learns."""
+        """Autograd handle at which credit of the current continues; None if the neuron has learned parameters."""
         return None if self.through is None or self.neuron.beta.requires_grad else self.through
 
     @property
     def whole(self) -> bool:
-        """Whether the layer ran all time steps at once."""
+        """True if the layer ran all time steps at once."""
         return self.leaves[0].ndim == self.spikes.ndim
 
     def _on_own_steps(self, value: Tensor) -> Tensor:
         return value if self.mask is None else value * self.mask
 
     def own_steps(self) -> Tensor:
-        """[T, B] bool: which steps are no padding."""
+        """Returns [T, B] bool, which is False on padding."""
         if self.mask is None:
             return torch.ones(self.spikes.shape[:2], dtype=torch.bool, device=self.spikes.device)
         return self.mask.flatten(1).bool()
 
     def innovation(self) -> Tensor:
-        """ε = s - p."""
+        """Returns ε = s - p."""
         return self._on_own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
 
     def membrane(self) -> Tensor:
-        """u."""
+        """Returns the membrane u."""
         return self.x.detach() * self.scale + self.neuron.threshold.detach()
 
     @cached_property
     def slope(self) -> Tensor:
-        """p' = ∂p/∂x, as the formula has it."""
+        """The derivative p' = ∂p/∂x."""
         return self._on_own_steps(self.firing.slope(self.x.detach()))
 
     @cached_property
     def response(self) -> Tensor:
-        """What credit takes for ∂p/∂x: p', or secants of F."""
+        """The estimate of ∂p/∂x that credit uses: p', or secants of F."""
         return self.slope if self.over is None else response_of(self.firing, self.x.detach(), self._lengths, self.over)
 
     def response_of_membrane(self) -> Tensor:
-        """`response` per unit of membrane, anew."""
+        """Computes `response` per unit of membrane."""
         law = law_of(self.firing)
         done = None if law is None else dispatch.slopes(self.x.detach(), law, self.scale, self._lengths, self.over)
         return self.response / self.scale if done is None else done
 
     def leak_gradient(self, currents: Tensor) -> Tensor:
-        """∂L/∂beta [...], of each neuron, from g = ∂L/∂J [T, B, ...] at fixed spikes."""
+        """Returns ∂L/∂beta [...] of each neuron, from g = ∂L/∂J [T, B, ...] at fixed spikes."""
         scale, threshold = self.scale, self.neuron.threshold.detach()
         x, spikes = self.x.detach(), self.spikes.detach()
         done = dispatch.leak_gradient(currents, x, scale, threshold, spikes, self.neuron.reset)
@@ -120,7 +124,7 @@ class Record:
     def fused_credit(
         self, a: Tensor, later: Tensor, totals: bool, overwrite: bool, weight: Tensor | None
     ) -> tuple[Tensor | None, Tensor] | None:
-        """See `kernels.dispatch.credit`."""
+        """Calls `kernels.dispatch.credit` for this record; returns None if no kernel applies."""
         law, neuron = law_of(self.firing), self.neuron
         if law is None:
             return None
@@ -130,35 +134,35 @@ class Record:
 
     @property
     def _lengths(self) -> Tensor | None:
-        """Steps of each row that are no padding, [B]."""
+        """Number of steps of each row, without padding, [B]."""
         return None if self.mask is None else self.mask.sum(0).flatten()
 
     def score(self) -> Tensor:
-        """δ = ∂ log P(s) / ∂x."""
+        """Returns δ = ∂ log P(s) / ∂x."""
         return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
 
 
 @dataclass(frozen=True)
 class LinkedRecord:
-    """What a linked pass leaves at a site of another library's code. farthest: see `Record`."""
+    """The record of a linked pass at a site in another library's code. farthest: see `Record`."""
 
     site: str
     farthest: Tensor
 
 
 class Links(Protocol):
-    """What sites put between spikes and what they were drawn from, where the graph is to go through spikes."""
+    """Connections from spikes to the drives that they were drawn from, for a graph that passes through spikes."""
 
     def spikes(self, record: Record) -> Tensor:
-        """Spikes [T, B, ...] of a record in the graph behind its current."""
+        """Returns the spikes [T, B, ...] of a record, connected to its current in the graph."""
 
     def steps(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> Any:
-        """The same of a layer whose membranes come in time step by time step: see `credit.linked.StepLink`."""
+        """Returns a `credit.linked.StepLink`, which connects the spikes of a layer that runs step by step."""
 
 
 class InPlaceGuard:
-    """What layers hand to the model, which may change it in place (`spikes += x`): copies, or, of a model that is known
-    not to, the spikes themselves."""
+    """A guard of the spikes against changes in place by the model, as in `spikes += x`. copies: whether the model gets
+    copies of the spikes. A model that is known not to change them gets the spikes."""
 
     def __init__(self, copies: bool) -> None:
         self.copies = copies
@@ -171,7 +175,7 @@ class InPlaceGuard:
 
     @property
     def changed(self) -> bool:
-        """Whether the model has changed anything of it. Raises UsageError where these were no copies."""
+        """True if the model has changed a copy. Raises UsageError if it has changed the spikes themselves."""
         found = any(given._version != version for given, version in self._given)
         if found and not self.copies:
             raise UsageError(
@@ -183,15 +187,15 @@ class InPlaceGuard:
 
 @dataclass
 class CurrentRecord(Record):
-    """What a pass leaves at a site with Gaussian noise on the input current: x = J / scale [T, B, ...], noise z of the
-    same shape, and what the module gave for J + scale z in the place of spikes, [T, B, ...] of any shape. Everything
-    is as of a site that draws z: its innovation is z, its score z, and the prediction a is that of ∂L/∂z."""
+    """The record of one pass at a site with Gaussian noise on the input current. x: J / scale [T, B, ...]. z: the noise
+    in the same shape. spikes: the module's output for J + scale z, [T, B, ...] of any shape. The record is that of a
+    site that draws z: innovation and score are z, and a predicts ∂L/∂z."""
 
-    z: Tensor | None = None
+    z: Tensor = field(kw_only=True)
 
     @property
     def elementwise(self) -> bool:
-        """Whether each output depends on the current of its own place alone."""
+        """True if each output depends only on the current at its own place."""
         return self.neuron.elementwise and self.spikes.shape == self.x.shape
 
     def innovation(self) -> Tensor:
@@ -201,5 +205,4 @@ class CurrentRecord(Record):
     def slope(self) -> Tensor:
         return self._on_own_steps(torch.ones_like(self.x))
 
-    def score(self) -> Tensor:
-        return self._on_own_steps(self.z)
+    score = innovation  # for Gaussian noise both are z

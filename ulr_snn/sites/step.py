@@ -1,7 +1,6 @@
-"""The firing site of a layer that another library's code runs, in most cases one time step a call."""
+"""The firing site of a layer that another library's code runs, usually one time step a call."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +19,16 @@ from ulr_snn.sites.records import InPlaceGuard, LinkedRecord, Links, Record, Tra
 class StepSite:
     """The firing site of a layer that its own library's code runs (see `adapters.Step`).
 
-    steps: of the sequence. measured: the layer is on its first pass, and fires deterministically, so that its membranes
-    tell at which level the noise begins.
+    records: records of the pass; the site holds the place of its record until `bind` replaces it. steps: number of time
+    steps of the sequence. measured: whether the layer is in its first pass, in which it fires deterministically to
+    calibrate the scale of its noise. links: keep spikes in the graph behind their drive; None: spikes are leaves.
     """
 
     name: str
     index: int
     level: NoiseLevel
     noise: Noise | None
-    records: list[Record]
+    records: list[Any]
     neuron: StepNeuron
     steps: int
     lengths: Tensor | None
@@ -36,14 +36,14 @@ class StepSite:
     resetting: Tensor | None = None
     measured: bool = False
     calls: int = 0
-    links: Links | None = None  # that keep spikes in the graph behind their drive; else they are leaves of it
+    links: Links | None = None
     arrived: list[Tensor] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
-    _draw: Drawer | None = None
-    _link: Any = None
-    _scale: Tensor | None = None
+    _draw: Drawer = field(init=False, repr=False)  # `_start` sets this and the scale, if the layer draws
+    _scale: Tensor = field(init=False, repr=False)
     _over: Tensor | None = None
+    _link: Any = None
 
     def begin(self, current: Tensor) -> None:
         if self.calls == 0 and self.noise is not None:
@@ -51,8 +51,8 @@ class StepSite:
                 raise UsageError(f"{self.name} did not run in the first step; a layer runs in every step or in none")
             self.measured = not self.level.knows(self.name)
             if not self.measured:
-                self._start()
-            self.records.append(self)  # its place in the order of execution; `bind` puts the record there
+                self._start(self.noise)
+            self.records.append(self)
         if self.calls >= self.steps:
             raise UsageError(
                 f"{self.name} ran more than once in a time step, or over more steps than the {self.steps} of the "
@@ -61,9 +61,9 @@ class StepSite:
         if self.noise is not None and not self.measured and self._link is None:
             self.arrived.append(current)
 
-    def _start(self) -> None:
-        self._scale = self.level.scale(self.name, self.neuron.threshold, None)
-        self._draw = Drawer(self.noise, self.level.firing, self.index, self.steps, self._scale)
+    def _start(self, noise: Noise) -> None:
+        self._scale = self.level.scale(self.name, self.neuron.threshold)
+        self._draw = Drawer(noise, self.level.firing, self.index, self.steps, self._scale)
         self._over = self.level.over(self.name, self._scale)
         if self.links is not None:
             self._link = self.links.steps(self._draw, self._scale, self._over, self.lengths, self.neuron.whole)
@@ -97,7 +97,7 @@ class StepSite:
         return own_steps(spikes.to(drive.dtype), t, self.lengths, self.neuron.whole)
 
     def finish(self) -> None:
-        """Checks that the layer ran once a step. If it was measured, sets the level at which its noise begins."""
+        """Checks that the layer ran once a step. Calibrates the scale of its noise if it was measured."""
         if self.calls not in (0, self.steps):
             raise UsageError(
                 f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step"
@@ -106,15 +106,15 @@ class StepSite:
             self.measure()
 
     def measure(self) -> None:
-        """Sets the level at which the noise begins, and notes how far membranes are from the threshold."""
+        """Calibrates the scale of the noise, and stores how far membranes are from the threshold."""
         drive = self._joined(self.trace.x)
         mask = self._mask(drive)
         self.level.take({self.name: farthest(drive, mask)})
-        spread = partial(own_spread, drive + self.neuron.threshold.detach(), mask)
-        self.level.scale(self.name, self.neuron.threshold, spread)
+        threshold = self.neuron.threshold
+        self.level.scale(self.name, threshold, lambda: own_spread(drive + threshold.detach(), mask))
 
     def record(self) -> Record | LinkedRecord:
-        """The record of the pass."""
+        """Returns the record of the pass."""
         if self._link is not None:
             return self._link.seen(self.name)
         trace = self.trace
@@ -125,7 +125,7 @@ class StepSite:
         return Record(*about, trace=trace, over=self._over, arrived=self.arrived)
 
     def _joined(self, calls: list[Tensor]) -> Tensor:
-        """[T, B, ...] of what belongs to each call."""
+        """Stacks the tensors of all calls to [T, B, ...]."""
         return calls[0] if self.neuron.whole else torch.stack(calls)
 
     def _mask(self, sequence: Tensor) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""What a choice of noise costs: E|∂ log P / ∂W|², the expected squared length of one sample's score.
+"""The cost of a choice of noise: E|∂ log P / ∂W|², the expected squared length of one sample's score.
 
-A likelihood ratio's gradient is the mean of loss times score, so that at equal losses its variance goes by this, the
-trace of the Fisher information of the noise (arXiv 2305.08960 goes by dimensions): for firing noise it grows with the
-spikes that are drawn near their thresholds, for noise on n weights it is Σ n / σ².
+A likelihood ratio's gradient is the mean of loss times score. At equal losses its variance is therefore proportional to
+this cost, the trace of the Fisher information of the noise (arXiv 2305.08960 compares dimensions instead). For firing
+noise it grows with the number of neurons near their thresholds. For noise on n weights it is Σ n / σ².
 """
 
 from collections.abc import Collection, Mapping
@@ -16,12 +16,12 @@ from ulr_snn.sites.flipout import check_by_sample
 from ulr_snn.sites.records import Record
 from ulr_snn.sites.weights import named, parameters_of, scale_of
 
-SAMPLES = 8  # that the mean is taken of, at most
+SAMPLES = 8  # most samples in the mean
 BY_SAMPLE = WeightNoise(per_sample=True)
 
 
 def of_firing(record: Record, parameters: Mapping[str, nn.Parameter]) -> float:
-    """Of the site's own noise, with respect to these parameters."""
+    """Returns the cost of the site's own noise with respect to these parameters."""
     score, wanted = record.score(), list(parameters.values())
     count = min(SAMPLES, score.shape[1])
     total = 0.0
@@ -34,17 +34,17 @@ def of_firing(record: Record, parameters: Mapping[str, nn.Parameter]) -> float:
 
 
 def of_weights(noise: WeightNoise, parameters: Mapping[str, Tensor]) -> float:
-    """Of noise on these parameters."""
+    """Returns the cost of noise on these parameters."""
     return sum(q.numel() / scale_of(noise, q) ** 2 for q in parameters.values())
 
 
 def own_weights(model: nn.Module, record: Record, sources: Mapping[str, list[str]]) -> dict[str, nn.Parameter]:
-    """Trainable parameters whose gradient comes from this site alone."""
+    """Returns the trainable parameters whose gradient comes from this site alone."""
     return parameters_of(model, [name for name, found in sources.items() if found == [record.site]])
 
 
 def by_sample(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether every sample can have noise of its own on these parameters."""
+    """Returns whether noise on these parameters can differ between samples."""
     try:
         for name in parameters:
             check_by_sample(model, name)
@@ -56,8 +56,8 @@ def by_sample(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
 def calmer_weights(
     model: nn.Module, record: Record, sources: Mapping[str, list[str]], taken: Collection[str]
 ) -> list[str]:
-    """Names of the weights that a site alone trains, if noise on them, of every sample its own, is expected to vary
-    less than the site's; else none. taken: names of parameters or modules whose noise is not to be chosen."""
+    """Returns the names of the weights that only this site trains, if per-sample noise on them costs less than the
+    site's noise; otherwise none. taken: names of parameters or modules whose noise is fixed."""
     own = own_weights(model, record, sources)
     if not by_sample(model, own) or any(named(name, list(taken)) for name in own):
         return []

@@ -1,9 +1,9 @@
-"""Weight noise: a copy runs with W + σ ζ in the place of a parameter W, and the gradient is that of the score ζ / σ,
+"""Weight noise. A copy runs with W + σ ζ instead of a parameter W, and the gradient uses the score ζ / σ:
 
-    g_W = mean over copies of (L - b) ζ / σ,    L: the mean loss of the copy's batch, b: its baseline,
+    g_W = mean over copies of (L - b) ζ / σ,    L: the mean loss of the copy's batch, b: its baseline
 
-the gradient of the expected loss over ζ with σ held fixed (arXiv 2305.08960); in antithetic pairs (L⁺ - L⁻) ζ / 2σ.
-With `per_sample` every sample has noise of its own, and its own loss tells about it (flipout.py).
+This is the gradient of the expected loss over ζ at fixed σ (arXiv 2305.08960). For antithetic pairs it is
+(L⁺ - L⁻) ζ / 2σ. With `per_sample` every sample has its own noise, and its own loss is the signal (flipout.py).
 """
 
 import zlib
@@ -21,19 +21,19 @@ from ulr_snn.sites.binding import inside
 from ulr_snn.sites.flipout import Flips, check_by_sample, disturbed_by_row, flips
 
 SOURCE = "weight noise"  # in `Structure.parameters`
-FAR = 10.0  # scales by which a parameter is moved to see whether anything comes of it
+FAR = 10.0  # distance, in scales, by which a parameter is moved to test whether the outcome depends on it
 
 
 @dataclass
 class WeightSites:
-    """The parameters with weight noise, by name, and their draws: keyed by seed, step, stream of the copy, and name."""
+    """The parameters with weight noise, by name. Draws are keyed by seed, step, stream of the copy, and name."""
 
     sites: dict[str, WeightNoise]
     seed: int
     antithetic: bool
 
     def draw(self, name: str, parameter: Tensor, step: int, copy: int) -> Tensor:
-        """ζ in the shape of the parameter; of the second copy of a pair, that of the first, mirrored."""
+        """Draws ζ in the shape of the parameter. The second copy of a pair gets -ζ of the first."""
         stream, sign = (copy // 2, 1 - 2 * (copy % 2)) if self.antithetic else (copy, 1)
         generator = torch.Generator()
         generator.manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name}".encode()))
@@ -41,14 +41,14 @@ class WeightSites:
         return sign * zeta.to(parameter.device, parameter.dtype)
 
     def _flips(self, name: str, q: Tensor, step: int, copy: int, rows: int) -> Flips:
-        """Of a parameter whose samples have noise of their own: ζ, and the signs, which a pair shares."""
+        """Draws ζ and signs for a parameter with per-sample noise. The copies of a pair share the signs."""
         stream = copy // 2 if self.antithetic else copy
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step} {stream} {name} signs".encode()))
         return flips(self.draw(name, q, step, copy), rows, generator)
 
     @contextmanager
     def disturbed(self, model: nn.Module, step: int, copy: int, steps: int, rows: int) -> Iterator[None]:
-        """For a while, the model has this copy's weights, in a pass of `rows` samples over `steps` time steps."""
+        """Within this context, the model has this copy's weights, for a pass of `rows` samples over `steps` steps."""
         moved, by_row = {}, {}
         for name, q in parameters_of(model, self.sites).items():
             scale = scale_of(self.sites[name], q)
@@ -60,13 +60,13 @@ class WeightSites:
             yield
 
     def add_gradients(self, model: nn.Module, step: int, signals: Tensor) -> None:
-        """Adds to `.grad` what copies with these losses less baselines [K, B] tell."""
+        """Adds the gradients to `.grad`. signals: losses minus baselines of the copies [K, B]."""
         found = self.gradients(model, step, signals)
         for name, q in parameters_of(model, self.sites).items():
             q.grad = found[name] if q.grad is None else q.grad + found[name]
 
     def gradients(self, model: nn.Module, step: int, signals: Tensor) -> dict[str, Tensor]:
-        """The same, by parameter."""
+        """Returns the gradients by parameter. signals: losses minus baselines of the copies [K, B]."""
         gradients = {}
         for name, q in parameters_of(model, self.sites).items():
             noise, found = self.sites[name], torch.zeros_like(q)
@@ -80,12 +80,12 @@ class WeightSites:
 
 
 def parameters_of(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
-    """The parameters of these names."""
+    """Returns the parameters with these names."""
     return {name: q for name, q in model.named_parameters() if name in names}
 
 
 def scale_of(noise: WeightNoise, parameter: Tensor) -> float:
-    """σ of the parameter as it is now."""
+    """Returns σ for the parameter's current values."""
     if noise.scale is not None:
         return noise.scale
     size = parameter.detach().double().square().mean().sqrt().item()
@@ -94,24 +94,28 @@ def scale_of(noise: WeightNoise, parameter: Tensor) -> float:
 
 @contextmanager
 def replaced_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """For a while, modules have these tensors in the place of their parameters of these names, shared ones too."""
+    """Within this context, these tensors replace the parameters with these names in all modules that share them."""
     by_id = {id(q): tensors[name] for name, q in model.named_parameters() if name in tensors}
-    places = [(m, key, q) for m in model.modules() for key, q in m._parameters.items() if id(q) in by_id]
+    holders: list[dict[str, Any]] = [module._parameters for module in model.modules()]
+    places = [(holder, key, q) for holder in holders for key, q in holder.items() if id(q) in by_id]
     try:
-        for module, key, q in places:
-            module._parameters[key] = by_id[id(q)]
+        for holder, key, q in places:
+            holder[key] = by_id[id(q)]
         yield
     finally:
-        for module, key, q in places:
-            module._parameters[key] = q
+        for holder, key, q in places:
+            holder[key] = q
 
 
 def choose(
     model: nn.Module, noise: Mapping[str, Any], untrained: list[str], outcome: Callable[[], Tensor]
 ) -> dict[str, WeightNoise]:
-    """Parameters that get weight noise: those that `noise` names for it (by their own name or that of a module), and
-    those that no gradient reaches, unless it names them otherwise or nothing comes of them. outcome: what a pass gives,
-    always with the same noise."""
+    """Chooses the parameters that get weight noise.
+
+    `noise` names some of them, by their own name or a module's. The others are the `untrained` parameters, which no
+    gradient reaches, unless `noise` names them otherwise or they do not affect the outcome. outcome: runs a pass,
+    always with the same noise, and returns its result.
+    """
     trainable = {name: q for name, q in model.named_parameters() if q.requires_grad}
     found: dict[str, WeightNoise] = {}
     for key, site in noise.items():
@@ -132,18 +136,18 @@ def choose(
     return found
 
 
-def named(parameter: str, keys: list[str]) -> bool:
-    """Whether one of the keys is the name of the parameter or of a module that holds it."""
-    return any(inside(parameter, key) for key in keys)
+def named(name: str, keys: list[str]) -> bool:
+    """Returns whether one of the keys is the name of a parameter or module, or of a module that holds it."""
+    return any(inside(name, key) for key in keys)
 
 
 def check_names(model: nn.Module, noise: Mapping[str, Any]) -> None:
-    """Raises UsageError for a name in `noise` that the model does not have, or noise that does not fit it."""
+    """Raises UsageError for a name in `noise` that the model does not have, or for noise of the wrong kind."""
     modules = {name for name, _ in model.named_modules() if name}
     trainable = [name for name, q in model.named_parameters() if q.requires_grad]
     for key, site in noise.items():
         if key == "outputs" and not isinstance(site, CurrentNoise | WeightNoise):
-            continue  # the model's, whatever its modules are called
+            continue  # "outputs" means the model's outputs, even if a module has this name
         if isinstance(site, CurrentNoise) and key not in modules:
             raise UsageError(f"ULR got current noise for {key!r}, which is no module of the model; see named_modules()")
         if not isinstance(site, CurrentNoise) and not any(named(name, [key]) for name in trainable):
