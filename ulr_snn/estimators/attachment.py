@@ -1,7 +1,7 @@
 """The attachment of `ULR` and `Online`: binds the model for a step, which a `Memory` object makes."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,21 +73,23 @@ class LearnedAttachment(Attachment):
     def steps(
         self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Iterator[Estimate]:
+        known = self.structure
         with self._ready():
-            known, step = self.structure, self.prepared(x, targets, loss, lengths)
-            return self._each(step, self.memory.estimates(step), known)
+            step = self.prepared(x, targets, loss, lengths)
+            estimates = self.memory.estimates(step)
+        self.forward_passes = self.learner.forward_passes
+        if self.structure is not known:
+            self._warn(step)
+        return self._each(estimates) if self.online else iter(estimates)
 
-    def _each(self, step: Step, estimates: Iterator[Estimate], known: Structure | None) -> Iterator[Estimate]:
-        """Yields the estimates of a step. known: the structure before the step."""
+    def _each(self, estimates: Iterable[Estimate]) -> Iterator[Estimate]:
+        """Yields estimates that are made one by one, between updates of the caller."""
+        going = iter(estimates)
         while True:
             with self._ready():
-                estimate = next(estimates, None)
+                estimate = next(going, None)
             if estimate is None:
                 return
-            self.forward_passes = self.learner.forward_passes
-            if self.structure is not known:
-                known = self.structure
-                self._warn(step)
             yield estimate
 
     def _warn(self, step: Step) -> None:

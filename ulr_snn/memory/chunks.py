@@ -1,6 +1,5 @@
 """Training steps in chunks of time: when they are possible, how long a chunk is, and the step itself."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -147,10 +146,10 @@ class TimeChunks(Chunks):
     def lean(self) -> bool:
         return self.asked
 
-    def estimates(self, step: Step) -> Iterator[Estimate]:
+    def estimates(self, step: Step) -> list[Estimate]:
         first = self.first(step)
         estimate = None if first is None else self.step(step, first)
-        yield WholeSequence().step(step) if estimate is None else estimate
+        return [WholeSequence().step(step) if estimate is None else estimate]
 
     def possible(self, step: Step) -> bool:
         if step.batch.samples < 2 and step.learner.step:

@@ -1,6 +1,6 @@
 """One training step: its inputs, its passes, and the code that all `Memory` classes share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -155,8 +155,8 @@ class Memory(Protocol):
     @property
     def lean(self) -> bool: ...
 
-    def estimates(self, step: Step) -> Iterator[Estimate]:
-        """Yields the estimates of a step. Each has added to `.grad`."""
+    def estimates(self, step: Step) -> Iterable[Estimate]:
+        """Gives the estimates of a step. Each has added to `.grad`. Without `online` the step is over at once."""
         ...
 
     def describe(self, step: Step) -> str:

@@ -21,8 +21,8 @@ class WholeSequence:
     online: ClassVar[bool] = False
     lean: ClassVar[bool] = False
 
-    def estimates(self, step: Step) -> Iterator[Estimate]:
-        yield self.step(step)
+    def estimates(self, step: Step) -> list[Estimate]:
+        return [self.step(step)]
 
     def step(self, step: Step) -> Estimate:
         forward, passes = step.begin()
@@ -50,8 +50,8 @@ class CopiesInTurn:
     online: ClassVar[bool] = False
     lean: ClassVar[bool] = True
 
-    def estimates(self, step: Step) -> Iterator[Estimate]:
-        yield self.step(step)
+    def estimates(self, step: Step) -> list[Estimate]:
+        return [self.step(step)]
 
     def step(self, step: Step) -> Estimate:
         forward, seen = step.begin()

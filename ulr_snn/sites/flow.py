@@ -52,8 +52,9 @@ def frozen(model: nn.Module, flow: Mapping[str, str]) -> Iterator[None]:
     mode. Other threads wait for the model."""
     with turn(model):
         names = [name for name, kind in flow.items() if kind == "frozen"]
-        held = [q for key, q in model.named_parameters() if q.requires_grad and named(key, names)]
-        still = [module for key, module in model.named_modules() if module.training and named(key, names)]
+        parts = (model.named_parameters(), model.named_modules()) if names else ((), ())
+        held = [q for key, q in parts[0] if q.requires_grad and named(key, names)]
+        still = [module for key, module in parts[1] if module.training and named(key, names)]
         try:
             for q in held:
                 q.requires_grad_(False)
