@@ -302,6 +302,7 @@ def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
 
 
 def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> None:
+    """Raises UsageError for counts that are not positive, and for an empty loader."""
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("max_steps", max_steps)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"train got {name}={value!r}; it must be a whole number, at least 1")
@@ -310,6 +311,7 @@ def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: i
 
 
 def progress_bar(items: Iterable, label: str, shown: bool) -> Any:
+    """Returns the items under a progress bar."""
     from tqdm import tqdm
 
     return tqdm(items, label, leave=False, disable=None if shown else True)

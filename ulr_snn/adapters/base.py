@@ -110,6 +110,7 @@ class StepNeuron:
 
 
 def no(_: Any) -> bool:
+    """Returns False, for hooks that a library does not need."""
     return False
 
 

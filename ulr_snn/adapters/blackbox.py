@@ -116,6 +116,7 @@ def with_current(
 
 
 def detached(item: Any) -> Any:
+    """Returns a tensor without its graph, and anything else as it is."""
     return item.detach() if isinstance(item, Tensor) else item
 
 

@@ -24,6 +24,8 @@ COUNTERS = "compute_refractory_update"  # the function that applies `threshold` 
 
 
 class Layer(StepNeuron):
+    """A neuron of Norse whose code decides on a spike in `threshold`."""
+
     @property
     def threshold(self) -> Tensor:
         p = self.module.p
@@ -99,6 +101,7 @@ def rebound(function: FunctionType, threshold: Callable) -> FunctionType:
 
 
 def step_of(x: Tensor, method: str, alpha: float) -> Tensor:
+    """Replaces Norse's `threshold` where a spike is only counted."""
     return (x > 0).to(x.dtype)
 
 

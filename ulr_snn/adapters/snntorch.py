@@ -31,6 +31,8 @@ WHOLE = (snntorch.LeakyParallel, snntorch.StateLeaky, snntorch.LinearLeaky, snnt
 
 
 class Neuron(StepNeuron):
+    """A neuron of snnTorch that runs one time step a call."""
+
     @property
     def threshold(self) -> Tensor:
         if type(self.module) is snntorch.DeltaLeaky:
@@ -98,6 +100,8 @@ class Neuron(StepNeuron):
 
 
 class Sequence(StepNeuron):
+    """A neuron of snnTorch that runs all time steps in one call."""
+
     whole = True
 
     @property

@@ -32,6 +32,8 @@ SCANNED = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 
 
 class Node(StepNeuron):
+    """A neuron of SpikingJelly in either step mode."""
+
     strict = False
 
     @property

@@ -18,6 +18,7 @@ def pack_bits(spikes: Tensor) -> Tensor:
 
 
 def packed_by_torch(spikes: Tensor) -> Tensor:
+    """Does what `pack_bits` does, in plain torch."""
     padded = torch.nn.functional.pad(spikes.to(torch.int32), (0, -spikes.shape[-1] % WORD))
     lane = torch.arange(WORD, dtype=torch.int32, device=spikes.device)
     return (padded.unflatten(-1, (-1, WORD)) << lane).sum(-1, dtype=torch.int32)
@@ -32,5 +33,6 @@ def unpack_bits(bits: Tensor, neurons: int, dtype: torch.dtype) -> Tensor:
 
 
 def unpacked_by_torch(bits: Tensor, neurons: int, dtype: torch.dtype) -> Tensor:
+    """Does what `unpack_bits` does, in plain torch."""
     lane = torch.arange(WORD, dtype=torch.int32, device=bits.device)
     return (bits[..., None] >> lane & 1).flatten(-2)[..., :neurons].to(dtype)

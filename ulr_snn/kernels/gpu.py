@@ -15,6 +15,7 @@ def scan(
     lengths: Tensor | None,
     state: State | None,
 ) -> tuple[Tensor | None, Tensor | None, None]:
+    """Does what `dispatch.scan` does, by Triton."""
     before = None if state is None else (state.membrane, state.spikes)
     given = current, beta, threshold, reset
     if draw is None:
@@ -41,6 +42,7 @@ def credit(
     later: Tensor,
     totals: bool,
 ) -> tuple[Tensor | None, Tensor]:
+    """Does what `dispatch.credit` does, by Triton."""
     total, currents, carry = triton.reverse_filter(
         a, beta, threshold, reset, x=x, scale=scale, law=law, spikes=spikes, later=later, lengths=lengths,
         with_total=totals,
@@ -50,4 +52,5 @@ def credit(
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor:
+    """Does what `dispatch.leaky` does, by Triton."""
     return triton.leaky_filter(c, beta, reset, spikes)[0]

@@ -66,6 +66,7 @@ class LossEvaluation:
 
 
 def added(tensors: list[Tensor]) -> Tensor:
+    """Returns the sum of at least one tensor."""
     return sum(tensors[1:], tensors[0])
 
 

@@ -56,6 +56,7 @@ def affine(module: nn.Module) -> bool:
 
 
 def learns(module: nn.Module) -> bool:
+    """Returns whether a module has trainable parameters."""
     return any(q.requires_grad for q in module.parameters())
 
 

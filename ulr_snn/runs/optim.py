@@ -16,6 +16,7 @@ LR_WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
 
 
 def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimizer:
+    """Returns the optimizer that `train` was given, made, or asked to make."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
@@ -39,6 +40,7 @@ def make_scheduler(
     accumulate: int,
     max_steps: int | None,
 ) -> LRScheduler | None:
+    """Returns the learning rate schedule that `train` was asked for; None for a constant rate."""
     if scheduler is None:
         return None
     if scheduler != "cosine":
