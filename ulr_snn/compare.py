@@ -72,8 +72,8 @@ class Comparison:
 
 def compare(
     model: nn.Module,
-    loader: Iterable,
-    val_loader: Iterable,
+    loader: Iterable[Any],
+    val_loader: Iterable[Any],
     methods: Sequence[str] | Mapping[str, Any] = ("ulr", "surrogate"),
     epochs: int = 10,
     *,
@@ -158,7 +158,7 @@ def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | 
 
 
 @contextmanager
-def same_draws(loader: Iterable, seed: int) -> Iterator[None]:
+def same_draws(loader: Iterable[Any], seed: int) -> Iterator[None]:
     """Seeds torch's global generators inside the context, and restores them and the loader's generators after it."""
     on_cuda = torch.cuda.is_initialized()
     before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []

@@ -28,7 +28,7 @@ from ulr_snn.sites.binding import check_layers, spiking_layers, turn, user_modul
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     mode: str = "deterministic",
     copies: int = 1,
     estimator: Estimator | None = None,

@@ -44,10 +44,10 @@ class Result:
 
 def train(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     epochs: int = 10,
     *,
-    val_loader: Iterable | None = None,
+    val_loader: Iterable[Any] | None = None,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -106,7 +106,7 @@ class Session:
     """The state of a training run between epochs. steps: optimizer steps, or batches with `Online`."""
 
     model: nn.Module
-    loader: Iterable
+    loader: Iterable[Any]
     attached: Attachment
     optimizer: Optimizer
     schedule: LRScheduler | None
@@ -301,7 +301,7 @@ def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
     return total(outputs, output_mask(lengths, outputs))
 
 
-def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> None:
+def check_arguments(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> None:
     """Raises UsageError for counts that are not positive, and for an empty loader."""
     for name, value in (("epochs", epochs), ("accumulate", accumulate), ("max_steps", max_steps)):
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -310,7 +310,7 @@ def check_arguments(loader: Iterable, epochs: int, accumulate: int, max_steps: i
         raise UsageError("the loader is empty; give it at least one batch")
 
 
-def progress_bar(items: Iterable, label: str, shown: bool) -> Any:
+def progress_bar(items: Iterable[Any], label: str, shown: bool) -> Any:
     """Returns the items under a progress bar."""
     from tqdm import tqdm
 

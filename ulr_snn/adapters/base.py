@@ -126,7 +126,7 @@ class Adapter:
     """
 
     adapt: Callable[[nn.Module], StepNeuron | str | None]
-    fresh_state: Callable[[nn.Module], AbstractContextManager] = nullcontext
+    fresh_state: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     couples: Callable[[nn.Module], bool] = no
     carries_state: Callable[[nn.Module], bool] = no
     per_row: Callable[[nn.Module], bool] = no

@@ -49,7 +49,7 @@ class Layer(StepNeuron):
         return {"activation": activation, "activation_sparse": None}
 
 
-def written_out(function: Callable, p: Any, fire: Callable[[Tensor], Tensor]) -> Callable | None:
+def written_out(function: Callable[..., Any], p: Any, fire: Callable[[Tensor], Tensor]) -> Callable[..., Any] | None:
     """Returns a faster equivalent of Norse's LIF step functions, with half of the operations. None for other functions,
     and for neurons that leak or reset to a value other than zero."""
     rests = [torch.as_tensor(getattr(p, name, 1.0)) for name in ("v_leak", "v_reset")]
@@ -73,7 +73,7 @@ def written_out(function: Callable, p: Any, fire: Callable[[Tensor], Tensor]) ->
     return feed_forward if function is lif_feed_forward_step else recurrent
 
 
-def thresholds(function: Callable) -> bool:
+def thresholds(function: Callable[..., Any]) -> bool:
     """Returns whether a step function, or a function that it calls, calls `threshold`."""
     return isinstance(function, FunctionType) and (
         "threshold" in function.__code__.co_names or any(thresholds(called) for called in calls(function).values())
@@ -90,7 +90,7 @@ def calls(function: FunctionType) -> dict[str, FunctionType]:
     }
 
 
-def rebound(function: FunctionType, threshold: Callable) -> FunctionType:
+def rebound(function: FunctionType, threshold: Callable[..., Any]) -> FunctionType:
     """Returns the same function with another `threshold`, also in the functions that it calls."""
     here = step_of if function.__name__ == COUNTERS else threshold
     names = {name: rebound(f, threshold) for name, f in calls(function).items() if thresholds(f)}

@@ -26,7 +26,7 @@ class Splits:
 
 
 def cached(
-    cache_dir: str | os.PathLike | None, name: str, key: str, fingerprint: str, build: Callable[[], Splits]
+    cache_dir: str | os.PathLike[str] | None, name: str, key: str, fingerprint: str, build: Callable[[], Splits]
 ) -> Splits:
     """Returns the result of `build`, from the cache if the cached file is current.
 

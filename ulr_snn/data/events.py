@@ -15,7 +15,7 @@ from ulr_snn.errors import UsageError
 Collated = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
-class EventDataset(Dataset):
+class EventDataset(Dataset[Any]):
     """Binned recordings with labels. Item i is `(x, y)`, x uint8 `[T, *sample_shape]`, y an int.
 
     sample_shape: shape of one time step, such as (2, 34, 34) or (128,).
@@ -100,7 +100,7 @@ class EventDataset(Dataset):
         return part
 
 
-class EventBatch(Sequence):
+class EventBatch(Sequence[Any]):
     """A batch that a DataLoader fetches. `collate` makes it dense in one scatter; for other collate functions it is a
     sequence of `(x, y)` items."""
 
@@ -147,7 +147,7 @@ def _pad(recordings: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor, T
 
 
 def loader(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     batch_size: int = 64,
     shuffle: bool = False,
     seed: int = 0,
@@ -155,7 +155,7 @@ def loader(
     num_workers: int = 0,
     sparse: bool = False,
     pin_memory: bool | None = None,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """Returns a DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
     With `shuffle=True` every epoch has another order. num_workers: number of processes that fetch batches ahead.

@@ -29,17 +29,17 @@ class Entry:
 
     span_us: int  # time that bins cover by default, in microseconds
     bin_us: int  # default width of the bins, in microseconds
-    find: Callable[[str | os.PathLike | None], Source]  # finds the data set for a root folder
+    find: Callable[[str | os.PathLike[str] | None], Source]  # finds the data set for a root folder
 
 
 def load(
     name: str,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     *,
     time_bins: TimeBins | None = None,
     bin_us: int | None = None,
     binary: bool = False,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[EventDataset, EventDataset]:
     """Returns the training and the test recordings of a data set, binned in fixed windows, as `(train, test)`.
 
@@ -68,7 +68,7 @@ def load(
     return EventDataset(splits.train, *about), EventDataset(splits.test, *about)
 
 
-def _digits(root: str | os.PathLike | None) -> Source:
+def _digits(root: str | os.PathLike[str] | None) -> Source:
     if root is not None:
         raise UsageError("digits are made, not read from a folder; leave root= out (cache_dir= is their folder).")
 
@@ -79,7 +79,7 @@ def _digits(root: str | os.PathLike | None) -> Source:
     return Source("", f"simulation {digits.SIMULATION}", build)
 
 
-def _nmnist(root: str | os.PathLike | None) -> Source:
+def _nmnist(root: str | os.PathLike[str] | None) -> Source:
     folder = _folder(root, "NMNIST", "saccade-mnist", "Train")
     files = {split: tonic.nmnist_files(folder, split) for split in ("train", "test")}
 
@@ -90,7 +90,7 @@ def _nmnist(root: str | os.PathLike | None) -> Source:
     return Source(str(folder), tonic.fingerprint(files["train"] + files["test"]), build)
 
 
-def _shd(root: str | os.PathLike | None) -> Source:
+def _shd(root: str | os.PathLike[str] | None) -> Source:
     folder = _folder(root, "SHD", "spoken-digits", "shd_train.h5")
     files = tonic.shd_files(folder)
 
@@ -102,7 +102,7 @@ def _shd(root: str | os.PathLike | None) -> Source:
     return Source(str(folder), tonic.fingerprint(list(files.values())), build)
 
 
-def _folder(root: str | os.PathLike | None, name: str, simulated: str, mark: str) -> Path:
+def _folder(root: str | os.PathLike[str] | None, name: str, simulated: str, mark: str) -> Path:
     """Returns the folder `name` with the entry `mark`: in `root`, in its folder `simulated`, or `root` itself."""
     root = root or os.environ.get("ULR_SNN_DATA")
     if not root:

@@ -12,6 +12,7 @@ J is the input current, plus the recurrent current where a layer has one.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,9 @@ class _LeakyDrive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, current, beta, threshold, spikes, x, reset, scale):
+    def forward(
+        ctx: Any, current: Any, beta: Any, threshold: Any, spikes: Any, x: Any, reset: str, scale: Any
+    ) -> Tensor:
         if x is None:
             fire = lambda t, drive: torch.zeros_like(drive) if spikes is None else spikes[t]  # noqa: E731
             _, x, _ = scan(current, beta, threshold, reset, fire)
@@ -85,7 +88,7 @@ class _LeakyDrive(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, credit):
+    def backward(ctx: Any, credit: Any) -> tuple[Any, ...]:
         beta, threshold, spikes, x, scale = ctx.saved_tensors
         credit = credit if scale is None else credit / scale
         g = leaky_filter(credit, spikes, beta, ctx.reset)

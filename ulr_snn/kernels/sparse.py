@@ -112,13 +112,13 @@ class _Linear(torch.autograd.Function):
     """x W^T + b for events in rows. x: the events as a tensor, or None."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows):
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, rows: Any) -> Tensor:
         ctx.save_for_backward(x, None if x is None else weight)  # a weight that is not saved may change in place
         ctx.rows = rows
         return gathered(rows, weight, bias)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
         (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, wanted(ctx)
         again = torch.is_grad_enabled() and x is not None  # the gradient has to be differentiable
         d_weight = None if not of_weight else g.T @ x if again else ctx.rows.product(g)
@@ -225,7 +225,7 @@ class _Convolution(torch.autograd.Function):
     """Convolution of events, [n, outputs, ...], with a gradient only for weight and bias."""
 
     @staticmethod
-    def forward(ctx, weight, bias, rows, patches):
+    def forward(ctx: Any, weight: Any, bias: Any, rows: Any, patches: Any) -> Tensor:
         ctx.rows, ctx.patches = rows, patches
         n, outputs, (high, across) = len(rows.starts) - 1, len(weight), (patches.high, patches.across)
         out = empty(n, outputs, high.outputs, across.outputs)
@@ -240,7 +240,7 @@ class _Convolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
         rows, patches = ctx.rows, ctx.patches
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:

@@ -43,7 +43,8 @@ class Events(Tensor):
                 return cls(frames, dtype, {width: rows})
         return frames.to(dtype)
 
-    def __repr__(self, *, tensor_contents=None):  # the default fails for a tensor without storage
+    # The default fails for a tensor without storage; torch leaves it untyped.
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Events({tuple(self.shape)}, {self.dtype})"
 
     def rows(self, width: int) -> Rows:
@@ -63,7 +64,11 @@ class Events(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        named: dict[str, Any] | None = None,
     ) -> Any:
         named = named or {}
         with torch._C.DisableTorchFunctionSubclass():
@@ -109,7 +114,9 @@ class Events(Tensor):
         return convolution(frame, self.rows(frame.numel()), weight, bias, *options, **named)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the disabled one
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*map(_dense, args), **{name: _dense(item) for name, item in (kwargs or {}).items()})
 
 

@@ -98,7 +98,9 @@ class _SurrogateScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, current, beta, threshold, recurrent, neuron, peer, mask):
+    def forward(
+        ctx: Any, current: Any, beta: Any, threshold: Any, recurrent: Any, neuron: LIF, peer: Any, mask: Any
+    ) -> Tensor:
         fire = peer.fire if mask is None else lambda t, drive: peer.fire(t, drive) * mask[t]
         spikes, drive, _ = neuron.run(current, fire)
         ctx.save_for_backward(beta, threshold, recurrent, spikes, drive, mask)
@@ -106,7 +108,7 @@ class _SurrogateScan(torch.autograd.Function):
         return spikes
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:
         beta, threshold, recurrent, spikes, drive, mask = ctx.saved_tensors
         slope = ctx.peer.derivative(drive)
         if mask is not None:

@@ -35,7 +35,7 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
 def make_scheduler(
     optimizer: Optimizer,
     scheduler: Any,
-    loader: Iterable,
+    loader: Iterable[Any],
     epochs: int,
     accumulate: int,
     max_steps: int | None,
@@ -67,7 +67,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def loader_length(loader: Iterable) -> int | None:
+def loader_length(loader: Iterable[Any]) -> int | None:
     """Returns the number of batches in an epoch; None for a loader without a length, such as a generator."""
     try:
         return len(loader)  # type: ignore[arg-type]  # a loader may have no length
@@ -75,7 +75,7 @@ def loader_length(loader: Iterable) -> int | None:
         return None
 
 
-def total_steps(loader: Iterable, epochs: int, accumulate: int, max_steps: int | None) -> int | None:
+def total_steps(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> int | None:
     """Returns the number of optimizer steps of the run; None if neither the loader nor `max_steps` tells."""
     batches = loader_length(loader)
     if batches is None:
