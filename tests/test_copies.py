@@ -20,6 +20,8 @@ from ulr_snn import (
     WeightNoise,
     attach,
 )
+from ulr_snn.credit.feedback import FeedbackLimits
+from ulr_snn.credit.kinds import Feedback, Residual
 from ulr_snn.estimators.step_sizes import StepSizes
 from ulr_snn.model.forward import Forward
 from ulr_snn.sampling.adaptive import CopyBudget
@@ -38,15 +40,16 @@ from ulr_snn.sampling.adaptive import CopyBudget
         ("residual", 5, False),
     ],
 )
-def test_every_number_of_copies(credit: str, copies: int, antithetic: bool, monkeypatch, device) -> None:
-    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", 50)  # too wide for its recurrent current
+def test_every_number_of_copies(credit: str, copies: int, antithetic: bool, device) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), ulr_snn.RecurrentLIF(8), nn.Linear(8, 6), ulr_snn.LIF(), nn.Linear(6, 3))
     model.to(device)
     x = (torch.rand(7, 10, 5, device=device) < 0.5).float()
     y = torch.randint(0, 3, (10,), device=device)
     options = {"maps": "learned", "antithetic": antithetic, "firing": ulr_snn.Logistic(0.3)}
-    estimator = ulr_snn.ULR(credit=credit, copies=copies, **options)
+    limits = FeedbackLimits(entries=50)  # the first layer is too wide for its recurrent current
+    kinds = {"global": Global(), "feedback": Feedback(limits=limits), "residual": Residual(limits=limits)}
+    estimator = ulr_snn.ULR(credit=kinds[credit], copies=copies, **options)
     with ulr_snn.attach(model, estimator) as ulr:
         for _ in range(3):
             estimate = ulr.backward(x, y)
@@ -67,11 +70,11 @@ def halves_of(groups: int, generator: torch.Generator, mean: Tensor) -> list[tup
 
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
-def test_variance_and_power_are_those_of_the_estimator(groups: int, monkeypatch):
+def test_variance_and_power_are_those_of_the_estimator(groups: int):
     """Of L = w · S the mean is w; trace(cov) from many draws."""
-    monkeypatch.setattr(ulr_snn.sampling.adaptive, "WINDOW", 10**9)
     generator, mean = torch.Generator().manual_seed(groups), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     budget = Adaptive(least=2, antithetic=False).counter()
+    budget.window = 10**9
     gradients = []
     for _ in range(40000):
         halves = halves_of(groups, generator, mean)
@@ -84,9 +87,9 @@ def test_variance_and_power_are_those_of_the_estimator(groups: int, monkeypatch)
     assert budget.variances[None] == pytest.approx(covariance, rel=0.05)
 
 
-def test_copies_bring_the_variance_down_to_what_is_asked(monkeypatch):
-    monkeypatch.setattr(ulr_snn.sampling.adaptive, "WINDOW", 10**9)
+def test_copies_bring_the_variance_down_to_what_is_asked():
     budget = Adaptive(variance=0.5, least=4, most=64).counter()
+    budget.window = 10**9
     assert budget.copies() == 4
     for variance, power, copies in ((1.0, 1.0, 4), (4.0, 1.0, 16), (7.9, 1.0, 32), (100.0, 1.0, 64), (1.0, -0.1, 64)):
         budget.variances, budget.powers, budget.measured = {None: variance}, {None: power}, {None: 1}

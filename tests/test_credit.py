@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import ulr_snn.credit.structure
 from tests.cases import make
 from tests.helpers import batches, net, train
 from ulr_snn import LIF, ULR, attach, evaluate, plan
-from ulr_snn.credit import feedback
-from ulr_snn.credit.kinds import Feedback
+from ulr_snn.credit.feedback import FeedbackLimits
+from ulr_snn.credit.kinds import Auto, Feedback
 from ulr_snn.credit.recurrence import Recurrence
 
 
@@ -86,25 +85,19 @@ def test_credit_of_the_input_current(reset, device):
 # -- wide layers -------------------------------------------------------------------------------------------
 
 
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pair of layers is too wide for a matrix between the two."""
-    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", 1)
-
-
-def projected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pair of layers is too wide for credit of every time step by itself."""
-    monkeypatch.setattr(feedback, "EXACT_IN_TIME", 0)
-
-
-PATHS = {"small": lambda monkeypatch: None, "projected": projected, "wide": wide}
+PATHS = {
+    "small": FeedbackLimits(),
+    "projected": FeedbackLimits(exact_in_time=0),  # too wide for credit of every time step by itself
+    "wide": FeedbackLimits(entries=1),  # too wide for a matrix between the two
+}
 each_path = pytest.mark.parametrize("name", PATHS)
 
 
 @each_path
-def test_where_the_feedback_between_two_layers_comes_from(name, monkeypatch):
-    PATHS[name](monkeypatch)
+def test_where_the_feedback_between_two_layers_comes_from(name):
     model, batch = net(), batches()[0]
-    with attach(model, ULR(maps="learned")) as ulr:
+    estimator = ULR(credit=Auto(limits=PATHS[name]), maps="learned")
+    with attach(model, estimator) as ulr:
         ulr.backward(*batch)
         learned = ulr.state_dict()["feedback"]
         feeds = {site: list(paths) for site, paths in ulr.structure.feeds.items()}
@@ -112,19 +105,20 @@ def test_where_the_feedback_between_two_layers_comes_from(name, monkeypatch):
         assert ulr.structure.from_outputs == (["1"] if name == "wide" else [])
     assert set(learned["layers"]) == (set() if name == "wide" else {"1 -> 3"})
     assert set(learned["outputs"]) == ({"1"} if name == "wide" else set())
-    credit = {site: text for site, _, text in plan(model, batch, ULR(maps="learned")).sites}
+    credit = {site: text for site, _, text in plan(model, batch, estimator).sites}
     assert ("from the outputs" in credit["1"]) == (name == "wide")
     assert ("from layer 3" in credit["1"]) == (name != "wide")
 
 
 @pytest.mark.slow
 @each_path
-def test_every_kind_of_feedback_learns(name, monkeypatch, device):
-    PATHS[name](monkeypatch)
+def test_every_kind_of_feedback_learns(name, device):
     model, validation = net(), batches(64, seed=1)
     before = model[0].weight.detach().clone()
     settings = {"epochs": 8, "lr": 0.02, "val_loader": validation, "device": device}
-    result = train(model, estimator=ULR(credit=Feedback(time_functions=2), maps="learned"), **settings)
+    result = train(
+        model, estimator=ULR(credit=Feedback(time_functions=2, limits=PATHS[name]), maps="learned"), **settings
+    )
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
     assert evaluate(model, validation, device=device)["accuracy"] > 0.95
     assert (model[0].weight.detach().cpu() - before).norm() > 0.05 * before.norm()
@@ -133,12 +127,12 @@ def test_every_kind_of_feedback_learns(name, monkeypatch, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["two layers", "two layers zero", "convolution", "attention"])
 @pytest.mark.parametrize("name", ["projected", "wide"])
-def test_bias_of_feedback_between_wide_layers_is_bounded(name, case, monkeypatch, device):
-    PATHS[name](monkeypatch)
+def test_bias_of_feedback_between_wide_layers_is_bounded(name, case, device):
     case_ = make(case)
     exact = case_.exact()
     case_.to(device)
-    estimator = ULR(credit=Feedback(refresh=1), maps="learned", firing=dataclasses.replace(case_.firing, secants=0))
+    firing = dataclasses.replace(case_.firing, secants=0)
+    estimator = ULR(credit=Feedback(refresh=1, limits=PATHS[name]), maps="learned", firing=firing)
     draws = case_.draws(estimator, 2048, 40, warm_up=60).cpu()
     first = slice(0, case_.model[0].weight.numel() if case != "convolution" else case_.model[0][0].weight.numel())
     for what, part in (("all", slice(None)), ("first layer", first)):

@@ -15,12 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ulr_snn.credit.prediction
-import ulr_snn.credit.structure
 from tests.cases import CASES, NO_GRADIENT, dense, linear, make, wrong_formula
 from tests.statistics import compare_means, gradient_draws
 from ulr_snn import LIF, ULR, Gaussian, Logistic, RecurrentLIF, TimeAverage, attach
 from ulr_snn.credit import feedback
+from ulr_snn.credit.feedback import FeedbackLimits
 from ulr_snn.credit.kinds import Feedback, Residual
 from ulr_snn.noise.firing import Firing
 from ulr_snn.noise.level import LEVELS
@@ -397,8 +396,7 @@ def test_same_noise_agrees_with_the_formula_by_hand(reset, recurrent, configurat
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feed-forward", "recurrent"])
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 def test_credit_between_wide_layers_is_projected_on_functions_of_time(reset, recurrent, credit, monkeypatch, device):
-    monkeypatch.setattr(feedback, "EXACT_IN_TIME", 0)
-    kind = Feedback(time_functions=2) if credit == "feedback" else Residual(time_functions=2)
+    kind = (Feedback if credit == "feedback" else Residual)(time_functions=2, limits=FeedbackLimits(exact_in_time=0))
     estimator = ULR(credit=kind, maps="learned", firing=Logistic(0.4))
     wrong = "the other resolution in time"
     right, far = agreement(net(reset, recurrent), estimator, wrong, device, projected=True)
@@ -471,12 +469,11 @@ def step_along(moved: Tensor, direction: Tensor) -> tuple[float, float]:
 def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, monkeypatch, device):
     """B += α mean z (Δo - direct effect of the responses - B^T of the responses of all layers)^T / v."""
     functions, batch = 3, 5
-    monkeypatch.setattr(
-        ulr_snn.credit.structure, "ENTRIES", 15
-    )  # the first layer is too wide for its recurrent weights
     model = net(reset, True, (4, 3))
     reference = copy.deepcopy(model)
-    estimator = ULR(credit=Feedback(time_functions=functions), maps="learned", firing=Logistic(0.4))
+    limits = FeedbackLimits(entries=15)  # the first layer is too wide for its recurrent weights
+    kind = Feedback(time_functions=functions, limits=limits)
+    estimator = ULR(credit=kind, maps="learned", firing=Logistic(0.4))
     x = torch.rand(STEPS, batch, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 1.5
     before, after, pair = refreshed(model, estimator, x, torch.tensor([0, 2, 1, 1, 0]), device)
     q, layers, weight = waves(functions, STEPS), layers_of(reference), reference[-1].weight.detach()
@@ -596,13 +593,12 @@ def test_bias_of_feedback_is_bounded(name, maps, device):
 def test_feedback_counts_no_path_twice(seed, entries, monkeypatch, device):
     """The first of two recurrent layers acts by its own recurrent weights and by the second layer: the gradients
     of its own parameters, which are small beside those of the readout, are those of both, each once."""
-    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", entries)
     torch.manual_seed(seed)
     case = CASES["two recurrent layers"]()
     exact = case.exact()
     case.to(device)
     firing = dataclasses.replace(case.firing, secants=0)
-    estimator = ULR(credit=Feedback(refresh=1), maps="learned", firing=firing)
+    estimator = ULR(credit=Feedback(refresh=1, limits=FeedbackLimits(entries=entries)), maps="learned", firing=firing)
     mean = case.draws(estimator, 2048, 40, warm_up=60).cpu().mean(0)
     first = slice(0, sum(p.numel() for module in case.model[:2] for p in module.parameters()))
     cosine = float(torch.nn.functional.cosine_similarity(mean[first], exact[first], dim=0))

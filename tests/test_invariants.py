@@ -10,43 +10,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ulr_snn.credit.map_learning
-import ulr_snn.credit.prediction
-import ulr_snn.credit.structure
 from tests.helpers import errors
 from tests.statistics import compare_means
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
-from ulr_snn.credit.kinds import Auto, Feedback
+from ulr_snn.credit.feedback import FeedbackLimits
+from ulr_snn.credit.kinds import Auto, Feedback, Residual
 from ulr_snn.model.graph import leaves
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import bind
 
 STEPS, BATCH, PIXELS, CLASSES = 7, 6, 5, 3
-WARM_UP = ulr_snn.credit.map_learning.WARM_UP
+# Feedback shows both kinds of its steps within three: pairs that refresh it, and single passes. All kinds of it are at
+# work in `dense`, whose first layer is too wide for learning from its recurrent current.
+LIMITS = FeedbackLimits(entries=80, warm_up=1)
 CREDITS = [
     ULR(credit="global", copies=4),
     ULR(credit="global", copies=2, antithetic=False),
-    ULR(credit=Feedback(refresh=2), maps="learned"),
-    ULR(credit="feedback", maps="learned", copies=4),
-    ULR(credit="residual", maps="learned", copies=4),
-    ULR(credit="feedback"),
-    ULR(credit="residual", copies=4),
+    ULR(credit=Feedback(refresh=2, limits=LIMITS), maps="learned"),
+    ULR(credit=Feedback(limits=LIMITS), maps="learned", copies=4),
+    ULR(credit=Residual(limits=LIMITS), maps="learned", copies=4),
+    ULR(credit=Feedback(limits=LIMITS)),
+    ULR(credit=Residual(limits=LIMITS), copies=4),
 ]
 NAMES = ["global-4", "global-2-independent", "feedback", "feedback-4", "residual", "exact", "exact-residual"]
 each_credit = pytest.mark.parametrize("estimator", CREDITS, ids=NAMES)
-
-
-def set_warm_up(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    monkeypatch.setattr(ulr_snn.credit.map_learning, "WARM_UP", steps)
-
-
-@pytest.fixture(autouse=True)
-def short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Feedback shows both kinds of its steps within three: pairs that refresh it, and single passes. All kinds of
-    it are at work in `dense`, whose first layer is too wide for learning from its recurrent current."""
-    set_warm_up(monkeypatch, 1)
-    monkeypatch.setattr(ulr_snn.credit.structure, "ENTRIES", 80)
 
 
 def dense(seed: int = 0) -> nn.Sequential:
@@ -319,11 +307,12 @@ def test_backward_adds_to_gradients_and_counts_its_passes():
     torch.testing.assert_close(estimate.loss, torch.stack(losses).mean(0))
 
 
-@pytest.mark.parametrize("warm_up", [1, WARM_UP, 10])
-def test_the_usual_step_of_feedback_is_one_forward_pass(warm_up, monkeypatch):
-    set_warm_up(monkeypatch, warm_up)
+@pytest.mark.parametrize("warm_up", [1, FeedbackLimits().warm_up, 10])
+def test_the_usual_step_of_feedback_is_one_forward_pass(warm_up):
     model, (x, y) = dense(), data()
-    with attach(model, ULR(credit=Auto(refresh=4), maps="learned")) as ulr:
+    with attach(
+        model, ULR(credit=Auto(refresh=4, limits=FeedbackLimits(entries=80, warm_up=warm_up)), maps="learned")
+    ) as ulr:
         copies = [ulr.backward(x, y).stats["copies"] for _ in range(17)]
     assert copies == [2] * warm_up + [2 if step % 4 == 0 else 1 for step in range(warm_up, 17)]
     assert ulr.forward_passes == (sum(copies) + 1) * BATCH  # one to see what depends on the events

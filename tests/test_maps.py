@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, attach, plan
-from ulr_snn.credit.feedback import LearnedFeedback, Pace, best_length, ridge_solution
+from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, Pace, best_length, ridge_solution
+from ulr_snn.credit.kinds import Auto
 from ulr_snn.credit.maps import Full, Shared, window
 
 LOCAL = {
@@ -252,7 +252,7 @@ def test_a_map_that_differs_from_place_to_place_gets_a_full_matrix(device):
         torch.testing.assert_close(resumed.learner.feedback.layers["3 -> 5"], learned, rtol=0, atol=0.2)
 
 
-def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch):
+def test_a_state_is_taken_by_an_attachment_that_has_stepped(device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 60), nn.Unflatten(2, (2, 5, 6)), LIF(), Gains(), LIF(), nn.Flatten(2))
     model = nn.Sequential(*model, TimeAverage(), nn.Linear(60, 3)).to(device)
@@ -261,10 +261,8 @@ def test_a_state_is_taken_by_an_attachment_that_has_stepped(device, monkeypatch)
         for _ in range(4):
             ulr.backward(x, y)
         state = ulr.state_dict()
-    monkeypatch.setattr(
-        ulr_snn.credit.map_learning, "UNEXPLAINED", 2.0
-    )  # no regression finds out that it is not shared
-    with attach(model, ULR(maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
+    credit = Auto(limits=FeedbackLimits(unexplained=2.0))  # nothing finds out that it is not shared
+    with attach(model, ULR(credit=credit, maps="learned", firing=Logistic(0.5)), seed=1) as ulr:
         ulr.backward(x, y)
         assert isinstance(ulr.structure.feeds["2"]["4"], Shared)
         ulr.load_state_dict(state)

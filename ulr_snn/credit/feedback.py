@@ -28,15 +28,30 @@ from ulr_snn.credit.maps import Path
 from ulr_snn.credit.response import learned
 from ulr_snn.kernels.precision import widened
 
-PRODUCTS = 1 << 27  # multiply-adds that a step may spend on learning the feedback between two layers
-RICH = 16  # factor on `PRODUCTS` while the feedback is unknown and more rows help
 RIDGE = 1e-3  # ridge, as a share of the mean eigenvalue
-UNEXPLAINED = 0.5  # share of a current's variance: if more is unexplained, positions do not share one kernel
-EXACT_IN_TIME = 1 << 30  # multiply-adds up to which credit between layers is computed for every time step
 STALE = 0.01  # share of a current's variance: if C leaves more unexplained, it is learned at every step
 HELPED = 0.8  # a regression has helped if the unexplained variance falls below this share of its old value
 SELDOM = 8  # largest number of steps between two regressions
-ENTRIES = 1 << 23  # entries of the largest matrix between two layers; beyond it, feedback comes from the outputs
+
+
+@dataclass(frozen=True)
+class FeedbackLimits:
+    """Sizes at which learned feedback becomes coarser, and effort that goes into learning it.
+
+    entries: entries of the largest matrix between two layers; beyond it, feedback comes from the outputs.
+    exact_in_time: multiply-adds up to which credit between layers is computed for every time step.
+    products: multiply-adds that a step may spend on learning the feedback between two layers.
+    rich: factor on `products` while the feedback is unknown and more rows help.
+    unexplained: share of a current's variance; if more is unexplained, positions do not share one kernel.
+    warm_up: number of first steps that all refresh the feedback that needs pairs, because it starts from zero.
+    """
+
+    entries: int = 1 << 23
+    exact_in_time: int = 1 << 30
+    products: int = 1 << 27
+    rich: int = 16
+    unexplained: float = 0.5
+    warm_up: int = 8
 
 
 Apply = Callable[[Tensor, Tensor], Tensor]
@@ -91,8 +106,8 @@ class LearnedFeedback:
     well below the stable bound for the rows at hand, 2 / largest eigenvalue.
     """
 
-    def __init__(self, functions: int, rate: float) -> None:
-        self.functions, self.rate = functions, rate
+    def __init__(self, functions: int, rate: float, limits: FeedbackLimits = FeedbackLimits()) -> None:
+        self.functions, self.rate, self.limits = functions, rate, limits
         self.outputs: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
         self.responses: dict[str, tuple[Tensor, int]] = {}
@@ -123,7 +138,7 @@ class LearnedFeedback:
         weight = self.weight(name, path)
         if weight is None:
             return None
-        if path.products * sequence.shape[0] * sequence.shape[1] > EXACT_IN_TIME:
+        if path.products * sequence.shape[0] * sequence.shape[1] > self.limits.exact_in_time:
             basis = time_basis(self.functions, len(sequence), sequence)
             projected = self.project(sequence) / len(sequence)
             there = apply(weight, projected.flatten(0, 1)).unflatten(0, projected.shape[:2])

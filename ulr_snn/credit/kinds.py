@@ -8,10 +8,11 @@ Residual   1   the same, from independent copies                    unbiased, a 
 λ and a are those of credit/formula.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from ulr_snn.credit.base import NOTHING, Credit
+from ulr_snn.credit.feedback import FeedbackLimits
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.errors import UsageError
 from ulr_snn.model.passes import Group, Pass
@@ -79,11 +80,13 @@ class Learned(CreditKind):
         single pass: from the outputs, and into layers that depend on the events without passing spikes.
     time_functions: number of smooth functions of time in the learned feedback; 1: constant in time.
     rate: bound of the feedback's step, in units of samples / (neurons * functions).
+    limits: see `FeedbackLimits`.
     """
 
     refresh: int = 4
     time_functions: int = 8
     rate: float = 0.1
+    limits: FeedbackLimits = field(default_factory=FeedbackLimits)
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
@@ -106,7 +109,7 @@ class Auto(Learned):
 
     def chosen(self, differentiable: bool) -> "Feedback | Global":
         """Returns the kind for a loss that is, or is not, differentiable in the outputs."""
-        return Feedback(self.refresh, self.time_functions, self.rate) if differentiable else Global()
+        return Feedback(self.refresh, self.time_functions, self.rate, self.limits) if differentiable else Global()
 
 
 @dataclass(frozen=True)

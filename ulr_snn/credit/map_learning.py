@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulr_snn.credit.feedback import ENTRIES, PRODUCTS, RICH, UNEXPLAINED, LearnedFeedback, Pace, edge
+from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, Pace, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.structure import Structure
 from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.neurons import shaped
-
-WARM_UP = 8  # number of first steps that all refresh the feedback that needs pairs, because it starts from zero
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,13 @@ class MapLearning:
     structure: Structure  # of the last `take`
 
     def __init__(self, feedback: LearnedFeedback, seed: int) -> None:
-        self.feedback, self.seed = feedback, seed
+        self.feedback, self.seed, self.limits = feedback, seed, feedback.limits
 
     def take(self, structure: Structure) -> None:
         """Takes the structure that a first pass shows. Paths are unshared where their known C is."""
         self.structure = structure
         for source, paths in structure.feeds.items():
-            full = {target: path.unshared(ENTRIES) for target, path in paths.items()}
+            full = {target: path.unshared(self.limits.entries) for target, path in paths.items()}
             known = {t: path for t, path in full.items() if self.feedback.weight(edge(source, t), path) is not None}
             paths.update(known)
 
@@ -65,7 +63,7 @@ class MapLearning:
     def wants_pairs(self, step: int, every: int) -> bool:
         """Returns whether a step learns from pairs of copies. It does in the first steps, and then every `every` steps,
         if feedback that needs pairs is due."""
-        if step >= WARM_UP and step % every:
+        if step >= self.limits.warm_up and step % every:
             return False
         due = (self._due(target, self._paths(target), step) for target in self.structure.paired)
         return bool(self.structure.from_outputs) or any(due)
@@ -90,9 +88,9 @@ class MapLearning:
         spikes = {edge(name, regression.target): rows for name, rows in spikes.items()}
         before, after = self.feedback.refresh_layer(named, spikes, current)
         self._pace(regression.target, regression.before).see(before, after, regression.step)
-        if after > UNEXPLAINED and not regression.before:  # shared weights cannot fit weights that differ
+        if after > self.limits.unexplained and not regression.before:  # shared weights cannot fit weights that differ
             for name, path in regression.paths.items():
-                full = path.unshared(ENTRIES)
+                full = path.unshared(self.limits.entries)
                 if full != path:
                     self.structure.feeds[name][regression.target] = full
                     self.feedback.paces[regression.target] = Pace()  # that matrix is unknown yet
@@ -100,7 +98,7 @@ class MapLearning:
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, rich: bool) -> tuple[Tensor, Tensor]:
         """Returns random rows (t, b) without padding, as many as a step can afford. Rows of a sample are adjacent."""
         size, generator = int(valid.sum()), torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        count = min([size, *(affordable_rows(path, rich) for path in paths.values())])
+        count = min([size, *(affordable_rows(path, rich, self.limits) for path in paths.values())])
         if 4 * count < size:  # long sequences: without a list of all rows, and without the few repeated draws
             rows = torch.randint(size, (count,), generator=generator).unique()
         else:
@@ -111,7 +109,7 @@ class MapLearning:
         return rows % len(valid), rows // len(valid)
 
 
-def affordable_rows(path: Path, rich: bool) -> int:
+def affordable_rows(path: Path, rich: bool, limits: FeedbackLimits) -> int:
     """Returns the number of rows n, at least one, whose regression stays within the allowed multiply-adds. The cost is
     m D (min(m, D) + 2 M) for m = n * positions, inputs of width D and results of width M. rich: more are allowed, up to
     twice as many equations as unknowns."""
@@ -121,9 +119,9 @@ def affordable_rows(path: Path, rich: bool) -> int:
         few = math.sqrt(results**2 + budget / inputs) - results  # m, if there are more unknowns than equations
         return few if few < inputs else budget / (inputs * (inputs + 2 * results))
 
-    count = affordable(PRODUCTS)
+    count = affordable(limits.products)
     if rich:
-        count = max(count, min(affordable(RICH * PRODUCTS), 2 * inputs))
+        count = max(count, min(affordable(limits.rich * limits.products), 2 * inputs))
     return max(1, int(count / positions))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.credit.feedback import ENTRIES, time_basis
+from ulr_snn.credit.feedback import time_basis
 from ulr_snn.credit.kinds import Auto, CreditKind, Learned
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
@@ -99,10 +99,8 @@ class Structure:
             if r.site not in direct and not any(reaches(r, reached[t.site]) for t in p.records if t is not r)
         ]
         quiet = read_by_nobody(nowhere) if nowhere else set()
-        learns, products = isinstance(credit, Learned), maps != "learned"
-        exact, feeds, recurrent, from_outputs = (
-            routes(p, reached, set(nowhere), products) if learns else ({}, {}, {}, [])
-        )
+        products = maps != "learned"
+        exact, feeds, recurrent, from_outputs = routes(p, reached, set(nowhere), products, credit)
         fed = {target for paths in feeds.values() for target in paths}
         driven = driven_by_events() if fed else None
         parameters = {
@@ -191,14 +189,18 @@ def reads_out(p: Pass, model: nn.Module) -> bool:
 
 
 def routes(
-    p: Pass, reached: dict[str, set[int]], nowhere: set[str], products: bool
+    p: Pass, reached: dict[str, set[int]], nowhere: set[str], products: bool, credit: CreditKind
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]:
     """Returns exact, feeds, recurrent and from_outputs of `Structure`. reached: ids of the leaves that a site's drive
-    depends on. nowhere: sites without a differentiable path to the outputs or to another layer. products: see there."""
+    depends on. nowhere: sites without a differentiable path to the outputs or to another layer. products: see there.
+    All are empty with a credit that does not learn feedback."""
     exact: dict[str, list[str]] = {}
     feeds: dict[str, dict[str, Path]] = {}
     recurrent: dict[str, Path] = {}
-    from_outputs = []
+    from_outputs: list[str] = []
+    if not isinstance(credit, Learned):
+        return exact, feeds, recurrent, from_outputs
+    entries = credit.limits.entries
     for i, r in enumerate(p.records):
         targets = [t for t in p.records if t is not r and reaches(r, reached[t.site])]
         mixed = isinstance(r, CurrentRecord) and not r.elementwise  # its response is not learned
@@ -209,11 +211,11 @@ def routes(
         others = [t for t in targets if t.site not in exact[r.site]]
         in_step = [] if mixed else [target for target in others if feeds_in_step(r, target)]
         paths = {target.site: path_between(r, target) for target in in_step}
-        feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= ENTRIES}
+        feeds[r.site] = {target: path for target, path in paths.items() if math.prod(path.size) <= entries}
         too_wide = len(feeds[r.site]) < len(others)
         if r.fed_back is not None and r.neuron.learns_recurrence and not products:
             path = Full(tuple(r.spikes.shape[2:]), tuple(r.fed_back.shape[2:]))
-            if math.prod(path.size) <= ENTRIES:
+            if math.prod(path.size) <= entries:
                 recurrent[r.site] = path
             else:
                 too_wide = True

@@ -46,7 +46,7 @@ class Learner:
         self.step, self.forward_passes = 0, 0
         self.level = NoiseLevel(config.firing)
         credit = config.credit if isinstance(config.credit, Learned) else Learned()
-        self.feedback = LearnedFeedback(credit.time_functions, credit.rate)
+        self.feedback = LearnedFeedback(credit.time_functions, credit.rate, credit.limits)
         self.prediction = Prediction(self.feedback, seed)
         self.copies = config.sampling.counter()
         self.mean_loss: Tensor | None = None

@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 EVERY = 8  # steps between two measurements, after as many first steps that all measure
-WINDOW = 16  # measurements in the running means
 
 
 @dataclass
@@ -50,13 +49,15 @@ class CopyBudget:
     """The number of copies by the measured variance; see `Adaptive`.
 
     Keys are sites with `LayerByLayer`, else None. variances: trace(cov) of one group; powers: squared norm of the mean
-    gradient; measured: number of measurements in these running means; group: copies that depend on each other.
+    gradient; measured: number of measurements in these running means; group: copies that depend on each other; window:
+    measurements that the running means remember.
     """
 
     variance: float
     least: int
     most: int
     group: int
+    window: int = 16
     variances: dict[str | None, float] = field(default_factory=dict)
     powers: dict[str | None, float] = field(default_factory=dict)
     measured: dict[str | None, int] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class CopyBudget:
         count = self.measured[site] = self.measured.get(site, 0) + 1
         for name, value in measurement.items():
             means = getattr(self, name)
-            means[site] = means.get(site, 0.0) + (value - means.get(site, 0.0)) / min(count, WINDOW)
+            means[site] = means.get(site, 0.0) + (value - means.get(site, 0.0)) / min(count, self.window)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: dict(getattr(self, name)) for name in ("variances", "powers", "measured")}
