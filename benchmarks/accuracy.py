@@ -28,8 +28,9 @@ from benchmarks.table import summarise
 from benchmarks.tasks import TASKS, logistic_regression
 from ulr_snn import ULR, Logistic
 from ulr_snn.data import EventDataset, loader, split
+from ulr_snn.evaluate import evaluate
 from ulr_snn.peers.surrogate import SurrogateBPTT
-from ulr_snn.train import evaluate, train
+from ulr_snn.train import train
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("tune", "final")

@@ -11,59 +11,98 @@ part of the training set that is held out.
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.tasks import TASKS
 from benchmarks.zoo import command_line, missing, note_run, rows, run_or_show, trained
 from benchmarks.zoo_networks import ZOO, Network, Parts
 from ulr_snn import ULR
-from ulr_snn.estimators.ulr import Attachment, Entry, Group
+from ulr_snn.credit.formula import Contribution, Formula
+from ulr_snn.estimators.attachment import Attaches, LearnedAttachment
+from ulr_snn.estimators.config import Config
+from ulr_snn.memory.step import Memory, Step
+from ulr_snn.model.passes import Group
+from ulr_snn.sampling.kinds import Independent
 
 NETWORKS = ("sj_csnn", "snn_t6_cnn", "v_deep4", "sj_seq_plain", "no_speech_lif", "v_spike_LIF", "memory")
 STEPS = {"memory": 1000}  # others: 150
 
 
 @dataclass(frozen=True)
-class Corrected(ULR):
+class Mixed(Formula):
+    """The formula with the summand of the scores times a factor."""
+
+    factor: float = 1.0
+
+    def of_group(self, group: Group, *others: Any) -> Iterator[Contribution]:
+        for record in (r for p in group.passes for r in p.records):
+            record.__dict__["slope"] = torch.lerp(record.response, record.slope, self.factor)  # in place of p'
+        for one in super().of_group(group, *others):
+            yield replace(one, gradient=one.gradient * self.factor) if one.by_score else one
+
+
+@dataclass(frozen=True)
+class MixedStep(Step):
+    """A training step with this formula."""
+
+    factor: float = 1.0
+
+    @property
+    def formula(self) -> Mixed:
+        known = super().formula
+        return Mixed(**{f.name: getattr(known, f.name) for f in fields(known)}, factor=self.factor)
+
+
+class MixedAttachment(LearnedAttachment):
+    """What `Corrected` attaches."""
+
+    factor: float
+
+    def prepared(self, *batch: Any) -> MixedStep:
+        step = super().prepared(*batch)
+        return MixedStep(step.config, step.learner, step.bound, step.batch, self.factor)
+
+
+class Corrected(Attaches):
     """`ULR(credit="residual")` with the summand of the scores times a factor."""
 
-    share: float = 1.0
+    def __init__(self, factor: float, copies: int) -> None:
+        self.factor = factor
+        self.estimator = ULR(credit="residual", sampling=Independent(copies))
 
-    def attach(self, *about: Any) -> Attachment:
-        model, *others = about
-        return Mixed(model, self, *others)
+    @property
+    def config(self) -> Config:
+        return self.estimator.config
 
+    @property
+    def strategy(self) -> Memory:
+        return self.estimator.strategy
 
-class Mixed(Attachment):
-    def _gradients(self, group: Group, share: float) -> Iterator[Entry]:
-        factor = self.estimator.share
-        for record in (r for p in group.passes for r in p.records):
-            record.__dict__["slope"] = torch.lerp(record.response, record.slope, factor)  # in place of what is cached
-        for entry in super()._gradients(group, share):
-            yield replace(entry, gradient=entry.gradient * factor) if entry.by_score else entry
-
-
-def corrected(share: float, copies: int) -> ULR:
-    return Corrected(credit="residual", copies=copies, antithetic=False, share=share)
+    def attach(self, model: nn.Module, *options: Any, **others: Any) -> MixedAttachment:
+        loss, seed, time_first, *total = options
+        found = MixedAttachment(model, self.config, self.strategy, loss, seed, time_first, *total, **others)
+        found.factor = self.factor
+        return found
 
 
 METHODS: dict[str, tuple[Any, int]] = {  # estimator, times the steps
     "feedback 1": (ULR(), 1),
     "feedback 1 x2": (ULR(), 2),
     "feedback 2": (ULR(copies=2, antithetic=False), 1),
-    "lambda 0.1, 2": (corrected(0.1, 2), 1),
-    "lambda 0.3, 2": (corrected(0.3, 2), 1),
-    "lambda 1, 2": (corrected(1.0, 2), 1),
+    "lambda 0.1, 2": (Corrected(0.1, 2), 1),
+    "lambda 0.3, 2": (Corrected(0.3, 2), 1),
+    "lambda 1, 2": (Corrected(1.0, 2), 1),
     "feedback 1 x4": (ULR(), 4),
     "feedback 4": (ULR(copies=4), 1),
-    "lambda 0.1, 4": (corrected(0.1, 4), 1),
-    "lambda 0.3, 4": (corrected(0.3, 4), 1),
-    "lambda 1, 4": (corrected(1.0, 4), 1),
+    "lambda 0.1, 4": (Corrected(0.1, 4), 1),
+    "lambda 0.3, 4": (Corrected(0.3, 4), 1),
+    "lambda 1, 4": (Corrected(1.0, 4), 1),
 }
 
 

@@ -102,7 +102,7 @@ def without_torchvision() -> None:
             del sys.modules[name]
         for name in ("torchvision", "torchvision.models", "torchvision.models.utils"):
             sys.modules[name] = types.ModuleType(name)
-        sys.modules["torchvision.models.utils"].load_state_dict_from_url = None
+        vars(sys.modules["torchvision.models.utils"])["load_state_dict_from_url"] = None
 
 
 without_torchvision()

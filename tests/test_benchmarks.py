@@ -13,12 +13,14 @@ import torch
 
 import ulr_snn
 from benchmarks import copies, memory, pictures, speed
+from benchmarks.correction import Corrected
 from benchmarks.nets import ours
 from benchmarks.search import Block, key, search
 from benchmarks.table import summarise
 from benchmarks.tasks import TASKS, Rows
 from ulr_snn.data import EventDataset
 from ulr_snn.data.binning import Recordings, bin_recordings
+from ulr_snn.sampling.kinds import Independent
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = json.loads((ROOT / "benchmarks" / "grid.json").read_text())
@@ -256,6 +258,19 @@ def test_the_zoo_trains_both_ways_and_sums_up(tmp_path):
     assert all(float(row["accuracy"]) >= 0 and float(row["ms"]) > 0 and not row["note"] for row in rows)
     assert "| sj_seq_plain* | 1 |" in done.stdout and "1 networks" in done.stdout
     assert (tmp_path / "zoo.png").stat().st_size > 1000
+
+
+def test_the_corrected_feedback_with_the_whole_score_is_residual_credit():
+    def gradient(estimator: ulr_snn.Estimator) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 20), ulr_snn.LIF(), torch.nn.Linear(20, 3))
+        with ulr_snn.attach(model, estimator, seed=1) as ulr:
+            ulr.backward(torch.rand(10, 8, 6), torch.arange(8) % 3)
+        return torch.cat([q.grad.flatten() for q in model.parameters()])
+
+    residual = gradient(ulr_snn.ULR(credit="residual", sampling=Independent(2)))
+    assert torch.equal(gradient(Corrected(1.0, 2)), residual)
+    assert not torch.allclose(gradient(Corrected(0.1, 2)), residual)
 
 
 def test_a_limit_on_threads_is_kept():

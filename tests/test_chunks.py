@@ -163,13 +163,13 @@ def test_a_step_keeps_no_more_states_than_it_may(monkeypatch):
     """All that are alive while a chunk has its graph, of 23 chunks of one time step."""
     limits = {}
     limits["states"] = 8
-    seen, original = [], chunked.ChunkedRun._entries
+    seen, original = [], chunked.ChunkedRun._contributions
 
     def counting(self, *arguments):
         seen.append(sum(type(item) is LayerStates for item in gc.get_objects()))
         yield from original(self, *arguments)
 
-    monkeypatch.setattr(chunked.ChunkedRun, "_entries", counting)
+    monkeypatch.setattr(chunked.ChunkedRun, "_contributions", counting)
     gradients(nets()["dense"], "replay", BATCH * 17, monkeypatch)
     assert len(seen) == 3 * STEPS and 3 <= max(seen) <= 8 + 1  # the one that it begins from
 

@@ -553,7 +553,7 @@ def test_cache_that_cannot_be_made_is_only_a_warning(nmnist):
 
 def test_writers_and_readers_at_once(tmp_path):
     binned = bin_recordings([random_recordings()], 6, 7, 70)
-    splits = cache.Splits(binned, binned, (6,), 3)
+    splits = cache.BinnedSplits(binned, binned, (6,), 3)
     wrong = []
 
     def work(worker):

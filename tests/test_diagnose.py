@@ -103,7 +103,7 @@ def test_the_default_knows_surrogates_and_draws(tmp_path):
     assert min(png_size(tmp_path / "diagnosis.png")) > 300
 
 
-def test_noise_alone_is_told():
+def test_noise_alone_is_reported():
     found = diagnose(net(), data(), {"noise": Known(0.0, 1.0)}, reference=Known(0.0, 1.0), draws=8, reference_draws=8)
     assert found.advice.startswith("The reference is mostly noise")
     unresolved = {"estimator": "a", "layer": "0", "cosine": None, "variance": None, "step_cosine": None, "passes": 1.0}

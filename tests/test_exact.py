@@ -242,7 +242,7 @@ def test_neurons_that_never_fire_are_readouts(threshold):
     assert math.isfinite(result.history[-1]["train_loss"])
     with attach(model) as ulr:
         assert all(torch.isfinite(ulr.backward(x, y).loss))
-        assert ulr.learner.level.quiet == {"readout"} or math.isinf(threshold)
+        assert ulr.learner.level.noiseless == {"readout"} or math.isinf(threshold)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1, -0.2])

@@ -14,7 +14,7 @@ import ulr_snn
 from ulr_snn import LIF, ULR, Estimate, Logistic, TimeAverage, WeightNoise, adapters, data, losses, peers
 from ulr_snn.adapters import Adapter, StepNeuron
 from ulr_snn.data.binning import Recordings, bin_recordings
-from ulr_snn.data.cache import Splits
+from ulr_snn.data.cache import BinnedSplits
 from ulr_snn.model.call import model_outputs
 from ulr_snn.noise.firing import Firing
 from ulr_snn.peers.attachment import PeerAttachment
@@ -86,6 +86,12 @@ class Neuron(StepNeuron):
         return {"forward": forward, "fires": site.fire}
 
 
+class NumberAsThreshold(Neuron):
+    """An adapter that is wrong."""
+
+    threshold = 1.0
+
+
 @pytest.fixture
 def library(monkeypatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "toyspikes", ModuleType("toyspikes"))
@@ -94,6 +100,14 @@ def library(monkeypatch) -> Iterator[None]:
     adapters.register("toyspikes", Adapter(lambda module: Neuron(module) if isinstance(module, Leaky) else None))
     yield
     adapters.library_of.cache_clear()
+
+
+def test_a_threshold_that_is_no_tensor_is_an_error(library):
+    adapters.register(
+        "toyspikes", Adapter(lambda module: NumberAsThreshold(module) if isinstance(module, Leaky) else None)
+    )
+    with pytest.raises(ulr_snn.UsageError, match="gives neuron a float as threshold; it must be a tensor"):
+        ulr_snn.plan(Loop(), batch())
 
 
 class Loop(nn.Module):
@@ -233,7 +247,7 @@ def test_a_data_set(tmp_path, monkeypatch):
         def build(bins, width):
             part = Recordings(np.tile(events, 6), np.arange(60) % INPUTS, np.arange(0, 61, 10), np.arange(6))
             train, test = (bin_recordings([part], INPUTS, bins, width) for _ in range(2))
-            return Splits(train, test, (INPUTS,), 6)
+            return BinnedSplits(train, test, (INPUTS,), 6)
 
         return data.Source(str(root), "version 1", build)
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, attach, plan
-from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, Pace, best_length, ridge_solution
+from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, RegressionSchedule, best_length, ridge_solution
 from ulr_snn.credit.kinds import Auto
+from ulr_snn.credit.map_learning import MapLearning
 from ulr_snn.credit.maps import Full, Shared, window
 
 LOCAL = {
@@ -135,38 +136,37 @@ def test_two_sources_of_one_layer_share_what_is_to_be_explained(device):
 
 
 def test_lessons_become_rare_while_the_weights_keep_still_and_frequent_when_they_move():
-    pace, taken = Pace(), []
+    pace, taken = RegressionSchedule(), []
     for step in range(40):
         if pace.wants(step):
             taken.append(step)
-            pace.see(before=0.5 if step in (0, 24) else 0.001, after=0.0005, step=step)
+            pace.note(before=0.5 if step in (0, 24) else 0.001, after=0.0005, step=step)
     assert taken == [0, 1, 3, 7, 15, 23, 31, 39]  # 24 saw nothing, for it was not asked
-    pace.see(before=0.5, after=0.48, step=39)
-    assert pace.wants(40) and pace.rich  # of few rows it could not know more
-    pace.see(before=0.48, after=0.47, step=40)
-    pace.see(before=0.47, after=0.46, step=41)
-    assert pace.wants(42) and not pace.rich  # more rows did not help
-    pace.see(before=0.008, after=0.001, step=42)  # good enough as it is, but not to wait longer
-    assert pace.wants(43) and not pace.rich
-    pace.see(before=0.1, after=0.09, step=43)
-    assert pace.rich
+    pace.note(before=0.5, after=0.48, step=39)
+    assert pace.wants(40) and pace.large  # of few rows it could not know more
+    pace.note(before=0.48, after=0.47, step=40)
+    pace.note(before=0.47, after=0.46, step=41)
+    assert pace.wants(42) and not pace.large  # more rows did not help
+    pace.note(before=0.008, after=0.001, step=42)  # good enough as it is, but not to wait longer
+    assert pace.wants(43) and not pace.large
+    pace.note(before=0.1, after=0.09, step=43)
+    assert pace.large
 
 
-def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned(device):
+def test_what_a_wide_layer_does_is_known_after_few_steps_and_then_seldom_learned(device, monkeypatch):
     """Of 1400 neurons a usual regression would see 240 rows; those of the first steps see more."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 1400), LIF(), nn.Linear(1400, 80), LIF(), TimeAverage(), nn.Linear(80, 3))
     model.to(device)
     x, y = 3 * torch.rand(16, 96, 6, device=device), torch.arange(96, device=device) % 3
-    rows = []
+    rows, learn = [], MapLearning.learn
+
+    def watched(maps, regression, spikes, current):
+        rows.append(len(current))
+        learn(maps, regression, spikes, current)
+
+    monkeypatch.setattr(MapLearning, "learn", watched)
     with attach(model, ULR(maps="learned", firing=Logistic(2.0))) as ulr:
-        learn = ulr.learner.prediction.maps.learn
-
-        def watched(regression, spikes, current):
-            rows.append(len(current))
-            learn(regression, spikes, current)
-
-        ulr.learner.prediction.maps.learn = watched
         for _ in range(6):
             ulr.backward(x, y)
         assert rows[0] > 1000
@@ -275,7 +275,7 @@ def test_a_matrix_that_is_not_known_is_learned_though_no_lesson_is_due(device):
     model = nn.Sequential(nn.Linear(6, 8), LIF(), nn.Linear(8, 7), LIF(), TimeAverage(), nn.Linear(7, 3)).to(device)
     x, y = 3 * torch.rand(8, 32, 6, device=device), torch.arange(32, device=device) % 3
     with attach(model, ULR(maps="learned")) as ulr:
-        ulr.learner.feedback.paces["3"] = Pace(every=8, due=100)
+        ulr.learner.feedback.paces["3"] = RegressionSchedule(every=8, due=100)
         ulr.backward(x, y)
         assert "1 -> 3" in ulr.learner.feedback.layers
 

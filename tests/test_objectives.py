@@ -243,7 +243,7 @@ def test_what_an_operation_costs_reaches_weights_that_meet_no_spike():
     torch.testing.assert_close(model[0].bias.grad, exact, rtol=0.5, atol=0)
 
 
-def test_a_budget_with_nothing_to_count_is_told():
+def test_a_budget_with_nothing_to_count_is_an_error():
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -155,6 +155,6 @@ def test_a_loss_that_is_not_finite_stops():
 
 
 @pytest.mark.parametrize("options", [{"function": "step"}, {"slope": 0.0}])
-def test_wrong_options_are_told(options):
+def test_wrong_options_are_errors(options):
     with pytest.raises(UsageError, match=next(iter(options))):
         SurrogateBPTT(**options)

@@ -78,7 +78,7 @@ def test_an_evaluation_waits_for_a_training_step_in_another_thread():
     assert all(module.training for module in model.modules())
 
 
-def test_a_thread_that_binds_a_model_twice_is_told():
+def test_a_thread_that_binds_a_model_twice_gets_an_error():
     model, bound, leave = net(), Event(), Event()
 
     def holding() -> None:

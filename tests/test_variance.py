@@ -97,16 +97,16 @@ def test_auto_chooses_by_it(size: float):
     estimator = ULR(firing=Logistic(scale=SCALE))
     record = scores(model, 0)
     own = dict(model[0].named_parameters())
-    calmer = of_weights(BY_SAMPLE, own) < of_firing(record, own)
-    assert calmer == (size == 0.5)
+    by_weights = of_weights(BY_SAMPLE, own) < of_firing(record, own)
+    assert by_weights == (size == 0.5)
     with attach(model, estimator, rule, seed=0) as ulr:
         with pytest.warns(UserWarning, match="the loss rule gives the outputs no gradient"):
             ulr.backward(*data())
         assert ulr.structure.credit.name == "global"
-        assert set(ulr.structure.weights) == ({"0.0.weight", "0.0.bias"} if calmer else set())
+        assert set(ulr.structure.weights) == ({"0.0.weight", "0.0.bias"} if by_weights else set())
         state = ulr.state_dict()
     said = {name: source for name, _, source in plan(net(size), data(), estimator, rule).rows}
-    assert said["0.0.weight"].startswith("weight noise" if calmer else "credit at site 1")
+    assert said["0.0.weight"].startswith("weight noise" if by_weights else "credit at site 1")
     for fixed in (
         ULR(credit="global", firing=estimator.firing),
         ULR(firing=estimator.firing, noise={"0": None, "outputs": None}),
@@ -119,7 +119,7 @@ def test_auto_chooses_by_it(size: float):
         ulr.load_state_dict(state)
         with pytest.warns(UserWarning, match="the loss rule gives the outputs no gradient"):
             ulr.backward(*data())
-        assert set(ulr.structure.weights) == ({"0.0.weight", "0.0.bias"} if calmer else set())
+        assert set(ulr.structure.weights) == ({"0.0.weight", "0.0.bias"} if by_weights else set())
 
 
 def test_weights_that_no_module_of_its_own_applies_have_no_noise_by_sample():

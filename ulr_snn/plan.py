@@ -133,7 +133,7 @@ def _noise(config: Config, record: Record, level: NoiseLevel) -> str:
 
 
 def _credit(structure: Structure, site: str) -> str:
-    if site in structure.quiet:
+    if site in structure.noiseless:
         return "none, and no noise: nothing that the loss reads depends on its spikes"
     parts = ["learned response"] * (site in structure.responding)
     parts += ["direct"] * (site in structure.direct)
@@ -161,7 +161,7 @@ def _notes(step: Step, copies: int) -> list[str]:
             "no forward pass"
         )
     if treatment.gradientless and not structure.credit.by_losses:
-        notes.append("of the mix, losses without a gradient act by the score of every spike: more copies help them")
+        notes.append("losses without a gradient act by the score of every spike: more copies help them")
     if structure.detached:
         notes.append(without_gradient(structure, copies))
     if coupled_modules(step.model):

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from torch import nn
+from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.adapters.blackbox import BlackBox, copies_of_state, current_of, detached, replaced, with_current
@@ -52,15 +52,21 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 def adapt(module: nn.Module, name: str) -> StepNeuron | None:
     """Returns the module as a site needs it; None if it is no spiking module of another library.
 
-    Raises UsageError, with the reason, for a spiking module that cannot be trained.
+    Raises UsageError, with the reason, for a spiking module that cannot be trained, and for a threshold that is no
+    tensor.
     """
     adapter = adapter_of(module)
     found = None if adapter is None else adapter.adapt(module)
     if isinstance(found, StepNeuron):
         found = found.unsupported() or found
+    kind: type = type(module)
     if isinstance(found, str):
-        kind: type = type(module)
         raise UsageError(f"{name} is a {library_of(kind)} {kind.__name__}: {found}")
+    if found is not None and not isinstance(found.threshold, Tensor):
+        raise UsageError(
+            f"the adapter of {library_of(kind)} gives {name} a {type(found.threshold).__name__} as threshold; "
+            "it must be a tensor, as from torch.as_tensor"
+        )
     return found
 
 

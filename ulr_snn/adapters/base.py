@@ -71,7 +71,7 @@ class StepNeuron:
     def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
         """Returns a neuron of `ulr_snn` with the module's equations and shared parameters, and modules that its current
         passes first; or the reason why there is none. like: a tensor with the current's dtype and device."""
-        return "its equations are no scan of ulr_snn's"
+        return "no scan of ulr_snn has its equations"
 
     def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, LIF]:
         """Returns a neuron of `ulr_snn`, and the current [T, B, ...] with which it does what the module does for

@@ -66,7 +66,7 @@ class Neuron(StepNeuron):
         if not module.reset_delay:
             return "it resets at once, by a second look at its membrane"
         if module.inhibition or module.state_quant:
-            return "of inhibition and quantised states there is no scan"
+            return "no scan supports inhibition or quantised states"
         factor = module.graded_spikes_factor
         if factor.requires_grad or bool((factor != 1).any()):
             return "its spikes are graded"

@@ -41,7 +41,7 @@ class FeedbackLimits:
     entries: entries of the largest matrix between two layers; beyond it, feedback comes from the outputs.
     exact_in_time: multiply-adds up to which credit between layers is computed for every time step.
     products: multiply-adds that a step may spend on learning the feedback between two layers.
-    rich: factor on `products` while the feedback is unknown and more rows help.
+    large: factor on `products` while the feedback is unknown and more rows help.
     unexplained: share of a current's variance; if more is unexplained, positions do not share one kernel.
     warm_up: number of first steps that all refresh the feedback that needs pairs, because it starts from zero.
     """
@@ -49,7 +49,7 @@ class FeedbackLimits:
     entries: int = 1 << 23
     exact_in_time: int = 1 << 30
     products: int = 1 << 27
-    rich: int = 16
+    large: int = 16
     unexplained: float = 0.5
     warm_up: int = 8
 
@@ -69,20 +69,21 @@ def time_basis(functions: int, steps: int, like: Tensor) -> Tensor:
 
 
 @dataclass
-class Pace:
+class RegressionSchedule:
     """The schedule of the regressions of all C into a layer. every: steps from one regression to the next. due: step of
-    the next regression. rich: it may take more than the usual multiply-adds. helps: this helped the last time."""
+    the next regression. large: it may take more than the usual multiply-adds. large_helps: this helped the last
+    time."""
 
     every: int = 1
     due: int = 0
-    rich: bool = True
-    helps: bool = True
+    large: bool = True
+    large_helps: bool = True
 
     def wants(self, step: int) -> bool:
         """Returns whether a regression is due at this step."""
         return self.every == 1 or step >= self.due
 
-    def see(self, before: float, after: float, step: int) -> None:
+    def note(self, before: float, after: float, step: int) -> None:
         """Adapts the schedule after a regression. before, after: shares of the current's variance without explanation.
         `before` grows with the square of the distance that weights have moved since the last regression. If a
         regression hardly lowers it, the rest is not linear in these spikes, and more rows do not help."""
@@ -91,9 +92,9 @@ class Pace:
         elif before < STALE / 4:
             self.every = min(2 * self.every, SELDOM)
         self.due = step + self.every
-        if self.rich or before <= STALE:
-            self.helps = before <= STALE or after < HELPED * before
-        self.rich = before > STALE and self.helps
+        if self.large or before <= STALE:
+            self.large_helps = before <= STALE or after < HELPED * before
+        self.large = before > STALE and self.large_helps
 
 
 class LearnedFeedback:
@@ -111,7 +112,7 @@ class LearnedFeedback:
         self.outputs: dict[str, Tensor] = {}
         self.layers: dict[str, Tensor] = {}
         self.responses: dict[str, tuple[Tensor, int]] = {}
-        self.paces: dict[str, Pace] = {}
+        self.paces: dict[str, RegressionSchedule] = {}
 
     def from_outputs(self, site: str, drawn: Tensor, error: Tensor) -> Tensor | None:
         """Returns a [T, B, ...] in the shape of `drawn` from errors e [B, O]; None before the first refresh."""
@@ -213,7 +214,7 @@ class LearnedFeedback:
     def load_state_dict(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
         found = state["responses"].items()
         self.responses = {site: (kernel.clone().to(device), passes) for site, (kernel, passes) in found}
-        self.paces = {target: Pace(*pace) for target, pace in state.get("paces", {}).items()}
+        self.paces = {target: RegressionSchedule(*pace) for target, pace in state.get("paces", {}).items()}
         self.outputs = {name: matrix.clone().to(device) for name, matrix in state["outputs"].items()}
         self.layers = {name: matrix.clone().to(device) for name, matrix in state["layers"].items()}
 

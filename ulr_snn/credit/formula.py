@@ -1,4 +1,4 @@
-"""The formula that turns scores and credits into gradients. No other code does.
+"""The formula that turns scores and credits into gradients.
 
 For every weight W that feeds neuron i at time t (unified likelihood ratio, arXiv 2305.08960, and a control variate a):
 
@@ -6,7 +6,10 @@ For every weight W that feeds neuron i at time t (unified likelihood ratio, arXi
     c_it = λ (L - b - sum_{j,t'} a_jt' ε_jt') δ_it + a_it p'_it
 
 L is the loss of the sample and copy, b a baseline, ε = s - p the innovation of a spike, δ = ∂ log P(s)/∂x its score,
-a the prediction of ∂L/∂s. Whole sequences, chunks of time and online learning call the same code.
+a the prediction of ∂L/∂s. Whole sequences, chunks of time and online learning call the same code. If λ is 0,
+firing may replace p' by secants of the distribution (noise/secant.py). Two gradients are made elsewhere: of a pass
+whose maps are all known products, where autograd carries a p' from layer to layer (credit/linked.py), and of noise on
+weights, whose score is that of the weights (sites/weights.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +27,7 @@ from ulr_snn.sampling.kinds import Sampling
 from ulr_snn.sites.records import Record
 
 
-class Passed(Protocol):
+class PassLike(Protocol):
     """The part of a pass, or of a time chunk, that credit and the formula use. See `Pass`."""
 
     copies: list[int]
@@ -38,7 +41,7 @@ class Passed(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Contribution:
     """A gradient and the tensor at which it enters the graph. site: the site whose current or drive the tensor is, or
     None for the outputs. copies: the copies of its rows, or None for the exact gradient at the outputs. by_score: the
     gradient is the summand of the score."""
@@ -52,37 +55,37 @@ class Entry:
 
 @dataclass(frozen=True)
 class Formula:
-    """Computes the coefficients c of a step's passes. quiet: sites without noise. gradientless: some losses have no
+    """Computes the coefficients c of a step's passes. noiseless: sites without noise. gradientless: some losses have no
     gradient in the outputs. mean_loss, mean_gradientless: moving baselines of all losses together, and of the losses
     without a gradient."""
 
     credit: CreditKind
     sampling: Sampling
-    quiet: frozenset[str]
+    noiseless: frozenset[str]
     gradientless: bool
     mean_loss: Tensor | None
     mean_gradientless: Tensor | None
 
-    def of_group(self, group: Group, predictions: list[list[Credit]], share: float) -> Iterator[Entry]:
-        """Yields the entries of all passes of a group. predictions: one for each pass and record. share: the group's
-        share of the exact gradient."""
+    def of_group(self, group: Group, predictions: list[list[Credit]], exact_fraction: float) -> Iterator[Contribution]:
+        """Yields the contributions of all passes of a group. predictions: one for each pass and record. exact_fraction:
+        the group's share of the exact gradient."""
         losses = group.losses
-        shares = multi_sample_weights(losses) if self.sampling.multi_sample else torch.ones_like(losses)
+        sample_weights = multi_sample_weights(losses) if self.sampling.multi_sample else torch.ones_like(losses)
         for p, predicted in zip(group.passes, predictions, strict=True):
-            weight = shares[p.copies].flatten() / losses.numel()  # [rows]
+            weight = sample_weights[p.copies].flatten() / losses.numel()  # [rows]
             signal = self.signal(group, p, predicted) if self.credit.unbiased or self.gradientless else None
-            yield from self.entries(p, predicted, weight, signal, losses.numel(), share, group.site)
+            yield from self.contributions(p, predicted, weight, signal, losses.numel(), exact_fraction, group.site)
 
-    def entries(
+    def contributions(
         self,
-        p: Passed,
+        p: PassLike,
         predicted: list[Credit],
         weight: Tensor,
         signal: Tensor | None = None,
         count: int = 1,
-        share: float = 1.0,
+        exact_fraction: float = 1.0,
         varied: str | None = None,
-    ) -> Iterator[Entry]:
+    ) -> Iterator[Contribution]:
         """Yields the two summands of c at each site, and the exact gradient at the outputs. weight [rows]: weight of
         each row in the mean over samples and copies. signal: weight of scores, [rows] or, by time step, [rows, T], in a
         mean over `count`. varied: the only site whose noise differs, if there is one."""
@@ -92,23 +95,25 @@ class Formula:
             if signal is not None:
                 in_time = signal.T if signal.ndim == 2 else signal[None]
                 by_row = in_time.unflatten(-1, (-1, *[1] * (record.x.ndim - 2)))
-                yield Entry(record.x, record.score() * by_row / count, record.site, p.copies, True)
+                yield Contribution(record.x, record.score() * by_row / count, record.site, p.copies, True)
             rows = weight.view(-1, *[1] * (record.x.ndim - 2))
-            if record.entry is not None and credit.current is not None:  # it includes the filter inside the neuron
-                yield Entry(record.entry, credit.current.mul_(rows), record.site, p.copies)  # not used again
+            if record.current_handle is not None and credit.current is not None:
+                yield Contribution(
+                    record.current_handle, credit.current.mul_(rows), record.site, p.copies
+                )  # not used again
             elif credit.a is not None:
                 slope = record.slope if self.credit.unbiased else record.response
-                yield Entry(record.x, credit.a * slope * rows, record.site, p.copies)
+                yield Contribution(record.x, credit.a * slope * rows, record.site, p.copies)
         for end, gradient in p.ends:  # the exact path passes no spike
             if end.requires_grad:
                 rows = weight.view(-1, *[1] * (end.ndim - (2 if end.ndim >= 3 else 1)))
-                yield Entry(end, gradient * rows * share)
+                yield Contribution(end, gradient * rows * exact_fraction)
 
-    def sites(self, p: Passed, predicted: list[Credit], varied: str | None) -> list[tuple[Record, Credit]]:
+    def sites(self, p: PassLike, predicted: list[Credit], varied: str | None) -> list[tuple[Record, Credit]]:
         """Returns the records at which noise was drawn, with their predictions. A linked pass has none, because there
         autograd carries credit from the ends."""
         pairs = zip(p.records, predicted, strict=not p.linked)
-        return [(r, credit) for r, credit in pairs if varied in (None, r.site) and r.site not in self.quiet]
+        return [(r, credit) for r, credit in pairs if varied in (None, r.site) and r.site not in self.noiseless]
 
     def signal(self, group: Group, p: Pass, predicted: list[Credit]) -> Tensor:
         """Returns L - b - Σ a ε, [rows], or by time step with reward-to-go, [rows, T]. If λ is 0, L has only the losses
@@ -126,8 +131,8 @@ class Formula:
         signal = (losses[p.copies] - baseline(losses, p.copies, self.sampling.group, mean)).flatten(0, 1)
         for record, credit in self.sites(p, predicted, group.site) if self.credit.unbiased else ():
             if credit.a is not None:
-                told = (credit.a * record.innovation()).flatten(2).sum(2).T  # [rows, T]
-                signal = signal - (to_go(told) if signal.ndim == 2 else told.sum(1))
+                predicted_change = (credit.a * record.innovation()).flatten(2).sum(2).T  # [rows, T]
+                signal = signal - (to_go(predicted_change) if signal.ndim == 2 else predicted_change.sum(1))
         return signal
 
     def of_weights(self, passes: list[Pass], losses: Tensor) -> Tensor:
@@ -138,9 +143,9 @@ class Formula:
         return torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
 
 
-def enter(entries: Iterable[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
+def enter(pairs: Iterable[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
     """Adds to the `.grad` of the wanted tensors the gradients that enter the graph at these tensors."""
-    entries = list(entries)
-    if wanted and entries:
-        tensors, gradients = zip(*entries, strict=True)
+    pairs = list(pairs)
+    if wanted and pairs:
+        tensors, gradients = zip(*pairs, strict=True)
         torch.autograd.backward(tensors, gradients, inputs=wanted)

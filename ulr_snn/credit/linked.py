@@ -14,7 +14,7 @@ from torch import Tensor
 from ulr_snn.credit.recurrence import recurrence_of
 from ulr_snn.kernels import dispatch
 from ulr_snn.kernels.precision import full_precision
-from ulr_snn.model.neurons import own_steps
+from ulr_snn.model.neurons import zero_padding
 from ulr_snn.noise.random import Drawer
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.records import LinkedRecord, Record, response_of
@@ -84,7 +84,7 @@ class StepLink:
             return spikes.to(drive.dtype)
         x = self._x[t] = drive / self.scale.detach()
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
-        return own_steps(spikes, t, self.lengths, self.whole)
+        return zero_padding(spikes, t, self.lengths, self.whole)
 
     def slope(self, t: int) -> Tensor:
         """Returns ∂p/∂drive as credit uses it (see `response_of`), in the shape of the drive."""
@@ -96,12 +96,12 @@ class StepLink:
                 self._slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
         return self._slopes if self.whole else self._slopes[t]
 
-    def seen(self, site: str) -> LinkedRecord:
+    def record(self, site: str) -> LinkedRecord:
         """Returns the record of the pass after its last step."""
         if self._draw is not None:
             largest = self._draw.farthest
         else:
-            own = (own_steps(x, t, self.lengths, self.whole) for t, x in self._x.items())
+            own = (zero_padding(x, t, self.lengths, self.whole) for t, x in self._x.items())
             largest = torch.stack([farthest(x) for x in own]).max()
         return LinkedRecord(site, largest * self.scale.detach().mean())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, Pace, edge
+from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, RegressionSchedule, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.structure import Structure
 from ulr_snn.kernels.precision import full_precision
@@ -29,16 +29,10 @@ class RegressionBatch:
 
 
 class MapLearning:
-    """Learns the maps C of a model's layers. `take` must be called first."""
+    """Learns the maps C of a model's layers. Paths of the structure are unshared where their known C is."""
 
-    structure: Structure  # of the last `take`
-
-    def __init__(self, feedback: LearnedFeedback, seed: int) -> None:
-        self.feedback, self.seed, self.limits = feedback, seed, feedback.limits
-
-    def take(self, structure: Structure) -> None:
-        """Takes the structure that a first pass shows. Paths are unshared where their known C is."""
-        self.structure = structure
+    def __init__(self, structure: Structure, feedback: LearnedFeedback, seed: int) -> None:
+        self.structure, self.feedback, self.seed, self.limits = structure, feedback, seed, feedback.limits
         for source, paths in structure.feeds.items():
             full = {target: path.unshared(self.limits.entries) for target, path in paths.items()}
             known = {t: path for t, path in full.items() if self.feedback.weight(edge(source, t), path) is not None}
@@ -54,11 +48,11 @@ class MapLearning:
             pace = self._pace(target, 0)
             if paths and (pairs or not paired) and self._due(target, paths, step):
                 compared = valid[:, : pairs // 2] if paired else valid
-                yield RegressionBatch(target, paths, 0, paired, self._rows(paths, compared, step, pace.rich), step)
+                yield RegressionBatch(target, paths, 0, paired, self._rows(paths, compared, step, pace.large), step)
             pace = self._pace(target, 1)
             if target in structure.recurrent and len(valid) > 1 and pace.wants(step):
                 paths = {target: structure.recurrent[target]}
-                yield RegressionBatch(target, paths, 1, False, self._rows(paths, valid[1:], step, pace.rich), step)
+                yield RegressionBatch(target, paths, 1, False, self._rows(paths, valid[1:], step, pace.large), step)
 
     def wants_pairs(self, step: int, every: int) -> bool:
         """Returns whether a step learns from pairs of copies. It does in the first steps, and then every `every` steps,
@@ -77,9 +71,9 @@ class MapLearning:
         unknown = any(self.feedback.weight(edge(name, target), path) is None for name, path in paths.items())
         return unknown or self._pace(target, 0).wants(step)
 
-    def _pace(self, target: str, before: int) -> Pace:
+    def _pace(self, target: str, before: int) -> RegressionSchedule:
         """Returns the pace of the regressions into a layer, or of its recurrent current (before = 1)."""
-        return self.feedback.paces.setdefault(edge(target, target) if before else target, Pace())
+        return self.feedback.paces.setdefault(edge(target, target) if before else target, RegressionSchedule())
 
     @full_precision()
     def learn(self, regression: RegressionBatch, spikes: dict[str, Tensor], current: Tensor) -> None:
@@ -87,18 +81,18 @@ class MapLearning:
         named = {edge(name, regression.target): path for name, path in regression.paths.items()}
         spikes = {edge(name, regression.target): rows for name, rows in spikes.items()}
         before, after = self.feedback.refresh_layer(named, spikes, current)
-        self._pace(regression.target, regression.before).see(before, after, regression.step)
+        self._pace(regression.target, regression.before).note(before, after, regression.step)
         if after > self.limits.unexplained and not regression.before:  # shared weights cannot fit weights that differ
             for name, path in regression.paths.items():
                 full = path.unshared(self.limits.entries)
                 if full != path:
                     self.structure.feeds[name][regression.target] = full
-                    self.feedback.paces[regression.target] = Pace()  # that matrix is unknown yet
+                    self.feedback.paces[regression.target] = RegressionSchedule()  # that matrix is unknown yet
 
-    def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, rich: bool) -> tuple[Tensor, Tensor]:
+    def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, large: bool) -> tuple[Tensor, Tensor]:
         """Returns random rows (t, b) without padding, as many as a step can afford. Rows of a sample are adjacent."""
         size, generator = int(valid.sum()), torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        count = min([size, *(affordable_rows(path, rich, self.limits) for path in paths.values())])
+        count = min([size, *(affordable_rows(path, large, self.limits) for path in paths.values())])
         if 4 * count < size:  # long sequences: without a list of all rows, and without the few repeated draws
             rows = torch.randint(size, (count,), generator=generator).unique()
         else:
@@ -109,10 +103,10 @@ class MapLearning:
         return rows % len(valid), rows // len(valid)
 
 
-def affordable_rows(path: Path, rich: bool, limits: FeedbackLimits) -> int:
+def affordable_rows(path: Path, large: bool, limits: FeedbackLimits) -> int:
     """Returns the number of rows n, at least one, whose regression stays within the allowed multiply-adds. The cost is
-    m D (min(m, D) + 2 M) for m = n * positions, inputs of width D and results of width M. rich: more are allowed, up to
-    twice as many equations as unknowns."""
+    m D (min(m, D) + 2 M) for m = n * positions, inputs of width D and results of width M. large: more are allowed, up
+    to twice as many equations as unknowns."""
     (inputs, results), positions = path.size, path.positions
 
     def affordable(budget: int) -> float:
@@ -120,8 +114,8 @@ def affordable_rows(path: Path, rich: bool, limits: FeedbackLimits) -> int:
         return few if few < inputs else budget / (inputs * (inputs + 2 * results))
 
     count = affordable(limits.products)
-    if rich:
-        count = max(count, min(affordable(limits.rich * limits.products), 2 * inputs))
+    if large:
+        count = max(count, min(affordable(limits.large * limits.products), 2 * inputs))
     return max(1, int(count / positions))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ulr_snn.credit.base import Credit
 from ulr_snn.credit.direct import direct_credit, direct_effect, in_parts
 from ulr_snn.credit.feedback import LearnedFeedback, edge
-from ulr_snn.credit.formula import Passed
+from ulr_snn.credit.formula import PassLike
 from ulr_snn.credit.map_learning import MapLearning, contrast, deviations, half_differences, joined
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence, recurrence_of
 from ulr_snn.credit.response import Response
@@ -19,20 +19,13 @@ from ulr_snn.sites.records import CurrentRecord, Record
 
 
 class Prediction:
-    """Predicts a for a model's layers, and learns the feedback for it. `take` must be called first."""
+    """Predicts a for a model's layers, and learns the feedback for it. structure: as observed in a first pass."""
 
-    structure: Structure  # of the last `take`
-
-    def __init__(self, feedback: LearnedFeedback, seed: int) -> None:
-        self.feedback, self.maps = feedback, MapLearning(feedback, seed)
-
-    def take(self, structure: Structure) -> None:
-        """Takes the structure that a first pass shows."""
-        self.structure = structure
-        self.maps.take(structure)
+    def __init__(self, structure: Structure, feedback: LearnedFeedback, seed: int) -> None:
+        self.structure, self.feedback, self.maps = structure, feedback, MapLearning(structure, feedback, seed)
 
     @full_precision()
-    def credit(self, p: Passed, later: dict[str, Tensor] | None = None) -> list[Credit]:
+    def credit(self, p: PassLike, later: dict[str, Tensor] | None = None) -> list[Credit]:
         """Predicts credit from the last layer to the first, because a layer's credit depends on the next layers'.
         later: for a time chunk, g [rows, ...] of each site at the step after it; overwritten by g of its first step."""
         error = None if p.error is None else self.structure.summarise_error(p.error)
@@ -53,7 +46,7 @@ class Prediction:
             else:
                 a = added(a, from_outputs)
                 if a is not None:
-                    totals = self.structure.credit.unbiased or record.entry is None
+                    totals = self.structure.credit.unbiased or record.current_handle is None
                     after = None if later is None else later.setdefault(record.site, a.new_zeros(a.shape[1:]))
                     made_here = not totals and self._made_here(a, p, currents)
                     a, currents[record.site] = self._recurrence(record).credit(a, totals, after, made_here)
@@ -61,12 +54,12 @@ class Prediction:
         return predictions[::-1]
 
     @staticmethod
-    def _made_here(a: Tensor, p: Passed, currents: dict[str, Tensor]) -> bool:
+    def _made_here(a: Tensor, p: PassLike, currents: dict[str, Tensor]) -> bool:
         """Returns whether no other tensor shares the memory of a. A product may return its own input."""
         others = [*currents.values(), *(gradient for _, gradient in p.ends)]
         return a.untyped_storage().data_ptr() not in {other.untyped_storage().data_ptr() for other in others}
 
-    def _exact(self, p: Passed, record: Record, currents: dict[str, Tensor]) -> Tensor | None:
+    def _exact(self, p: PassLike, record: Record, currents: dict[str, Tensor]) -> Tensor | None:
         """Returns credit of a layer's spikes through the next modules, from the loss and from ∂L/∂J of other layers."""
         ends = list(p.ends) if record.site in self.structure.direct else []
         for other in p.records:
@@ -75,7 +68,7 @@ class Prediction:
         return direct_credit(ends, record)
 
     @full_precision()
-    def credit_at_once(self, p: Passed) -> dict[str, Tensor]:
+    def credit_at_once(self, p: PassLike) -> dict[str, Tensor]:
         """Returns ∂L/∂J [T, B, ...] by site, from the effects of spikes within their own time step alone."""
         found: dict[str, Tensor] = {}
         for record in reversed(p.records):
@@ -94,7 +87,7 @@ class Prediction:
             return
         sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
-        valid = joined([p.records[0].own_steps() for p in passes])  # [T, rows]
+        valid = joined([p.records[0].valid_steps() for p in passes])  # [T, rows]
         batch = passes[0].loss.shape[1]
         for regression in self.maps.regressions(list(sites), valid, batch, step):
             records, size = sites[regression.target], len(valid) - regression.before

@@ -51,7 +51,7 @@ class Structure:
     weights: dict[str, WeightNoise] = field(default_factory=dict)  # parameters with noise of their own
     products: bool = True  # whether maps are products of derivatives, and recurrent weights are read
     recurs: set[str] = field(default_factory=set)  # neurons of `ulr_snn` with recurrent weights
-    quiet: set[str] = field(default_factory=set)  # sites whose spikes only their own reset reads; they get no noise
+    noiseless: set[str] = field(default_factory=set)  # sites whose spikes only their own reset reads; they get no noise
     pools: bool = True  # whether there is max pooling
     changes: bool = True  # whether the model changes spikes in place
     current_noise: bool = False  # whether there are sites with noise on their input current
@@ -86,9 +86,9 @@ class Structure:
         credit: CreditKind,
         maps: str,
         driven_by_events: Callable[[], set[str]],
-        read_by_nobody: Callable[[list[str]], set[str]],
+        sites_without_effect: Callable[[list[str]], set[str]],
     ) -> "Structure":
-        """Finds the structure from a first pass p. driven_by_events, read_by_nobody: see replay.py."""
+        """Finds the structure from a first pass p. driven_by_events, sites_without_effect: see replay.py."""
         credit = chosen(credit, differentiable=bool(p.ends))
         reached = {"outputs": leaves([end for end, _ in p.ends])}
         reached |= {record.site: leaves([record.x]) for record in p.records}
@@ -98,13 +98,13 @@ class Structure:
             for r in p.records
             if r.site not in direct and not any(reaches(r, reached[t.site]) for t in p.records if t is not r)
         ]
-        quiet = read_by_nobody(nowhere) if nowhere else set()
+        noiseless = sites_without_effect(nowhere) if nowhere else set()
         products = maps != "learned"
         exact, feeds, recurrent, from_outputs = routes(p, reached, set(nowhere), products, credit)
         fed = {target for paths in feeds.values() for target in paths}
         driven = driven_by_events() if fed else None
         parameters = {
-            name: [source for source, ids in reached.items() if id(q) in ids and source not in quiet]
+            name: [source for source, ids in reached.items() if id(q) in ids and source not in noiseless]
             for name, q in model.named_parameters()
             if q.requires_grad
         }
@@ -116,7 +116,7 @@ class Structure:
             feeds,
             paired=fed & (driven or set()),
             recurrent=recurrent,
-            from_outputs=[site for site in from_outputs if site not in quiet],
+            from_outputs=[site for site in from_outputs if site not in noiseless],
             output_functions=output_functions(p, credit),
             parameters=parameters,
             differentiable=p.error is not None,
@@ -124,7 +124,7 @@ class Structure:
             driven=driven,
             products=products,
             recurs={r.site for r in p.records if r.fed_back is not None},
-            quiet=quiet,
+            noiseless=noiseless,
             pools=p.pools,
             changes=p.changes,
             current_noise=bool(boxes),

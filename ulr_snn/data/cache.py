@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Splits:
+class BinnedSplits:
     """Both binned splits of a data set, its sample shape and its number of classes."""
 
     train: Binned
@@ -26,8 +26,8 @@ class Splits:
 
 
 def cached(
-    cache_dir: str | os.PathLike[str] | None, name: str, key: str, fingerprint: str, build: Callable[[], Splits]
-) -> Splits:
+    cache_dir: str | os.PathLike[str] | None, name: str, key: str, fingerprint: str, build: Callable[[], BinnedSplits]
+) -> BinnedSplits:
     """Returns the result of `build`, from the cache if the cached file is current.
 
     A file that is missing, stale or damaged is built again. If it cannot be written, a warning says so.
@@ -52,7 +52,7 @@ def cached(
     return splits
 
 
-def _read(path: Path, fingerprint: str) -> Splits | None:
+def _read(path: Path, fingerprint: str) -> BinnedSplits | None:
     try:
         # np.load would leave a handle of its own open if the zip is damaged.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
@@ -61,14 +61,14 @@ def _read(path: Path, fingerprint: str) -> Splits | None:
             train, test = (
                 Binned(**{f.name: file[f"{split}_{f.name}"] for f in fields(Binned)}) for split in ("train", "test")
             )
-            return Splits(train, test, tuple(file["sample_shape"].tolist()), int(file["classes"]))
+            return BinnedSplits(train, test, tuple(file["sample_shape"].tolist()), int(file["classes"]))
     except Exception:
         # A missing or damaged file raises anything from FileNotFoundError and BadZipFile to MemoryError (a wrong size).
         # The remedy is the same for all. The zip's checksums detect damaged data.
         return None
 
 
-def _write(path: Path, fingerprint: str, splits: Splits) -> None:
+def _write(path: Path, fingerprint: str, splits: BinnedSplits) -> None:
     arrays = {
         f"{split}_{f.name}": getattr(getattr(splits, split), f.name)
         for split in ("train", "test")

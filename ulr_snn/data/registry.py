@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ulr_snn.data import digits, tonic
 from ulr_snn.data.binning import TimeBins, bin_recordings, window
-from ulr_snn.data.cache import Splits, cached
+from ulr_snn.data.cache import BinnedSplits, cached
 from ulr_snn.data.events import EventDataset
 from ulr_snn.errors import UsageError
 
-Build = Callable[[TimeBins, int], Splits]
+Build = Callable[[TimeBins, int], BinnedSplits]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def _digits(root: str | os.PathLike[str] | None) -> Source:
     if root is not None:
         raise UsageError("digits are made, not read from a folder; leave root= out (cache_dir= is their folder).")
 
-    def build(bins: TimeBins, width: int) -> Splits:
+    def build(bins: TimeBins, width: int) -> BinnedSplits:
         train, test = (bin_recordings([part], 2 * 16 * 16, bins, width) for part in digits.recordings())
-        return Splits(train, test, digits.SAMPLE_SHAPE, digits.CLASSES)
+        return BinnedSplits(train, test, digits.SAMPLE_SHAPE, digits.CLASSES)
 
     return Source("", f"simulation {digits.SIMULATION}", build)
 
@@ -83,9 +83,9 @@ def _nmnist(root: str | os.PathLike[str] | None) -> Source:
     folder = _folder(root, "NMNIST", "saccade-mnist", "Train")
     files = {split: tonic.nmnist_files(folder, split) for split in ("train", "test")}
 
-    def build(bins: TimeBins, width: int) -> Splits:
+    def build(bins: TimeBins, width: int) -> BinnedSplits:
         train, test = (bin_recordings(tonic.read_nmnist(part), 2 * 34 * 34, bins, width) for part in files.values())
-        return Splits(train, test, tonic.NMNIST_SHAPE, tonic.NMNIST_CLASSES)
+        return BinnedSplits(train, test, tonic.NMNIST_SHAPE, tonic.NMNIST_CLASSES)
 
     return Source(str(folder), tonic.fingerprint(files["train"] + files["test"]), build)
 
@@ -94,10 +94,10 @@ def _shd(root: str | os.PathLike[str] | None) -> Source:
     folder = _folder(root, "SHD", "spoken-digits", "shd_train.h5")
     files = tonic.shd_files(folder)
 
-    def build(bins: TimeBins, width: int) -> Splits:
+    def build(bins: TimeBins, width: int) -> BinnedSplits:
         units, classes = tonic.shd_shape(files)
         train, test = (bin_recordings(tonic.read_shd(file), units, bins, width) for file in files.values())
-        return Splits(train, test, (units,), classes)
+        return BinnedSplits(train, test, (units,), classes)
 
     return Source(str(folder), tonic.fingerprint(list(files.values())), build)
 

@@ -53,7 +53,7 @@ class LearnedAttachment(Attachment):
         self.pool = Pool(lean=memory.lean)
         self._bound: BoundModel | None = None
         self._loss: LossSpec | None = None  # of the last step
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def bound(self) -> BoundModel | None:
@@ -95,8 +95,8 @@ class LearnedAttachment(Attachment):
     def _warn(self, step: Step) -> None:
         """Gives each warning about the model and the loss once."""
         for warning in warnings_of(step.structure, step.copies()):
-            if warning not in self._told:
-                self._told.add(warning)
+            if warning not in self._warned:
+                self._warned.add(warning)
                 warnings.warn(warning, stacklevel=4)
 
     def stream(self, *batch: Any, **options: Any) -> Iterator[Estimate]:
@@ -156,7 +156,7 @@ class Attaches:
         raise NotImplementedError
 
     @property
-    def way(self) -> Memory:
+    def strategy(self) -> Memory:
         """What a training step keeps."""
         raise NotImplementedError
 
@@ -173,7 +173,7 @@ class Attaches:
     ) -> LearnedAttachment:
         """Returns the attachment; see `Estimator.attach`."""
         options = loss, seed, time_first, total_steps, progress, rates
-        return LearnedAttachment(model, self.config, self.way, *options)
+        return LearnedAttachment(model, self.config, self.strategy, *options)
 
 
 def in_sum(estimates: list[Estimate]) -> Estimate:

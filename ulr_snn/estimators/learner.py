@@ -17,7 +17,7 @@ from ulr_snn.estimators.observe import observed
 from ulr_snn.estimators.step_sizes import StepSizes
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.forward import Forward
-from ulr_snn.model.neurons import own_spread
+from ulr_snn.model.neurons import spread_without_padding
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.noise.level import WIDENING, NoiseLevel
@@ -28,7 +28,7 @@ from ulr_snn.sites.records import Record
 class Learner:
     """The state of an attachment.
 
-    step, forward_passes: counts so far; level: level of the firing noise; prediction: learned effects of spikes;
+    step, forward_passes: counts so far; level: level of the firing noise; feedback: learned effects of spikes;
     copies: counter of the copies of a step; mean_loss, mean_gradientless: moving baselines of all losses, and of
     losses without a gradient; step_sizes: None if learning rates are not used; structure: the structure observed in
     the first pass, None before it; times: updates of a batch.
@@ -47,15 +47,22 @@ class Learner:
         self.level = NoiseLevel(config.firing)
         credit = config.credit if isinstance(config.credit, Learned) else Learned()
         self.feedback = LearnedFeedback(credit.time_functions, credit.rate, credit.limits)
-        self.prediction = Prediction(self.feedback, seed)
         self.copies = config.sampling.counter()
         self.mean_loss: Tensor | None = None
         self.mean_gradientless: Tensor | None = None
         self.step_sizes = StepSizes() if rates else None
         self.times = 1
         self.structure: Structure | None = None
+        self._prediction: Prediction | None = None
         self.driven: set[str] | None = None  # sites that read the input not only by spikes; None if not known
         self.chosen: dict[str, WeightNoise] | None = None  # weight noise from a checkpoint
+
+    @property
+    def prediction(self) -> Prediction:
+        """The learned effects of spikes. Raises RuntimeError before the first pass."""
+        if self._prediction is None:
+            raise RuntimeError("credit was asked for before a first pass")
+        return self._prediction
 
     @property
     def progress(self) -> float:
@@ -85,8 +92,8 @@ class Learner:
         structure = observed(forward, p, batch, self.config, self.driven, self.chosen)
         self.structure, self.chosen, self.driven = structure, None, structure.driven
         check_layers(forward.bound.model, forward.bound.layers, structure.weights)
-        self.level.quiet = structure.quiet
-        self.prediction.take(structure)
+        self.level.noiseless = structure.noiseless
+        self._prediction = Prediction(structure, self.feedback, self.seed)
         return structure
 
     def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
@@ -103,7 +110,7 @@ class Learner:
     def learn(self, passes: list[Pass], losses: Tensor) -> None:
         """Updates noise level and baselines by the passes of a step. losses: [K, B]."""
         if self.structure is not None and self.structure.credit.goes_back:
-            self.level.see([p.records for p in passes])
+            self.level.measure_distances([p.records for p in passes])
         self.mean_loss = moving(self.mean_loss, losses)
         self.mean_gradientless = moving(self.mean_gradientless, torch.cat([p.gradientless for p in passes]))
 
@@ -155,4 +162,4 @@ class Learner:
 
 def spread_of(record: Record) -> float:
     """Returns the standard deviation of a layer's membranes without padding."""
-    return own_spread(record.membrane(), record.mask)
+    return spread_without_padding(record.membrane(), record.mask)

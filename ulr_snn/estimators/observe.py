@@ -12,9 +12,9 @@ from ulr_snn.estimators.config import Config
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.forward import Forward
 from ulr_snn.model.passes import Pass
-from ulr_snn.model.replay import driven_by_events, read_by_nobody
+from ulr_snn.model.replay import driven_by_events, sites_without_effect
 from ulr_snn.noise.kinds import WeightNoise
-from ulr_snn.sites.variance import BY_SAMPLE, calmer_weights
+from ulr_snn.sites.variance import BY_SAMPLE, lower_variance_weights
 from ulr_snn.sites.weights import SOURCE, choose
 
 
@@ -44,7 +44,7 @@ def observed(
         config.credit,
         config.maps,
         lambda: driven_by_events(forward, batch, p) if driven is None else driven,
-        lambda sites: read_by_nobody(forward, batch, p, sites),
+        lambda sites: sites_without_effect(forward, batch, p, sites),
     )
     structure.treatment = treatment
     if isinstance(config.credit, Auto) and "outputs" not in config.noise:
@@ -60,7 +60,7 @@ def observed(
     if config.sampling.by_layer and structure.weights:
         raise UsageError("ULR got layerwise, but parameters have noise of their own (see plan); use one alone")
     if config.sampling.multi_sample and treatment.gradientless and not structure.credit.unbiased:
-        raise UsageError("ULR got multi_sample, and of the mix a loss has no gradient; use credit='global'")
+        raise UsageError("ULR got multi_sample, but one of the mixed losses has no gradient; use credit='global'")
     return structure
 
 
@@ -77,8 +77,8 @@ def chosen_weights(
     weights = choose(model, config.noise, structure.untrained, outcome)
     if isinstance(config.credit, Auto) and structure.credit.by_losses:
         for record in p.records:
-            calmer = calmer_weights(model, record, structure.parameters, config.noise)
-            weights |= dict.fromkeys(calmer, BY_SAMPLE)
+            better = lower_variance_weights(model, record, structure.parameters, config.noise)
+            weights |= dict.fromkeys(better, BY_SAMPLE)
     return weights
 
 

@@ -36,5 +36,5 @@ class Online(Attaches):
         return ULR("auto", self.maps, None, self.firing, self.noise, self.flow, on_nonfinite=self.on_nonfinite)
 
     @property
-    def way(self) -> OneTimeStep:
+    def strategy(self) -> OneTimeStep:
         return OneTimeStep()

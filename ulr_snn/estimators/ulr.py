@@ -144,7 +144,7 @@ class ULR(Attaches):
         return self
 
     @property
-    def way(self) -> Memory:
+    def strategy(self) -> Memory:
         if not isinstance(self.memory, str):
             return self.memory
         if self.memory == "replay":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.credit.formula import Entry, Formula, enter
+from ulr_snn.credit.formula import Contribution, Formula, enter
 from ulr_snn.credit.map_learning import MapLearning, RegressionBatch, means
 from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.credit.prediction import Prediction
@@ -125,8 +125,8 @@ class ChunkedRun:
         """Adds the gradient of the batch's mean loss. error: each sample's ∂L/∂ result of `forward`."""
         while self.kept:
             for chunk, states in self._backwards(*self.kept.pop()):
-                entries = list(self._entries(chunk, states, error, prediction, formula))
-                enter([(entry.tensor, entry.gradient) for entry in entries], list(wanted))
+                contributions = list(self._contributions(chunk, states, error, prediction, formula))
+                enter([(part.tensor, part.gradient) for part in contributions], list(wanted))
 
     def _backwards(self, group: list[range], states: LayerStates) -> Iterator[tuple[range, LayerStates]]:
         """Yields the chunks of a group, last to first, each with the recomputed states before it."""
@@ -142,10 +142,10 @@ class ChunkedRun:
         while kept:
             yield from self._backwards(*kept.pop())
 
-    def _entries(
+    def _contributions(
         self, chunk: range, states: LayerStates, error: Tensor, prediction: Prediction, formula: Formula
-    ) -> Iterator[Entry]:
-        """Yields the gradient entries of a chunk."""
+    ) -> Iterator[Contribution]:
+        """Yields the gradient contributions of a chunk."""
         before = [None if u is None else u.requires_grad_() for u in states.membranes]
         records: list[Record] = []
         x, last = self.run(chunk, LayerStates(states.states, before), records)[::3]  # the rest would take memory
@@ -159,7 +159,7 @@ class ChunkedRun:
             tensors, gradients = zip(*[(end, g) for end, g in ends if end.requires_grad], strict=True)
             self.membranes = list(torch.autograd.grad(tensors, carried, gradients, retain_graph=True))
         weight = x.new_full((x.shape[1],), 1 / x.shape[1])
-        yield from formula.entries(passed, credits, weight)
+        yield from formula.contributions(passed, credits, weight)
 
 
 class RegressionRows:

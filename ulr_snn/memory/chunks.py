@@ -200,7 +200,7 @@ class TimeChunks(Chunks):
                 rows.learn(learner.prediction.maps)
             if evaluation.error is not None:
                 self._backward(step, run, seen, outputs, evaluation.error)
-            learner.level.take(run.farthest)
+            learner.level.store_distances(run.farthest)
             learner.mean_loss = moving(learner.mean_loss, losses)
         else:
             stats["skipped"] = True

@@ -34,7 +34,7 @@ from ulr_snn.losses.named import LOSSES
 from ulr_snn.memory.chunk import Chunk, ChunkSite, Fired
 from ulr_snn.memory.chunked import RegressionRows, see_farthest
 from ulr_snn.memory.chunks import Chunks
-from ulr_snn.memory.split import chain
+from ulr_snn.memory.split import modules_in_order
 from ulr_snn.memory.step import Step
 from ulr_snn.model.call import check_outputs
 from ulr_snn.model.events import Events
@@ -82,7 +82,7 @@ def stages(model: nn.Module) -> list[Stage]:
     """Splits a model that runs its modules one after another. The last stage ends in the outputs."""
     found: list[Stage] = []
     between: list[nn.Module] = []
-    for module in chain(model):
+    for module in modules_in_order(model):
         if isinstance(module, LIF | LeakyReadout):
             found.append(Stage.of(between, module))
             between = []
@@ -96,7 +96,7 @@ def stages(model: nn.Module) -> list[Stage]:
 def without_trace(model: nn.Module) -> str | None:
     """Returns why a trace of the inputs is not enough for some layer of the model; None if it is enough."""
     found = stages(model)
-    if any(type(module) is TimeAverage for module in chain(model)):
+    if any(type(module) is TimeAverage for module in modules_in_order(model)):
         return "TimeAverage leaves single time steps without a loss"
     for stage in found:
         into, name = stage.into, type(stage.into).__name__
@@ -129,7 +129,7 @@ class Trace:
         self.sum[:, :-1] += x
         self.n = self.beta * self.n + 1
 
-    def entries(self, modules: list[nn.Module], g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def gradients(self, modules: list[nn.Module], g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (tensor, gradient) pairs that add the parameters' gradients, for g = ∂L/∂output [1, B, ...]."""
         if len(modules) == 1 and type(modules[0]) is nn.Linear:  # saves the forward product
             linear, rows = modules[0], g.flatten(0, -2)
@@ -192,7 +192,7 @@ class OnlineRun:
             self._backward(outputs, error, records)
             see_farthest(self.farthest, fired)
             if t == self.batch.steps - 1:
-                learner.level.take(self.farthest)
+                learner.level.store_distances(self.farthest)
         else:
             self.usable, stats["skipped"] = False, True
         if t == self.batch.steps - 1 and self.usable:
@@ -235,18 +235,18 @@ class OnlineRun:
         found = self.learner.prediction.credit_at_once(passed)
         credits = [Credit(None, found.get(record.site)) for record in records]
         weight = outputs.new_full((self.batch.samples,), 1 / self.batch.samples)
-        given = {entry.site: entry for entry in self.formula.entries(passed, credits, weight)}
+        given = {part.site: part for part in self.formula.contributions(passed, credits, weight)}
         stages = zip(self.stages, self.traces, [record.site for record in records] + [None], strict=True)
-        entries: list[tuple[Tensor, Tensor]] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for stage, trace, site in stages:  # records are in the order of the stages
             if site in given and stage.learning:
                 g = given[site].gradient
-                entries += [(outputs, g)] if trace is None else trace.entries(stage.learning, g)
+                pairs += [(outputs, g)] if trace is None else trace.gradients(stage.learning, g)
         for name, weights in self.recurring.items():
             if name in given:
-                entries += self.recurrent[name].entries([weights], given[name].gradient)
+                pairs += self.recurrent[name].gradients([weights], given[name].gradient)
         wanted = [q for q in self.bound.model.parameters() if q.requires_grad]
-        enter([entry for entry in entries if entry[0].requires_grad], list(wanted))
+        enter([pair for pair in pairs if pair[0].requires_grad], list(wanted))
 
 
 class OneTimeStep(Chunks):

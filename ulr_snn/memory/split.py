@@ -15,12 +15,12 @@ from ulr_snn.sites.binding import user_modules
 TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 
-def chain(model: nn.Module) -> list[nn.Module]:
+def modules_in_order(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that a model runs one after another."""
     if isinstance(model, Chain):
         return list(model.stages)
     if type(model) is nn.Sequential and not hooked(model):
-        return [part for module in model for part in chain(module)]
+        return [part for module in model for part in modules_in_order(module)]
     return [model]
 
 
@@ -49,7 +49,7 @@ class Split:
     @classmethod
     def of(cls, model: nn.Module) -> "Split":
         """Splits a model. Raises UsageError for a model that needs all time steps at once."""
-        modules = chain(model)
+        modules = modules_in_order(model)
         cut = next((i for i, module in enumerate(modules) if type(module) is TimeAverage), len(modules))
         if other := next((module for module in modules[:cut] if not local_in_time(module)), None):
             raise UsageError(

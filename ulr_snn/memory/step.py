@@ -91,7 +91,7 @@ class Step:
     @property
     def formula(self) -> Formula:
         structure, learner = self.structure, self.learner
-        options = self.config.sampling, frozenset(structure.quiet), bool(structure.treatment.gradientless)
+        options = self.config.sampling, frozenset(structure.noiseless), bool(structure.treatment.gradientless)
         return Formula(structure.credit, *options, learner.mean_loss, learner.mean_gradientless)
 
     @property

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.credit.formula import Entry, Formula, enter
+from ulr_snn.credit.formula import Contribution, Formula, enter
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.memory.step import Step
 from ulr_snn.model.passes import Group, Pass
@@ -82,16 +82,16 @@ def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list
         return
     now = learner.step - 1
     credit.learn_before(learner.prediction, passes, now)
-    entries: list[Entry] = []
+    contributions: list[Contribution] = []
     for group in groups:
         predictions = credit.predict(learner.prediction, group.passes, sampling.group)
         found = list(formula.of_group(group, predictions, 1 / len(groups)))
         if learner.copies.due(now):
             learner.copies.see(group.site, halves(step, formula, group, found), len(group.losses))
-        entries += found
+        contributions += found
     credit.learn_after(learner.prediction, groups, now)
-    entries.sort(key=lambda entry: entry.by_score)
-    enter([(entry.tensor, entry.gradient) for entry in entries], list(step.parameters.values()))
+    contributions.sort(key=lambda part: part.by_score)
+    enter([(part.tensor, part.gradient) for part in contributions], list(step.parameters.values()))
 
 
 def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], counted: list[Pass]) -> None:
@@ -99,13 +99,15 @@ def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass
     wanted: list[Tensor] = list(step.parameters.values())
     for p in passes:
         predictions = formula.credit.predict(step.learner.prediction, [p], step.config.sampling.group)
-        entries = formula.of_group(Group(None, [p], counted), predictions, 1.0)
-        enter([(entry.tensor, entry.gradient) for entry in entries], wanted)
+        contributions = formula.of_group(Group(None, [p], counted), predictions, 1.0)
+        enter([(part.tensor, part.gradient) for part in contributions], wanted)
 
 
-def halves(step: Step, formula: Formula, group: Group, entries: list[Entry]) -> list[tuple[Tensor, Tensor]]:
+def halves(
+    step: Step, formula: Formula, group: Group, contributions: list[Contribution]
+) -> list[tuple[Tensor, Tensor]]:
     """Returns the gradients by each half of a group's copies, for every parameter that the noise reaches."""
-    noisy = [entry for entry in entries if entry.copies is not None]
+    noisy = [part for part in contributions if part.copies is not None]
     reached = {name for name, sources in step.structure.parameters.items() if set(sources) - {"outputs", SOURCE}}
     named = step.model.named_parameters()
     parameters = [q for name, q in named if q.requires_grad and name in reached]
@@ -114,18 +116,23 @@ def halves(step: Step, formula: Formula, group: Group, entries: list[Entry]) -> 
 
 
 def half_of(
-    step: Step, formula: Formula, group: Group, entries: list[Entry], parameters: list[nn.Parameter], half: int
+    step: Step,
+    formula: Formula,
+    group: Group,
+    contributions: list[Contribution],
+    parameters: list[nn.Parameter],
+    half: int,
 ) -> list[Tensor]:
     """Returns the gradients by the even (half=0) or odd (half=1) sets of dependent copies."""
     size, found = step.config.sampling.group, []
-    if entries and parameters:
+    if contributions and parameters:
         tensors, gradients = [], []
-        for entry in entries:
-            copies = entry.copies or []
+        for part in contributions:
+            copies = part.copies or []
             own = torch.tensor([copy // size % 2 == half for copy in copies])
-            rows = own.repeat_interleave(entry.gradient.shape[1] // len(copies)).to(entry.gradient)
-            tensors.append(entry.tensor)
-            gradients.append(entry.gradient * rows.view(-1, *[1] * (entry.gradient.ndim - 2)))
+            rows = own.repeat_interleave(part.gradient.shape[1] // len(copies)).to(part.gradient)
+            tensors.append(part.tensor)
+            gradients.append(part.gradient * rows.view(-1, *[1] * (part.gradient.ndim - 2)))
         given = torch.autograd.grad(tensors, parameters, gradients, retain_graph=True, allow_unused=True)
         found = [torch.zeros_like(q) if g is None else g for q, g in zip(parameters, given, strict=True)]
     if (weights := step.weights) is not None:

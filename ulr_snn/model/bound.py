@@ -68,7 +68,7 @@ class BoundModel:
         names = [site for site, neuron in self.layers if not (isinstance(neuron, SpikingNeuron) or neuron.scans)]
         level.currents.update({site: neuron.noise for site, neuron in self.layers if isinstance(neuron, BlackBox)})
         passes = 0
-        while unknown := [site for site in names if not (level.knows(site) or site in level.quiet)]:
+        while unknown := [site for site in names if not (level.is_calibrated(site) or site in level.noiseless)]:
             known = len(level.starts)
             with no_side_effects(self.model), torch.no_grad():
                 run()

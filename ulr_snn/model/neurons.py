@@ -349,7 +349,7 @@ def step_mask(lengths: Tensor, sequence: Tensor) -> Tensor:
     return shaped(mask, sequence)
 
 
-def own_steps(x: Tensor, t: int, lengths: Tensor | None, whole: bool) -> Tensor:
+def zero_padding(x: Tensor, t: int, lengths: Tensor | None, whole: bool) -> Tensor:
     """Sets x [B, ...] of time step t to zero on padding. whole: x is [T, B, ...], of all steps."""
     if lengths is None:
         return x
@@ -361,7 +361,7 @@ def shaped(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(*rows.shape, *[1] * (like.ndim - 2))
 
 
-def own_spread(sequence: Tensor, mask: Tensor | None) -> float:
+def spread_without_padding(sequence: Tensor, mask: Tensor | None) -> float:
     """Returns the standard deviation of a whole sequence [T, B, ...] without padding."""
     own = sequence if mask is None else sequence[mask.bool().expand_as(sequence)]
     return own.std(correction=0).item()

@@ -26,7 +26,7 @@ def driven_by_events(forward: Forward, batch: Batch, p: Pass) -> set[str]:
     return replayed(forward, batch, p, others)[1]
 
 
-def read_by_nobody(forward: Forward, batch: Batch, p: Pass, sites: Collection[str]) -> set[str]:
+def sites_without_effect(forward: Forward, batch: Batch, p: Pass, sites: Collection[str]) -> set[str]:
     """Returns the sites on whose spikes neither the outputs nor the current of another layer depend. A site's spikes
     are all flipped in a replay of the pass p of one copy, in which all other spikes stay."""
     found = set()

@@ -33,7 +33,7 @@ class NoiseLevel:
 
     progress: from 0, the first step, to 1, the end of training. currents: noise of the sites on input currents. starts:
     by site, the calibrated scale over the threshold; for input currents, their standard deviation. resting: sites that
-    started with the narrowest noise. idle: sites that did not run in the calibration. quiet: sites without noise.
+    started with the narrowest noise. idle: sites that did not run in the calibration. noiseless: sites without noise.
     floors: by site, the least unit of the scale. farthest: by site, the largest distance between a membrane and the
     threshold in the last step.
     """
@@ -44,31 +44,31 @@ class NoiseLevel:
     starts: dict[str, float] = field(default_factory=dict)
     resting: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
-    quiet: set[str] = field(default_factory=set)
+    noiseless: set[str] = field(default_factory=set)
     floors: dict[str, float] = field(default_factory=dict)
     farthest: dict[str, Tensor] = field(default_factory=dict)
 
-    def over(self, site: str, scale: Tensor) -> Tensor | None:
+    def secants(self, site: str, scale: Tensor) -> Tensor | None:
         """Returns the standardised distances [K] for the secants of a site with noise of this scale. None: credit uses
         the derivative."""
         found = self.farthest.get(site) if self.firing.secants else None
         return None if found is None else between(found / scale.detach().mean(), self.firing.secants)
 
-    def see(self, passes: Iterable[list[Any]]) -> None:
+    def measure_distances(self, passes: Iterable[list[Any]]) -> None:
         """Measures how far membranes are from the threshold, for the secants of the next step. passes: records of each
         pass of this step."""
         found: dict[str, Tensor] = {}
         for record in [record for records in passes for record in records if record.site not in self.currents]:
             here = record.farthest
             found[record.site] = torch.maximum(found.get(record.site, here), here)
-        self.take(found)
+        self.store_distances(found)
 
-    def take(self, found: dict[str, Tensor]) -> None:
+    def store_distances(self, found: dict[str, Tensor]) -> None:
         """Stores the measured distances by site. It ignores distances that are not finite."""
         if self.firing.secants:
             self.farthest |= {site: distance for site, distance in found.items() if distance.isfinite()}
 
-    def knows(self, site: str) -> bool:
+    def is_calibrated(self, site: str) -> bool:
         """Returns whether the scale of this site needs no calibration, or has been calibrated."""
         if site in self.starts or site in self.idle:
             return True
@@ -121,11 +121,11 @@ class NoiseLevel:
             "noise_starts": dict(self.starts),
             "noise_resting": sorted(self.resting),
             "noise_floors": dict(self.floors),
-            "quiet": sorted(self.quiet),
+            "quiet": sorted(self.noiseless),
             "farthest": dict(self.farthest),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.starts, self.resting = dict(state["noise_starts"]), set(state["noise_resting"])
-        self.floors, self.quiet = dict(state.get("noise_floors", {})), set(state.get("quiet", ()))
+        self.floors, self.noiseless = dict(state.get("noise_floors", {})), set(state.get("quiet", ()))
         self.farthest = {site: distance.to(device) for site, distance in state.get("farthest", {}).items()}

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 from ulr_snn.estimators.base import Estimator
-from ulr_snn.peers.alignment import FeedbackAlignment
-from ulr_snn.peers.evolution import EvolutionStrategies, RankOneNoise
-from ulr_snn.peers.expected import ExpectedGradientBPTT
-from ulr_snn.peers.surrogate import SurrogateBPTT
+from ulr_snn.peers.alignment import FeedbackAlignment as FeedbackAlignment
+from ulr_snn.peers.evolution import EvolutionStrategies as EvolutionStrategies
+from ulr_snn.peers.evolution import RankOneNoise as RankOneNoise
+from ulr_snn.peers.expected import ExpectedGradientBPTT as ExpectedGradientBPTT
+from ulr_snn.peers.surrogate import SurrogateBPTT as SurrogateBPTT
 
 METHODS: dict[str, Callable[[], Estimator]] = {
     "surrogate": SurrogateBPTT,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.neurons import LIF, own_spread, step_mask
+from ulr_snn.model.neurons import LIF, spread_without_padding, step_mask
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
@@ -100,7 +100,7 @@ class _Stochastic:
             self.scale = self.level.scale(
                 self.name,
                 neuron.threshold,
-                lambda: own_spread(neuron.fired(current)[1] + neuron.threshold, mask),
+                lambda: spread_without_padding(neuron.fired(current)[1] + neuron.threshold, mask),
             )
         self._draw = Drawer(self.noise, self.level.firing, self.index, len(current), self.scale)
         return differentiable_spikes(neuron, current, self)

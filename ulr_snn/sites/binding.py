@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapt, fresh_state, libraries
 from ulr_snn.errors import UsageError
-from ulr_snn.model.neurons import SpikingNeuron, Timed, own_spread, step_mask
+from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
@@ -56,8 +56,8 @@ class Site:
         """Returns the standard deviation of the membranes under deterministic firing, without padding. Stores their
         distance from the threshold."""
         drive = neuron.fired(current)[1]
-        self.level.take({name: farthest(drive, mask)})
-        return own_spread(drive + neuron.threshold, mask)
+        self.level.store_distances({name: farthest(drive, mask)})
+        return spread_without_padding(drive + neuron.threshold, mask)
 
 
 def record_of(
@@ -75,7 +75,7 @@ def record_of(
     x, through = neuron.x_at(current, spikes, x, fed_back, scale, before)
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
     about = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
-    over = level.over(name, scale)
+    over = level.secants(name, scale)
     return Record(*about, fed_back, through=through, over=over, arrived=[current])
 
 
@@ -166,7 +166,7 @@ def bind(
     layers = spiking_layers(model) if layers is None else layers
     sites: list[Site | StepSite] = []
     for index, (name, neuron) in enumerate(layers):
-        own = None if name in level.quiet or never_fires(neuron) else noise
+        own = None if name in level.noiseless or never_fires(neuron) else noise
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
             sites.append(Site(name, index, level, own, records, lengths, links, guard))
         else:

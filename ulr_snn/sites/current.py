@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.precision import widened
-from ulr_snn.model.neurons import own_spread
+from ulr_snn.model.neurons import spread_without_padding
 from ulr_snn.noise.random import Noise
 from ulr_snn.sites.records import CurrentRecord
 from ulr_snn.sites.step import StepSite
@@ -53,7 +53,7 @@ class CurrentSite(StepSite):
         rows = spikes.shape[: 1 + self.neuron.whole]
         if self.noise is not None and tuple(rows) != ((self.steps,) * self.neuron.whole + (len(self.noise.sample),)):
             raise UsageError(f"{self.name} gave spikes of shape {list(spikes.shape)}; keep steps and samples in front")
-        spikes = self._own_steps(t, spikes, spikes).clone()
+        spikes = self._zero_padding(t, spikes, spikes).clone()
         if self.noise is None or self.measured:
             return spikes
         self.leaves.append(spikes.requires_grad_())
@@ -63,7 +63,7 @@ class CurrentSite(StepSite):
 
     def measure(self) -> None:
         current = self._joined(self.trace.x)
-        self.level.current_scale(self.name, lambda: own_spread(current, self._mask(current)))
+        self.level.current_scale(self.name, lambda: spread_without_padding(current, self._mask(current)))
 
     def record(self) -> CurrentRecord:
         return CurrentRecord(**vars(super().record()), z=self._joined(self.drawn))

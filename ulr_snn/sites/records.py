@@ -68,7 +68,7 @@ class Record:
         return farthest(self.x, self.mask) * self.scale.detach().mean()
 
     @property
-    def entry(self) -> Tensor | None:
+    def current_handle(self) -> Tensor | None:
         """Autograd handle at which credit of the current continues; None if the neuron has learned parameters."""
         return None if self.through is None or self.neuron.beta.requires_grad else self.through
 
@@ -77,10 +77,10 @@ class Record:
         """True if the layer ran all time steps at once."""
         return self.leaves[0].ndim == self.spikes.ndim
 
-    def _on_own_steps(self, value: Tensor) -> Tensor:
+    def _without_padding(self, value: Tensor) -> Tensor:
         return value if self.mask is None else value * self.mask
 
-    def own_steps(self) -> Tensor:
+    def valid_steps(self) -> Tensor:
         """Returns [T, B] bool, which is False on padding."""
         if self.mask is None:
             return torch.ones(self.spikes.shape[:2], dtype=torch.bool, device=self.spikes.device)
@@ -88,7 +88,7 @@ class Record:
 
     def innovation(self) -> Tensor:
         """Returns ε = s - p."""
-        return self._on_own_steps(self.spikes.detach() - self.firing.probability(self.x.detach()))
+        return self._without_padding(self.spikes.detach() - self.firing.probability(self.x.detach()))
 
     def membrane(self) -> Tensor:
         """Returns the membrane u."""
@@ -97,7 +97,7 @@ class Record:
     @cached_property
     def slope(self) -> Tensor:
         """The derivative p' = ∂p/∂x."""
-        return self._on_own_steps(self.firing.slope(self.x.detach()))
+        return self._without_padding(self.firing.slope(self.x.detach()))
 
     @cached_property
     def response(self) -> Tensor:
@@ -139,7 +139,7 @@ class Record:
 
     def score(self) -> Tensor:
         """Returns δ = ∂ log P(s) / ∂x."""
-        return self._on_own_steps(self.firing.score(self.spikes.detach(), self.x.detach()))
+        return self._without_padding(self.firing.score(self.spikes.detach(), self.x.detach()))
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,10 @@ class CurrentRecord(Record):
         return self.neuron.elementwise and self.spikes.shape == self.x.shape
 
     def innovation(self) -> Tensor:
-        return self._on_own_steps(self.z)
+        return self._without_padding(self.z)
 
     @cached_property
     def slope(self) -> Tensor:
-        return self._on_own_steps(torch.ones_like(self.x))
+        return self._without_padding(torch.ones_like(self.x))
 
     score = innovation  # for Gaussian noise both are z

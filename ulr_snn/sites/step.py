@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
-from ulr_snn.model.neurons import own_spread, own_steps, step_mask
+from ulr_snn.model.neurons import spread_without_padding, step_mask, zero_padding
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
@@ -49,7 +49,7 @@ class StepSite:
         if self.calls == 0 and self.noise is not None:
             if self.name in self.level.idle:
                 raise UsageError(f"{self.name} did not run in the first step; a layer runs in every step or in none")
-            self.measured = not self.level.knows(self.name)
+            self.measured = not self.level.is_calibrated(self.name)
             if not self.measured:
                 self._start(self.noise)
             self.records.append(self)
@@ -64,7 +64,7 @@ class StepSite:
     def _start(self, noise: Noise) -> None:
         self._scale = self.level.scale(self.name, self.neuron.threshold)
         self._draw = Drawer(noise, self.level.firing, self.index, self.steps, self._scale)
-        self._over = self.level.over(self.name, self._scale)
+        self._over = self.level.secants(self.name, self._scale)
         if self.links is not None:
             self._link = self.links.steps(self._draw, self._scale, self._over, self.lengths, self.neuron.whole)
 
@@ -73,14 +73,14 @@ class StepSite:
         if self.measured:
             self.trace.x.append(drive.detach())
         if self.noise is None or self.measured:
-            return self._own_steps(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
+            return self._zero_padding(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         if self._link is not None:
             self.resetting = self._link.fired(t, drive)
             return self.guard(self.resetting)
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
-            spikes = self._own_steps(t, drawn, drive)
+            spikes = self._zero_padding(t, drawn, drive)
         self.resetting = spikes.clone().requires_grad_()
         self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
@@ -93,8 +93,8 @@ class StepSite:
         carried = [state for state in states if isinstance(state, Tensor) and state.grad_fn is not None]
         self.trace.states.append(carried if self.noise is not None else [])
 
-    def _own_steps(self, t: int, spikes: Tensor, drive: Tensor) -> Tensor:
-        return own_steps(spikes.to(drive.dtype), t, self.lengths, self.neuron.whole)
+    def _zero_padding(self, t: int, spikes: Tensor, drive: Tensor) -> Tensor:
+        return zero_padding(spikes.to(drive.dtype), t, self.lengths, self.neuron.whole)
 
     def finish(self) -> None:
         """Checks that the layer ran once a step. Calibrates the scale of its noise if it was measured."""
@@ -109,14 +109,14 @@ class StepSite:
         """Calibrates the scale of the noise, and stores how far membranes are from the threshold."""
         drive = self._joined(self.trace.x)
         mask = self._mask(drive)
-        self.level.take({self.name: farthest(drive, mask)})
+        self.level.store_distances({self.name: farthest(drive, mask)})
         threshold = self.neuron.threshold
-        self.level.scale(self.name, threshold, lambda: own_spread(drive + threshold.detach(), mask))
+        self.level.scale(self.name, threshold, lambda: spread_without_padding(drive + threshold.detach(), mask))
 
     def record(self) -> Record | LinkedRecord:
         """Returns the record of the pass."""
         if self._link is not None:
-            return self._link.seen(self.name)
+            return self._link.record(self.name)
         trace = self.trace
         x, spikes = self._joined(trace.x), self._joined(self.leaves).detach()
         current = self._joined(self.arrived).detach()

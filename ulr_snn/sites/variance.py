@@ -53,7 +53,7 @@ def by_sample(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
     return bool(parameters)
 
 
-def calmer_weights(
+def lower_variance_weights(
     model: nn.Module, record: Record, sources: Mapping[str, list[str]], taken: Collection[str]
 ) -> list[str]:
     """Returns the names of the weights that only this site trains, if per-sample noise on them costs less than the
