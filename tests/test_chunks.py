@@ -13,7 +13,7 @@ from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAv
 from ulr_snn.estimators.step_sizes import StepSizes
 from ulr_snn.memory import chunked
 from ulr_snn.memory.chunk import LayerStates
-from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
+from ulr_snn.memory.chunks import ChunkLimits, Chunks, TimeChunks
 from ulr_snn.memory.one_step import OneTimeStep
 from ulr_snn.memory.step import Memory
 
@@ -59,7 +59,7 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
             model.zero_grad()
             estimate = ulr.backward(x, y, lengths=lengths)
     if memory != "auto":
-        assert estimate.stats["chunks"] == -(-STEPS // max(1, together // (BATCH * ulr.memory._counted[1])))
+        assert estimate.stats["chunks"] == -(-STEPS // max(1, together // (BATCH * ulr.bound.findings["neurons"])))
     return [q.grad for q in model.parameters()]
 
 
@@ -151,9 +151,9 @@ def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     )
     x = (torch.rand(60, 32, 10, 10) < 0.3).float()
     outputs = "ce_rate" if memory == "online" else "ce_count"
+    seen, first = [], Chunks.first
+    monkeypatch.setattr(Chunks, "first", lambda memory, step: seen.append(first(memory, step)) or seen[-1])
     with attach(model, ULR(memory=way(memory, limits)), outputs) as ulr:
-        seen, first = [], ulr.memory.first
-        monkeypatch.setattr(ulr.memory, "first", lambda step: seen.append(first(step)) or seen[-1])
         ulr.backward(x, torch.arange(32) % 4)
     steps, samples = seen[0]
     assert steps.stop >= 32 and samples.stop >= 4
@@ -376,3 +376,12 @@ def test_the_readouts_step_size_stays_when_a_training_goes_on():
         ulr.load_state_dict(state)
         ulr.backward(x, y)
         assert ulr.learner.step_sizes.summed == state["step_sizes"]["summed"] > STEPS / 2
+
+
+def test_a_module_may_be_replaced_by_one_that_needs_all_time_steps():
+    limits = ChunkLimits(whole=0, short=0, roomy=1, least=2)
+    model, (x, y) = nn.Sequential(nn.Flatten(2), nn.Linear(12, 5), LIF(), nn.Linear(5, 3)), data()
+    with attach(model, ULR(memory=TimeChunks(asked=False, limits=limits)), "ce_rate") as ulr:
+        assert ulr.backward(x, y).stats["chunks"] > 1
+        model[0] = nn.Sequential(Backwards(), nn.Flatten(2))
+        assert "chunks" not in ulr.backward(x, y).stats

@@ -289,3 +289,7 @@ def test_copies_in_turn_are_replayed_with_the_noise_that_they_were_judged_with(m
     assert len(seen) == 4
     for counted, replayed in seen.values():
         assert torch.equal(counted, replayed)
+
+
+def test_no_pairs_by_any_false_value():
+    assert ULR(credit="global", copies=3, antithetic=0).sampling == Independent(3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import averaging, currents, png_size
-from ulr_snn import ULR, Diagnosis, Logistic, UsageError, diagnose
+from ulr_snn import ULR, Diagnosis, Logistic, Online, UsageError, diagnose
 from ulr_snn.diagnose import Moments
 from ulr_snn.estimators.base import Estimate
 
@@ -108,6 +108,12 @@ def test_noise_alone_is_reported():
     assert found.advice.startswith("The reference is mostly noise")
     unresolved = {"estimator": "a", "layer": "0", "cosine": None, "variance": None, "step_cosine": None, "passes": 1.0}
     assert "unresolved" in str(Diagnosis([unresolved], ""))
+
+
+def test_online_learning_is_of_the_net_that_it_is_given():
+    model, batch = averaging(6, 4, (7,)), currents(5, 4, 6, 4)
+    with pytest.raises(UsageError, match="estimators of different nets"):
+        diagnose(model, batch, {"online": Online(firing=Logistic(3.0)), "ulr": ULR()}, loss="ce_rate")
 
 
 def test_halves_leave_no_bias():

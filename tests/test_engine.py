@@ -555,11 +555,7 @@ def watched(monkeypatch) -> list[nn.Module]:
 def test_evaluation_runs_on_scans_and_gives_the_models_own_outputs(make, monkeypatch):
     torch.manual_seed(0)
     model, (x, y) = make(), batch(torch.float32)
-    ran: list[nn.Module] = []
-    own = BoundModel.outputs
-    monkeypatch.setattr(
-        BoundModel, "outputs", lambda self, *about, **named: ran.append(self.model) or own(self, *about, **named)
-    )
+    ran = watched(monkeypatch)
     measured = evaluate(model, [(x, y), (x[:, :3], y[:3])], device="cpu")
     assert isinstance(ran[-1], Chain)
     with torch.no_grad():
@@ -574,10 +570,28 @@ def test_evaluation_does_not_run_on_scans_that_round_otherwise(monkeypatch):
     model, (x, y) = leaky(), batch(torch.float32)
     chain = Chain.forward
     monkeypatch.setattr(Chain, "forward", lambda self, x: chain(self, x) * (1 + 1e-6))
-    ran: list[nn.Module] = []
-    own = BoundModel.outputs
-    monkeypatch.setattr(
-        BoundModel, "outputs", lambda self, *about, **named: ran.append(self.model) or own(self, *about, **named)
-    )
+    ran = watched(monkeypatch)
     evaluate(model, [(x, y)], device="cpu")
     assert isinstance(ran[0], Chain) and ran[-1] is model
+
+
+def wide(library: str) -> nn.Module:
+    """A model so wide that a product of all time steps rounds otherwise in bfloat16 than one of a single step."""
+    if library == "SpikingJelly":
+        model = jelly("LIFNode", "m")
+        model[0], model[2], model[4] = nn.Linear(128, 200), nn.Linear(200, 64), nn.Linear(64, 3)
+        return model
+    model = Loop(lambda: snntorch().Leaky(beta=0.9))
+    model.fc1, model.fc2, model.fc3 = nn.Linear(128, 200), nn.Linear(200, 64), nn.Linear(64, 3)
+    return model
+
+
+@pytest.mark.parametrize("library", ["snnTorch", "SpikingJelly"])
+def test_evaluation_in_bfloat16_gives_the_models_own_outputs(library):
+    torch.manual_seed(0)
+    model, x, y = wide(library), 2 * torch.rand(20, 64, 128), torch.arange(64) % 3
+    found = evaluate(model, [(x, y)], device="cpu", autocast=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model_outputs(model.eval(), x)
+    expected = nn.functional.cross_entropy(outputs.float().sum(0), y)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)

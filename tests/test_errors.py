@@ -9,7 +9,9 @@ from torch import Tensor, nn
 import ulr_snn
 from ulr_snn import LIF, ULR, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
 from ulr_snn.credit.kinds import Auto
+from ulr_snn.memory.chunks import TimeChunks
 from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sampling.kinds import Adaptive, Independent
 from ulr_snn.sites.binding import bind
 
 STEPS, BATCH = 4, 3
@@ -96,6 +98,21 @@ WRONG: dict[str, tuple[Callable, str]] = {
     "refresh never": (lambda: ULR(credit=Auto(refresh=0)), "refresh=0"),
     "no time functions": (lambda: ULR(credit=Auto(time_functions=0)), "time_functions=0"),
     "feedback rate": (lambda: ULR(credit=Auto(rate=0.0)), "rate=0.0"),
+    "feedback rate of no number": (lambda: ULR(credit=Auto(rate=None)), "rate=None"),
+    "variance of no number": (lambda: Adaptive(variance="low"), "variance='low'"),
+    "no memory": (lambda: ULR(memory=None), "memory=None"),
+    "a class for memory": (lambda: ULR(memory=TimeChunks), "memory="),
+    "shorthands that drop multi_sample": (
+        lambda: ULR(sampling=Independent(4, multi_sample=True), antithetic=True),
+        "give sampling alone",
+    ),
+    "shorthands of a sampling of one's own": (
+        lambda: ULR(sampling=type("Mine", (Independent,), {})(4), copies=8),
+        "give sampling alone",
+    ),
+    "a class for an estimator": (lambda: train(estimator=ULR), "is no estimator"),
+    "a class for an estimator, to evaluate": (lambda: evaluate(estimator=ULR, mode="stochastic"), "is no estimator"),
+    "online with a loss of the whole": (lambda: step(estimator=ulr_snn.Online()), "Online makes an update"),
     "odd copies in pairs": (lambda: ULR(copies=3), "copies=3"),
     "residual with one pair": (lambda: ULR(credit="residual", copies=2), "at least 4"),
     "residual with one copy": (lambda: ULR(credit="residual", copies=1, antithetic=False), "at least 2"),
@@ -146,6 +163,10 @@ WRONG: dict[str, tuple[Callable, str]] = {
     ),
     "labels out of range": (lambda: step(y=Y + 1), "1 to 2"),
     "labels that are not classes": (lambda: step(y=Y.float()), "float32"),
+    # registers
+    "a loss that is none": (lambda: ulr_snn.losses.register("mine", None), "give a NamedLoss"),
+    "a data set that is none": (lambda: ulr_snn.data.register("mine", 3), "give an Entry"),
+    "an adapter that is none": (lambda: ulr_snn.adapters.register("mine", "mine"), "give an Adapter"),
     # train and evaluate
     "no epochs": (lambda: train(epochs=0), "epochs=0"),
     "half an epoch": (lambda: train(epochs=0.5), "epochs=0.5"),

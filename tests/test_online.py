@@ -1,6 +1,7 @@
 """Updates at every time step: the gradient is that of its own loss, with all that membranes keep of their inputs."""
 
 import gc
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import ulr_snn
 from benchmarks import memory
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, Online, RecurrentLIF, TimeAverage, UsageError, attach
+from ulr_snn.memory.chunks import TimeChunks
 from ulr_snn.memory.one_step import Trace
 
 STEPS, BATCH, SCALE = 17, 6, 0.3
@@ -54,17 +56,18 @@ def third_step(
     x, y = data()
     lengths = lengths and torch.tensor(lengths)
     targets = torch.eye(3).double()[y] if loss == "mse" else y
+    fired: dict[str, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: fired.setdefault(name, []).append(out.detach()))
+        for name, module in model.named_modules()
+        if isinstance(module, LIF)
+    ]
     with attach(model, estimator(memory, **options), loss, seed=1, total_steps=20) as ulr:
         for _ in range(2):
             ulr.backward(x, targets, lengths=lengths)
         model.zero_grad()
         feedback = {name: weight.clone() for name, weight in ulr.learner.feedback.layers.items()}
-        fired: dict[str, list[Tensor]] = {}
-        hooks = [
-            module.register_forward_hook(lambda _, __, out, name=name: fired.setdefault(name, []).append(out.detach()))
-            for name, module in model.named_modules()
-            if isinstance(module, LIF)
-        ]
+        fired.clear()
         ulr.backward(x, targets, lengths=lengths)
     for hook in hooks:
         hook.remove()
@@ -361,3 +364,17 @@ def test_nothing_is_kept_of_steps_that_are_over():
 def test_memory_does_not_grow_with_the_number_of_time_steps():
     short, long = (min(memory.fresh("recurrent", "ulr stream", steps, 250) for _ in range(2)) for steps in (50, 250))
     assert long < 1.1 * short + 1  # MB; peaks of the same process differ by a quarter of that
+
+
+def test_estimators_are_values():
+    """They can be keys, and a training leaves nothing in them."""
+    with pytest.warns(DeprecationWarning):
+        earlier = ULR(memory="stream")
+    x, y = (torch.rand(5, 3, 6) < 0.5).float(), torch.tensor([0, 1, 2])
+    for estimator in (Online(), earlier, ULR(memory=TimeChunks())):
+        before = hash(estimator), len(pickle.dumps(estimator))
+        model = nn.Sequential(nn.Linear(6, 5), LIF(), nn.Linear(5, 3))
+        with attach(model, estimator, "ce_rate") as ulr:
+            ulr.backward(x, y)
+        assert (hash(estimator), len(pickle.dumps(estimator))) == before
+    assert Online(firing=None, noise=None, flow=None) == Online()

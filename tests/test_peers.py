@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ulr_snn import LIF, RecurrentLIF, TimeAverage, UsageError, train
+from tests.helpers import averaging
+from ulr_snn import LIF, RecurrentLIF, SpikeBudget, TimeAverage, UsageError, train
 from ulr_snn.model.neurons import step_mask
+from ulr_snn.peers.expected import ExpectedGradientBPTT
 from ulr_snn.peers.surrogate import FUNCTIONS, SurrogateBPTT
 from ulr_snn.sites.binding import bind_sites
 
@@ -158,3 +160,23 @@ def test_a_loss_that_is_not_finite_stops():
 def test_wrong_options_are_errors(options):
     with pytest.raises(UsageError, match=next(iter(options))):
         SurrogateBPTT(**options)
+
+
+@pytest.mark.parametrize("peer", [SurrogateBPTT(), ExpectedGradientBPTT()], ids=["surrogate", "expected"])
+def test_layers_may_come_and_go_between_steps(peer):
+    model, x, y = averaging(6, 4, (7,)), (torch.rand(5, 3, 6) < 0.5).float(), torch.tensor([0, 1, 3])
+    attached = peer.attach(model, {"ce_count": 1.0, SpikeBudget(1.0): 1.0}, 0, True)
+    attached.backward(x, y)
+    model[1] = LIF(0.5)
+    model.insert(2, nn.Linear(7, 7))
+    model.insert(3, LIF(0.8))
+    attached.step = 0
+    changed = attached.backward(x, y).loss
+    fresh = peer.attach(model, {"ce_count": 1.0, SpikeBudget(1.0): 1.0}, 0, True).backward(x, y).loss
+    assert changed.shape == fresh.shape
+    if isinstance(peer, SurrogateBPTT):
+        assert torch.equal(changed, fresh)
+    model[1] = nn.Identity()
+    model[3] = nn.Identity()
+    with pytest.raises(UsageError, match="no spiking layer"):
+        attached.backward(x, y)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.statistics import compare_means, gradient_draws
-from ulr_snn import LIF, ULR, TimeAverage, WeightNoise, attach
+from ulr_snn import LIF, ULR, TimeAverage, UsageError, WeightNoise, attach
 from ulr_snn.sites.weights import WeightSites, replaced_parameters, scale_of
 
 STEPS, BATCH, PIXELS = 4, 5, 3
@@ -150,3 +150,20 @@ def test_a_state_saved_after_the_end_says_which_parameters_have_noise():
         ulr.backward(x, y)
         inside = ulr.state_dict()["weights"]
     assert inside and ulr.state_dict()["weights"] == inside
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    """It names the rank of weight noise, which `ULR` no longer has."""
+    model = nn.Sequential(nn.Linear(6, 5), LIF(), TimeAverage(), nn.Linear(5, 3))
+    x, y = torch.rand(4, 8, 6), torch.arange(8) % 3
+    estimator = ULR(noise={"0.weight": WeightNoise()})
+    with attach(model, estimator) as ulr:
+        ulr.backward(x, y)
+        state = ulr.state_dict()
+    earlier = {name: noise | {"rank": None} for name, noise in state["weights"].items()}
+    with attach(model, estimator) as ulr:
+        ulr.load_state_dict(state | {"weights": earlier})
+        ulr.backward(x, y)
+        assert ulr.state_dict()["weights"] == state["weights"]
+        with pytest.raises(UsageError, match="weight noise of rank one"):
+            ulr.load_state_dict(state | {"weights": {"0.weight": earlier["0.weight"] | {"rank": 1}}})

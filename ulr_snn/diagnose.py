@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR
 from ulr_snn.losses.named import LossSpec
@@ -148,7 +149,7 @@ def usual(
 
 def unbiased(model: nn.Module, estimators: Mapping[str, Estimator], *about: Any) -> Moments:
     """Measures an unbiased estimator for the estimators' net and objective. UsageError if these differ."""
-    own = [estimator for estimator in estimators.values() if isinstance(estimator, ULR)] or [ULR()]
+    own = [estimator.config for estimator in estimators.values() if isinstance(estimator, Attaches)] or [ULR()]
     kinds = [(e.firing, dict(e.noise), dict(e.flow), e.sampling.multi_sample) for e in own]
     if kinds[0][-1] or any(kind != kinds[0] for kind in kinds):
         raise UsageError(

@@ -60,7 +60,7 @@ def evaluate(
     tally, several, activities = Tally(), Several(), Activities()
     runs = samples or (copies if mode == "stochastic" else 0)
     estimator = or_default(estimator)
-    config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no noise of its own
+    config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no such noise
     runners: dict[int, Runner] = {}  # by batch size
     level = NoiseLevel(config.firing)
     with turn(model), mode_of(model, training=False):
@@ -70,9 +70,9 @@ def evaluate(
             given = Batch.of(model, x, targets, lengths, objective, time_first)
             if runs and not runners:  # deterministic evaluation needs no spiking layer
                 check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
-            if given.samples not in runners:
-                runners[given.samples] = Runner(bound_exactly(model, given, config, counts), level)
             with reduced_precision(device, autocast):
+                if given.samples not in runners:
+                    runners[given.samples] = Runner(bound_exactly(model, given, config, counts), level)
                 all_runs = runners[given.samples].runs(given, step, runs, seed, counts)
             targets, mask = given.targets, output_mask(given.lengths, all_runs[0][0])
             each = all_runs if samples else [mean_of(all_runs)]

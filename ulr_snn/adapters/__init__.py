@@ -26,7 +26,11 @@ def libraries() -> tuple[str, ...]:
 
 
 def register(library: str, adapter: Adapter) -> None:
-    """Adds the adapter of a library. `library` is the name of the library's top package."""
+    """Adds the adapter of a library, and replaces one that was there. library: the name of its top package."""
+    if not isinstance(adapter, Adapter) or "." in library:
+        raise UsageError(
+            f"adapters.register got {adapter!r} for {library!r}; give an Adapter, and the name of the top package"
+        )
     _adapters[library] = adapter
     library_of.cache_clear()
 

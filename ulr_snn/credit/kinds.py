@@ -94,8 +94,8 @@ class Learned(CreditKind):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
                 raise UsageError(f"{kind} got {name}={value!r}; it must be a whole number, at least 1")
-        if not self.rate > 0:
-            raise UsageError(f"{kind} got rate={self.rate}; it must be positive")
+        if not (isinstance(self.rate, int | float) and self.rate > 0):
+            raise UsageError(f"{kind} got rate={self.rate!r}; it must be a positive number")
 
 
 @dataclass(frozen=True)

@@ -123,5 +123,7 @@ ENTRIES = {
 
 
 def register(name: str, entry: Entry) -> None:
-    """Adds a data set to the names that `load` takes."""
+    """Adds a data set to the names that `load` takes. It replaces a data set that has this name."""
+    if not isinstance(entry, Entry):
+        raise UsageError(f"data.register got {entry!r} for {name!r}; give an Entry")
     ENTRIES[name] = entry

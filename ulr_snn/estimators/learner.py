@@ -12,6 +12,7 @@ from ulr_snn.credit.feedback import LearnedFeedback
 from ulr_snn.credit.kinds import Learned
 from ulr_snn.credit.prediction import Prediction
 from ulr_snn.credit.structure import Structure
+from ulr_snn.errors import UsageError
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.observe import observed
 from ulr_snn.estimators.step_sizes import StepSizes
@@ -155,9 +156,16 @@ class Learner:
             self.step_sizes = self.step_sizes or StepSizes()
             self.step_sizes.load_state_dict(state["step_sizes"])
         self.driven = None if state["driven"] is None else set(state["driven"])
-        self.chosen = None if state["weights"] is None else {q: WeightNoise(**n) for q, n in state["weights"].items()}
+        self.chosen = None if state["weights"] is None else {q: weight_noise(n) for q, n in state["weights"].items()}
         self.feedback.load_state_dict(state["feedback"], device)
         self.copies.load_state_dict(state.get("budget") or {})
+
+
+def weight_noise(state: dict[str, Any]) -> WeightNoise:
+    """Returns weight noise from a checkpoint. Raises UsageError for noise of rank one, which earlier versions had."""
+    if state.get("rank") is not None:
+        raise UsageError("the checkpoint has weight noise of rank one, which ULR no longer has; train anew")
+    return WeightNoise(**{name: value for name, value in state.items() if name != "rank"})
 
 
 def spread_of(record: Record) -> float:

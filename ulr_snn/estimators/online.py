@@ -24,12 +24,13 @@ class Online(Attaches):
 
     maps: str = "auto"
     firing: Firing = field(default_factory=Logistic)
-    noise: NoiseByName = field(default_factory=dict)
-    flow: Mapping[str, str] = field(default_factory=dict)
+    noise: NoiseByName = field(default_factory=dict, hash=False)
+    flow: Mapping[str, str] = field(default_factory=dict, hash=False)
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
-        self.config  # noqa: B018  # raises UsageError for a wrong field
+        for name in ("firing", "noise", "flow"):  # raises UsageError for a wrong field; None is the default
+            object.__setattr__(self, name, getattr(self.config, name))
 
     @property
     def config(self) -> ULR:

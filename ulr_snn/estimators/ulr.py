@@ -120,7 +120,8 @@ class ULR(Attaches):
         if self.memory == "stream":
             warnings.warn("ULR(memory='stream') is deprecated; use ulr_snn.Online()", DeprecationWarning, stacklevel=4)
             object.__setattr__(self, "memory", OneTimeStep())
-        if isinstance(self.memory, str) and self.memory not in MEMORY:
+        given = callable(getattr(self.memory, "estimates", None)) and not isinstance(self.memory, type)
+        if not given and self.memory not in MEMORY:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UsageError(f"ULR got on_nonfinite={self.on_nonfinite!r}; it is 'stop' or 'skip'")
@@ -174,7 +175,8 @@ def check_flows(flow: Mapping[str, str]) -> None:
 
 def or_default(estimator: Estimator | None) -> Estimator:
     """Returns the estimator, or `ULR()` for None. Raises UsageError for anything else."""
-    if estimator is not None and not callable(getattr(estimator, "attach", None)):
+    given = callable(getattr(estimator, "attach", None)) and not isinstance(estimator, type)
+    if estimator is not None and not given:
         raise UsageError(f"{estimator!r} is no estimator; give an object such as ulr_snn.ULR(credit='global')")
     return ULR() if estimator is None else estimator
 

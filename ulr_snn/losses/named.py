@@ -124,7 +124,9 @@ LOSSES = {
 
 
 def register(name: str, loss: NamedLoss) -> None:
-    """Adds a loss to the names that `loss=` takes."""
+    """Adds a loss to the names that `loss=` takes. It replaces a loss that has this name."""
+    if not isinstance(loss, NamedLoss):
+        raise UsageError(f"losses.register got {loss!r} for {name!r}; give a NamedLoss")
     LOSSES[name] = loss
 
 

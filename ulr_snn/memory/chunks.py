@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ulr_snn.credit.baseline import moving
 from ulr_snn.credit.kinds import Residual
@@ -41,13 +41,12 @@ class ChunkLimits:
     states: int = 16
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chunks:
     """The base of `Memory` classes that do not keep the whole sequence. asked: raise where chunks are impossible."""
 
     asked: bool = True
     limits: ChunkLimits = field(default_factory=ChunkLimits)
-    _counted: tuple[nn.Module, int] | None = field(default=None, repr=False, compare=False)
 
     def first(self, step: Step) -> tuple[slice, slice] | None:
         """Returns slices of time steps and samples for measurements, about as large as a chunk.
@@ -68,16 +67,15 @@ class Chunks:
 
     def neurons(self, step: Step) -> int:
         """Returns the number of neurons, 0 if the model needs all time steps at once (UsageError if `asked`)."""
-        if self._counted is None or self._counted[0] is not step.model:
+        if "neurons" not in step.bound.findings:
             with shape_advice(step.model):
                 try:
-                    count = neurons_of(step.model, step.batch.frames, step.batch.dtype)
+                    step.bound.findings["neurons"] = neurons_of(step.model, step.batch.frames, step.batch.dtype)
                 except UsageError:
                     if self.asked:
                         raise
-                    count = 0
-            self._counted = step.model, count
-        return self._counted[1]
+                    step.bound.findings["neurons"] = 0
+        return step.bound.findings["neurons"]
 
     def chunk_steps(self, step: Step) -> int:
         """Returns the number of time steps of a chunk.
@@ -95,13 +93,12 @@ class Chunks:
         """True if chunks are possible, as far as is known. Raises UsageError if they are asked for and impossible."""
         why = self.why_not(step)
         if why and self.asked:
-            raise UsageError(f"ULR got {self.name}, but {why}; use memory='auto'")
+            raise UsageError(self.refusal(why))
         return why is None
 
-    @property
-    def name(self) -> str:
-        """The option that asks for this class, for messages."""
-        return "memory='replay'"
+    def refusal(self, why: str) -> str:
+        """Returns the message of an error, from the reason why chunks are impossible."""
+        return f"ULR got memory='replay', but {why}; use memory='auto'"
 
     def why_not(self, step: Step) -> str | None:
         """Returns why chunks are impossible, or None if they are possible as far as is known."""
@@ -136,7 +133,7 @@ class Chunks:
         return p
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimeChunks(Chunks):
     """Keeps only the outputs of all time steps; the whole sequence if chunks are impossible and not asked for."""
 

@@ -249,15 +249,15 @@ class OnlineRun:
         enter([pair for pair in pairs if pair[0].requires_grad], list(wanted))
 
 
+@dataclass(frozen=True)
 class OneTimeStep(Chunks):
     """Keeps one time step. Every time step ends with an update."""
 
     online: ClassVar[bool] = True
     lean: ClassVar[bool] = True
 
-    @property
-    def name(self) -> str:
-        return "Online, an update at every time step"
+    def refusal(self, why: str) -> str:
+        return f"Online makes an update at every time step, but {why}; use ULR()"
 
     def estimates(self, step: Step) -> Iterator[Estimate]:
         run = self.start(step)

@@ -1,7 +1,7 @@
 """Bound models: which code runs, which layers get noise, and how the model is called. All parts run models by them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ from ulr_snn.sites.records import InPlaceGuard, Links, Record
 class BoundModel:
     """A model with its noisy layers and its way of being called. model: the module that runs, the user's model or a
     chain in its place. by_step: the model takes one time step a call. layers: the layers that get noise, by name.
-    notes: a line for every other module that cuts the graph. why: the reason why no chain runs."""
+    notes: a line for every other module that cuts the graph. why: the reason why no chain runs. findings: what
+    users have found out about it."""
 
     model: nn.Module
     by_step: bool
     layers: Layers
     notes: tuple[str, ...] = ()
     why: str = ""
+    findings: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, noise: Mapping[str, Any], own_code: bool = False) -> "BoundModel":

@@ -16,7 +16,7 @@ from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels.reference import shift
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.activity import counting
-from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.bound import Binder, BoundModel
 from ulr_snn.model.call import check_outputs, model_outputs
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
@@ -174,16 +174,20 @@ class SurrogateAttachment(PeerAttachment):
 
     def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool = True) -> None:
         super().__init__(model, peer, loss, time_first)
-        layers = spiking_layers(model)
-        check_layers(model, layers)
+        self.binder = Binder(model, {}, own_code=True)
+        self._bound: BoundModel | None = None  # of the last step
+        self._know(spiking_layers(model))
+
+    def _know(self, layers: Layers) -> None:
+        """Notes whether the layers are those of another library. Raises UsageError for layers that do not fit."""
+        check_layers(self.model, layers)
         self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
         for name, neuron in layers:
             self.check(name, neuron.module if isinstance(neuron, StepNeuron) else neuron)
-        if self.theirs and peer != SurrogateBPTT():
+        if self.theirs and self.peer != SurrogateBPTT():
             raise UsageError(
                 "SurrogateBPTT got options for a model of another library; give its neurons a surrogate there"
             )
-        self.bound: BoundModel | None = None
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raises UsageError for a spiking layer that this peer does not know."""
@@ -198,14 +202,15 @@ class SurrogateAttachment(PeerAttachment):
     ) -> Estimate:
         """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
         batch = self.begun(x, targets, loss, lengths)
-        if self.bound is None:
-            self.bound = BoundModel.of(self.model, batch, {}, own_code=True)
-        counted = counting(
-            self.model, self.bound.layers, batch.objective.counts, batch.steps, batch.samples, batch.lengths
-        )
-        sites = self.sites(self.bound.layers, batch.x)
-        with torch.enable_grad(), bind_sites(self.model, sites, batch.lengths), counted as activity:
-            outputs = model_outputs(self.model, batch.x, self.bound.by_step)
+        bound = self.binder.bound(batch)
+        if bound is not self._bound:
+            self._know(bound.layers)
+            self._bound = bound
+        counts = batch.objective.counts
+        counted = counting(self.model, bound.layers, counts, batch.steps, batch.samples, batch.lengths)
+        sites = self.sites(bound.layers, batch.x)
+        with torch.enable_grad(), bind_sites(self.model, sites, batch.lengths, bound.layers), counted as activity:
+            outputs = model_outputs(self.model, batch.x, bound.by_step)
         check_outputs(outputs, batch.steps, batch.samples)
         with torch.enable_grad():
             value = batch.objective(outputs, batch.targets, output_mask(batch.lengths, outputs), activity)

@@ -149,8 +149,8 @@ class Adaptive(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.variance > 0:
-            raise UsageError(f"Adaptive got variance={self.variance}; it must be positive")
+        if not (isinstance(self.variance, int | float) and self.variance > 0):
+            raise UsageError(f"Adaptive got variance={self.variance!r}; it must be a positive number")
         whole = all(isinstance(value, int) for value in (self.least, self.most))
         if not (whole and 2 <= self.least <= self.most):
             raise UsageError(
@@ -256,25 +256,28 @@ def sampling_of(
 
     Raises UsageError for arguments that do not fit together.
     """
-    bound = False
+    bound, given = False, None
     if isinstance(sampling, Sampling):
         if copies is None and antithetic is None and quasi_monte_carlo is None and layerwise is None:
             return sampling
         inner = sampling.of if isinstance(sampling, LayerByLayer) else sampling
+        bound, given = inner.multi_sample, sampling
+        if type(inner) not in (Independent, Antithetic, Sobol, Adaptive):
+            raise UsageError(f"ULR got sampling={sampling!r} and a shorthand, such as copies; give sampling alone")
         layerwise = sampling.by_layer if layerwise is None else layerwise
         antithetic = inner.mirrored if antithetic is None else antithetic
         quasi_monte_carlo = isinstance(inner, Sobol) if quasi_monte_carlo is None else quasi_monte_carlo
         if copies is None:
             copies = inner if isinstance(inner, Adaptive) else inner.copies
-        sampling, bound = None, inner.multi_sample
+        sampling = None
     if sampling is not None and copies is not None:
         raise UsageError(f"ULR got sampling={sampling!r} and copies={copies!r}; give one of them")
     copies = sampling if copies is None else copies
-    pairs = antithetic is not False
+    pairs = antithetic is None or bool(antithetic)
     if isinstance(copies, Adaptive):
         if quasi_monte_carlo:
             raise UsageError("ULR got Adaptive copies with quasi_monte_carlo; Sobol sets have a fixed number of copies")
-        kind: Sampling = copies if antithetic is None else replace(copies, antithetic=antithetic)
+        kind: Sampling = copies if antithetic is None else replace(copies, antithetic=pairs)
     elif quasi_monte_carlo:
         if pairs:
             raise UsageError(
@@ -284,6 +287,8 @@ def sampling_of(
         kind = Sobol(copies)
     else:
         kind = Antithetic(copies) if pairs else Independent(copies, multi_sample=bound)
+    if bound and not isinstance(kind, Independent):
+        raise UsageError(f"ULR got sampling={given!r} and a shorthand that makes it {kind!r}; give sampling alone")
     return LayerByLayer(of=kind) if layerwise else kind
 
 
