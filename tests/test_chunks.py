@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
 from ulr_snn.estimators.step_sizes import StepSizes
+from ulr_snn.kernels.limits import limits as kernel_limits
 from ulr_snn.memory import chunked
 from ulr_snn.memory.chunk import LayerStates
 from ulr_snn.memory.chunks import ChunkLimits, Chunks, TimeChunks
@@ -41,20 +42,20 @@ def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return (torch.rand(STEPS, BATCH, 3, 4, generator=generator) < 0.4).to(dtype) * 3, torch.arange(BATCH) % 3
 
 
-def way(memory: str, limits: dict[str, Any]) -> Memory:
+def way(memory: str, **limits: Any) -> Memory:
     """`ULR(memory=...)` with other limits of chunks."""
     return OneTimeStep() if memory == "online" else TimeChunks(memory == "replay", ChunkLimits(**limits))
 
 
-def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths=None, double=False) -> list[Tensor]:
+def gradients(
+    model: nn.Module, memory: str, together: int, lengths: Tensor | None = None, double: bool = False, **limits: Any
+) -> list[Tensor]:
     """Of the third step, when the feedback is learned. Constant scale: that at the start is measured by fewer samples.
-    together: of `ChunkLimits`."""
-    limits = {}
-    limits["together"] = (together,) * 2
-    limits["least"] = 1
+    together, limits: of `ChunkLimits`."""
+    limits |= {"together": (together,) * 2, "least": 1}
     x, y = data()
     model, x = (model.double(), x.double()) if double else (model, x)
-    with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1, total_steps=20) as ulr:
+    with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, **limits)), seed=1, total_steps=20) as ulr:
         for _ in range(3):
             model.zero_grad()
             estimate = ulr.backward(x, y, lengths=lengths)
@@ -67,15 +68,13 @@ def gradients(model: nn.Module, memory: str, together: int, monkeypatch, lengths
 @pytest.mark.parametrize("memory", ["replay"])
 @pytest.mark.parametrize("name", nets())
 @pytest.mark.parametrize("states", [12, 2], ids=["", "chunks of chunks"])
-def test_the_gradient_is_that_of_the_whole(name, memory, lengths, states, monkeypatch):
+def test_the_gradient_is_that_of_the_whole(name, memory, lengths, states):
     if name == "recurrent" and lengths:
         pytest.skip("held readouts are refused, see below")
     lengths = lengths and torch.tensor(lengths)
-    limits = {}
-    limits["states"] = states
-    whole = gradients(nets()[name], "auto", 1, monkeypatch, lengths, double=True)
+    whole = gradients(nets()[name], "auto", 1, lengths, double=True)
     size = BATCH * 17 * 5  # of about five time steps
-    ours = gradients(nets()[name], memory, size, monkeypatch, lengths, double=True)
+    ours = gradients(nets()[name], memory, size, lengths, double=True, states=states)
     for mine, other in zip(ours, whole, strict=True):
         assert other.any() and (mine - other).norm() <= 1e-9 * other.norm()
 
@@ -107,27 +106,24 @@ def most_alive(count: int, groups: int) -> int:
     return inside([range(t, t + 1) for t in range(count)])
 
 
-def test_an_average_in_half_precision_does_not_overflow(monkeypatch):
-    limits = {}
-    limits["least"] = 100  # 100 time steps with outputs of 800 or so are more than float16 can hold
+def test_an_average_in_half_precision_does_not_overflow():
+    limits = {"least": 100}  # 100 time steps with outputs of 800 or so are more than float16 can hold
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage()).half()
     with torch.no_grad():
         model[2].bias.fill_(800)
     found = []
     for memory in ("auto", "replay"):
-        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1) as ulr:
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, **limits)), seed=1) as ulr:
             found.append(ulr.backward((torch.rand(200, 4, 12) < 0.4).half(), torch.arange(4) % 3).outputs)
     assert all(outputs.isfinite().all() and (outputs - 800).abs().max() < 8 for outputs in found)
 
 
 @pytest.mark.parametrize("lengths", [None, [500, 400, 450, 500]], ids=["", "lengths"])
 @pytest.mark.parametrize("reduced", ["autocast", "half"])
-def test_an_average_of_many_chunks_in_reduced_precision_is_as_good_as_at_once(lengths, reduced, monkeypatch):
+def test_an_average_of_many_chunks_in_reduced_precision_is_as_good_as_at_once(lengths, reduced):
     """Each of 250 chunks adds to it what bfloat16 can hardly tell from nothing."""
-    limits = {}
-    limits["together"] = (1, 1)
-    limits["least"] = 2
+    limits = {"together": (1, 1), "least": 2}
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9), LIF(), nn.Linear(9, 3), TimeAverage())
     x = (torch.rand(500, 4, 12) < 0.4).float()
@@ -136,7 +132,7 @@ def test_an_average_of_many_chunks_in_reduced_precision_is_as_good_as_at_once(le
     lengths, found = None if lengths is None else torch.tensor(lengths), []
     for memory in ("auto", "replay"):
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=reduced == "autocast")
-        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1) as ulr, mixed:
+        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, **limits)), seed=1) as ulr, mixed:
             found.append(ulr.backward(x, torch.arange(4) % 3, lengths=lengths).outputs.float())
     torch.testing.assert_close(*found, atol=1e-4, rtol=2**-7)  # about the last bit
 
@@ -144,8 +140,7 @@ def test_an_average_of_many_chunks_in_reduced_precision_is_as_good_as_at_once(le
 @pytest.mark.parametrize("memory", ["auto", "replay", "online"])
 def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     """Of a net with many neurons and few weights, too."""
-    limits = {}
-    limits["whole"] = 1000
+    limits = {"whole": 1000}
     model = nn.Sequential(
         nn.Unflatten(2, (1, 10)), Fold(nn.Conv2d(1, 16, 3, padding=1)), LIF(), nn.Flatten(2), nn.Linear(1600, 4)
     )
@@ -153,7 +148,7 @@ def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     outputs = "ce_rate" if memory == "online" else "ce_count"
     seen, first = [], Chunks.first
     monkeypatch.setattr(Chunks, "first", lambda memory, step: seen.append(first(memory, step)) or seen[-1])
-    with attach(model, ULR(memory=way(memory, limits)), outputs) as ulr:
+    with attach(model, ULR(memory=way(memory, **limits)), outputs) as ulr:
         ulr.backward(x, torch.arange(32) % 4)
     steps, samples = seen[0]
     assert steps.stop >= 32 and samples.stop >= 4
@@ -161,8 +156,6 @@ def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
 
 def test_a_step_keeps_no_more_states_than_it_may(monkeypatch):
     """All that are alive while a chunk has its graph, of 23 chunks of one time step."""
-    limits = {}
-    limits["states"] = 8
     seen, original = [], chunked.ChunkedRun._contributions
 
     def counting(self, *arguments):
@@ -170,21 +163,23 @@ def test_a_step_keeps_no_more_states_than_it_may(monkeypatch):
         yield from original(self, *arguments)
 
     monkeypatch.setattr(chunked.ChunkedRun, "_contributions", counting)
-    gradients(nets()["dense"], "replay", BATCH * 17, monkeypatch)
+    gradients(nets()["dense"], "replay", BATCH * 17, states=8)
     assert len(seen) == 3 * STEPS and 3 <= max(seen) <= 8 + 1  # the one that it begins from
 
 
 @pytest.mark.parametrize("name", ["dense", "recurrent"])
 def test_steps_see_the_weights_that_the_last_one_has_left(name, monkeypatch):
     """What is made of weights for one step does not outlive it."""
-    limits = {}
-    limits["together"] = (BATCH * 17 * 5,) * 2
-    monkeypatch.setattr(ulr_snn.model.events, "FEWEST", 1)
+    estimators = [
+        ULR(firing=Logistic(scale=0.3), memory=way(memory, together=(BATCH * 17 * 5,) * 2))
+        for memory in ("auto", "replay")
+    ]
+    monkeypatch.setattr(kernel_limits, "fewest", 1)
     found = []
-    for memory in ("auto", "replay"):
+    for estimator in estimators:
         model, (x, y) = nets()[name], data()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        with attach(model, ULR(firing=Logistic(scale=0.3), memory=way(memory, limits)), seed=1, total_steps=20) as ulr:
+        with attach(model, estimator, seed=1, total_steps=20) as ulr:
             for _ in range(3):
                 optimizer.zero_grad()
                 ulr.backward((x * (torch.arange(x[0].numel()).view(x[0].shape) % 12 == 0)).byte(), y)
@@ -196,8 +191,8 @@ def test_steps_see_the_weights_that_the_last_one_has_left(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", nets())
-def test_chunks_and_whole_agree_in_single_precision(name, monkeypatch):
-    replay, whole = (gradients(nets()[name], memory, BATCH * 60, monkeypatch) for memory in ("replay", "auto"))
+def test_chunks_and_whole_agree_in_single_precision(name):
+    replay, whole = (gradients(nets()[name], memory, BATCH * 60) for memory in ("replay", "auto"))
     for mine, other in zip(replay, whole, strict=True):
         assert (mine - other).norm() <= 1e-4 * other.norm()
 
@@ -209,43 +204,38 @@ def test_an_older_name_still_works():
 
 def test_a_gap_between_chunks_would_be_seen(monkeypatch):
     """Without what credit a chunk gets from the next one, gradients differ by more than rounding."""
-    whole = gradients(nets()["dense"], "auto", 1, monkeypatch)
+    whole = gradients(nets()["dense"], "auto", 1)
     credit = ulr_snn.credit.prediction.Prediction.credit
     monkeypatch.setattr(ulr_snn.credit.prediction.Prediction, "credit", lambda self, p, later=None: credit(self, p, {}))
-    cut = gradients(nets()["dense"], "replay", BATCH * 60, monkeypatch)
+    cut = gradients(nets()["dense"], "replay", BATCH * 60)
     assert any((mine - other).norm() > 1e-3 * other.norm() for mine, other in zip(cut, whole, strict=True))
 
 
-def test_auto_takes_chunks_where_the_whole_is_large(monkeypatch):
+def test_auto_takes_chunks_where_the_whole_is_large():
     x, y = data(torch.uint8)
     model = nets()["dense"]
-    limits = {}
-    limits["roomy"] = 1000
-    with attach(model, ULR(memory=way("auto", limits))) as ulr:
+    limits = {"roomy": 1000}
+    with attach(model, ULR(memory=way("auto", **limits))) as ulr:
         assert "chunks" not in ulr.backward(x, y).stats
     limits["whole"] = 1000
     limits["short"] = 1
-    with attach(model, ULR(memory=way("auto", limits))) as ulr:
+    with attach(model, ULR(memory=way("auto", **limits))) as ulr:
         assert ulr.backward(x, y).stats["chunks"] > 1
-    with attach(nn.Sequential(Backwards(), *model), ULR(memory=way("auto", limits))) as ulr:  # has to see all
+    with attach(nn.Sequential(Backwards(), *model), ULR(memory=way("auto", **limits))) as ulr:  # has to see all
         assert "chunks" not in ulr.backward(x, y).stats
     with attach(
-        nn.Sequential(*model, Backwards()), ULR(memory=way("auto", limits))
+        nn.Sequential(*model, Backwards()), ULR(memory=way("auto", **limits))
     ) as ulr:  # but not what comes after the average
         assert ulr.backward(x, y).stats["chunks"] > 1
 
 
 @pytest.mark.parametrize("inputs, made", [(12, 23), (600, 3)])
-def test_chunks_of_auto_are_longer_where_weights_are_many(inputs, made, monkeypatch):
+def test_chunks_of_auto_are_longer_where_weights_are_many(inputs, made):
     """Since each costs a gradient of all of them: of 4835 weights, chunks take as many bytes, ten steps of six
     samples of eight neurons."""
-    limits = {}
-    limits["roomy"] = 1
-    limits["least"] = 1
-    limits["whole"] = 1
-    limits["short"] = 1
+    limits = {"roomy": 1, "least": 1, "whole": 1, "short": 1}
     model = nn.Sequential(nn.Linear(inputs, 8), LIF(), TimeAverage(), nn.Linear(8, 3))
-    with attach(model, ULR(memory=way("auto", limits))) as ulr:
+    with attach(model, ULR(memory=way("auto", **limits))) as ulr:
         x = (torch.rand(STEPS, BATCH, inputs) < 0.3).float()
         assert ulr.backward(x, torch.arange(BATCH) % 3).stats["chunks"] == made
 
@@ -255,13 +245,10 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [wrong, {"ce_count": 1.0, ulr_snn.SpikeBudget(5): 0.1}], ids=["no gradient", "costs"])
-def test_auto_takes_the_whole_where_chunks_cannot_be(loss, monkeypatch):
-    limits = {}
-    limits["whole"] = 1000
-    limits["short"] = 1
-    limits["together"] = (1000,) * 2
+def test_auto_takes_the_whole_where_chunks_cannot_be(loss):
+    limits = {"whole": 1000, "short": 1, "together": (1000,) * 2}
     for memory in ("auto", "replay"):
-        with attach(nets()["spikes"], ULR(memory=way(memory, limits)), loss=loss) as ulr:
+        with attach(nets()["spikes"], ULR(memory=way(memory, **limits)), loss=loss) as ulr:
             if memory == "auto":
                 with pytest.warns(UserWarning, match="no gradient") if loss is wrong else nullcontext([0]) as told:
                     assert all("chunks" not in ulr.backward(*data()).stats for _ in range(2))
@@ -299,29 +286,27 @@ def test_a_readout_that_holds_is_refused():
         ulr.backward(*data(), lengths=torch.tensor([23, 4, 9, 23, 17, 1]))
 
 
-def test_training_in_chunks_learns(monkeypatch):
-    limits = {}
-    limits["together"] = (2000,) * 2
+def test_training_in_chunks_learns():
+    limits = {"together": (2000,) * 2}
     torch.manual_seed(0)
     x, y = (torch.rand(40, 64, 12) < 0.3).float(), torch.arange(64) % 3
     for target in range(3):
         x[:, y == target, 4 * target : 4 * target + 4] *= 3
     loader = [(x[:, i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
     model = nn.Sequential(nn.Linear(12, 16), LIF(), nn.Linear(16, 16), LIF(), TimeAverage(), nn.Linear(16, 3))
-    result = ulr_snn.train(model, loader, epochs=15, estimator=ULR(memory=way("replay", limits)), progress=False)
+    result = ulr_snn.train(model, loader, epochs=15, estimator=ULR(memory=way("replay", **limits)), progress=False)
     assert ulr_snn.evaluate(model, loader)["accuracy"] > 0.95
     assert result.metrics["forward_passes"] >= 15 * 64 * 2
 
 
-def test_the_plan_says_what_a_step_keeps(monkeypatch):
-    limits = {}
-    limits["together"] = (BATCH * 17 * 5,) * 2
+def test_the_plan_says_what_a_step_keeps():
+    limits = {"together": (BATCH * 17 * 5,) * 2}
     x, y = data()
     for memory, says in (("auto", "the whole sequence"), ("replay", "chunks of 5 time steps")):
-        text = str(ulr_snn.plan(nets()["dense"], (x, y), ULR(memory=way(memory, limits))))
+        text = str(ulr_snn.plan(nets()["dense"], (x, y), ULR(memory=way(memory, **limits))))
         assert says in text and "scans over time of ulr_snn's neurons: " in text
     with pytest.raises(UsageError, match="time step by itself"):
-        ulr_snn.plan(nets()["dense"].insert(0, Backwards()), (x, y), ULR(memory=way("replay", limits)))
+        ulr_snn.plan(nets()["dense"].insert(0, Backwards()), (x, y), ULR(memory=way("replay", **limits)))
 
 
 def test_hooks_on_the_sequence_are_not_passed_over():

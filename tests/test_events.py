@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
-from ulr_snn.kernels import sparse
+from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.sparse import Rows, linear, product
 from ulr_snn.losses.named import resolve
 from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.event_list import EventList
-from ulr_snn.model.events import DENSITY, FEWEST, Events
+from ulr_snn.model.events import Events
 from ulr_snn.peers import SurrogateBPTT
 
 pytest.importorskip("numba", reason="sparse events are read by numba's kernels")
@@ -122,12 +122,12 @@ def made(monkeypatch) -> list[Events | EventList]:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_convolution_gives_what_torch_gives(name, threads, made, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # as many parts of the rows
-    monkeypatch.setattr(sparse, "SHARE", 1.0)
+    monkeypatch.setattr(limits, "share", 1.0)
     frame, outputs, kernel, options = CONVOLUTIONS[name]
     torch.manual_seed(0)
     module = nn.Conv2d(frame[0], outputs, kernel, **options)
     frames = events_in((5, 31, *frame))
-    monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
+    monkeypatch.setattr(limits, "fewest", 0)
     events = Events.of(frames, torch.float32)
     ours = convolved(module, events)
     assert not made
@@ -181,10 +181,10 @@ def test_events_stay_sparse_up_to_a_convolution(shape, density, reshaped, made):
 
 
 def test_dense_frames_small_ones_and_other_types_stay_what_they_are():
-    assert type(Events.of(frames_of(density=2 * DENSITY), torch.float32)) is Tensor
+    assert type(Events.of(frames_of(density=2 * limits.density), torch.float32)) is Tensor
     assert type(Events.of(frames_of(), torch.float64)) is Tensor
     small = frames_of()[:1, :1]
-    assert small.numel() < FEWEST and type(Events.of(small, torch.float32)) is Tensor
+    assert small.numel() < limits.fewest and type(Events.of(small, torch.float32)) is Tensor
 
 
 OPERATIONS = {
@@ -317,7 +317,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("net", [dense_net, conv_net])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_lists_of_events_train_as_their_frames_bit_for_bit(name, net, padded, made, monkeypatch):
-    monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
+    monkeypatch.setattr(limits, "fewest", 0)
     frames, y = frames_of(), torch.arange(16) % 4
     lengths = torch.arange(16) % 8 + 1 if padded else None
 
@@ -360,7 +360,7 @@ def test_values_of_any_type_and_models_of_any_type(dtype, model_dtype):
 
 def test_lists_that_are_dense_or_hold_more_than_numbers():
     about = torch.zeros(16, dtype=torch.int64), None, True, nn.Linear(3, 2)
-    dense = frames_of(density=2 * DENSITY)
+    dense = frames_of(density=2 * limits.density)
     assert type(as_sequence(dense.to_sparse(), *about)) is Tensor
     assert torch.equal(as_sequence(dense.to_sparse(), *about), dense.float())
     assert torch.equal(as_sequence(frames_of().to_sparse(2), *about) * 1, frames_of().float())
@@ -381,7 +381,7 @@ def test_errors_of_lists():
 
 
 def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
-    monkeypatch.setattr("ulr_snn.model.events.FEWEST", 0)
+    monkeypatch.setattr(limits, "fewest", 0)
     train_set, _ = ulr_snn.data.load("digits")
     part = train_set.subset(range(100))
     found = []
@@ -402,7 +402,7 @@ def test_a_loader_of_lists_trains_as_one_of_frames(monkeypatch):
 @pytest.mark.parametrize("outputs", [1, 3, 63, 64, 65, 130])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.09, 0.5])
 def test_product_with_rows_that_are_sparse_or_not(density, outputs, monkeypatch):
-    monkeypatch.setattr("ulr_snn.kernels.sparse.FEWEST", 0)
+    monkeypatch.setattr(limits, "fewest", 0)
     torch.manual_seed(0)
     x = torch.where(torch.rand(300, 37) < density, torch.randn(300, 37), 0.0)
     g = torch.randn(300, outputs)
@@ -410,7 +410,7 @@ def test_product_with_rows_that_are_sparse_or_not(density, outputs, monkeypatch)
     of = Rows.of
     monkeypatch.setattr(Rows, "of", lambda *about: listed.append((rows := of(*about)) is not None) or rows)
     found, expected = product(g, x), g.double().T @ x.double()
-    assert listed == [density < DENSITY]
+    assert listed == [density < limits.density]
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     assert torch.equal(product(g.double(), x.double()), expected)  # no kernel
@@ -430,7 +430,7 @@ def test_outputs_in_blocks_are_those_of_the_whole(outputs, rows, threads, monkey
 
 def test_recurrent_weights_learn_the_same_from_events_as_from_all_spikes(monkeypatch):
     def gradient(fewest: int) -> tuple[Tensor, int]:
-        monkeypatch.setattr("ulr_snn.kernels.sparse.FEWEST", fewest)
+        monkeypatch.setattr(limits, "fewest", fewest)
         calls: list[int] = []
         own = Rows.product
         monkeypatch.setattr(Rows, "product", lambda self, g: calls.append(1) or own(self, g))

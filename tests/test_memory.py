@@ -12,10 +12,11 @@ from ulr_snn import LIF, ULR, Fold, TimeAverage, attach
 from ulr_snn.credit.maps import Shared
 from ulr_snn.kernels import pool as memory
 from ulr_snn.kernels import sparse, stateless
+from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import Pool, blocks, empty, in_step
 from ulr_snn.kernels.stateless import run
 
-LARGE = (memory.SMALLEST // 16, 8)  # twice the smallest
+LARGE = (limits.smallest // 16, 8)  # twice the smallest
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
@@ -92,10 +93,10 @@ def trained(steps: int = 3) -> tuple[list[Tensor], list[Tensor], list[int]]:
 
 
 def test_training_is_the_same_with_memory_that_is_kept(monkeypatch):
-    monkeypatch.setattr(memory, "SMALLEST", 1 << 40)
+    monkeypatch.setattr(limits, "smallest", 1 << 40)
     outputs, weights, kept = trained()
     assert not any(kept)
-    monkeypatch.setattr(memory, "SMALLEST", 1)
+    monkeypatch.setattr(limits, "smallest", 1)
     others, moved, kept = trained()
     assert all(kept)
     for one, other in zip([*outputs, *weights], [*others, *moved], strict=True):
@@ -106,7 +107,7 @@ def test_training_is_the_same_with_memory_that_is_kept(monkeypatch):
 
 
 def test_blocks_are_all_rows_in_order(monkeypatch):
-    monkeypatch.setattr(memory, "BLOCK", 100)
+    monkeypatch.setattr(limits, "block", 100)
     assert blocks(7, 8) == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert blocks(2, 1000) == [slice(0, 1), slice(1, 2)]
     assert blocks(0, 4) == []
@@ -122,7 +123,7 @@ def test_blocks_are_all_rows_in_order(monkeypatch):
     ],
 )
 def test_convolution_in_blocks_is_the_convolution(options, monkeypatch):
-    monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 9 * 11 * 3)  # three rows
+    monkeypatch.setattr(limits, "block", 4 * 4 * 9 * 11 * 3)  # three rows
     torch.manual_seed(0)
     module, x = nn.Conv2d(4, 6, 3, **options), torch.randn(10, 4, 9, 11, requires_grad=True)
     expected = module(x)
@@ -151,7 +152,7 @@ class Masks(TorchDispatchMode):
 
 
 def test_no_gradient_is_made_that_nothing_asks_for(monkeypatch):
-    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
+    monkeypatch.setattr(limits, "block", 4 * 2 * 36)
     module, leaf = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6, requires_grad=True)
     with Pool().used():
         x = leaf * 1
@@ -169,7 +170,7 @@ def test_no_gradient_is_made_that_nothing_asks_for(monkeypatch):
     ["hook", "hook of all", "compiled", "subclass", "own forward", "reflect", "same", "double", "outside", "few"],
 )
 def test_other_convolutions_are_left_alone(kind, monkeypatch):
-    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36 * (100 if kind == "few" else 1))
+    monkeypatch.setattr(limits, "block", 4 * 2 * 36 * (100 if kind == "few" else 1))
     seen: list[str] = []
 
     class Mine(nn.Conv2d):
@@ -203,7 +204,7 @@ def test_other_convolutions_are_left_alone(kind, monkeypatch):
 
 
 def test_wrong_shapes_raise_as_the_module_does(monkeypatch):
-    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
+    monkeypatch.setattr(limits, "block", 4 * 2 * 36)
     with Pool().used(), pytest.raises(RuntimeError, match="channels"):
         run(nn.Conv2d(3, 3, 3), torch.randn(4, 2, 6, 6))
 
@@ -213,7 +214,7 @@ def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
     path = Shared((4, 9, 9), (6, 5, 5), (2, 2), (-1, -1), (3, 3))
     weight, current = torch.randn(path.size), torch.randn(11, *path.target)
     whole = path.backward(weight, current)
-    monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 81 * 3)
+    monkeypatch.setattr(limits, "block", 4 * 4 * 81 * 3)
     assert torch.allclose(path.backward(weight, current), whole, atol=1e-6)
     assert not path.backward(weight, current[:0]).numel()
 
@@ -224,7 +225,7 @@ def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.4])
 def test_linear_layer_of_spikes_is_the_linear_layer(density, bias, monkeypatch):
-    monkeypatch.setattr(sparse, "FEWEST", 0)
+    monkeypatch.setattr(limits, "fewest", 0)
     torch.manual_seed(0)
     module, x = nn.Linear(30, 40, bias), (torch.rand(5, 7, 30) < density).float().requires_grad_()
     expected = module(x)
@@ -242,7 +243,7 @@ def test_linear_layer_of_spikes_is_the_linear_layer(density, bias, monkeypatch):
 def test_layers_that_read_spikes_learn_the_same(monkeypatch):
     def gradients(fewest: int) -> tuple[list[Tensor], int]:
         calls: list[int] = []
-        monkeypatch.setattr(sparse, "FEWEST", fewest)
+        monkeypatch.setattr(limits, "fewest", fewest)
         monkeypatch.setattr(stateless, "linear", lambda *about: calls.append(1) or sparse.linear(*about))
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 50), LIF(), nn.Linear(50, 40), LIF(), nn.Linear(40, 5), TimeAverage())
@@ -273,8 +274,8 @@ def test_hooks_in_a_model_are_called_in_training_steps():
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_gradients_can_be_differentiated(kind, monkeypatch):
     """As `credit.direct.direct_effect` does."""
-    monkeypatch.setattr(sparse, "FEWEST", 0)
-    monkeypatch.setattr(memory, "BLOCK", 4 * 2 * 36)
+    monkeypatch.setattr(limits, "fewest", 0)
+    monkeypatch.setattr(limits, "block", 4 * 2 * 36)
     torch.manual_seed(0)
     shape, module = ((12, 30), nn.Linear(30, 40)) if kind == "linear" else ((4, 2, 6, 6), nn.Conv2d(2, 3, 3))
     x = (torch.rand(shape) < 0.05).float().requires_grad_()
@@ -305,7 +306,7 @@ class Twice(nn.Parameter):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("kind", ["one row", "subclass", "sparse", "vmap"])
 def test_linear_layers_of_other_kinds_give_what_they_do(kind, monkeypatch):
-    monkeypatch.setattr(sparse, "FEWEST", 0)
+    monkeypatch.setattr(limits, "fewest", 0)
     torch.manual_seed(0)
     module, x = nn.Linear(30, 40), torch.zeros((30,) if kind == "one row" else (4, 30))
     if kind == "subclass":
@@ -335,7 +336,7 @@ def test_credit_in_double_precision_stays_so(monkeypatch):
     path = Shared((4, 9, 9), (6, 5, 5), (2, 2), (-1, -1), (3, 3))
     weight, current = torch.randn(path.size).double(), torch.randn(11, *path.target).double()
     whole = path.backward(weight, current)
-    monkeypatch.setattr(memory, "BLOCK", 4 * 4 * 81 * 3)
+    monkeypatch.setattr(limits, "block", 4 * 4 * 81 * 3)
     found = path.backward(weight, current)
     assert found.dtype == torch.float64 and torch.equal(found, whole)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ulr_snn
 from benchmarks import memory
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, Online, RecurrentLIF, TimeAverage, UsageError, attach
+from ulr_snn.kernels.limits import limits
 from ulr_snn.memory.chunks import TimeChunks
 from ulr_snn.memory.one_step import Trace
 
@@ -203,7 +204,7 @@ def test_one_step_after_another_in_ones_own_loop():
 
 
 def test_sparse_events_and_frames_agree(monkeypatch):
-    monkeypatch.setattr(ulr_snn.model.events, "FEWEST", 1)
+    monkeypatch.setattr(limits, "fewest", 1)
     torch.manual_seed(0)
     x, y = (torch.rand(9, 8, 300) < 0.04).to(torch.uint8), torch.arange(8) % 3
     found = []

@@ -20,6 +20,7 @@ ORDER = [
     "kernels",
     "kernels.bits",
     "kernels.cpu",
+    "kernels.limits",
     "kernels.pool",
     "kernels.precision",
     "kernels.state",

@@ -16,7 +16,7 @@ from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.observe import without_gradient
 from ulr_snn.estimators.ulr import or_default
 from ulr_snn.kernels.dispatch import choice
-from ulr_snn.kernels.sparse import DENSITY
+from ulr_snn.kernels.limits import limits
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.memory.step import Step
 from ulr_snn.model.call import coupled_modules, no_side_effects
@@ -185,7 +185,9 @@ def _engine(x: Tensor, kept: str) -> list[str]:
     if isinstance(x, Events):
         found.append("events are sparse: a linear layer or convolution costs in proportion to those that it reads")
     if kind == "cpu":
-        found.append(f"spikes: a linear layer costs in proportion to them while at most {DENSITY:.0%} of neurons fire")
+        found.append(
+            f"spikes: a linear layer costs in proportion to them while at most {limits.density:.0%} of neurons fire"
+        )
     return [*found, f"memory: {kept}"]
 
 

@@ -40,13 +40,13 @@ class CreditKind:
 
     def check(self, sampling: Sampling) -> None:
         """Raises UsageError if the credit cannot be used with this sampling."""
-        if sampling.multi_sample and self.name == "residual":
+        if sampling.multi_sample and self.unbiased and self.goes_back:
             raise UsageError("ULR got multi_sample copies with credit='residual'; use 'auto', 'feedback' or 'global'")
-        if sampling.adaptive and self.name not in ("global", "residual"):
+        if sampling.adaptive and not self.unbiased:
             raise UsageError(
                 f"ULR got Adaptive copies with credit={self.name!r}; it takes credit 'global' or 'residual'"
             )
-        if sampling.by_layer and self.name not in ("global", "residual"):
+        if sampling.by_layer and not self.unbiased:
             raise UsageError(f"ULR got layerwise with credit={self.name!r}; it is for 'global' and 'residual'")
 
     @property

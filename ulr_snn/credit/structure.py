@@ -66,7 +66,7 @@ class Structure:
     def all_exact(self) -> bool:
         """True if credit "feedback" consists of products of known derivatives in all layers."""
         learned = any(self.feeds.values()) or self.recurrent or self.from_outputs or self.current_noise
-        return self.credit.name == "feedback" and self.products and not (learned or self.treatment.gradientless)
+        return self.products and not self.credit.unbiased and not (learned or self.treatment.gradientless)
 
     @property
     def has_readout(self) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20  # least bytes of an array; smaller memory seldom returns to the system
+from ulr_snn.kernels.limits import limits
+
 UNUSED = 2  # number of steps for which the pool keeps an unused array
 ALIGNED = 64  # alignment in bytes, equal to that of torch's own memory
 
@@ -90,7 +91,7 @@ def lean() -> bool:
 def empty(*shape: int) -> Tensor:
     """Returns an uninitialised float32 tensor on the CPU. A large one comes from the pool of the running step."""
     pool = _current.get()
-    if pool is None or pool.lean or 4 * math.prod(shape) < SMALLEST:
+    if pool is None or pool.lean or 4 * math.prod(shape) < limits.smallest:
         return torch.empty(shape, dtype=torch.float32)
     return pool.take(shape)
 
@@ -105,12 +106,9 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(*x.shape) if fits(x) else torch.empty_like(x)
 
 
-BLOCK = 1 << 22  # bytes in a block of rows, so small that torch's temporaries stay in the cache and in the process
-
-
 def blocks(rows: int, size: int) -> list[slice]:
-    """Splits rows into blocks of up to BLOCK bytes. size: float32 numbers in a row."""
-    step = max(1, BLOCK // (4 * max(1, size)))
+    """Splits rows into blocks of up to `limits.block` bytes. size: float32 numbers in a row."""
+    step = max(1, limits.block // (4 * max(1, size)))
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty
 
 WIDTH = 4  # vector width of the convolution's kernels, to a multiple of which channels are padded
 COLUMNS = 64, 256  # least and most outputs in a block of a product
 CACHE = 1 << 19  # bytes of the weights in such a block
-DENSITY = 0.1  # share of non-zero inputs beyond which a dense product is faster
-FEWEST = 1 << 16  # least number of inputs for which sparse layers pay
-SHARE = 0.1  # share of a dense convolution's multiply-adds beyond which the dense one is faster
 
 Pair = tuple[int, int]
 
@@ -67,9 +65,9 @@ class Rows:
 
 def few(x: Tensor) -> Rows | None:
     """Returns the events of x [n, inputs]; None if no kernel applies, or if there are too many events to be faster."""
-    if x.numel() < FEWEST or dispatch.kernels(x) is None:
+    if x.numel() < limits.fewest or dispatch.kernels(x) is None:
         return None
-    return Rows.of(x, DENSITY * x.numel())
+    return Rows.of(x, limits.density * x.numel())
 
 
 def product(g: Tensor, x: Tensor) -> Tensor:
@@ -300,6 +298,6 @@ def convolution(
         return None
     density = len(rows.places) / max(1, (len(rows.starts) - 1) * rows.inputs)
     numbers = math.prod(patches.size[1:5])  # numbers of a patch in all its phases; a dense kernel has its own size
-    if density * numbers > SHARE * math.prod(weight.shape[2:]):
+    if density * numbers > limits.share * math.prod(weight.shape[2:]):
         return None
     return _Convolution.apply(weight, bias, rows, patches)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.baseline import moving
-from ulr_snn.credit.kinds import Residual
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.estimators.step_sizes import times_summed
@@ -104,7 +103,7 @@ class Chunks:
         """Returns why chunks are impossible, or None if they are possible as far as is known."""
         config, structure, sampling = step.config, step.learner.structure, step.config.sampling
         several = (sampling.copies or 1) > 1 or sampling.adaptive or sampling.multi_sample
-        if not config.credit.goes_back or isinstance(config.credit, Residual) or several:
+        if config.credit.unbiased or several:
             return "it is for credit 'feedback' with one copy"
         if any(site is not None for site in config.noise.values()):
             return "noise comes elsewhere than on firing"

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ulr_snn.kernels import dispatch
-from ulr_snn.kernels.sparse import DENSITY, FEWEST, Rows, convolution, linear
+from ulr_snn.kernels.limits import limits
+from ulr_snn.kernels.sparse import Rows, convolution, linear
 from ulr_snn.model.event_list import EventList
 
 Frames = Tensor | EventList  # [T, B, ...], in their own dtype
@@ -35,10 +36,10 @@ class Events(Tensor):
     def of(cls, frames: Frames, dtype: torch.dtype) -> Tensor:
         """Returns events if frames [T, B, ...] are on a CPU and sparse enough, else a dense tensor of `dtype`."""
         known = isinstance(frames, EventList) or frames.dtype in KINDS
-        known = known and frames.device.type == "cpu" and dtype == torch.float32
-        if known and frames.numel() >= FEWEST and dispatch.kernels(torch.empty(0, dtype=torch.float32)) is not None:
+        known = known and frames.device.type == "cpu" and dtype == torch.float32 and frames.numel() >= limits.fewest
+        if known and dispatch.kernels(torch.empty(0, dtype=torch.float32)) is not None:
             frames, width = frames.contiguous(), math.prod(frames.shape[2:])
-            rows = rows_of(frames, width, DENSITY * frames.numel())
+            rows = rows_of(frames, width, limits.density * frames.numel())
             if rows is not None:
                 return cls(frames, dtype, {width: rows})
         return frames.to(dtype)
