@@ -125,6 +125,15 @@ WRONG: dict[str, tuple[Callable, str]] = {
         "credit='global'",
     ),
     # models
+    "a class for a model": (lambda: train(nn.Sequential), "is no torch module; give a model"),
+    "a function for a model, to evaluate": (lambda: ulr_snn.evaluate(net, [(X, Y)]), "is no torch module"),
+    "a function for a model, to plan": (lambda: ulr_snn.plan(net, (X, Y)), "is no torch module"),
+    "a function for a model, to compare": (
+        lambda: ulr_snn.compare(net, [(X, Y)], [(X, Y)], epochs=1),
+        "is no torch module",
+    ),
+    "a function for a model, to diagnose": (lambda: ulr_snn.diagnose(net, (X, Y)), "is no torch module"),
+    "a function for a model, to attach": (lambda: ulr_snn.attach(net), "is no torch module"),
     "no spiking layer": (lambda: ulr_snn.attach(nn.Sequential(nn.Linear(2, 2))), "Sequential"),
     "no spiking layer in training": (lambda: train(nn.Linear(2, 2)), "no spiking layer"),
     "bound twice": (bound_twice, "already bound"),

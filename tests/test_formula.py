@@ -395,7 +395,7 @@ def test_same_noise_agrees_with_the_formula_by_hand(reset, recurrent, configurat
 @pytest.mark.parametrize("credit", ["feedback", "residual"])
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feed-forward", "recurrent"])
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_credit_between_wide_layers_is_projected_on_functions_of_time(reset, recurrent, credit, monkeypatch, device):
+def test_credit_between_wide_layers_is_projected_on_functions_of_time(reset, recurrent, credit, device):
     kind = (Feedback if credit == "feedback" else Residual)(time_functions=2, limits=FeedbackLimits(exact_in_time=0))
     estimator = ULR(credit=kind, maps="learned", firing=Logistic(0.4))
     wrong = "the other resolution in time"
@@ -466,7 +466,7 @@ def step_along(moved: Tensor, direction: Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, monkeypatch, device):
+def test_a_refresh_of_the_feedback_from_outputs_by_hand(reset, device):
     """B += α mean z (Δo - direct effect of the responses - B^T of the responses of all layers)^T / v."""
     functions, batch = 3, 5
     model = net(reset, True, (4, 3))
@@ -590,7 +590,7 @@ def test_bias_of_feedback_is_bounded(name, maps, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("entries", [1 << 23, 1], ids=["small", "wide"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_feedback_counts_no_path_twice(seed, entries, monkeypatch, device):
+def test_feedback_counts_no_path_twice(seed, entries, device):
     """The first of two recurrent layers acts by its own recurrent weights and by the second layer: the gradients
     of its own parameters, which are small beside those of the readout, are those of both, each once."""
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.online import Online
 from ulr_snn.estimators.ulr import ULR
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.mode import pick_device
+from ulr_snn.model.mode import check_model, pick_device
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.optim import DEFAULT_LR
 from ulr_snn.train import Result, train
@@ -96,6 +96,7 @@ def compare(
     lr: one or several learning rates, each a training, for all methods or by method (default 1e-2).
     options: see `train`. Raises UsageError for an unknown method, and as `train` does.
     """
+    check_model(model)
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
         raise UsageError("compare got run_dir, resume or an optimizer of its own; every training starts anew")

@@ -15,7 +15,7 @@ from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.mode import mode_of
+from ulr_snn.model.mode import check_model, mode_of
 
 ALL = "all layers"
 COLUMNS = ("estimator", "layer", "cosine", "variance", "cosine of a step", "passes")
@@ -116,6 +116,7 @@ def diagnose(
     warm_up: steps before the draws, in which feedback learns. progress: fraction of the training, which sets the level
     of the firing noise. Raises UsageError for fewer than 4 draws, or estimators of different nets without a reference.
     """
+    check_model(model)
     if draws < 4 or reference_draws < 4:
         raise UsageError(f"diagnose got draws={draws}, reference_draws={reference_draws}; give at least 4")
     if estimators is None:

@@ -18,7 +18,7 @@ from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import no_side_effects
 from ulr_snn.model.chain import Chain
-from ulr_snn.model.mode import mode_of, pick_device, unpack
+from ulr_snn.model.mode import check_model, mode_of, pick_device, unpack
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.runner import Run, Runner
 from ulr_snn.noise.level import NoiseLevel
@@ -48,6 +48,7 @@ def evaluate(
     error, 15 bins) and "disagreement" (how often two predictions differ), see arXiv 2102.03280. activity: adds "spikes"
     and "operations" of a sample (see `ulr_snn.SpikeBudget`). autocast: as in `train`. Raises UsageError as `train`.
     """
+    check_model(model)
     if mode not in ("deterministic", "stochastic"):
         raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
     if copies < 1 or (copies > 1 and mode == "deterministic"):

@@ -21,6 +21,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.memory.step import Step
 from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
+from ulr_snn.model.mode import check_model
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import check_layers, user_modules
 from ulr_snn.sites.flow import frozen
@@ -67,6 +68,7 @@ def plan(
     example_batch: (x, y) or (x, y, lengths), as from the loader. Raises UsageError wherever `train` does: no spiking
     layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
+    check_model(model)
     device = next(model.parameters(), torch.empty(0)).device
     if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
         raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")

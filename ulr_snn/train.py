@@ -20,7 +20,7 @@ from ulr_snn.evaluate import evaluate
 from ulr_snn.kernels.precision import reduced_precision
 from ulr_snn.losses.metrics import Tally
 from ulr_snn.losses.named import LossSpec, total
-from ulr_snn.model.mode import mode_of, pick_device, unpack
+from ulr_snn.model.mode import check_model, mode_of, pick_device, unpack
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.runs.directory import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, total_steps
@@ -30,10 +30,10 @@ from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, to
 class Result:
     """The result of `train`. history: one dict for each epoch; metrics: figures of the whole run."""
 
-    model: nn.Module
-    estimator: Estimator
+    model: nn.Module = field(repr=False)
+    estimator: Estimator = field(repr=False)
     metrics: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]] = field(repr=False)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws loss and accuracy by epoch into a PNG file."""
@@ -80,6 +80,7 @@ def train(
     checkpoint after each epoch, and metrics.json and curves.png at the end. resume: continue the run in run_dir.
     Raises UsageError for a wrong use, if possible before the first step.
     """
+    check_model(model)
     check_arguments(loader, epochs, accumulate, max_steps)
     place, estimator = pick_device(device), or_default(estimator)
     model.to(place)

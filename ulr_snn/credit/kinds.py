@@ -86,7 +86,7 @@ class Learned(CreditKind):
     refresh: int = 4
     time_functions: int = 8
     rate: float = 0.1
-    limits: FeedbackLimits = field(default_factory=FeedbackLimits)
+    limits: FeedbackLimits = field(default_factory=FeedbackLimits, repr=False)
 
     def __post_init__(self) -> None:
         kind = type(self).__name__

@@ -17,6 +17,7 @@ from ulr_snn.memory.chunks import TimeChunks
 from ulr_snn.memory.one_step import OneTimeStep
 from ulr_snn.memory.step import Memory
 from ulr_snn.memory.whole import CopiesInTurn
+from ulr_snn.model.mode import check_model
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.kinds import CurrentNoise, OutputNoise, WeightNoise
 from ulr_snn.sampling.kinds import Adaptive, Sampling, sampling_of
@@ -196,4 +197,5 @@ def attach(
     total_steps: length of the training, over which the firing noise is annealed. None keeps the noise at the geometric
     mean of its first and last level. Raises UsageError, here or in the first `backward`, if no module can get noise.
     """
+    check_model(model)
     return or_default(estimator).attach(model, loss, seed, time_first, total_steps)

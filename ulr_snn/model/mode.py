@@ -33,6 +33,12 @@ def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | N
     return moved[0], moved[1], moved[2] if len(moved) == 3 else None
 
 
+def check_model(model: object) -> None:
+    """Raises UsageError for anything but a model, such as its class."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{model!r} is no torch module; give a model, as in Net()")
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """Returns the device by its name. "auto" is a CUDA device where there is one."""
     if device == "auto":

@@ -96,6 +96,9 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     figure.savefig(path, format="png")
 
 
+ROUNDING = 1e-12  # a relative variance below is that of rounding: the estimator draws nothing
+
+
 def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws a diagnosis into a PNG file: the cosines and relative variance of each layer and estimator."""
     from matplotlib import colormaps
@@ -113,7 +116,9 @@ def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         for i, estimator in enumerate(estimators):
             found = [values[estimator, layer][key] for layer in layers]
             places = [row + (i - (len(estimators) - 1) / 2) * height for row in range(len(layers))]
-            drawn = [(place, value) for place, value in zip(places, found, strict=True) if value]
+            drawn = [
+                (place, value) for place, value in zip(places, found, strict=True) if value and abs(value) > ROUNDING
+            ]
             colour = colormaps["viridis"](0.9 * i / max(1, len(estimators) - 1))
             axes.barh(*zip(*drawn, strict=True) if drawn else ((), ()), height, color=colour, label=estimator)
         axes.set_yticks(range(len(layers)), layers)
