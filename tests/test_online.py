@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ulr_snn
 from benchmarks import memory
+from tests.helpers import library_of
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, Online, RecurrentLIF, TimeAverage, UsageError, attach
 from ulr_snn.kernels.limits import limits
 from ulr_snn.memory.chunks import TimeChunks
@@ -379,3 +380,32 @@ def test_estimators_are_values():
             ulr.backward(x, y)
         assert (hash(estimator), len(pickle.dumps(estimator))) == before
     assert Online(firing=None, noise=None, flow=None) == Online()
+
+
+def test_a_time_loop_of_snntorch_learns_online():
+    snn = library_of("snntorch")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.lif1 = nn.Linear(12, 9), snn.Leaky(beta=0.9)
+            self.fc2, self.lif2 = nn.Linear(9, 3), snn.Leaky(beta=0.9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, two, outputs = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+            for step in x:
+                spikes, one = self.lif1(self.fc1(step.flatten(1)), one)
+                spikes, two = self.lif2(self.fc2(spikes), two)
+                outputs.append(spikes)
+            return torch.stack(outputs)
+
+    model = Net()
+    own = nn.Sequential(nn.Flatten(2), model.fc1, LIF(0.9), model.fc2, LIF(0.9))
+    x, y, found = 2 * torch.rand(6, 4, 3, 4), torch.tensor([0, 1, 2, 0]), []
+    for each in (model, own):
+        each.zero_grad()
+        with attach(each, Online(), "ce_rate", seed=2) as ulr:
+            ulr.backward(x, y)
+        found.append([q.grad.clone() for q in (*model.fc1.parameters(), *model.fc2.parameters())])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)

@@ -22,6 +22,7 @@ from ulr_snn.memory.step import Step
 from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
 from ulr_snn.model.mode import check_model
+from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import check_layers, user_modules
 from ulr_snn.sites.flow import frozen
@@ -100,7 +101,7 @@ def _plan(step: Step, records: list[Record], variances: list[str], kept: str) ->
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
         [*step.bound.notes, *_notes(step, copies), *variances],
-        step.bound.describe() + _engine(step.batch.x, kept),
+        step.bound.describe() + _engine(step, kept),
     )
 
 
@@ -179,11 +180,13 @@ def _notes(step: Step, copies: int) -> list[str]:
     return notes
 
 
-def _engine(x: Tensor, kept: str) -> list[str]:
-    """Says which code runs the scans over time, and what a step keeps."""
+def _engine(step: Step, kept: str) -> list[str]:
+    """Says which code runs the scans over time, if there are any, and what a step keeps."""
+    x = step.batch.x
     kind, why = choice(x)
     by = {"cpu": "fused, by numba", "gpu": "fused, by Triton", "reference": "in plain torch"}[kind]
-    found = [f"scans over time of ulr_snn's neurons: {by} ({why})"]
+    scans = any(isinstance(neuron, SpikingNeuron) or neuron.scans for _, neuron in step.bound.layers)
+    found = [f"scans over time of ulr_snn's neurons: {by} ({why})"] if scans else []
     if isinstance(x, Events):
         found.append("events are sparse: a linear layer or convolution costs in proportion to those that it reads")
     if kind == "cpu":

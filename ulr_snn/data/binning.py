@@ -59,7 +59,7 @@ def window(span_us: int, default_us: int, time_bins: TimeBins | None, bin_us: in
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
         if not (value is None or whole or (option == "time_bins" and value == "full")):
             allowed = 'a positive integer or "full"' if option == "time_bins" else "a positive integer of microseconds"
-            raise UsageError(f"{option}={value!r} is not a way to bin events; give {allowed}.")
+            raise UsageError(f"{option}={value!r} is not a way to bin events; give {allowed}")
     if bin_us is None:
         bin_us = default_us if time_bins is None or isinstance(time_bins, str) else -(-span_us // time_bins)
     if time_bins is None:
@@ -99,7 +99,7 @@ def _bin_chunk(chunk: Recordings, features: int, time_bins: TimeBins, bin_us: in
     if longest * features > MAX_CELLS:
         raise UsageError(
             f"{longest:,} time bins of {features:,} inputs are more than {MAX_CELLS:,} cells a recording; "
-            "use fewer or wider bins (time_bins=, bin_us=)."
+            "use fewer or wider bins (time_bins=, bin_us=)"
         )
     row = longest * features
     key = owner * row + bins * features + chunk.feature

@@ -46,7 +46,7 @@ def cached(
             _write(path, fingerprint, splits)
         except OSError as error:
             warnings.warn(
-                f"{name} is not cached and will be read anew ({error}); set cache_dir= or ULR_SNN_CACHE.",
+                f"{name} is not cached and will be read anew ({error}); set cache_dir= or ULR_SNN_CACHE",
                 stacklevel=3,
             )
     return splits

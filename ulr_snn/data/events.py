@@ -126,7 +126,7 @@ def collate(items: Sequence[tuple[Any, int]], sparse: bool = False) -> Collated:
     Raises UsageError for an empty batch and for recordings whose time steps differ in shape.
     """
     if len(items) == 0:
-        raise UsageError("collate got an empty batch; give it at least one (x, y) item.")
+        raise UsageError("collate got an empty batch; give it at least one (x, y) item")
     if isinstance(items, EventBatch):
         x, y, lengths = (items.dataset.sparse if sparse else items.dataset.dense)(items.indices)
     else:
@@ -138,7 +138,7 @@ def collate(items: Sequence[tuple[Any, int]], sparse: bool = False) -> Collated:
 def _pad(recordings: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     shapes = sorted({tuple(recording.shape[1:]) for recording in recordings})
     if len(shapes) > 1:
-        raise UsageError(f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only.")
+        raise UsageError(f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only")
     lengths = torch.tensor([len(recording) for recording in recordings])
     x = torch.zeros(int(lengths.max()), len(recordings), *shapes[0], dtype=recordings[0].dtype)
     for sample, recording in enumerate(recordings):

@@ -58,7 +58,7 @@ def load(
     Raises UsageError for an unknown name, a bad option, and recordings that are missing or damaged.
     """
     if name not in ENTRIES:
-        raise UsageError(f"there is no data set {name!r}; the names are {', '.join(map(repr, ENTRIES))}.")
+        raise UsageError(f"there is no data set {name!r}; the names are {', '.join(map(repr, ENTRIES))}")
     entry = ENTRIES[name]
     bins, width = window(entry.span_us, entry.bin_us, time_bins, bin_us)
     source = entry.find(root)
@@ -70,7 +70,7 @@ def load(
 
 def _digits(root: str | os.PathLike[str] | None) -> Source:
     if root is not None:
-        raise UsageError("digits are made, not read from a folder; leave root= out (cache_dir= is their folder).")
+        raise UsageError("digits are made, not read from a folder; leave root= out (cache_dir= is their folder)")
 
     def build(bins: TimeBins, width: int) -> BinnedSplits:
         train, test = (bin_recordings([part], 2 * 16 * 16, bins, width) for part in digits.recordings())
@@ -106,13 +106,13 @@ def _folder(root: str | os.PathLike[str] | None, name: str, simulated: str, mark
     """Returns the folder `name` with the entry `mark`: in `root`, in its folder `simulated`, or `root` itself."""
     root = root or os.environ.get("ULR_SNN_DATA")
     if not root:
-        raise UsageError(f"the recordings have no folder; give root=, the folder of {name}, or set ULR_SNN_DATA to it.")
+        raise UsageError(f"the recordings have no folder; give root=, the folder of {name}, or set ULR_SNN_DATA to it")
     base = Path(root).expanduser().absolute()
     candidates = (base / name, base / simulated / name, base)
     for folder in candidates:
         if (folder / mark).exists():
             return folder
-    raise UsageError(f"there is no {base / name / mark}; unpack the recordings there, or give another root=.")
+    raise UsageError(f"there is no {base / name / mark}; unpack the recordings there, or give another root=")
 
 
 ENTRIES = {

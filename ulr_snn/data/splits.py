@@ -31,6 +31,6 @@ def split(dataset: EventDataset, fraction: float, seed: int = 0) -> tuple[EventD
     if len(rest) == 0 or len(held_out) == 0:
         raise UsageError(
             f"fraction={fraction!r} of {len(dataset)} recordings leaves one side of the split empty; "
-            "give a fraction between 0 and 1 that takes a recording of some class and leaves others."
+            "give a fraction between 0 and 1 that takes a recording of some class and leaves others"
         )
     return dataset.subset(rest), dataset.subset(held_out)

@@ -46,11 +46,11 @@ def nmnist_files(folder: Path, split: str) -> list[Path]:
     base = folder / NMNIST_FOLDERS[split]
     files = sorted(base.glob("*/*.bin"))
     if not files:
-        raise UsageError(f"no recordings {base}/<digit>/*.bin; unpack {base.name}.zip there, or give another root=.")
+        raise UsageError(f"no recordings {base}/<digit>/*.bin; unpack {base.name}.zip there, or give another root=")
     for name in sorted({file.parent.name for file in files}):
         if not (len(name) == 1 and name in "0123456789"):
             raise UsageError(
-                f"{base / name} holds recordings but is not named by a digit, their label; move or rename it."
+                f"{base / name} holds recordings but is not named by a digit, their label; move or rename it"
             )
     return files
 
@@ -90,7 +90,7 @@ def shd_files(folder: Path) -> dict[str, Path]:
     files = {split: folder / name for split, name in SHD_FILES.items()}
     for file in files.values():
         if not file.is_file():
-            raise UsageError(f"no recordings {file}; put SHD's unpacked {file.name} there, or give another root=.")
+            raise UsageError(f"no recordings {file}; put SHD's unpacked {file.name} there, or give another root=")
     return files
 
 
@@ -151,7 +151,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _damaged(file: Path, what: str) -> UsageError:
-    return UsageError(f"{file} {what}: it is damaged or of another format; copy it anew.")
+    return UsageError(f"{file} {what}: it is damaged or of another format; copy it anew")
 
 
 def _needs(module: str, what: str) -> ModuleType:
@@ -159,7 +159,7 @@ def _needs(module: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
-            f"reading {what} needs {error.name or module}; install it with `pip install ulr_snn[tonic]`."
+            f"reading {what} needs {error.name or module}; install it with `pip install ulr_snn[tonic]`"
         ) from error
 
 

@@ -37,6 +37,7 @@ from ulr_snn.memory.chunks import Chunks
 from ulr_snn.memory.split import modules_in_order
 from ulr_snn.memory.step import Step
 from ulr_snn.model.call import check_outputs
+from ulr_snn.model.chain import EachStep, Shape
 from ulr_snn.model.events import Events
 from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, TimeAverage
 from ulr_snn.sites.binding import bind_sites
@@ -44,13 +45,13 @@ from ulr_snn.sites.records import Record
 
 AFFINE = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity, Shape),
 )
 
 
 def affine(module: nn.Module) -> bool:
     """True if the module is a known affine map of each time step."""
-    if isinstance(module, nn.Sequential) and type(module) in (Fold, nn.Sequential):
+    if isinstance(module, nn.Sequential) and type(module) in (Fold, EachStep, nn.Sequential):
         return all(affine(part) for part in module)
     return type(module) in AFFINE
 

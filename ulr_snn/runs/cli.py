@@ -55,7 +55,7 @@ def _fail(message: str, code: int) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     if args.resume and args.run_dir is None:
-        raise UsageError("--resume needs the --run-dir of the run that is to go on.")
+        raise UsageError("--resume needs the --run-dir of the run that is to go on")
     config = {name: getattr(args, name) for name in _RECORDED}
     if args.resume:
         _check_same_run(args.run_dir, config)
@@ -88,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not config:
         raise UsageError(
             f"the run in '{args.run_dir}' was not started by `ulr-snn train`, so its data and model are not "
-            "known: load its weights with ulr_snn.runs.directory.load_checkpoint and call ulr_snn.evaluate."
+            "known: load its weights with ulr_snn.runs.directory.load_checkpoint and call ulr_snn.evaluate"
         )
     _, test_set = data.load(config["data"], root=args.data_root or config["data_root"])
     model = _build_model(config, test_set)
@@ -158,14 +158,14 @@ def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
         return default_model(dataset.sample_shape, dataset.classes)
     model = _import_factory(config["model"])(dataset.sample_shape, dataset.classes)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"--model {config['model']} returned {type(model).__name__}, not a torch.nn.Module.")
+        raise UsageError(f"--model {config['model']} returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def _import_factory(spec: str) -> Any:
     module_name, separator, factory_name = spec.partition(":")
     if not (module_name and separator and factory_name):
-        raise UsageError(f"--model takes module:factory, as in my_nets:conv_net, not '{spec}'.")
+        raise UsageError(f"--model takes module:factory, as in my_nets:conv_net, not '{spec}'")
     if os.getcwd() not in sys.path:  # unlike `python -m`, an installed script starts without it
         sys.path.insert(0, os.getcwd())
     try:
@@ -174,10 +174,10 @@ def _import_factory(spec: str) -> Any:
         # Another missing module is a bug in the user's code, which a traceback locates.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise UsageError(f"--model {spec}: there is no module '{module_name}' here or installed.") from error
+        raise UsageError(f"--model {spec}: there is no module '{module_name}' here or installed") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
-        raise UsageError(f"--model {spec}: module '{module_name}' has no function '{factory_name}'.")
+        raise UsageError(f"--model {spec}: module '{module_name}' has no function '{factory_name}'")
     return factory
 
 
@@ -195,7 +195,7 @@ def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
             option = name if name == "data" else "--" + name.replace("_", "-")
             raise UsageError(
                 f"the run in '{run_dir}' was started with {option} {before}, not {config.get(name)}: "
-                "repeat its options, or name another --run-dir."
+                "repeat its options, or name another --run-dir"
             )
 
 

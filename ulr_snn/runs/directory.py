@@ -49,13 +49,13 @@ class RunDirectory:
         _require("safetensors", "matplotlib")
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"run_dir '{self.path}' is a file: name a directory.")
+            raise UsageError(f"run_dir '{self.path}' is a file: name a directory")
         if not resume and (_checkpoints(self.path) or (self.path / "metrics.json").exists()):
-            raise UsageError(f"run_dir '{self.path}' holds a run already: resume it, or name another.")
+            raise UsageError(f"run_dir '{self.path}' holds a run already: resume it, or name another")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"run_dir '{self.path}' cannot be made: {error.strerror}.") from error
+            raise UsageError(f"run_dir '{self.path}' cannot be made: {error.strerror}") from error
         self._remove_leftovers()
         if config is None:
             config = read_config(self.path) if _checkpoints(self.path) else {}
@@ -150,7 +150,7 @@ def _require(*libraries: str) -> None:
     """Raises UsageError before the first step if libraries are missing that only the end of a run needs."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"a run_dir needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
+        raise UsageError(f"a run_dir needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _number(folder: Path) -> int:
@@ -167,7 +167,7 @@ def _checkpoints(path: Path) -> list[Path]:
 def _newest(path: str | os.PathLike[str]) -> Path:
     checkpoints = _checkpoints(Path(path))
     if not checkpoints:
-        raise UsageError(f"'{os.fspath(path)}' holds no checkpoint: name the run_dir of a training run.")
+        raise UsageError(f"'{os.fspath(path)}' holds no checkpoint: name the run_dir of a training run")
     return checkpoints[-1]
 
 
@@ -191,7 +191,7 @@ def _save_state(state: dict[str, Any], file: Path) -> None:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             "the state of this run cannot be saved for resuming: optimizer, scheduler and estimator must "
-            f"keep only tensors and plain Python values in their state_dict ({reason})."
+            f"keep only tensors and plain Python values in their state_dict ({reason})"
         ) from error
 
 

@@ -33,7 +33,7 @@ def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     history: entries with `train_*` and `val_*`.
     """
     if not history:
-        raise UsageError("there is no epoch to draw: train for at least one.")
+        raise UsageError("there is no epoch to draw: train for at least one")
     drawn = [name for name in _SCALE if any(entry.get(f"train_{name}") is not None for entry in history)]
     figure = _figure(4.5 * len(drawn), 3.6)
     for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
@@ -68,7 +68,7 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
     rows = [row for row in rows if row["history"]]
     if not rows:
-        raise UsageError("there is nothing to draw: every training diverged.")
+        raise UsageError("there is nothing to draw: every training diverged")
     labels = [row["method"] + ("" if row["lr"] is None else f", lr {row['lr']:g}") for row in rows]
     colours = [colormaps["viridis"](0.9 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
     quantity = "loss" if any(row["accuracy"] is None for row in rows) else "accuracy"
