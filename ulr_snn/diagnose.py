@@ -148,7 +148,7 @@ def usual(
     return found
 
 
-def unbiased(model: nn.Module, estimators: Mapping[str, Estimator], *about: Any) -> Moments:
+def unbiased(model: nn.Module, estimators: Mapping[str, Estimator], *conditions: Any) -> Moments:
     """Measures an unbiased estimator for the estimators' net and objective. UsageError if these differ."""
     own = [estimator.config for estimator in estimators.values() if isinstance(estimator, Attaches)] or [ULR()]
     kinds = [(e.firing, dict(e.noise), dict(e.flow), e.sampling.multi_sample) for e in own]
@@ -159,9 +159,9 @@ def unbiased(model: nn.Module, estimators: Mapping[str, Estimator], *about: Any)
         )
     same: dict[str, Any] = {"firing": own[0].firing, "noise": own[0].noise, "flow": own[0].flow}
     try:
-        return measured(model, ULR(credit="residual", copies=8, **same), *about)
+        return measured(model, ULR(credit="residual", copies=8, **same), *conditions)
     except UsageError:  # a loss without a gradient
-        return measured(model, ULR(credit="global", copies=8, **same), *about)
+        return measured(model, ULR(credit="global", copies=8, **same), *conditions)
 
 
 def measured(

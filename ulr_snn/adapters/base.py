@@ -76,9 +76,9 @@ class StepNeuron:
     def as_scan(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, LIF]:
         """Returns a neuron of `ulr_snn`, and the current [T, B, ...] with which it does what the module does for
         x [T, B, ...]. Only for a module that `scans`. lengths: number of steps of each sample, without padding."""
-        about = self.options(), x.dtype, x.device
-        if self._scan is None or self._scan[0] != about:
-            self._scan = about, *self.ours(x)
+        key = self.options(), x.dtype, x.device
+        if self._scan is None or self._scan[0] != key:
+            self._scan = key, *self.ours(x)
         _, entry, neuron = self._scan
         for module in entry:
             x = module(x)

@@ -64,8 +64,8 @@ def load(
     source = entry.find(root)
     key = f"{source.place}\n{bins} {width}"
     splits = cached(cache_dir, name, key, source.fingerprint, lambda: source.build(bins, width))
-    about = splits.sample_shape, splits.classes, binary
-    return EventDataset(splits.train, *about), EventDataset(splits.test, *about)
+    arguments = splits.sample_shape, splits.classes, binary
+    return EventDataset(splits.train, *arguments), EventDataset(splits.test, *arguments)
 
 
 def _digits(root: str | os.PathLike[str] | None) -> Source:

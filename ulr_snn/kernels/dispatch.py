@@ -149,8 +149,14 @@ class StepDraw:
         self._farthest = np.zeros(rows, np.int32)
         mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
         words = [word.numpy().view("uint32") for word in draw.words]
-        about = mirrored.numpy(), _own(lengths, steps, rows), _distances(over), _array(self.spikes), _array(self.slope)
-        self._given = _per_neuron(draw.scale, like.shape[1:]), LAWS[draw.law], *words, *about, self._farthest
+        arguments = (
+            mirrored.numpy(),
+            _own(lengths, steps, rows),
+            _distances(over),
+            _array(self.spikes),
+            _array(self.slope),
+        )
+        self._given = _per_neuron(draw.scale, like.shape[1:]), LAWS[draw.law], *words, *arguments, self._farthest
         self._parts = None if like.numel() > SMALL else 1
         self._fire = cpu_kernels().fire
 

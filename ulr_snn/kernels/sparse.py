@@ -177,7 +177,7 @@ class Patches:
     def of(cls, frame: torch.Size, outputs: int, kernel: Pair, stride: Pair, *geometry: Pair) -> "Patches":
         """Makes the layout. frame: [C, H, W]; geometry: padding and dilation."""
         each = zip(frame[1:], kernel, stride, *geometry, strict=True)
-        high, across = (Axis.of(*about) for about in each)
+        high, across = (Axis.of(*arguments) for arguments in each)
         wide = -(-outputs // WIDTH) * WIDTH
         channel = torch.arange(frame[0])[:, None, None] * math.prod(stride)
         which = channel + high.phase[:, None] * stride[1] + across.phase
@@ -233,8 +233,8 @@ class _Convolution(torch.autograd.Function):
         blank = start.repeat(high.grid * across.grid)
         cpu, places = dispatch.cpu_kernels(), (patches.to.numpy(), patches.which.numpy())
         given = *rows.arrays, *places, patches.made(weight).flatten().numpy(), blank.numpy()
-        about = patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy()
-        dispatch.shared(n, lambda first, end: cpu.spread(first, end, *given, *about))
+        arguments = patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy()
+        dispatch.shared(n, lambda first, end: cpu.spread(first, end, *given, *arguments))
         return out
 
     @staticmethod
@@ -244,9 +244,9 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g = g.contiguous()
             cpu, given = dispatch.cpu_kernels(), (*rows.arrays, patches.to.numpy(), patches.which.numpy())
-            about = patches.steps, patches.wide, patches.high.grid * patches.across.grid, tuple(g.shape)
+            arguments = patches.steps, patches.wide, patches.high.grid * patches.across.grid, tuple(g.shape)
             flat = g.detach().flatten().numpy()
-            add = lambda first, end, out: cpu.spread_weight(first, end, *given, out, *about, flat)  # noqa: E731
+            add = lambda first, end, out: cpu.spread_weight(first, end, *given, out, *arguments, flat)  # noqa: E731
             d_weight = patches.taken(dispatch.summed(len(g), patches.size, add), g.shape[1])
         if ctx.needs_input_grad[1]:
             d_bias = g.sum((0, 2, 3))
@@ -292,8 +292,8 @@ def convolution(
 ) -> Tensor | None:
     """Returns the convolution [n, outputs, ...] of events in rows of frames [C, H, W]; None if it is not supported, or
     if a dense one is faster. options: as for torch.conv2d."""
-    about = geometry(weight.shape[2:], *options, **named)
-    patches = None if about is None else patches_of(frame, weight.shape, *about)
+    arguments = geometry(weight.shape[2:], *options, **named)
+    patches = None if arguments is None else patches_of(frame, weight.shape, *arguments)
     if patches is None:
         return None
     density = len(rows.places) / max(1, (len(rows.starts) - 1) * rows.inputs)

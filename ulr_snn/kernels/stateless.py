@@ -72,25 +72,25 @@ def _convolution(module: nn.Conv2d, x: Tensor) -> Tensor | None:
     padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not _usual(module, x) or x.ndim != 4 or not padded or len(blocks(len(x), math.prod(x.shape[1:]))) < 2:
         return None
-    about = module.stride, module.padding, module.dilation, module.groups
-    return _Convolution.apply(x, module.weight, module.bias, about)
+    options = module.stride, module.padding, module.dilation, module.groups
+    return _Convolution.apply(x, module.weight, module.bias, options)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, about: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.about = about
-        return by_blocks(lambda rows: torch.conv2d(rows, weight, bias, *about), x, math.prod(x.shape[1:]))
+        ctx.options = options
+        return by_blocks(lambda rows: torch.conv2d(rows, weight, bias, *options), x, math.prod(x.shape[1:]))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (stride, padding, dilation, groups), which = ctx.about, wanted(ctx)
+        (stride, padding, dilation, groups), which = ctx.options, wanted(ctx)
 
         def gradients(rows: slice) -> tuple[Any, ...]:
-            about = [len(weight)], stride, padding, dilation, False, [0, 0], groups, which
-            return torch.ops.aten.convolution_backward(g[rows], x[rows], weight, *about)
+            options = [len(weight)], stride, padding, dilation, False, [0, 0], groups, which
+            return torch.ops.aten.convolution_backward(g[rows], x[rows], weight, *options)
 
         if torch.is_grad_enabled():  # the gradient has to be differentiable
             return *gradients(slice(None)), None

@@ -74,9 +74,9 @@ def record_of(
     spikes, x, fed_back = fired
     x, through = neuron.x_at(current, spikes, x, fed_back, scale, before)
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-    about = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
+    arguments = (name, neuron, current.detach(), scale.detach(), x, spikes, [spikes], level.firing, mask)
     over = level.secants(name, scale)
-    return Record(*about, fed_back, through=through, over=over, arrived=[current])
+    return Record(*arguments, fed_back, through=through, over=over, arrived=[current])
 
 
 def call_name(name: str, call: int) -> str:
@@ -170,8 +170,8 @@ def bind(
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
             sites.append(Site(name, index, level, own, records, lengths, links, guard))
         else:
-            about = name, index, level, own, records, neuron, steps, lengths, guard
-            sites.append(CurrentSite(*about) if isinstance(neuron, BlackBox) else StepSite(*about, links=links))
+            arguments = name, index, level, own, records, neuron, steps, lengths, guard
+            sites.append(CurrentSite(*arguments) if isinstance(neuron, BlackBox) else StepSite(*arguments, links=links))
     with bind_sites(model, sites, lengths, layers):
         yield records
     measured = [i for i, record in enumerate(records) if isinstance(record, StepSite) and record.measured]

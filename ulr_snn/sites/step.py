@@ -121,8 +121,8 @@ class StepSite:
         x, spikes = self._joined(trace.x), self._joined(self.leaves).detach()
         current = self._joined(self.arrived).detach()
         firing, scale = self.level.firing, self._scale.detach()
-        about = self.name, self.neuron, current, scale, x, spikes, self.leaves, firing, self._mask(x)
-        return Record(*about, trace=trace, over=self._over, arrived=self.arrived)
+        arguments = self.name, self.neuron, current, scale, x, spikes, self.leaves, firing, self._mask(x)
+        return Record(*arguments, trace=trace, over=self._over, arrived=self.arrived)
 
     def _joined(self, calls: list[Tensor]) -> Tensor:
         """Stacks the tensors of all calls to [T, B, ...]."""
