@@ -550,3 +550,10 @@ def test_a_layer_that_never_runs_is_measured_once():
             ulr.backward(*separable()[0])
             passes.append(ulr.forward_passes)
     assert passes[2] - passes[1] == 16
+
+
+def test_a_layer_that_hands_its_state_to_the_next_is_named():
+    snn = library_of("snntorch")
+    model = nn.Sequential(nn.Linear(6, 5), snn.Leaky(beta=0.9), nn.Linear(5, 3))
+    with pytest.raises(UsageError, match=r"2 \(Linear\) got the \(spikes, state\) of a layer; give .*init_hidden"):
+        plan(model, (torch.rand(4, 3, 6), torch.tensor([0, 1, 2])))

@@ -85,7 +85,7 @@ def runs_by_step(model: nn.Module, x: Tensor) -> bool:
             with no_side_effects(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
                 model_outputs(model, x.clone(), by_step=True)
         except OF_SHAPES as stepwise:
-            if str(stepwise) != str(whole):
+            if str(stepwise) != str(whole) and not isinstance(whole, UsageError):
                 whole.add_note(f"called with a time step at a time, it raises {type(stepwise).__name__}: {stepwise}")
             raise whole from None
         return True

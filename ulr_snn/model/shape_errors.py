@@ -1,4 +1,4 @@
-"""Advice on common shape errors, with the layer's name: events that are not flat, convolutions of sequences."""
+"""Advice on common wrong inputs, with the layer's name: events that are not flat, sequences, (spikes, state)."""
 
 import math
 from collections.abc import Iterator
@@ -18,20 +18,23 @@ CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # with the number of 
 
 @contextmanager
 def shape_advice(model: nn.Module) -> Iterator[None]:
-    """Raises UsageError if a module of torch refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would fix. Other
-    errors stay as they are. So do errors of models with layers of other libraries, because it is not known whether
-    these models are meant to take all time steps at once."""
+    """Raises UsageError if a module of torch refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would fix, or
+    the (spikes, state) of a layer. Other errors stay as they are. So do errors of shape in models with layers of other
+    libraries, because it is not known whether these models are meant to take all time steps at once."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         module, x = refused(error.__traceback__)
-        advice = remedy(module, x) if isinstance(x, Tensor) else None
-        if advice is None or not all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model)):
+        own = all(isinstance(neuron, SpikingNeuron) for _, neuron in spiking_layers(model))
+        if isinstance(x, tuple) and not own:
+            got = "the (spikes, state) of a layer"
+            advice = "give snnTorch's layers init_hidden=True, or put Norse's into a SequentialState"
+        elif isinstance(x, Tensor) and own and (found := remedy(module, x)):
+            advice, got = found, f"a sequence of samples of shape {tuple(x.shape[2:])}"
+        else:
             raise
         name = next((name for name, other in model.named_modules() if other is module), "") or "the model"
-        raise UsageError(
-            f"{name} ({type(module).__name__}) got a sequence of samples of shape {tuple(x.shape[2:])}; {advice}"
-        ) from error
+        raise UsageError(f"{name} ({type(module).__name__}) got {got}; {advice}") from error
 
 
 def remedy(module: nn.Module | None, x: Tensor) -> str | None:
