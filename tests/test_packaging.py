@@ -129,6 +129,7 @@ ORDER = [
     "peers",
     "runs",
     "runs.models",
+    "runs.progress",
     "runs.optim",
     "runs.plots",
     "runs.directory",

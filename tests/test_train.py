@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -448,3 +449,12 @@ def test_training_leaves_no_attributes_and_keeps_the_mode():
         assert [set(vars(module)) for module in model.modules()] == attributes
         assert list(model.state_dict()) == keys
         assert model.training == training
+
+
+def test_progress_is_a_line_for_each_epoch(capsys):
+    ulr_snn.train(net(), batches(), 2, val_loader=batches(32), device="cpu")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "validation" in line]
+    shape = r"epoch %d/2: loss \S+, accuracy \S+%%, validation loss \S+, validation accuracy \S+%%, \S+ s"
+    assert len(lines) == 2 and all(re.fullmatch(shape % epoch, line) for epoch, line in enumerate(lines, 1))
+    train(epochs=1, progress=False)
+    assert not capsys.readouterr().err

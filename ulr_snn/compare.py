@@ -24,6 +24,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.mode import check_model, pick_device
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.optim import DEFAULT_LR
+from ulr_snn.runs.progress import say
 from ulr_snn.train import Result, train
 
 DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0}
@@ -118,6 +119,8 @@ def compare(
                 model.load_state_dict(weights)
                 row: dict[str, Any] = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
                 rows.append(row)
+                if progress:
+                    say(method if rate is None else f"{method}, lr {rate:g}")
                 with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
                     row |= figures(train(model, loader, epochs, estimator=estimator, lr=rate, **whole))
                 row["peak_memory_bytes"] = memory.bytes

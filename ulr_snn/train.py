@@ -24,6 +24,7 @@ from ulr_snn.model.mode import check_model, mode_of, pick_device, unpack
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.runs.directory import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, total_steps
+from ulr_snn.runs.progress import progress_bar, report
 
 
 @dataclass
@@ -78,7 +79,8 @@ def train(
     autocast: torch.bfloat16 or torch.float16 for the model's own layers; weights, membranes, credit and losses keep
     their type. callbacks: called after every epoch with its history entry and the model. run_dir: receives a
     checkpoint after each epoch, and metrics.json and curves.png at the end. resume: continue the run in run_dir.
-    Raises UsageError for a wrong use, if possible before the first step.
+    progress: a bar and a line for each epoch, on stderr. Raises UsageError for a wrong use, if possible before the
+    first step.
     """
     check_model(model)
     check_arguments(loader, epochs, accumulate, max_steps)
@@ -150,6 +152,8 @@ class Session:
             if validate is not None:
                 measured = validate()
                 entry["val_loss"], entry["val_accuracy"] = measured["loss"], measured["accuracy"]
+            if progress:
+                report(entry, epochs)
             for callback in callbacks:
                 callback(entry, self.model)
             if run is not None:
@@ -171,11 +175,11 @@ class Session:
                 tally.add(*found, targets)
                 batches.set_postfix(tally.means(), refresh=False)
                 if waiting == self.accumulate:
-                    lr, waiting = self.update(waiting), 0
+                    lr, waiting = self.end_step(waiting), 0
                     if self.finished:
                         break
             if waiting:
-                lr = self.update(waiting)
+                lr = self.end_step(waiting)
         if not tally.samples:
             raise UsageError(
                 f"epoch {epoch} made no step: the loader gave no batch (a generator can be used only once), or no loss "
@@ -208,23 +212,23 @@ class Session:
                 skipped = True
                 continue
             if self.attached.online:
-                self.move(1)
+                self.optimizer_step(1)
             left = None if lengths is None else (lengths - t).clamp(min=0)
             now = estimate.loss, mean_total(estimate, left)
             found = now if found is None else (found[0] + now[0], found[1] + now[1])
         return None if skipped else found
 
-    def update(self, batches: int) -> float:
+    def end_step(self, batches: int) -> float:
         """Makes a step on the mean gradient of the batches, and a step of the schedule. Returns the learning rate."""
         lr = self.lr
         if not self.attached.online:
-            self.move(batches)
+            self.optimizer_step(batches)
         if self.schedule is not None:
             self.schedule.step()
         self.steps += 1
         return lr
 
-    def move(self, batches: int) -> None:
+    def optimizer_step(self, batches: int) -> None:
         """Makes an optimizer step on the mean gradient of the batches."""
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
@@ -309,10 +313,3 @@ def check_arguments(loader: Iterable[Any], epochs: int, accumulate: int, max_ste
             raise UsageError(f"train got {name}={value!r}; it must be a whole number, at least 1")
     if loader_length(loader) == 0:
         raise UsageError("the loader is empty; give it at least one batch")
-
-
-def progress_bar(items: Iterable[Any], label: str, shown: bool) -> Any:
-    """Returns the items under a progress bar."""
-    from tqdm import tqdm
-
-    return tqdm(items, label, leave=False, disable=None if shown else True)
