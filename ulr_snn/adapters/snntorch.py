@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
+from ulr_snn.kernels.precision import widened
 from ulr_snn.model.neurons import LIF, Biased, Weighted
 
 STATES = {
@@ -92,11 +93,11 @@ class Neuron(StepNeuron):
         def mem_reset(mem: Tensor) -> Tensor:
             spikes = site.resetting
             if delayed and spikes is not None and spikes.shape == mem.shape:
-                return widened(spikes)
-            above = widened((mem - module.threshold > 0).to(mem.dtype))
+                return as_snntorch(spikes)
+            above = as_snntorch((mem - module.threshold > 0).to(mem.dtype))
             return above if delayed or spikes is None else above * spikes.detach()
 
-        return {"forward": forward, "spike_grad": lambda drive: widened(site.fire(drive)), "mem_reset": mem_reset}
+        return {"forward": forward, "spike_grad": lambda drive: as_snntorch(site.fire(drive)), "mem_reset": mem_reset}
 
 
 class Sequence(StepNeuron):
@@ -115,12 +116,12 @@ class Sequence(StepNeuron):
             site.end([])
             return result
 
-        return {"forward": forward, "spike_grad": lambda drive: widened(site.fire(drive))}
+        return {"forward": forward, "spike_grad": lambda drive: as_snntorch(site.fire(drive))}
 
 
-def widened(spikes: Tensor) -> Tensor:
+def as_snntorch(spikes: Tensor) -> Tensor:
     """Returns spikes as snnTorch does: under autocast in float32, which makes the membranes float32 too."""
-    return spikes.float() if spikes.itemsize < 4 and torch.is_autocast_enabled(spikes.device.type) else spikes
+    return widened(spikes) if torch.is_autocast_enabled(spikes.device.type) else spikes
 
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:

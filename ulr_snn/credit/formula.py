@@ -98,9 +98,8 @@ class Formula:
                 yield Contribution(record.x, record.score() * by_row / count, record.site, p.copies, True)
             rows = weight.view(-1, *[1] * (record.x.ndim - 2))
             if record.current_handle is not None and credit.current is not None:
-                yield Contribution(
-                    record.current_handle, credit.current.mul_(rows), record.site, p.copies
-                )  # not used again
+                current = credit.current.mul_(rows)  # in place, since nothing uses it again
+                yield Contribution(record.current_handle, current, record.site, p.copies)
             elif credit.a is not None:
                 slope = record.slope if self.credit.unbiased else record.response
                 yield Contribution(record.x, credit.a * slope * rows, record.site, p.copies)

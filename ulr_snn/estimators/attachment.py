@@ -114,13 +114,14 @@ class LearnedAttachment(Attachment):
         if loss != self._loss:  # another loss may reach the outputs in another way
             if self._loss is not None:  # else the choice comes from a checkpoint
                 learner.chosen = None
-            learner.structure, self._loss = None, loss
+            learner.observe_again()
+            self._loss = loss
         batch = Batch.of(self.model, x, targets, lengths, resolve(loss), self.time_first)
         bound = self.binder.bound(batch)
         if bound is not self._bound:
             check_flow(bound.model, self.config.flow, bound.layers)
             if self._bound is not None and bound.model is not self._bound.model:
-                learner.structure = None
+                learner.observe_again()
             self._bound = bound
         learner.level.progress = learner.progress
         return Step(self.config, learner, bound, batch)
@@ -137,7 +138,9 @@ class LearnedAttachment(Attachment):
         self.forward_passes = self.learner.forward_passes
 
     def close(self) -> None:
-        self.learner.forget_structure()
+        if self.structure is not None:
+            self.learner.chosen = self.structure.weights  # the choice of weight noise stays
+        self.learner.observe_again()
         self.pool.clear()
 
     @contextmanager

@@ -77,6 +77,11 @@ class Attachment:
         """Frees the memory kept between steps."""
 
 
+def offers(value: object, method: str) -> bool:
+    """Returns whether a value is an object, not a class, with this method."""
+    return callable(getattr(value, method, None)) and not isinstance(value, type)
+
+
 class Estimator(Protocol):
     """A configuration that can be attached to models."""
 

@@ -31,8 +31,7 @@ class Learner:
 
     step, forward_passes: counts so far; level: level of the firing noise; feedback: learned effects of spikes;
     copies: counter of the copies of a step; mean_loss, mean_gradientless: moving baselines of all losses, and of
-    losses without a gradient; step_sizes: None if learning rates are not used; structure: the structure observed in
-    the first pass, None before it; times: updates of a batch.
+    losses without a gradient; step_sizes: None if learning rates are not used; times: updates of a batch.
     """
 
     def __init__(
@@ -53,10 +52,14 @@ class Learner:
         self.mean_gradientless: Tensor | None = None
         self.step_sizes = StepSizes() if rates else None
         self.times = 1
-        self.structure: Structure | None = None
         self._prediction: Prediction | None = None
         self.driven: set[str] | None = None  # sites that read the input not only by spikes; None if not known
         self.chosen: dict[str, WeightNoise] | None = None  # weight noise from a checkpoint
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure observed in the first pass; None before it."""
+        return None if self._prediction is None else self._prediction.structure
 
     @property
     def prediction(self) -> Prediction:
@@ -91,10 +94,10 @@ class Learner:
     def observe(self, forward: Forward, p: Pass, batch: Batch) -> Structure:
         """Observes the structure of the model and the loss in the first pass."""
         structure = observed(forward, p, batch, self.config, self.driven, self.chosen)
-        self.structure, self.chosen, self.driven = structure, None, structure.driven
+        self._prediction = Prediction(structure, self.feedback, self.seed)
+        self.chosen, self.driven = None, structure.driven
         check_layers(forward.bound.model, forward.bound.layers, structure.weights)
         self.level.noiseless = structure.noiseless
-        self._prediction = Prediction(structure, self.feedback, self.seed)
         return structure
 
     def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
@@ -124,11 +127,9 @@ class Learner:
         found = self.structure.parameters.items()
         return {name: overall * self.step_sizes.factor(name, sources) / self.times for name, sources in found}
 
-    def forget_structure(self) -> None:
-        """Drops the structure, so that the next pass is observed again. The choice of weight noise stays."""
-        if self.structure is not None:
-            self.chosen = self.structure.weights
-        self.structure = None
+    def observe_again(self) -> None:
+        """Drops the structure, so that the next pass is observed."""
+        self._prediction = None
 
     def state_dict(self) -> dict[str, Any]:
         chosen = self.chosen if self.structure is None else self.structure.weights
@@ -146,7 +147,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.structure = None  # the next pass is observed, with the state's choices
+        self.observe_again()  # with the state's choices
         self.step, self.forward_passes = state["step"], state["forward_passes"]
         state = {"mean_gradientless": state.get("mean_blind"), **state}  # the name of earlier versions
         for name in ("mean_loss", "mean_gradientless"):

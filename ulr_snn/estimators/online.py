@@ -29,8 +29,9 @@ class Online(Attaches):
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("firing", "noise", "flow"):  # raises UsageError for a wrong field; None is the default
-            object.__setattr__(self, name, getattr(self.config, name))
+        config = self.config  # raises UsageError for a wrong field; None is the default
+        for name in ("firing", "noise", "flow"):
+            object.__setattr__(self, name, getattr(config, name))
 
     @property
     def config(self) -> ULR:

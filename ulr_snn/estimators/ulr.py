@@ -10,7 +10,7 @@ from torch import nn
 from ulr_snn.credit.kinds import CreditKind, Global, credit_of
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.attachment import Attaches
-from ulr_snn.estimators.base import Attachment, Estimator
+from ulr_snn.estimators.base import Attachment, Estimator, offers
 from ulr_snn.estimators.config import NoiseByName
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.memory.chunks import TimeChunks
@@ -121,8 +121,7 @@ class ULR(Attaches):
         if self.memory == "stream":
             warnings.warn("ULR(memory='stream') is deprecated; use ulr_snn.Online()", DeprecationWarning, stacklevel=4)
             object.__setattr__(self, "memory", OneTimeStep())
-        given = callable(getattr(self.memory, "estimates", None)) and not isinstance(self.memory, type)
-        if not given and self.memory not in MEMORY:
+        if not offers(self.memory, "estimates") and self.memory not in MEMORY:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UsageError(f"ULR got on_nonfinite={self.on_nonfinite!r}; it is 'stop' or 'skip'")
@@ -176,8 +175,7 @@ def check_flows(flow: Mapping[str, str]) -> None:
 
 def or_default(estimator: Estimator | None) -> Estimator:
     """Returns the estimator, or `ULR()` for None. Raises UsageError for anything else."""
-    given = callable(getattr(estimator, "attach", None)) and not isinstance(estimator, type)
-    if estimator is not None and not given:
+    if estimator is not None and not offers(estimator, "attach"):
         raise UsageError(f"{estimator!r} is no estimator; give an object such as ulr_snn.ULR(credit='global')")
     return ULR() if estimator is None else estimator
 

@@ -171,7 +171,7 @@ class TimeChunks(Chunks):
         remembered = learner.driven, learner.chosen  # from a checkpoint
         p = self.sample(step, first)
         if unknown and not self.possible(step):
-            learner.structure = None  # the whole sequence shows more, such as the noise of less variance
+            learner.observe_again()  # the whole sequence shows more, such as the noise of less variance
             learner.driven, learner.chosen = remembered
             return None
         if p is not None:

@@ -61,7 +61,6 @@ class Step:
     def plain_forward(self) -> Forward:
         """Returns what runs passes of a model whose structure is not known."""
         learner = self.learner
-        learner.level.progress = learner.progress
         return Forward(self.bound, learner.level, learner.seed, learner.step, self.config.sampling)
 
     def forward(self, log: PassLog | None = None) -> Forward:
