@@ -4,9 +4,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import currents
+from tests.helpers import averaging, currents
 from tests.statistics import compare_means, gradient_draws
-from ulr_snn import LIF, ULR, Logistic, RecurrentLIF, TimeAverage, UsageError, WeightNoise, compare, evaluate, train
+from ulr_snn import (
+    LIF,
+    ULR,
+    Logistic,
+    RecurrentLIF,
+    SpikeBudget,
+    TimeAverage,
+    UsageError,
+    WeightNoise,
+    compare,
+    evaluate,
+    train,
+)
 from ulr_snn.peers import METHODS, EvolutionStrategies, ExpectedGradientBPTT, FeedbackAlignment, SurrogateBPTT
 from ulr_snn.peers.evolution import RankOneNoise
 
@@ -220,3 +232,13 @@ def test_plain_networks_train_and_are_validated():
     train(model, [data()], 1, estimator=ULR(flow={"1": "ulr"}), val_loader=[data()], device="cpu", progress=False)
     found = compare(model, [data()], [data()], methods=("evolution",), epochs=1, device="cpu", progress=False)
     assert found.rows[0]["accuracy"] is not None
+
+
+def test_a_replaced_layer_is_counted_by_evolution_strategies():
+    loss = {"ce_count": 1.0, SpikeBudget(1.0): 1.0}
+    model, x, y = averaging(6, 4, (7,)), (torch.rand(5, 3, 6) < 0.5).float(), torch.tensor([0, 1, 3])
+    attached = EvolutionStrategies().attach(model, loss, 0, True)
+    attached.backward(x, y)
+    model[1], attached.step = LIF(0.5), 0
+    fresh = EvolutionStrategies().attach(model, loss, 0, True).backward(x, y).loss
+    assert torch.equal(attached.backward(x, y).loss, fresh)

@@ -8,18 +8,21 @@ from torch import Tensor, nn
 from ulr_snn.estimators.base import Attachment
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
+from ulr_snn.model.bound import Binder
 
 
 class PeerAttachment(Attachment):
     """Adds a peer's gradients to `.grad` in `backward`, which subclasses define.
 
-    forward_passes: number of forward passes, one for each sample, copy and step.
+    forward_passes: number of forward passes, one for each sample, copy and step; binder: binds the model, anew after it
+    has changed.
     """
 
     def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool) -> None:
         super().__init__(model, loss, time_first)
         self.peer = peer
         self.step = 0
+        self.binder = Binder(model, {}, own_code=True)
 
     def begun(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None) -> Batch:
         """Returns the batch of this step, on the model's device."""

@@ -15,7 +15,6 @@ from ulr_snn.credit.baseline import baseline, moving
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.runner import Runner
@@ -76,7 +75,6 @@ class EvolutionAttachment(PeerAttachment):
         names = [name for name, q in model.named_parameters() if q.requires_grad]
         self.sites = WeightSites(dict.fromkeys(names, peer.noise), seed, peer.antithetic)
         self.mean_loss: Tensor | None = None
-        self.runner: Runner | None = None
 
     @torch.no_grad()
     def backward(
@@ -84,8 +82,7 @@ class EvolutionAttachment(PeerAttachment):
     ) -> Estimate:
         """Runs one forward pass for each copy and adds to every trainable `.grad`; see `Attachment.backward`."""
         batch = self.begun(x, targets, loss, lengths)
-        if self.runner is None:
-            self.runner = Runner(BoundModel.of(self.model, batch, {}, own_code=True), NoiseLevel(Logistic()))
+        runner = Runner(self.binder.bound(batch), NoiseLevel(Logistic()))
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
             # Only the first copy has side effects, as an ordinary pass; all copies see the same dropout masks.
@@ -93,7 +90,7 @@ class EvolutionAttachment(PeerAttachment):
             with side_effects, self.sites.disturbed(self.model, self.step, copy, batch.steps, batch.samples):
                 if copy:
                     set_generator_state(state)
-                ((outputs, activity),) = self.runner.runs(batch, self.step, 0, 0, batch.objective.counts)
+                ((outputs, activity),) = runner.runs(batch, self.step, 0, 0, batch.objective.counts)
             values.append(batch.objective(outputs, batch.targets, output_mask(batch.lengths, outputs), activity))
             all_outputs.append(outputs)
         losses = torch.stack(values)

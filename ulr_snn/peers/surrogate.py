@@ -16,7 +16,7 @@ from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels.reference import shift
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.activity import counting
-from ulr_snn.model.bound import Binder, BoundModel
+from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import check_outputs, model_outputs
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
@@ -174,7 +174,6 @@ class SurrogateAttachment(PeerAttachment):
 
     def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool = True) -> None:
         super().__init__(model, peer, loss, time_first)
-        self.binder = Binder(model, {}, own_code=True)
         self._bound: BoundModel | None = None  # of the last step
         self._know(spiking_layers(model))
 
