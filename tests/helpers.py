@@ -1,5 +1,9 @@
 """What several test files use: small nets and tasks, losses, and models of the other libraries."""
 
+import contextlib
+import importlib
+import importlib.metadata
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -145,3 +149,25 @@ def png_size(file: Path) -> tuple[int, int]:
     header = file.read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+_declared: list[torch.library.Library] = []
+
+
+def beside_torchvision(name: str) -> Any:
+    """Imports a library that imports torchvision, or skips the test. A build of torchvision that does not fit torch's
+    lacks its operators, which are declared here: nothing calls them."""
+    wanting = False
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("torchvision")
+        try:
+            importlib.import_module("torchvision.transforms")
+        except (ImportError, RuntimeError):
+            wanting = True
+    if wanting and not _declared:
+        for module in [module for module in sys.modules if module.partition(".")[0] in ("torchvision", name)]:
+            del sys.modules[module]
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for operator in ("nms", "qnms"):
+            _declared[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return pytest.importorskip(name)

@@ -20,7 +20,10 @@ from tests.helpers import Loop, library_of, nets, raising, separable
 from ulr_snn import LIF, ULR, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence
-from ulr_snn.model.call import model_outputs, runs_by_step
+from ulr_snn.losses.named import resolve
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.call import model_outputs
+from ulr_snn.model.finding import find_call
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import bind, bind_sites
@@ -38,6 +41,11 @@ class Kind:
     shape: tuple[int, ...] = (6,)
     by_step: bool = True
     gain: float = 2.0  # of random inputs: enough to fire
+
+
+def way(model: nn.Module, batch: tuple[Tensor, Tensor]) -> str:
+    """Returns how the model is called."""
+    return find_call(model, Batch.of(model, *batch, None, resolve("ce_count")))[0].way
 
 
 def snntorch_kinds() -> Iterator[tuple[str, Kind]]:
@@ -336,7 +344,7 @@ def test_a_model_called_once_a_step_is_the_model_with_the_loop():
         loop.fc1, snn.Leaky(0.8, init_hidden=True), loop.fc2, snn.Leaky(0.7, init_hidden=True), loop.fc3
     ).double()
     batch = (torch.rand(9, 16, 5) < 0.5).double() * 2, torch.randint(0, 3, (16,))
-    assert runs_by_step(hidden, batch[0]) and not runs_by_step(loop, batch[0])
+    assert (way(hidden, batch), way(loop, batch)) == ("step", "sequence")
     gradient_of(loop, ULR(), batch)
     expected = [p.grad.clone() for p in loop.parameters()]
     gradient_of(hidden, ULR(), batch)
@@ -351,7 +359,7 @@ def test_norse_cells_in_a_sequential_carry_their_states():
     cells = norse.SequentialState(nn.Linear(5, 8), norse.LIFCell(), nn.Linear(8, 3))
     layers = norse.SequentialState(cells[0], norse.LIF(), cells[2])
     batch = 20 * torch.rand(9, 16, 5), torch.randint(0, 3, (16,))
-    assert runs_by_step(cells, batch[0]) and not runs_by_step(layers, batch[0])
+    assert (way(cells, batch), way(layers, batch)) == ("step", "sequence")
     gradient_of(cells, ULR(), batch)
     expected = [p.grad.clone() for p in cells.parameters()]
     gradient_of(layers, ULR(), batch)
@@ -557,3 +565,86 @@ def test_a_layer_that_hands_its_state_to_the_next_is_named():
     model = nn.Sequential(nn.Linear(6, 5), snn.Leaky(beta=0.9), nn.Linear(5, 3))
     with pytest.raises(UsageError, match=r"2 \(Linear\) got the \(spikes, state\) of a layer; give .*init_hidden"):
         plan(model, (torch.rand(4, 3, 6), torch.tensor([0, 1, 2])))
+
+
+# -- neurons of a user's own, derived from a library's -----------------------------------------------------
+
+
+def derived_neurons() -> dict[str, Callable[[], nn.Module]]:
+    snn = library_of("snntorch")
+    neuron = library_of("spikingjelly.activation_based.neuron")
+
+    class Once(neuron.SimpleBaseNode):  # fires once at most
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("fired", 0.0)
+
+        def neuronal_charge(self, x: Tensor) -> None:
+            self.v = self.v + (1 - self.fired) * x
+
+        def neuronal_reset(self, spike: Tensor) -> None:
+            self.fired = self.fired + spike
+            super().neuronal_reset(spike)
+
+    class Counting(neuron.LIFNode):  # keeps a statistic
+        def single_step_forward(self, x: Tensor) -> Tensor:
+            spikes = super().single_step_forward(x)
+            self.total = spikes.sum().item()
+            return spikes
+
+    class Leaking(snn.Leaky):  # its leak is the sigmoid of a parameter
+        def __init__(self) -> None:
+            super().__init__(beta=0.9, init_hidden=True)
+            self.raw = nn.Parameter(torch.tensor(2.2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.beta = self.raw.sigmoid()
+            return super().forward(x)
+
+    class Rounding(neuron.LIFNode):  # decides on spikes by itself
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = (self.v + x) / 2
+            spikes = (self.v.detach() > 0.5).to(x)
+            self.v = self.v * (1 - spikes)
+            return spikes
+
+    class Firing(snn.Leaky):
+        def __init__(self) -> None:
+            super().__init__(beta=0.9, init_hidden=True)
+
+        def fire(self, mem: Tensor) -> Tensor:
+            return (mem.detach() > 0.5).to(mem)
+
+    return {"Once": Once, "Counting": Counting, "Leaking": Leaking, "Rounding": Rounding, "Firing": Firing}
+
+
+@pytest.mark.parametrize("name", ["Once", "Counting", "Leaking", "Rounding", "Firing"])
+def test_derived_neurons_train_by_their_own_equations(name, monkeypatch):
+    """A class that decides on spikes as its base does is adapted like it. Others are black boxes. None uses a surrogate."""
+    functional = library_of("spikingjelly.activation_based.functional")
+    torch.manual_seed(0)
+    neuron = derived_neurons()[name]()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b = nn.Linear(5, 16), neuron, nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if name in ("Leaking", "Firing"):
+                self.n.reset_mem()
+            else:
+                functional.reset_net(self)
+            return torch.stack([self.b(self.n(self.a(now))) for now in x])
+
+    model, batches = Net(), separable()
+    with torch.no_grad():
+        own = model(batches[0][0]).clone()
+    found = evaluate(model, batches[:1], loss=lambda o, y: (o - own).abs().amax((0, 2)), device="cpu")
+    assert found["loss"] == 0
+    for kind in {type(f) for f in vars(neuron).values() if isinstance(f, nn.Module)}:
+        monkeypatch.setattr(kind, "forward", lambda *_: pytest.fail("a surrogate was asked for"))
+    says = {site: noise for site, noise, _ in plan(model, batches[0]).sites}["n"]
+    assert says.startswith("gaussian on its current" if name in ("Rounding", "Firing") else "logistic")
+    result = ulr_snn.train(model, batches * 4, 12, progress=False, device="cpu")
+    assert result.history[-1]["train_accuracy"] > 0.8  # chance: 0.33

@@ -415,7 +415,7 @@ def test_what_a_module_keeps_is_copied_only_as_far_as_it_is_state():
     holder = model[1]
     losses = [evaluate(model, [(x, y)], device="cpu")["loss"] for _ in range(3)]
     assert len(set(losses)) == 1 and holder.simulator.calls == 1
-    copies = copied(holder.__dict__["shared"]), copied(holder.simulator), copied(holder.lock), copied(holder.last)
+    copies = [copied(vars(holder)[name], {}) for name in ("shared", "simulator", "lock", "last")]
     assert copies[0][0] is linear and copies[1] is not holder.simulator and copies[2] is holder.lock
     assert copies[3].grad_fn is None and torch.equal(copies[3], holder.last)
     with attach(model, ULR(copies=2)) as ulr:

@@ -11,6 +11,8 @@ from tests.helpers import averaging, currents, png_size
 from ulr_snn import ULR, Diagnosis, Logistic, Online, UsageError, diagnose
 from ulr_snn.diagnose import Moments
 from ulr_snn.estimators.base import Estimate
+from ulr_snn.losses.named import resolve
+from ulr_snn.model.batch import Batch
 
 STEPS, BATCH, PIXELS, CLASSES = 6, 32, 5, 3
 FIRING = Logistic(scale=0.4)
@@ -51,7 +53,8 @@ class _Attached:
         for i, q in enumerate(self.model.parameters()):
             drawn = torch.randn(q.shape, generator=self.generator)
             q.grad = self.known.factor * torch.full_like(q, 1.0 + i) + self.known.noise * drawn
-        return Estimate(torch.zeros(len(targets)), torch.zeros(1), {})
+        batch = Batch.of(self.model, x, targets, lengths, resolve("ce_count"))
+        return Estimate(torch.zeros(len(targets)), torch.zeros(1), {}, batch)
 
 
 def test_figures_of_known_estimators():

@@ -138,7 +138,7 @@ WRONG: dict[str, tuple[Callable, str]] = {
     "no spiking layer in training": (lambda: train(nn.Linear(2, 2)), "no spiking layer"),
     "bound twice": (bound_twice, "already bound"),
     "attached twice": (attached_twice, "already bound"),
-    "model returns a dictionary": (lambda: step(Returns(lambda o: {"logits": o})), "dict"),
+    "model returns a dictionary": (lambda: step(Returns(lambda o: {"logits": "many"})), "dict"),
     "model loses the batch": (lambda: step(Returns(lambda o: o[0])), "shape (2,)"),
     "model swaps the axes": (lambda: step(Returns(lambda o: o.expand(4, 3, 2).transpose(0, 1))), "shape"),
     "events that are not flat": (
@@ -246,7 +246,7 @@ class Patches(nn.Module):
     ("model", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(8, 6), RecurrentLIF(7), nn.Linear(7, 3)), "recurrent weights \\(7, 7\\)"),
-        (lambda: nn.Sequential(Patches(), nn.Linear(4, 3), LIF()), "8 rows in a pass of 4 samples"),
+        (lambda: nn.Sequential(Patches(), nn.Linear(4, 3), LIF()), "shape \\(5, ., 3\\) for 5 steps"),
         (lambda: biased(RecurrentLIF(6)), "a Linear without a bias"),
     ],
 )

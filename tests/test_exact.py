@@ -16,6 +16,7 @@ from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.losses.named import resolve
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.call import Call
 from ulr_snn.model.forward import Forward
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.level import NoiseLevel
@@ -62,8 +63,8 @@ class Attention(nn.Module):
 def one_pass(model: nn.Module, x: Tensor, scale: float = 0.4) -> Pass:
     level = NoiseLevel(Logistic(scale))
     targets = torch.zeros(x.shape[1], dtype=torch.long)
-    batch = Batch.of(model, x, targets, None, resolve("ce_count"), time_first=True)
-    return Forward(BoundModel(model, False, spiking_layers(model)), level).run(batch, [0])
+    batch = Batch.of(model, x, targets, None, resolve("ce_count"))
+    return Forward(BoundModel(model, Call(), Call(), None, spiking_layers(model)), level).run(batch, [0])
 
 
 @pytest.mark.parametrize(

@@ -192,14 +192,14 @@ class Difference:
 
     size: float = 1e-3
 
-    def attach(self, model, loss, seed, time_first, total_steps=None, *, progress=None, rates=False):
-        return DifferenceAttachment(model, self, loss, time_first)
+    def attach(self, model, loss, seed, interface, total_steps=None, *, progress=None, rates=False):
+        return DifferenceAttachment(model, self, loss, interface)
 
 
 class DifferenceAttachment(PeerAttachment):
     @torch.no_grad()
     def backward(self, x, targets, loss=None, lengths=None) -> Estimate:
-        given = self.begun(x, targets, loss, lengths)
+        _, given = self.begun(x, targets, loss, lengths)
         *_, parameter = self.model.parameters()
         outputs = model_outputs(self.model, given.x)
         value, parameter.grad = given.objective(outputs, given.targets), torch.zeros_like(parameter)
@@ -209,7 +209,7 @@ class DifferenceAttachment(PeerAttachment):
             parameter.view(-1)[i] -= self.peer.size
             parameter.grad.view(-1)[i] = (moved - value).mean() / self.peer.size
         self.counted(value, (1 + parameter.numel()) * given.samples)
-        return Estimate(value, outputs[None], {"copies": 1, "step": self.step})
+        return Estimate(value, outputs[None], {"copies": 1, "step": self.step}, given)
 
 
 def margin(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -53,14 +53,14 @@ def snntorch_steps(name: str, **options: object) -> nn.Module:
 
         def forward(self, x: Tensor) -> Tensor:
             state = (x.new_zeros(x.shape[1], 8),) * 2 if name == "SLSTM" else ()
-            before, total = x.new_zeros(x.shape[1], 8), 0
+            before, outputs = x.new_zeros(x.shape[1], 8), []
             u = self.last.init_leaky()
             for now in x:
                 spikes, *state = self.first(self.a(now), *state)
                 spikes, u = self.last(self.b(spikes) + before, u)
                 before = 0.3 * spikes.roll(1, 1) if name == "Leaky" else before
-                total = total + self.out(spikes)
-            return total
+                outputs.append(self.out(spikes))
+            return torch.stack(outputs)
 
     return Steps()
 
@@ -75,12 +75,12 @@ def norse_steps() -> nn.Module:
             self.b, self.last, self.out = nn.Linear(8, 6), norse.LIFCell(), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            one, two, total = None, None, 0
+            one, two, outputs = None, None, []
             for now in x:
                 spikes, one = self.first(20 * self.a(now), one)
                 spikes, two = self.last(20 * self.b(spikes), two)
-                total = total + self.out(spikes)
-            return total
+                outputs.append(self.out(spikes))
+            return torch.stack(outputs)
 
     return Cells()
 

@@ -125,7 +125,7 @@ def test_a_short_training_lowers_the_loss_and_leaves_the_model_unbound(peer, rec
 def test_backward_adds_to_grad_and_reports_the_step():
     torch.manual_seed(0)
     model, (x, y) = net(), batch()
-    with PEERS[0].attach(model, "ce_count", seed=0, time_first=False) as attached:
+    with PEERS[0].attach(model, "ce_count", seed=0, interface=False) as attached:
         estimate = attached.backward(x.transpose(0, 1), y)
         once = [p.grad.clone() for p in model.parameters()]
         attached.backward(x.transpose(0, 1), y)

@@ -105,9 +105,11 @@ def test_forward_passes_are_counted_honestly():
     model = net()
     model[0].register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
     result = train(model, estimator=ULR(credit="residual", copies=4))
-    assert result.metrics["forward_passes"] == sum(calls) == 2 * 96 * 4
+    tried = calls.pop(0)  # samples on which binding tries the model
+    assert tried == 3 and result.metrics["forward_passes"] == sum(calls) == 2 * 96 * 4
     calls.clear()
     result = train(model, estimator=ULR(credit="residual", maps="learned", copies=4))
+    assert calls.pop(0) == 3
     replay = 16  # the first batch once more, to see which layers the events reach otherwise than by spikes
     assert result.metrics["forward_passes"] == sum(calls) == 2 * 96 * 4 + replay
 

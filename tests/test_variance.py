@@ -40,7 +40,7 @@ def data() -> tuple[Tensor, Tensor]:
 def scores(model: nn.Module, step: int) -> Record:
     """The first layer's record of a pass."""
     level = NoiseLevel(Logistic(scale=SCALE))
-    batch = Batch.of(model, *data(), None, resolve(rule), time_first=True)
+    batch = Batch.of(model, *data(), None, resolve(rule))
     bound = BoundModel.of(model, batch, {})
     return Forward(bound, level, 0, step, Independent()).run(batch, [0]).records[0]
 

@@ -1,7 +1,7 @@
 """`diagnose`: compares gradient estimates, layer by layer, with the mean of many unbiased ones."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -15,7 +15,9 @@ from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR
 from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import check_model, mode_of
+from ulr_snn.model.reading import read
 
 ALL = "all layers"
 COLUMNS = ("estimator", "layer", "cosine", "variance", "cosine of a step", "passes")
@@ -89,7 +91,7 @@ class Diagnosis:
 
 def diagnose(
     model: nn.Module,
-    batch: Sequence[Tensor],
+    batch: Any,
     estimators: Mapping[str, Estimator] | None = None,
     *,
     loss: LossSpec = "ce_count",
@@ -100,6 +102,8 @@ def diagnose(
     progress: float = 0.0,
     seed: int = 0,
     time_first: bool = True,
+    layout: str | None = None,
+    output: Any = None,
 ) -> Diagnosis:
     """Compares each estimator's gradient of this batch with the true gradient of its expected loss.
 
@@ -109,19 +113,21 @@ def diagnose(
     trace(cov))), and "passes", the forward passes of a sample in a step. Products of independent halves remove the
     noise of the means. A figure is None if the draws do not resolve the mean.
 
-    batch: (x, y) or (x, y, lengths). estimators: by name, such as {"mine": ULR(copies=4)} (default: feedback, residual,
-    global and, if it knows the model, surrogate-gradient BPTT). draws: steps of every estimator with independent noise.
-    reference: an unbiased estimator, whose mean is the true gradient (default ULR(credit="residual", copies=8), or
-    "global" for a loss without a gradient, with the noise of the estimators). reference_draws: steps of the reference.
-    warm_up: steps before the draws, in which feedback learns. progress: fraction of the training, which sets the level
-    of the firing noise. Raises UsageError for fewer than 4 draws, or estimators of different nets without a reference.
+    batch: as from a loader. time_first, layout, output: see `train`. estimators: by name, such as {"mine":
+    ULR(copies=4)} (default: feedback, residual, global and, if it knows the model, surrogate-gradient BPTT). draws:
+    steps of every estimator with independent noise. reference: an unbiased estimator, whose mean is the true gradient
+    (default ULR(credit="residual", copies=8), or "global" for a loss without a gradient, with the noise of the
+    estimators). reference_draws: steps of the reference. warm_up: steps before the draws, in which feedback learns.
+    progress: fraction of the training, which sets the level of the firing noise. Raises UsageError for fewer than 4
+    draws, or estimators of different nets without a reference.
     """
     check_model(model)
+    interface = Interface.of(time_first, layout, output)
     if draws < 4 or reference_draws < 4:
         raise UsageError(f"diagnose got draws={draws}, reference_draws={reference_draws}; give at least 4")
     if estimators is None:
-        estimators = usual(model, batch, loss, progress, time_first, seed)
-    options = (batch, loss, warm_up, progress, time_first)
+        estimators = usual(model, batch, loss, progress, interface, seed)
+    options = (batch, loss, warm_up, progress, interface)
     if reference is None:
         true = unbiased(model, estimators, *options, reference_draws, seed + 1)
     else:
@@ -134,7 +140,7 @@ def diagnose(
 
 
 def usual(
-    model: nn.Module, batch: Sequence[Tensor], loss: LossSpec, progress: float, time_first: bool, seed: int
+    model: nn.Module, batch: Any, loss: LossSpec, progress: float, interface: Interface, seed: int
 ) -> dict[str, Estimator]:
     """Returns the default estimators, without those that do not know the model or the loss."""
     from ulr_snn.peers import METHODS
@@ -143,7 +149,7 @@ def usual(
     found = {}
     for name, estimator in (known | {"surrogate": METHODS["surrogate"]()}).items():
         with suppress(UsageError):
-            measured(model, estimator, batch, loss, 0, progress, time_first, 1, seed)
+            measured(model, estimator, batch, loss, 0, progress, interface, 1, seed)
             found[name] = estimator
     return found
 
@@ -167,27 +173,27 @@ def unbiased(model: nn.Module, estimators: Mapping[str, Estimator], *conditions:
 def measured(
     model: nn.Module,
     estimator: Estimator,
-    batch: Sequence[Tensor],
+    batch: Any,
     loss: LossSpec,
     warm_up: int,
     progress: float,
-    time_first: bool,
+    interface: Interface,
     steps: int,
     seed: int,
 ) -> Moments:
     """Measures the moments of an estimator's gradients of one batch, on a copy of the model."""
     model = copy.deepcopy(model)
-    x, targets, *lengths = batch
+    x, targets, lengths = read(batch, model)
     found = Moments()
-    with mode_of(model, training=True), estimator.attach(model, loss, seed, time_first, progress=progress) as attached:
+    with mode_of(model, training=True), estimator.attach(model, loss, seed, interface, progress=progress) as attached:
         for step in range(warm_up + steps):
             model.zero_grad()
             if step == warm_up:
                 before = attached.forward_passes
-            attached.backward(x, targets, None, *lengths)
+            estimate = attached.backward(x, targets, None, lengths)
             if step >= warm_up:
                 found.add(by_layer(model))
-        found.passes = (attached.forward_passes - before) / steps / len(targets)
+        found.passes = (attached.forward_passes - before) / steps / len(estimate.loss)
     return found
 
 

@@ -1,6 +1,7 @@
 """`evaluate`: a model's loss and accuracy, with deterministic or stochastic firing."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.kernels.precision import reduced_precision
-from ulr_snn.losses.metrics import Activities, Several, Tally
-from ulr_snn.losses.named import LossSpec, resolve, total
+from ulr_snn.losses.metrics import Activities, Several, Tally, check_metrics, scores
+from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import no_side_effects
+from ulr_snn.model.call import copied, no_side_effects
 from ulr_snn.model.chain import Chain
-from ulr_snn.model.mode import check_model, mode_of, pick_device, unpack
+from ulr_snn.model.interface import Interface
+from ulr_snn.model.mode import check_model, mode_of, pick_device
 from ulr_snn.model.neurons import output_mask
+from ulr_snn.model.reading import read
 from ulr_snn.model.runner import Run, Runner
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import check_layers, spiking_layers, turn, user_modules
@@ -39,53 +42,88 @@ def evaluate(
     samples: int | None = None,
     activity: bool = False,
     autocast: torch.dtype | None = None,
+    layout: str | None = None,
+    output: Any = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns {"loss", "accuracy" (None for regression), "samples"} over a loader. Threads on one model take turns.
+    """Returns {"loss", "accuracy", "samples"} and metrics over a loader. Accuracy is None unless targets are class
+    indices of the outputs. Threads on one model take turns.
 
     mode: "deterministic", or "stochastic" with the estimator's firing noise. copies: runs whose outputs are averaged.
     samples: stochastic predictions, averaged as probabilities (softmax of outputs summed over time). "loss" is then the
     mean over predictions; further keys are "bound" (-log mean exp(-loss)), "calibration_error" (expected calibration
     error, 15 bins) and "disagreement" (how often two predictions differ), see arXiv 2102.03280. activity: adds "spikes"
-    and "operations" of a sample (see `ulr_snn.SpikeBudget`). autocast: as in `train`. Raises UsageError as `train`.
+    and "operations" of a sample (see `ulr_snn.SpikeBudget`). time_first, layout, output, metrics, autocast: as in
+    `train`. Raises UsageError as `train`.
     """
     check_model(model)
+    check_options(mode, copies, samples)
+    device, objective = pick_device(device), resolve(loss)
+    interface = Interface.of(time_first, layout, output)
+    counts = {"spikes", "operations"} if activity else objective.counts
+    estimator = or_default(estimator)
+    config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no such noise
+    runs = samples or (copies if mode == "stochastic" else 0)
+    found = Evaluation(Tally(check_metrics(metrics)), apart=samples is not None)
+    runners: dict[int, Runner] = {}  # by batch size
+    level = NoiseLevel(config.firing)
+    with turn(model), mode_of(model, training=False):
+        model.to(device)
+        for step, given in enumerate(loader):
+            x, targets, lengths = read(given, model, device)
+            batch = Batch.of(model, x, targets, lengths, objective, interface)
+            if runs and not runners:  # deterministic evaluation needs no spiking layer
+                check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
+            with reduced_precision(device, autocast):
+                if batch.samples not in runners:
+                    runners[batch.samples] = Runner(bound_exactly(model, batch, config, counts), level)
+                runner = runners[batch.samples]
+                batch = runner.bound.adapted(batch)
+                found.add(batch, runner.runs(batch, step, runs, seed, counts))
+    return found.figures()
+
+
+@dataclass
+class Evaluation:
+    """The figures of an evaluation so far. apart: every run is a prediction of its own; else their mean is one."""
+
+    tally: Tally
+    apart: bool
+    several: Several = field(default_factory=Several)
+    activities: Activities = field(default_factory=Activities)
+
+    def add(self, batch: Batch, runs: list[Run]) -> None:
+        """Adds the runs of a batch."""
+        mean = mean_of(runs)
+        each = runs if self.apart else [mean]
+        mask = output_mask(batch.lengths, mean[0])
+        losses = torch.stack([batch.objective(outputs, batch.targets, mask, counted) for outputs, counted in each])
+        found = [one for outputs, _ in each if (one := scores(outputs, batch)) is not None]
+        scored = None
+        if found:
+            totals, labels = torch.stack([one for one, _ in found]), found[0][1]
+            scored = totals.softmax(-1).mean(0) if self.apart else totals[0], labels
+        if self.apart:
+            self.several.add(losses, totals if found else None, labels if found else None)
+        self.tally.add(losses.mean(0), mean[0], batch, scored)
+        self.activities.add(mean[1])
+
+    def figures(self) -> dict[str, Any]:
+        """Returns all figures by name. Raises UsageError if there was no batch."""
+        if not self.tally.samples:
+            raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
+        means = {**self.tally.means(), **self.several.means(), **self.activities.means()}
+        return {**means, "samples": self.tally.samples}
+
+
+def check_options(mode: str, copies: int, samples: int | None) -> None:
+    """Raises UsageError for options of `evaluate` that do not fit."""
     if mode not in ("deterministic", "stochastic"):
         raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
     if copies < 1 or (copies > 1 and mode == "deterministic"):
         raise UsageError(f"evaluate got copies={copies} with {mode} firing; copies above 1 need mode='stochastic'")
     if samples is not None and (samples < 1 or copies > 1):
         raise UsageError(f"evaluate got samples={samples} and copies={copies}; give one of them, at least 1")
-    device = pick_device(device)
-    objective = resolve(loss)
-    counts = {"spikes", "operations"} if activity else objective.counts
-    tally, several, activities = Tally(), Several(), Activities()
-    runs = samples or (copies if mode == "stochastic" else 0)
-    estimator = or_default(estimator)
-    config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no such noise
-    runners: dict[int, Runner] = {}  # by batch size
-    level = NoiseLevel(config.firing)
-    with turn(model), mode_of(model, training=False):
-        model.to(device)
-        for step, batch in enumerate(loader):
-            x, targets, lengths = unpack(batch, device)
-            given = Batch.of(model, x, targets, lengths, objective, time_first)
-            if runs and not runners:  # deterministic evaluation needs no spiking layer
-                check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
-            with reduced_precision(device, autocast):
-                if given.samples not in runners:
-                    runners[given.samples] = Runner(bound_exactly(model, given, config, counts), level)
-                all_runs = runners[given.samples].runs(given, step, runs, seed, counts)
-            targets, mask = given.targets, output_mask(given.lengths, all_runs[0][0])
-            each = all_runs if samples else [mean_of(all_runs)]
-            losses = torch.stack([objective(outputs, targets, mask, counted) for outputs, counted in each])
-            totals = torch.stack([total(outputs, mask) for outputs, _ in each])
-            if samples:
-                several.add(losses, totals, targets)
-            tally.add(losses.mean(0), totals.softmax(-1).mean(0) if samples else totals[0], targets)
-            activities.add(mean_of(all_runs)[1])
-    if not tally.samples:
-        raise UsageError("the loader gave no batch; give it at least one (a generator can be used only once)")
-    return {**tally.means(), **several.means(), **activities.means(), "samples": tally.samples}
 
 
 def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collection[str]) -> BoundModel:
@@ -96,9 +134,9 @@ def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collec
     if not isinstance(bound.model, Chain):
         return bound
     own = BoundModel.of(model, batch, config.noise, own_code=True)
-    level = NoiseLevel(config.firing)
+    level, batch = NoiseLevel(config.firing), own.adapted(batch)
     with no_side_effects(model):
-        outputs = [each.outputs(batch.x.clone(), level, lengths=batch.lengths)[0] for each in (bound, own)]
+        outputs = [each.outputs(copied(batch.x), level, lengths=batch.lengths)[0] for each in (bound, own)]
     return bound if torch.equal(*outputs) else own
 
 

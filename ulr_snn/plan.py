@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ulr_snn.credit.kinds import Learned
 from ulr_snn.credit.maps import Shared
@@ -21,8 +22,10 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.memory.step import Step
 from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import check_model
 from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.reading import read
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import check_layers, user_modules
 from ulr_snn.sites.flow import frozen
@@ -59,26 +62,27 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    example_batch: Sequence[Tensor],
+    example_batch: Any,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
     time_first: bool = True,
+    layout: str | None = None,
+    output: Any = None,
 ) -> Plan:
     """Says how `train` would estimate each parameter's gradient, by one forward pass without side effects.
 
-    example_batch: (x, y) or (x, y, lengths), as from the loader. Raises UsageError wherever `train` does: no spiking
-    layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
+    example_batch: as from the loader. time_first, layout, output: see `train`. Raises UsageError wherever `train` does:
+    no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
     check_model(model)
     device = next(model.parameters(), torch.empty(0)).device
-    if not isinstance(example_batch, tuple | list) or len(example_batch) not in (2, 3):
-        raise UsageError("plan takes an example batch (x, y) or (x, y, lengths), as the loader gives it")
-    x, targets, *lengths = (torch.as_tensor(item).to(device) for item in example_batch)
-    attached = or_default(estimator).attach(model, loss, 0, time_first, progress=0.0)
+    x, targets, lengths = read(example_batch, model, device)
+    interface = Interface.of(time_first, layout, output)
+    attached = or_default(estimator).attach(model, loss, 0, interface, progress=0.0)
     if not isinstance(attached, LearnedAttachment):
         raise UsageError(f"plan got {type(estimator).__name__}; it is for ULR and Online, peers have no plan")
     with no_side_effects(model), frozen(model, attached.config.flow), torch.enable_grad():
-        step = attached.prepared(x, targets, None, *lengths)
+        step = attached.prepared(x, targets, None, lengths)
         check_layers(step.model, step.bound.layers, [*user_modules(step.model), *attached.config.noise])
         _, p = step.first_pass()
         kept = attached.memory.describe(step)
@@ -101,7 +105,7 @@ def _plan(step: Step, records: list[Record], variances: list[str], kept: str) ->
         sites,
         [f"{name}: {_why(structure)}" for name in structure.untrained],
         [*step.bound.notes, *_notes(step, copies), *variances],
-        step.bound.describe() + _engine(step, kept),
+        step.bound.describe() + _engine(step, kept) + step.bound.seen.describe(),
     )
 
 

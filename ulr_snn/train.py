@@ -1,6 +1,6 @@
 """`train`, the training loop."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.base import Attachment, Estimate, Estimator
+from ulr_snn.estimators.base import Attachment, Estimate, Estimator, in_sum
 from ulr_snn.estimators.ulr import or_default
 from ulr_snn.evaluate import evaluate
 from ulr_snn.kernels.precision import reduced_precision
-from ulr_snn.losses.metrics import Tally
-from ulr_snn.losses.named import LossSpec, total
-from ulr_snn.model.mode import check_model, mode_of, pick_device, unpack
-from ulr_snn.model.neurons import output_mask
+from ulr_snn.losses.metrics import Tally, check_metrics, scores
+from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.interface import Interface
+from ulr_snn.model.mode import check_model, mode_of, pick_device
+from ulr_snn.model.reading import read
 from ulr_snn.runs.directory import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, total_steps
 from ulr_snn.runs.progress import progress_bar, report
@@ -61,47 +62,64 @@ def train(
     accumulate: int = 1,
     clip: float | None = None,
     autocast: torch.dtype | None = None,
-    callbacks: Iterable[Callable[[dict[str, Any], nn.Module], None]] = (),
+    callbacks: Iterable[Callable[[dict[str, Any], nn.Module], Any]] = (),
     run_dir: str | PathLike[str] | RunDirectory | None = None,
     resume: bool = False,
     progress: bool = True,
+    layout: str | None = None,
+    output: Any = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Result:
     """Trains the model in place. With `Online()` the optimizer steps at every time step of every batch.
 
-    loader: batches (x, y) or (x, y, lengths); x [T, B, ...] ([B, T, ...] with time_first=False), dense or sparse COO
-    (a list of events), y [B]. val_loader: evaluated with deterministic firing after every epoch.
-    optimizer: an instance, or a factory parameters -> optimizer. The default is Adam with `lr` (1e-2) times a factor
-    for each parameter (see estimators/step_sizes.py): smaller where a step would move membranes by several thresholds,
-    larger in a readout, rising over the training if layers begin at rest, and over T for `Online()` with T time steps.
-    scheduler: "cosine" (up to lr in the first tenth of the run, then down to 0), None (constant), or a factory
-    optimizer -> scheduler; it steps once for `accumulate` batches. max_steps: bound of the optimizer steps (batches
-    with `Online()`). accumulate: batches per optimizer step. clip: bound of the gradient norm.
-    autocast: torch.bfloat16 or torch.float16 for the model's own layers; weights, membranes, credit and losses keep
-    their type. callbacks: called after every epoch with its history entry and the model. run_dir: receives a
-    checkpoint after each epoch, and metrics.json and curves.png at the end. resume: continue the run in run_dir.
-    progress: a bar and a line for each epoch, on stderr. Raises UsageError for a wrong use, if possible before the
-    first step.
+    loader: batches (x, y), (x, y, lengths), dicts or x alone, of all the forms in docs/data.md. layout: "TB" for events
+    [T, B, ...], "BT" (or time_first=False), "B" for static inputs that the model repeats. output: what is read of the
+    model's result, an index, key, function or "all" (default: its first tensor). metrics: {name: (outputs, targets) ->
+    number or [B], or a torchmetrics object}. optimizer: an instance, or a factory parameters -> optimizer (default:
+    Adam with lr 1e-2 and a factor for each parameter, see `make_optimizer`). scheduler: "cosine", None, or a factory;
+    it steps once for `accumulate` batches. max_steps: most optimizer steps. clip: bound of the gradient norm. autocast:
+    torch.bfloat16 or torch.float16 for the model's layers. callbacks: called after every epoch with its history entry
+    and the model; one that returns True ends the training. run_dir: receives checkpoints, metrics.json and curves.png.
+    resume: continue the run in run_dir. Raises UsageError for a wrong use, before the first step if it can.
     """
     check_model(model)
     check_arguments(loader, epochs, accumulate, max_steps)
-    place, estimator = pick_device(device), or_default(estimator)
-    model.to(place)
+    interface, estimator = Interface.of(time_first, layout, output), or_default(estimator)
+    settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics))
+    model.to(settings.device)
     stepper = make_optimizer(model, optimizer, lr)
     schedule = make_scheduler(stepper, scheduler, loader, epochs, accumulate, max_steps)
     run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     batches = total_steps(loader, epochs, 1, None if max_steps is None else max_steps * accumulate)
-    with (
-        mode_of(model, training=True),
-        estimator.attach(model, loss, seed, time_first, batches, rates=optimizer is None) as attached,
-    ):
-        session = Session(model, loader, attached, stepper, schedule, place, accumulate, clip, max_steps, autocast)
-        options: dict[str, Any] = {"loss": loss, "device": place, "time_first": time_first, "autocast": autocast}
-        validate = None if val_loader is None else partial(evaluate, model, val_loader, **options)
-        session.run(epochs, validate, callbacks, run, resume, progress)
-    metrics = session.metrics(seed, val_loader is not None)
+    attached = estimator.attach(model, loss, seed, interface, batches, rates=optimizer is None)
+    with mode_of(model, training=True), attached:
+        session = Session(model, loader, attached, stepper, schedule, settings)
+        session.run(epochs, settings.validation(model, val_loader, loss, interface), callbacks, run, resume, progress)
+    figures = session.figures(seed, val_loader is not None)
     if run is not None:
-        run.finish(metrics, session.history)
-    return Result(model, estimator, metrics, session.history)
+        run.finish(figures, session.history)
+    return Result(model, estimator, figures, session.history)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run was asked for, see `train`."""
+
+    device: torch.device
+    accumulate: int
+    clip: float | None
+    max_steps: int | None
+    autocast: torch.dtype | None
+    metrics: dict[str, Any]
+
+    def validation(
+        self, model: nn.Module, loader: Iterable[Any] | None, loss: LossSpec, interface: Interface
+    ) -> Callable[[], dict[str, Any]] | None:
+        """Returns a function that evaluates the model with deterministic firing; None without validation data."""
+        if loader is None:
+            return None
+        options: dict[str, Any] = {"layout": interface.layout, "output": interface.output, "metrics": self.metrics}
+        return partial(evaluate, model, loader, loss=loss, device=self.device, autocast=self.autocast, **options)
 
 
 @dataclass
@@ -113,31 +131,27 @@ class Session:
     attached: Attachment
     optimizer: Optimizer
     schedule: LRScheduler | None
-    device: torch.device
-    accumulate: int
-    clip: float | None
-    max_steps: int | None
-    autocast: torch.dtype | None = None
+    settings: Settings
     epoch: int = 0
     steps: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.attached.online and self.accumulate > 1:
+        if self.attached.online and self.settings.accumulate > 1:
             raise UsageError(
-                f"train got accumulate={self.accumulate} with an update at every time step; use accumulate=1"
+                f"train got accumulate={self.settings.accumulate} with an update at every time step; use accumulate=1"
             )
 
     @property
     def finished(self) -> bool:
-        return self.max_steps is not None and self.steps >= self.max_steps
+        return self.settings.max_steps is not None and self.steps >= self.settings.max_steps
 
     def run(
         self,
         epochs: int,
         validate: Callable[[], dict[str, Any]] | None,
-        callbacks: Iterable[Callable[[dict[str, Any], nn.Module], None]],
+        callbacks: Iterable[Callable[[dict[str, Any], nn.Module], Any]],
         run: RunDirectory | None,
         resume: bool,
         progress: bool,
@@ -151,30 +165,33 @@ class Session:
             entry = self.run_epoch(epoch, epochs, progress)
             if validate is not None:
                 measured = validate()
-                entry["val_loss"], entry["val_accuracy"] = measured["loss"], measured["accuracy"]
+                entry |= {f"val_{name}": measured[name] for name in ("loss", "accuracy", *self.settings.metrics)}
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step(entry.get("val_loss", entry["train_loss"]))
             if progress:
-                report(entry, epochs)
-            for callback in callbacks:
-                callback(entry, self.model)
+                report(entry, epochs, self.settings.metrics)
+            stops = [callback(entry, self.model) is True for callback in callbacks]
             if run is not None:
                 run.save_checkpoint(self.model, self.state_dict())
+            if any(stops):
+                return
 
     def run_epoch(self, epoch: int, epochs: int, progress: bool) -> dict[str, Any]:
         """Runs one epoch and returns its history entry."""
-        started, passes, tally = perf_counter(), self.attached.forward_passes, Tally()
+        started, passes, tally = perf_counter(), self.attached.forward_passes, Tally(self.settings.metrics)
         self.zero_grad()
         waiting, lr = 0, self.lr
         with progress_bar(self.loader, f"epoch {epoch}/{epochs}", progress) as batches:
             for batch in batches:
-                x, targets, lengths = unpack(batch, self.device)
-                with reduced_precision(self.device, self.autocast):
-                    found = self.estimate(x, targets, lengths)
-                if found is None:
+                with reduced_precision(self.settings.device, self.settings.autocast):
+                    estimate = self.estimate(*read(batch, self.model, self.settings.device))
+                if estimate.skipped:
                     continue
                 waiting += 1
-                tally.add(*found, targets)
-                batches.set_postfix(tally.means(), refresh=False)
-                if waiting == self.accumulate:
+                outputs = estimate.packed.mean(0)
+                tally.add(estimate.loss, outputs, estimate.batch, scores(outputs, estimate.batch))
+                batches.set_postfix(tally.running(), refresh=False)
+                if waiting == self.settings.accumulate:
                     lr, waiting = self.end_step(waiting), 0
                     if self.finished:
                         break
@@ -187,8 +204,10 @@ class Session:
             )
         self.epoch, seconds, means = epoch, perf_counter() - started, tally.means()
         self.seconds += seconds
-        entry = {"epoch": epoch, "train_loss": means["loss"], "train_accuracy": means["accuracy"], "seconds": seconds}
-        self.history.append(entry | {"forward_passes": self.attached.forward_passes - passes, "lr": lr})
+        entry: dict[str, Any] = {"epoch": epoch} | {f"train_{name}": value for name, value in means.items()}
+        self.history.append(
+            entry | {"seconds": seconds, "forward_passes": self.attached.forward_passes - passes, "lr": lr}
+        )
         return self.history[-1]
 
     @property
@@ -201,29 +220,21 @@ class Session:
         self.optimizer.zero_grad()
         self.model.zero_grad()
 
-    def estimate(self, x: Tensor, targets: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Adds the gradient of a batch (or makes all updates of online learning).
-
-        Returns its loss [B] and outputs summed over time [B, C]; None if a step was skipped.
-        """
-        found, skipped = None, False
-        for t, estimate in enumerate(self.attached.steps(x, targets, lengths=lengths)):
-            if estimate.skipped:
-                skipped = True
-                continue
-            if self.attached.online:
+    def estimate(self, x: Any, targets: Any, lengths: Tensor | None) -> Estimate:
+        """Adds the gradient of a batch (or makes all updates of online learning), and returns its estimate."""
+        estimates = []
+        for estimate in self.attached.steps(x, targets, lengths=lengths):
+            if self.attached.online and not estimate.skipped:
                 self.optimizer_step(1)
-            left = None if lengths is None else (lengths - t).clamp(min=0)
-            now = estimate.loss, mean_total(estimate, left)
-            found = now if found is None else (found[0] + now[0], found[1] + now[1])
-        return None if skipped else found
+            estimates.append(estimate)
+        return in_sum(estimates)
 
     def end_step(self, batches: int) -> float:
         """Makes a step on the mean gradient of the batches, and a step of the schedule. Returns the learning rate."""
         lr = self.lr
         if not self.attached.online:
             self.optimizer_step(batches)
-        if self.schedule is not None:
+        if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
         self.steps += 1
         return lr
@@ -235,8 +246,8 @@ class Session:
         if batches > 1:
             for p in parameters:
                 p.grad /= batches
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip)
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         with self.learning_rates():
             self.optimizer.step()
         self.zero_grad()
@@ -258,16 +269,18 @@ class Session:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
-    def metrics(self, seed: int, validated: bool) -> dict[str, Any]:
+    def figures(self, seed: int, validated: bool) -> dict[str, Any]:
+        """Returns the figures of the whole run, as metrics.json holds them."""
+        last = self.history[-1] if validated and self.history else {}
         return {
-            "test_accuracy": self.history[-1].get("val_accuracy") if validated and self.history else None,
+            **{f"test_{name}": last.get(f"val_{name}") for name in ("accuracy", *self.settings.metrics)},
             "epochs": self.epoch,
             "steps": self.steps,
             "seconds": self.seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": peak_memory_bytes(self.settings.device),
             "forward_passes": self.attached.forward_passes,
             "seed": seed,
-            "device": str(self.device),
+            "device": str(self.settings.device),
             "versions": versions(),
         }
 
@@ -298,12 +311,6 @@ class Session:
         generator = getattr(self.loader, "generator", None)
         if state["loader_generator"] is not None and generator is not None:
             generator.set_state(state["loader_generator"])
-
-
-def mean_total(estimate: Estimate, lengths: Tensor | None) -> Tensor:
-    """Returns the outputs [B, C] of an estimate, mean over copies and summed over a sample's own time steps."""
-    outputs = estimate.outputs.mean(0)
-    return total(outputs, output_mask(lengths, outputs))
 
 
 def check_arguments(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> None:

@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
-from ulr_snn.adapters.blackbox import BlackBox, copies_of_state, current_of, detached, replaced, with_current
+from ulr_snn.adapters.blackbox import BlackBox, State, copies_of_state, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
 
 _OWN = ("base", "blackbox")  # files that hold no adapter
@@ -54,17 +54,16 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 
 def adapt(module: nn.Module, name: str) -> StepNeuron | None:
-    """Returns the module as a site needs it; None if it is no spiking module of another library.
+    """Returns the module as a site needs it; None if it is no spiking module of another library, or `derived`.
 
     Raises UsageError, with the reason, for a spiking module that cannot be trained, and for a threshold that is no
     tensor.
     """
-    adapter = adapter_of(module)
-    found = None if adapter is None else adapter.adapt(module)
-    if isinstance(found, StepNeuron):
-        found = found.unsupported() or found
+    found = adapted(module)
     kind: type = type(module)
     if isinstance(found, str):
+        if of_users(kind):
+            return None
         raise UsageError(f"{name} is a {library_of(kind)} {kind.__name__}: {found}")
     if found is not None and not isinstance(found.threshold, Tensor):
         raise UsageError(
@@ -72,6 +71,24 @@ def adapt(module: nn.Module, name: str) -> StepNeuron | None:
             "it must be a tensor, as from torch.as_tensor"
         )
     return found
+
+
+def adapted(module: nn.Module) -> StepNeuron | str | None:
+    """Returns the module as a neuron, the reason why it cannot be trained as one, or None if it does not spike."""
+    adapter = adapter_of(module)
+    found = None if adapter is None else adapter.adapt(module)
+    return found.unsupported() or found if isinstance(found, StepNeuron) else found
+
+
+def of_users(kind: type) -> bool:
+    """Returns whether a class is a user's own, though it may derive from a library's."""
+    return kind.__module__.partition(".")[0] not in _adapters
+
+
+def derived(module: nn.Module) -> bool:
+    """Returns whether a module is a neuron of a user's own class that derives from a library's neuron, in a way that
+    its adapter does not know. Such a neuron is a black box, whose surrogate gradient is not asked for."""
+    return of_users(type(module)) and isinstance(adapted(module), str)
 
 
 def couples(module: nn.Module) -> bool:
@@ -93,6 +110,7 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
 __all__ = [
     "Adapter",
     "BlackBox",
+    "State",
     "Step",
     "StepNeuron",
     "adapt",
@@ -100,6 +118,7 @@ __all__ = [
     "copies_of_state",
     "couples",
     "current_of",
+    "derived",
     "detached",
     "fresh_state",
     "libraries",

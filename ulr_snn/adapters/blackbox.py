@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -52,53 +52,76 @@ class BlackBox(StepNeuron):
 
     @contextmanager
     def bound(self, site: Any) -> Iterator[None]:
-        with ExitStack() as stack:
-            for inner in self.module.modules():
-                stack.enter_context(copies_of_state(inner))
-            stack.enter_context(super().bound(site))
+        with copies_of_state(self.module, list(self.module.modules())), super().bound(site):
             yield
 
 
 @contextmanager
-def copies_of_state(module: nn.Module) -> Iterator[None]:
-    """Within this context, the state of a module is a copy. Parameters, modules, functions and objects that cannot be
-    copied stay the same, and so does batch norm."""
-    if isinstance(module, _BatchNorm):
-        yield
-        return
-    attributes, buffers = module.__dict__, module._buffers
-    kept, kept_buffers = dict(attributes), dict(buffers)
+def copies_of_state(root: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Within this context, the state of these modules of a root module is a copy. Parameters, modules, functions and
+    objects that cannot be copied stay the same, and so does batch norm. What several attributes share, their copies
+    share too."""
+    modules = [module for module in modules if not isinstance(module, _BatchNorm)]
+    kept = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules]
+    memo = same(root)
     try:
-        for name, value in kept.items():
-            if name not in MODULES_OWN:
-                attributes[name] = copied(value)
-        buffers.update({name: None if b is None else b.clone() for name, b in kept_buffers.items()})
+        for module, attributes, buffers in kept:
+            own = {name: copied(value, memo) for name, value in attributes.items() if name not in MODULES_OWN}
+            module.__dict__.update(own)
+            module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
         yield
     finally:
-        attributes.clear()
-        attributes.update(kept)
-        buffers.clear()
-        buffers.update(kept_buffers)
+        for module, attributes, buffers in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
-def copied(value: Any) -> Any:
+def same(root: nn.Module) -> dict[int, Any]:
+    """Returns a memo for `copy.deepcopy` with which modules and parameters stay what they are."""
+    return {id(item): item for module in root.modules() for item in (module, *module._parameters.values())}
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
     """Returns a copy of a module's state, with the same modules, parameters and functions in it."""
     if isinstance(value, SHARED):
         return value
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        if id(value) not in memo:
+            memo[id(value)] = value.detach().clone()
+        return memo[id(value)]
     if isinstance(value, numpy.ndarray):
         return value.copy()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(copied, value))
+        return type(value)(*(copied(item, memo) for item in value))
     if type(value) in (list, tuple, set):
-        return type(value)(map(copied, value))
+        return type(value)(copied(item, memo) for item in value)
     if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copied(item, memo) for key, item in value.items()}
     try:
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, memo)
     except Exception:  # handles and locks cannot be copied; they are shared
         return value
+
+
+class State:
+    """A copy of the state of a module and of the modules in it, as it is now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        memo = same(module)
+        self.modules = [inner for inner in module.modules() if not isinstance(inner, _BatchNorm)]
+        self.attributes = [copied(self._own(inner), memo) for inner in self.modules]
+
+    @staticmethod
+    def _own(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in module.__dict__.items() if name not in MODULES_OWN | {"forward"}}
+
+    def restore(self) -> None:
+        """Gives the modules a copy of this state."""
+        memo: dict[int, Any] = {}
+        for module, attributes in zip(self.modules, self.attributes, strict=True):
+            module.__dict__.update(copied(attributes, memo))
 
 
 def current_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:

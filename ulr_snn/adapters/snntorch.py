@@ -32,26 +32,31 @@ WHOLE = (snntorch.LeakyParallel, snntorch.StateLeaky, snntorch.LinearLeaky, snnt
 
 
 class Neuron(StepNeuron):
-    """A neuron of snnTorch that runs one time step a call."""
+    """A neuron of snnTorch, or of a class derived from one, that runs one time step a call."""
+
+    @property
+    def kind(self) -> type:
+        """The class of snnTorch that the module's class is or derives from."""
+        return next(kind for kind in type(self.module).__mro__ if kind in STATES)
 
     @property
     def threshold(self) -> Tensor:
-        if type(self.module) is snntorch.DeltaLeaky:
+        if self.kind is snntorch.DeltaLeaky:
             return torch.as_tensor(self.module.delta_threshold)
         return self.module.threshold
 
     def clear(self) -> None:
-        first = None if type(self.module) is snntorch.DeltaLeaky else self.module.threshold.new_zeros(0)
-        for name in STATES[type(self.module)]:
+        first = None if self.kind is snntorch.DeltaLeaky else self.module.threshold.new_zeros(0)
+        for name in STATES[self.kind]:
             setattr(self.module, name, first)
 
     def unsupported(self) -> str | None:
-        if type(self.module) is snntorch.RSynaptic and not self.module.reset_delay:
+        if self.kind is snntorch.RSynaptic and not self.module.reset_delay:
             return "reset_delay=False fails in snnTorch itself; use reset_delay=True"
         return None
 
     def states(self) -> list[Tensor]:
-        return [getattr(self.module, name) for name in STATES[type(self.module)]]
+        return [getattr(self.module, name) for name in STATES[self.kind]]
 
     def options(self) -> tuple[Any, ...]:
         module = self.module
@@ -81,7 +86,7 @@ class Neuron(StepNeuron):
         return entry, LIF.sharing(module, module.reset_mechanism, None if recurrent is None else Weighted(recurrent))
 
     def patches(self, site: Step) -> dict[str, Any]:
-        module, states = self.module, STATES[type(self.module)]
+        module, states = self.module, STATES[self.kind]
         delayed = getattr(module, "reset_delay", True)
 
         def forward(input_: Tensor, *state: Tensor, **named: Tensor) -> Any:
@@ -126,7 +131,9 @@ def as_snntorch(spikes: Tensor) -> Tensor:
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:
     """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
-    if type(module) in STATES:
+    kind = type(module)
+    derived = any(base in STATES for base in kind.__mro__) and kind.fire is snntorch.SpikingNeuron.fire
+    if kind in STATES or (derived and not kind.__module__.startswith("snntorch")):
         return Neuron(module)
     if type(module) in WHOLE:
         return Sequence(module) if getattr(module, "output", True) else None  # output=False: it does not fire

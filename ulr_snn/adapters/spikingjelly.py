@@ -120,12 +120,21 @@ def fired(site: Any, current: Tensor, scan: LIF) -> Tensor:
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:
     """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
-    if type(module) in KINDS:
+    kind = type(module)
+    if kind in KINDS or (not kind.__module__.startswith("spikingjelly") and fires_as_inherited(kind)):
         return Node(module)
     families = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(neuron.__name__)]
     if families and not any("NonSpiking" in name for name in families):
         return f"this class is not supported; use {', '.join(kind.__name__ for kind in KINDS)}"
     return None
+
+
+def fires_as_inherited(kind: type) -> bool:
+    """Returns whether a user's class derives from a node and decides on spikes, and on the steps of a sequence, as its
+    base class does."""
+    bases = [base for base in (neuron.SimpleBaseNode, *KINDS) if issubclass(kind, base)]
+    names = "neuronal_fire", "forward", "multi_step_forward"
+    return any(all(getattr(kind, name, None) is getattr(base, name, None) for name in names) for base in bases)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.structure import Structure
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.base import Attachment, Estimate
+from ulr_snn.estimators.base import Attachment, Estimate, in_sum
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.learner import Learner
 from ulr_snn.estimators.observe import warnings_of
@@ -19,6 +19,7 @@ from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.memory.step import Memory, Step
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import Binder, BoundModel
+from ulr_snn.model.interface import Interface
 from ulr_snn.sites.binding import check_layers, spiking_layers, user_modules
 from ulr_snn.sites.flow import check_flow, frozen, with_flow
 from ulr_snn.sites.weights import check_names
@@ -37,12 +38,12 @@ class LearnedAttachment(Attachment):
         memory: Memory,
         loss: LossSpec,
         seed: int,
-        time_first: bool,
+        interface: Interface,
         total_steps: int | None = None,
         progress: float | None = None,
         rates: bool = False,
     ) -> None:
-        super().__init__(model, loss, time_first)
+        super().__init__(model, loss, interface)
         check_names(model, config.noise)
         check_flow(model, config.flow)
         self.config = config.with_noise(with_flow(model, config.flow, config.noise))
@@ -65,13 +66,11 @@ class LearnedAttachment(Attachment):
         """The structure observed in the first pass; None before it."""
         return self.learner.structure
 
-    def backward(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
-    ) -> Estimate:
+    def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         return in_sum(list(self.steps(x, targets, loss, lengths)))
 
     def steps(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+        self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Iterator[Estimate]:
         known = self.structure
         with self._ready():
@@ -108,7 +107,7 @@ class LearnedAttachment(Attachment):
         warnings.warn("ulr.stream is deprecated; use ulr.steps", DeprecationWarning, stacklevel=2)
         return self.steps(*batch, **options)
 
-    def prepared(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None = None) -> Step:
+    def prepared(self, x: Any, targets: Any, loss: LossSpec | None, lengths: Tensor | None = None) -> Step:
         """Returns the next step on this batch, with the model bound."""
         loss, learner = self.loss if loss is None else loss, self.learner
         if loss != self._loss:  # another loss may reach the outputs in another way
@@ -116,8 +115,8 @@ class LearnedAttachment(Attachment):
                 learner.chosen = None
             learner.observe_again()
             self._loss = loss
-        batch = Batch.of(self.model, x, targets, lengths, resolve(loss), self.time_first)
-        bound = self.binder.bound(batch)
+        given = Batch.of(self.model, x, targets, lengths, resolve(loss), self.interface)
+        bound, batch = self.binder.bound(given)
         if bound is not self._bound:
             check_flow(bound.model, self.config.flow, bound.layers)
             if self._bound is not None and bound.model is not self._bound.model:
@@ -168,23 +167,12 @@ class Attaches:
         model: nn.Module,
         loss: LossSpec,
         seed: int,
-        time_first: bool,
+        interface: Interface,
         total_steps: int | None = None,
         *,
         progress: float | None = None,
         rates: bool = False,
     ) -> LearnedAttachment:
         """Returns the attachment; see `Estimator.attach`."""
-        options = loss, seed, time_first, total_steps, progress, rates
+        options = loss, seed, interface, total_steps, progress, rates
         return LearnedAttachment(model, self.config, self.strategy, *options)
-
-
-def in_sum(estimates: list[Estimate]) -> Estimate:
-    """Returns the estimate of a whole sequence from the estimates of its time steps."""
-    if len(estimates) == 1:
-        return estimates[0]
-    loss = torch.stack([estimate.loss for estimate in estimates]).sum(0)
-    outputs = torch.cat([estimate.outputs for estimate in estimates], 1)
-    stats = {name: value for name, value in estimates[-1].stats.items() if name != "time"}
-    skipped = any(estimate.skipped for estimate in estimates)
-    return Estimate(loss, outputs, stats | ({"skipped": True} if skipped else {}))

@@ -4,21 +4,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.interface import Interface
+from ulr_snn.model.trees import mapped, tensors
 
 
 @dataclass
 class Estimate:
     """The losses and outputs of one step.
 
-    loss: [B], mean over copies; outputs: [K, ...model's output...]; stats: plain numbers.
+    loss: [B], mean over copies; packed: the outputs of all K copies in the form inside the library, [K, T, B, ...] or
+    [K, B, F]; stats: plain numbers; batch: the batch as the model saw it.
     """
 
     loss: Tensor
-    outputs: Tensor
+    packed: Tensor
     stats: dict[str, Any]
+    batch: Batch
+
+    @property
+    def outputs(self) -> Any:
+        """What the loss reads of the model's result, with the copies in front: [K, ...model's output...]."""
+        copies = [self.batch.view.external(outputs) for outputs in self.packed]
+        if isinstance(copies[0], Tensor):
+            return torch.stack(copies)
+        columns = iter(zip(*map(tensors, copies), strict=True))
+        return mapped(copies[0], lambda _: torch.stack(next(columns)))
 
     @property
     def skipped(self) -> bool:
@@ -35,8 +50,8 @@ class Attachment:
 
     online = False
 
-    def __init__(self, model: nn.Module, loss: LossSpec, time_first: bool) -> None:
-        self.model, self.loss, self.time_first = model, loss, time_first
+    def __init__(self, model: nn.Module, loss: LossSpec, interface: Interface) -> None:
+        self.model, self.loss, self.interface = model, loss, Interface.of(interface)
         self.forward_passes = 0
 
     def __enter__(self) -> Self:
@@ -45,19 +60,18 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def backward(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
-    ) -> Estimate:
+    def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs forward passes and adds the gradient of the batch's mean expected loss to every trainable `.grad`.
 
-        x: [T, B, ...] ([B, T, ...] with time_first=False), any dtype, dense or sparse COO (a list of events).
-        targets: [B, ...]. loss: replaces the loss of `attach`. lengths: [B], steps past them are padding.
+        x: events in the batch's layout, of any dtype, dense or sparse COO (a list of events); a list of sequences, or a
+        tuple or dict of several inputs. targets: [B, ...] or over time in the same layout, or a tuple, list or dict.
+        loss: replaces the loss of `attach`. lengths: [B], steps past them are padding.
         Raises UsageError for wrong shapes, labels, losses or events, and FloatingPointError for a loss not finite.
         """
         raise NotImplementedError
 
     def steps(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
+        self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Iterator[Estimate]:
         """Yields the estimates of a batch: one, or one for each time step if `online`; see `backward`."""
         yield self.backward(x, targets, loss, lengths)
@@ -77,6 +91,17 @@ class Attachment:
         """Frees the memory kept between steps."""
 
 
+def in_sum(estimates: list[Estimate]) -> Estimate:
+    """Returns the estimate of a whole sequence from the estimates of its time steps."""
+    if len(estimates) == 1:
+        return estimates[0]
+    loss = torch.stack([estimate.loss for estimate in estimates]).sum(0)
+    packed = torch.cat([estimate.packed for estimate in estimates], 1)
+    stats = {name: value for name, value in estimates[-1].stats.items() if name != "time"}
+    skipped = any(estimate.skipped for estimate in estimates)
+    return Estimate(loss, packed, stats | ({"skipped": True} if skipped else {}), estimates[0].batch)
+
+
 def offers(value: object, method: str) -> bool:
     """Returns whether a value is an object, not a class, with this method."""
     return callable(getattr(value, method, None)) and not isinstance(value, type)
@@ -90,7 +115,7 @@ class Estimator(Protocol):
         model: nn.Module,
         loss: LossSpec,
         seed: int,
-        time_first: bool,
+        interface: Interface,
         total_steps: int | None = None,
         *,
         progress: float | None = None,
@@ -98,7 +123,8 @@ class Estimator(Protocol):
     ) -> Attachment:
         """Returns an attachment to the model.
 
-        seed: seed of all noise; total_steps: length of the training, over which noise is annealed;
-        progress: fixed progress of the training, in place of steps / total_steps; rates: `learning_rates` is used.
+        interface: axes of batches, and the outputs that the loss reads; seed: seed of all noise; total_steps: length of
+        the training, over which noise is annealed; progress: fixed progress of the training, in place of steps /
+        total_steps; rates: `learning_rates` is used.
         """
         ...

@@ -17,6 +17,7 @@ from ulr_snn.memory.chunks import TimeChunks
 from ulr_snn.memory.one_step import OneTimeStep
 from ulr_snn.memory.step import Memory
 from ulr_snn.memory.whole import CopiesInTurn
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import check_model
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.kinds import CurrentNoise, OutputNoise, WeightNoise
@@ -187,13 +188,17 @@ def attach(
     seed: int = 0,
     time_first: bool = True,
     total_steps: int | None = None,
+    layout: str | None = None,
+    output: Any = None,
 ) -> Attachment:
     """Attaches an estimator to a model, for a loop of your own.
 
-    Use it as in `with attach(model) as ulr: ... estimate = ulr.backward(x, y); optimizer.step()`.
-    estimator: default `ULR()`. loss: a name (see `ulr_snn.losses.named`) or a callable (outputs, targets) -> [B].
-    total_steps: length of the training, over which the firing noise is annealed. None keeps the noise at the geometric
-    mean of its first and last level. Raises UsageError, here or in the first `backward`, if no module can get noise.
+    Use it as in `with attach(model) as ulr: ... estimate = ulr.backward(x, y); optimizer.step()`. estimator: default
+    `ULR()`. loss: a name (see `ulr_snn.losses.named`) or a callable (outputs, targets) -> [B]. total_steps: length of
+    the training, over which the firing noise is annealed. None keeps the noise at the geometric mean of its first and
+    last level. time_first, layout, output: see `train`. Raises UsageError, here or in the first `backward`, if no
+    module can get noise.
     """
     check_model(model)
-    return or_default(estimator).attach(model, loss, seed, time_first, total_steps)
+    interface = Interface.of(time_first, layout, output)
+    return or_default(estimator).attach(model, loss, seed, interface, total_steps)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.losses.named import Objective, total
+from ulr_snn.model.targets import Targets
 from ulr_snn.noise.kinds import OutputNoise
 from ulr_snn.noise.random import Noise
 
@@ -76,7 +77,7 @@ def evaluate_losses(
     treatment: LossTreatment,
     outputs: Tensor,
     activity: Mapping[str, Tensor],
-    targets: Tensor,
+    targets: Targets,
     mask: Tensor | None,
     noise: Noise | None,
 ) -> LossEvaluation:
@@ -110,7 +111,7 @@ def evaluate_losses(
     return LossEvaluation(values, errors, costs, treatment, tuple(weight for weight, _ in objective.losses), steps)
 
 
-def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
     """Returns the contribution of each time step to the objective, [T, rows]."""
     if objective.steps is None or outputs.ndim < 3:
         raise UsageError(
@@ -120,7 +121,7 @@ def in_time(objective: Objective, outputs: Tensor, targets: Tensor, mask: Tensor
 
 
 def with_gradient(
-    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], outputs: Tensor, targets: Tensor, mask: Tensor | None
+    loss: Callable[[Tensor, Targets, Tensor | None], Tensor], outputs: Tensor, targets: Targets, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the loss [rows], and its gradient in the shape of the outputs; None if it has none."""
     leaf = outputs.detach().requires_grad_()
@@ -138,9 +139,9 @@ def with_gradient(
 
 @torch.no_grad()
 def smoothed(
-    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    loss: Callable[[Tensor, Targets, Tensor | None], Tensor],
     outputs: Tensor,
-    targets: Tensor,
+    targets: Targets,
     mask: Tensor | None,
     site: OutputNoise,
     noise: Noise,
@@ -171,7 +172,7 @@ def smoothed(
         repeats = 2 * count
         found = loss(
             disturbed.flatten(axis, axis + 1),
-            targets.repeat(repeats, *[1] * (targets.ndim - 1)),
+            targets.repeated(repeats),
             None if mask is None else mask.repeat(1, repeats, *[1] * (mask.ndim - 2)),
         ).view(2, count, rows)
         value += found.sum((0, 1))

@@ -1,32 +1,137 @@
 """Metrics of predictions, as means over samples."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ulr_snn.errors import UsageError
+from ulr_snn.losses.brought import of_torchmetrics
+from ulr_snn.losses.named import total
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.neurons import output_mask
+from ulr_snn.model.targets import IGNORED
+
 BINS = 15  # number of confidence bins in the calibration error
+TAKEN = ("loss", "accuracy", "samples", "seconds", "bound", "spikes", "operations")
+
+
+def scores(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Returns scores [N, C] and class indices [N] of all samples that have one, or of all their time steps if these
+    have labels of their own; None if the targets are no class indices of the outputs.
+
+    Scores of samples are outputs summed over time, without padding. Neurons of a population code are summed by class.
+    """
+    labels, slots = batch.targets.labels, batch.view.slots
+    if labels is None or outputs.ndim not in (2, 3) or len(slots) > 1:
+        return None
+    if slots and len(slots[0].shape) != 1:
+        return None  # an image, or a single number
+    mask = output_mask(batch.lengths, outputs)
+    kept = labels != IGNORED
+    if labels.ndim == 1:
+        found = total(outputs, mask)
+    elif outputs.ndim == 3:
+        found = outputs
+        kept = kept if mask is None else kept & (mask.reshape(labels.shape) > 0)
+    else:
+        return None
+    populations = [loss.number_of_classes for loss in batch.objective.brought if loss.number_of_classes]
+    if populations:
+        found = found.unflatten(-1, (populations[0], -1)).sum(-1)
+    found, labels = found[kept], labels[kept].long()
+    if found.shape[-1] < 2 or (len(labels) and int(labels.max()) >= found.shape[-1]):
+        return None
+    return found, labels
 
 
 @dataclass
 class Tally:
-    """Running means of loss and accuracy over samples."""
+    """Running means of loss, accuracy and metrics over samples. metrics: see `OwnMetric`."""
 
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 0
     loss: float = 0.0
     correct: int | None = None
+    labelled: int = 0
 
-    def add(self, loss: Tensor, totals: Tensor, targets: Tensor) -> None:
-        """Adds a batch. loss: [B]; totals: outputs summed over time [B, C]."""
-        self.samples += len(targets)
+    def __post_init__(self) -> None:
+        self.own = {name: OwnMetric(metric) for name, metric in self.metrics.items()}
+
+    def add(self, loss: Tensor, outputs: Tensor, batch: Batch, scored: tuple[Tensor, Tensor] | None) -> None:
+        """Adds a batch. loss: [B]; outputs: in the form inside the library; scored: see `scores`."""
+        self.samples += len(loss)
         self.loss += loss.sum().item()
-        if not targets.is_floating_point() and targets.ndim == 1 and totals.ndim == 2:
-            self.correct = (self.correct or 0) + int((totals.argmax(1) == targets).sum())
+        if scored is not None:
+            self.correct = (self.correct or 0) + int((scored[0].argmax(-1) == scored[1]).sum())
+            self.labelled += len(scored[1])
+        for name, metric in self.own.items():
+            metric.add(name, outputs, batch)
 
-    def means(self) -> dict[str, float | None]:
-        count = max(1, self.samples)
-        return {"loss": self.loss / count, "accuracy": None if self.correct is None else self.correct / count}
+    def running(self) -> dict[str, float | None]:
+        """Returns the means of loss and accuracy so far."""
+        accuracy = None if self.correct is None or not self.labelled else self.correct / self.labelled
+        return {"loss": self.loss / max(1, self.samples), "accuracy": accuracy}
+
+    def means(self) -> dict[str, Any]:
+        """Returns the means of loss, accuracy (None if targets are no class indices) and metrics."""
+        return self.running() | {name: metric.value() for name, metric in self.own.items()}
+
+
+class OwnMetric:
+    """A metric of the user's: a function (outputs, targets) -> [B] or a number, or an object of torchmetrics.
+
+    A function gets outputs and targets in the user's form, and its values are averaged over samples. An object of
+    torchmetrics gets them with time first; outputs over time are summed where the targets have no time axis.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self.collects = of_torchmetrics(metric)
+        self.metric = copy.deepcopy(metric) if self.collects else metric
+        self.sum, self.samples = 0.0, 0
+        if self.collects:
+            self.metric.reset()
+
+    @torch.no_grad()
+    def add(self, name: str, outputs: Tensor, batch: Batch) -> None:
+        """Adds a batch; see `Tally.add`."""
+        mask = output_mask(batch.lengths, outputs)
+        outputs = outputs if mask is None else outputs * mask
+        if self.collects:
+            targets = batch.targets.tensor
+            summed = outputs.ndim >= 3 and targets.shape[:2] != outputs.shape[:2]
+            seen = outputs.sum(0) if summed else batch.view.time_first.external(outputs)
+            self.metric.to(outputs.device).update(seen, targets)
+            return
+        value = self.metric(batch.view.external(outputs), batch.targets.external())
+        value = torch.as_tensor(value, dtype=torch.float64)
+        if value.numel() != 1 and value.shape != (batch.samples,):
+            raise UsageError(
+                f"the metric {name!r} returned shape {tuple(value.shape)}; return one number, or one for each sample"
+            )
+        self.sum += float(value.mean()) * batch.samples
+        self.samples += batch.samples
+
+    def value(self) -> Any:
+        """Returns the mean over all samples, or what the object computes: a number, or nested lists of them."""
+        if not self.collects:
+            return self.sum / max(1, self.samples)
+        found = self.metric.compute()
+        return found.tolist() if isinstance(found, Tensor) else found
+
+
+def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the metrics by name, empty for None. Raises UsageError for anything but callables by free names."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping) or any(not callable(metric) for metric in metrics.values()):
+        raise UsageError(f"metrics={metrics!r} must be {{name: function or torchmetrics object}}")
+    if taken := [name for name in metrics if name in TAKEN or not isinstance(name, str)]:
+        raise UsageError(f"metrics got the name {taken[0]!r}, which has a meaning of its own; choose another")
+    return dict(metrics)
 
 
 @dataclass
@@ -38,10 +143,10 @@ class Several:
     right: list[Tensor] = field(default_factory=list)
     differ: list[Tensor] = field(default_factory=list)
 
-    def add(self, losses: Tensor, totals: Tensor, targets: Tensor) -> None:
-        """Adds a batch. losses: [K, B]; totals: outputs summed over time [K, B, C]."""
+    def add(self, losses: Tensor, totals: Tensor | None, targets: Tensor | None) -> None:
+        """Adds a batch. losses: [K, B]; totals: scores [K, N, C] of class indices [N], if there are any."""
         self.bound.append(multi_sample(losses))
-        if targets.is_floating_point() or targets.ndim != 1:
+        if totals is None or targets is None:
             return
         confidence, predicted = totals.softmax(-1).mean(0).max(-1)
         self.confidence.append(confidence)

@@ -2,24 +2,26 @@
 
 A loss is a function (outputs, targets, mask) -> [B]. Its name is that of snntorch.functional if the loss exists there.
 
-outputs: [T, B, C] over time (spikes, currents or membranes), or [B, C] if the model reduces them over time.
-targets: class indices [B] (int64) for the cross-entropies, [B, C] for mse. mask: [T, B, 1], 0 on padding, or None.
+outputs: [T, B, C] over time (spikes, currents or membranes), or [B, C] if the model reduces them over time. targets:
+class indices [B], or [T, B] for ce_rate, for the cross-entropies (-100 leaves a sample or a step out), or class
+probabilities [B, C]; values [B, C] or [T, B, C] for mse. mask: [T, B, 1], 0 on padding, or None.
 """
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.losses.brought import Brought, checked
+from ulr_snn.model.targets import IGNORED, Targets
+from ulr_snn.model.view import View
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
 def total(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -31,7 +33,14 @@ def total(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def ce_count(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the cross-entropy of the outputs summed over time (snntorch.functional.ce_count_loss)."""
-    return F.cross_entropy(total(outputs, mask), targets.long(), reduction="none")
+    if outputs.ndim >= 3 and targets.shape[:2] == outputs.shape[:2]:
+        raise UsageError("ce_count got a target for each time step; use 'ce_rate', which has a loss at each step")
+    return F.cross_entropy(total(outputs, mask), classes(targets), reduction="none")
+
+
+def classes(targets: Tensor) -> Tensor:
+    """Returns class indices as int64, and class probabilities as they are."""
+    return targets if targets.is_floating_point() else targets.long()
 
 
 def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -42,42 +51,59 @@ def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def ce_rate_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Returns the contribution of each time step to `ce_rate`, [T, B]."""
-    steps = F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(len(outputs)), reduction="none")
-    return of_mean(steps.view(outputs.shape[:2]), mask)
+    """Returns the contribution of each time step to `ce_rate`, [T, B]. Steps without a label do not count."""
+    rows = outputs.shape[:2]
+    if targets.shape[:2] != rows:
+        targets = targets.expand(len(outputs), *targets.shape)
+    elif not targets.is_floating_point():
+        labelled = (targets != IGNORED).to(outputs.dtype)[..., None]
+        mask = labelled if mask is None else labelled * mask.reshape(*rows, 1)
+    steps = F.cross_entropy(outputs.flatten(0, 1), classes(targets.flatten(0, 1)), reduction="none")
+    return of_mean(steps.view(rows), mask)
 
 
 def mse(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the squared error, summed over features and averaged over time. Targets have the shape of the outputs, or
     of one time step (the same target at every step). Raises UsageError for any other shape."""
-    shape = outputs.shape if outputs.ndim < 3 else outputs.shape[1:]
-    if targets.shape not in (outputs.shape, shape):
-        raise UsageError(
-            f"mse got targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}; "
-            f"give targets {list(shape)}"
-        )
+    targets = values_like(outputs, targets)
     if outputs.ndim < 3:
         return ((outputs - targets) ** 2).flatten(1).sum(1)
     return mse_steps(outputs, targets, mask).sum(0)
 
 
+def values_like(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns targets that broadcast against the outputs. A single feature needs no axis of its own. Raises UsageError
+    for targets of another shape."""
+    shape = outputs.shape if outputs.ndim < 3 else outputs.shape[1:]
+    if targets.shape in (outputs.shape, shape):
+        return targets
+    if outputs.shape[-1] == 1 and targets.shape in (outputs.shape[:-1], shape[:-1]):
+        return targets[..., None]
+    if outputs.ndim == 2 and targets.ndim > 2 and targets.flatten(1).shape == outputs.shape:
+        return targets.flatten(1)  # outputs of an image's shape are flat here
+    raise UsageError(
+        f"mse got targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}; "
+        f"give targets {list(shape)}"
+    )
+
+
 def mse_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the contribution of each time step to `mse`, [T, B]."""
-    return of_mean(((outputs - targets) ** 2).flatten(2).sum(2), mask)
+    return of_mean(((outputs - values_like(outputs, targets)) ** 2).flatten(2).sum(2), mask)
 
 
 def of_mean(steps: Tensor, mask: Tensor | None) -> Tensor:
     """Returns the contribution of each value [T, B] to the mean over a sample's own time steps."""
     if mask is None:
         return steps / len(steps)
-    mask = mask.view(steps.shape)
-    return steps * mask / mask.sum(0)
+    mask = mask.reshape(steps.shape)
+    return steps * mask / mask.sum(0).clamp(min=1)
 
 
 def zero_one(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns 0 if the outputs summed over time are largest for the target, otherwise 1."""
     totals = total(outputs, mask)
-    return (totals.argmax(1) != targets).to(totals.dtype)
+    return ((totals.argmax(1) != targets) & (targets != IGNORED)).to(totals.dtype)
 
 
 def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,8 +117,9 @@ def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
     first = any_spike.to(torch.uint8).argmax(0)  # argmax returns the first of equal values
     rows = torch.arange(len(first), device=outputs.device)
     decision = spikes[first, rows]  # [B, C]
-    right = any_spike.any(0) & decision[rows, targets.long()] & (decision.sum(1) == 1)
-    return torch.where(right, first.to(outputs.dtype) / steps, 1.0).to(outputs.dtype)
+    right = any_spike.any(0) & decision[rows, targets.long().clamp(min=0)] & (decision.sum(1) == 1)
+    losses = torch.where(right, first.to(outputs.dtype) / steps, 1.0)
+    return torch.where(targets == IGNORED, 0.0, losses).to(outputs.dtype)
 
 
 @dataclass(frozen=True)
@@ -100,23 +127,37 @@ class NamedLoss:
     """A loss (outputs, targets, mask) -> [B] for use by name.
 
     steps: function for the contribution of each time step, [T, B], if the loss is a sum over time. labels: whether
-    targets are class indices. of_totals: whether the loss depends only on the outputs' sum over time.
+    targets are class indices. soft: whether they may be class probabilities instead. of_totals: whether the loss
+    depends only on the outputs' sum over time.
     """
 
     value: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     steps: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     labels: bool = True
+    soft: bool = False
     of_totals: bool = False
 
-    def __call__(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, outputs: Tensor, targets: Tensor | Targets, mask: Tensor | None = None) -> Tensor:
+        targets = Targets.alone(targets).tensor
         if self.labels:
-            check_labels(targets, outputs.shape[-1])
-        return self.value(outputs, targets, mask)
+            check_labels(targets, outputs, self.soft)
+        return checked(self.value(outputs, targets, mask), outputs)
+
+    def in_time(self, outputs: Tensor, targets: Tensor | Targets, mask: Tensor | None = None) -> Tensor:
+        """Returns the contribution of each time step, [T, B], if the loss is a sum over time."""
+        assert self.steps is not None
+        return self.steps(outputs, Targets.alone(targets).tensor, mask)
+
+    def seen_by(self, view: View) -> "NamedLoss":
+        """Returns the loss for a model whose outputs have this form."""
+        if len(view.slots) > 1:
+            raise UsageError("a loss with a name reads one output, but output= chose several; give a loss of your own")
+        return self
 
 
 LOSSES = {
-    "ce_count": NamedLoss(ce_count),
-    "ce_rate": NamedLoss(ce_rate, ce_rate_steps),
+    "ce_count": NamedLoss(ce_count, soft=True),
+    "ce_rate": NamedLoss(ce_rate, ce_rate_steps, soft=True),
     "mse": NamedLoss(mse, mse_steps, labels=False),
     "zero_one": NamedLoss(zero_one, of_totals=True),
     "latency": NamedLoss(latency),
@@ -165,11 +206,25 @@ class Objective:
     user's callables among the losses, by index.
     """
 
-    losses: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]]
+    losses: list[tuple[float, "NamedLoss | Brought"]]
     costs: list[tuple[float, SpikeBudget]]
     of_totals: frozenset[int]
-    steps: list[tuple[float, Callable[[Tensor, Tensor, Tensor | None], Tensor]]] | None
+    steps: Sequence[tuple[float, Callable[[Tensor, Tensor | Targets, Tensor | None], Tensor]]] | None
     own: Mapping[int, str]
+
+    def seen_by(self, view: View) -> "Objective":
+        """Returns the objective for a model whose outputs have this form."""
+        return replace(self, losses=[(weight, loss.seen_by(view)) for weight, loss in self.losses])
+
+    @property
+    def brought(self) -> list[Brought]:
+        """The losses that are not named."""
+        return [loss for _, loss in self.losses if isinstance(loss, Brought)]
+
+    @property
+    def needs_labels(self) -> bool:
+        """True if a loss takes class indices."""
+        return any(isinstance(loss, NamedLoss) and loss.labels for _, loss in self.losses)
 
     @property
     def counts(self) -> set[str]:
@@ -179,7 +234,7 @@ class Objective:
     def __call__(
         self,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | Targets,
         mask: Tensor | None = None,
         activity: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
@@ -198,82 +253,45 @@ def resolve(loss: LossSpec) -> Objective:
     for _, weight in parts:
         if not isinstance(weight, Real):
             raise UsageError(f"a mix of losses got the weight {weight!r}; give {{loss: weight}} with numbers")
-    losses = [(weight, per_sample(part)) for part, weight in parts if not isinstance(part, SpikeBudget)]
+    losses = [(weight, loss_of(part)) for part, weight in parts if not isinstance(part, SpikeBudget)]
     costs = [(weight, part) for part, weight in parts if isinstance(part, SpikeBudget)]
     if not losses:
         raise UsageError("the loss has nothing that depends on the outputs; mix the budget with a loss, as 'ce_count'")
     names = [part for part, _ in parts if not isinstance(part, SpikeBudget)]
     named = [LOSSES[name] if isinstance(name, str) else None for name in names]
     of_totals = frozenset(i for i, loss in enumerate(named) if loss is not None and loss.of_totals)
-    sums = [(weight, loss.steps) for (weight, _), loss in zip(losses, named, strict=True) if loss and loss.steps]
+    sums = [(weight, loss.in_time) for (weight, _), loss in zip(losses, named, strict=True) if loss and loss.steps]
     steps = sums if len(sums) == len(named) and not costs else None
     own = {i: getattr(f, "__name__", type(f).__name__) for i, f in enumerate(names) if not isinstance(f, str)}
     return Objective(losses, costs, of_totals, steps, own)
 
 
-def per_sample(loss: str | Loss) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Returns the loss as a function (outputs, targets, mask) -> [B]. A user's callable sees zeros on padding.
-
-    If a loss object has a `reduction` (torch's, snnTorch's), the reduction runs over all dimensions but the batch.
-    Raises UsageError for an unknown name, labels out of range, or a result that is not one value a sample.
-    """
-    if isinstance(loss, str) and loss not in LOSSES:
+def loss_of(loss: str | Loss) -> NamedLoss | Brought:
+    """Returns the loss as a function (outputs, targets, mask) -> [B]. Raises UsageError for an unknown name."""
+    if not isinstance(loss, str):
+        return Brought.of(loss)
+    if loss not in LOSSES:
         raise UsageError(f"loss={loss!r} is not known; use {', '.join(LOSSES)} or a callable (outputs, targets) -> [B]")
-
-    own: Any = loss
-    reduction = getattr(loss, "reduction", "none")
-    if reduction in ("mean", "sum"):
-        own = copy.copy(loss)
-        own.reduction = "none"
-
-    def one_a_sample(outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-        if isinstance(loss, str):
-            value = LOSSES[loss](outputs, targets, mask)
-        else:
-            value = answer(own, outputs if mask is None or outputs.ndim < 3 else outputs * mask, targets)
-        batch = outputs.shape[1] if outputs.ndim >= 3 else outputs.shape[0]
-        if own is not loss and isinstance(value, Tensor) and value.ndim > 1:
-            over_time = outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2]
-            value = each_sample(value, 1 if over_time else 0, reduction)
-        if isinstance(value, list | tuple | numpy.ndarray):  # the function does not use torch
-            value = torch.as_tensor(value)
-        if tuple(getattr(value, "shape", ())) != (batch,):
-            raise UsageError(
-                f"the loss returned shape {tuple(getattr(value, 'shape', ()))}; a likelihood ratio needs one value a "
-                f"sample, [{batch}] (use reduction='none' and sum over everything but the batch)"
-            )
-        return value.to(outputs.device, outputs.dtype)
-
-    return one_a_sample
+    return LOSSES[loss]
 
 
-def answer(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Calls the loss. Raises UsageError if a cross-entropy of torch refuses outputs over time."""
-    try:
-        return loss(outputs, targets)
-    except (RuntimeError, ValueError) as error:
-        if type(loss) not in (nn.CrossEntropyLoss, nn.NLLLoss) or outputs.ndim < 3 or targets.ndim != 1:
-            raise
-        raise UsageError(
-            f"{type(loss).__name__} got outputs over time, {tuple(outputs.shape)}, and targets {tuple(targets.shape)}; "
-            "use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
-        ) from error
-
-
-def each_sample(values: Tensor, batch: int, reduction: str) -> Tensor:
-    """Returns the mean or sum over all dimensions but the batch, [B]."""
-    values = values.movedim(batch, 0).flatten(1)
-    return values.mean(1) if reduction == "mean" else values.sum(1)
-
-
-def check_labels(targets: Tensor, classes: int) -> None:
-    """Raises UsageError unless targets are class indices from 0 to classes - 1."""
-    if targets.is_floating_point() or targets.ndim != 1:
+def check_labels(targets: Tensor, outputs: Tensor, soft: bool) -> None:
+    """Raises UsageError unless targets are class indices from 0 to the number of outputs less 1, or IGNORED, or class
+    probabilities where the loss takes these (soft)."""
+    number = outputs.shape[-1]
+    over_time = outputs.ndim >= 3 and targets.shape[:2] == outputs.shape[:2]
+    axes = 2 if over_time else 1
+    if targets.is_floating_point():
+        if soft and targets.ndim == axes + 1 and targets.shape[-1] == number:
+            return
+        axes = -1
+    if targets.ndim != axes:
         raise UsageError(
             f"targets are {targets.dtype} of shape {tuple(targets.shape)}; a cross-entropy takes class indices [B]"
         )
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= classes:
+    known = targets[targets != IGNORED]
+    low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
+    if low < 0 or high >= number:
         raise UsageError(
-            f"labels go from {low} to {high}, but the model has {classes} outputs; use labels 0..{classes - 1}"
+            f"labels go from {low} to {high}, but the model has {number} outputs; use labels 0..{number - 1}"
         )

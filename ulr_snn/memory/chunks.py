@@ -201,7 +201,7 @@ class TimeChunks(Chunks):
         else:
             stats["skipped"] = True
         step.count(-(-run.steps_run // batch.steps))
-        return Estimate(losses.mean(0), outputs.detach()[None], stats)
+        return Estimate(losses.mean(0), outputs.detach()[None], stats, batch)
 
     def _backward(self, step: Step, run: ChunkedRun, seen: Tensor, outputs: Tensor, error: Tensor) -> None:
         """Adds the gradient of the batch's mean loss: of the modules after the average, then of the chunks."""

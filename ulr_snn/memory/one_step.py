@@ -199,7 +199,7 @@ class OnlineRun:
         if t == self.batch.steps - 1 and self.usable:
             for rows in self.learned:
                 rows.learn(learner.prediction.maps)
-        return Estimate(loss, outputs.detach()[None], stats)
+        return Estimate(loss, outputs.detach()[None], stats, self.batch)
 
     def _forward(self, x: Tensor, fired: dict[str, Fired]) -> Tensor:
         """Returns the outputs [1, B, ...] with graphs from each layer's spikes, and updates the traces."""
@@ -224,7 +224,8 @@ class OnlineRun:
 
     def _evaluate(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the time step's part of the loss [B], and the gradient of this part in the outputs."""
-        found = evaluate_losses(self.batch.objective, self.treatment, outputs, {}, self.batch.targets, None, self.noise)
+        targets = self.batch.targets.part(slice(t, t + 1), slice(None))
+        found = evaluate_losses(self.batch.objective, self.treatment, outputs, {}, targets, None, self.noise)
         if found.error is None:
             raise RuntimeError("an update at every time step was begun for a loss without a gradient")
         share = self.batch.share[t].to(outputs.dtype)

@@ -134,7 +134,7 @@ class Step:
         self.learner.step += 1
         losses = torch.cat([p.loss for p in passes])  # [K, B]
         stats = {"copies": copies, "step": self.learner.step}
-        estimate = Estimate(losses.mean(0), stacked_outputs(passes), stats)
+        estimate = Estimate(losses.mean(0), stacked_outputs(passes), stats, self.batch)
         if not self.usable(losses):
             stats["skipped"] = True
             return estimate

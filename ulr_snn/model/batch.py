@@ -11,37 +11,55 @@ from ulr_snn.errors import UsageError
 from ulr_snn.losses.named import Objective
 from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
+from ulr_snn.model.interface import USUAL, Interface
+from ulr_snn.model.reading import one_tensor
+from ulr_snn.model.targets import Targets, as_tensors, check_samples
+from ulr_snn.model.view import AS_IS, View
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of samples with targets. frames [T, B, ...] in their own dtype; dtype: the model's; targets [B, ...];
-    lengths [B] or None: later steps are padding."""
+    """A batch of samples with targets. frames [T, B, ...] in their own dtype; dtype: the model's; lengths [B] or None:
+    later steps are padding. inputs: the form of several inputs, which `frames` holds as one tensor; view: the form of
+    the outputs.
+
+    A batch of static inputs has one frame, until `over` repeats it for each time step that the model runs.
+    """
 
     frames: Frames
     dtype: torch.dtype
-    targets: Tensor
+    targets: Targets
     lengths: Tensor | None
     objective: Objective
+    interface: Interface = USUAL
+    inputs: View = AS_IS
+    view: View = AS_IS
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
-        x: Tensor,
-        targets: Tensor,
+        x: Any,
+        targets: Any,
         lengths: Tensor | None,
         objective: Objective,
-        time_first: bool,
+        interface: Interface | bool = True,
     ) -> "Batch":
-        """Makes a batch on the model's device from x [T, B, ...] ([B, T, ...] unless time_first). x is dense, or a
-        sparse COO tensor that lists events. Raises UsageError if x, targets and lengths do not fit."""
-        check_shapes(x, targets, time_first)
-        if x.layout is torch.sparse_coo and x.dense_dim():
-            x = x.to_dense()  # the values of a hybrid tensor are no single events
-        x = x if time_first else x.transpose(0, 1)
-        if lengths is not None and (lengths.shape != targets.shape[:1] or lengths.min() < 1 or lengths.max() > len(x)):
-            raise UsageError(f"lengths must be [B], each from 1 to the {len(x)} steps of the batch")
+        """Makes a batch on the model's device. x: a dense tensor in the layout of `interface`, a sparse COO tensor that
+        lists events, a list of sequences, or a tuple or dict of several inputs. Raises UsageError if x, targets and
+        lengths do not fit."""
+        interface = Interface.of(interface)
+        if interface.layout == "B" and lengths is not None:
+            raise UsageError("a static input has no time steps, but the batch has lengths; leave lengths out")
+        x_given = x
+        x, inputs, own_lengths = one_tensor(x, targets, interface)
+        lengths = own_lengths if lengths is None else lengths
+        if targets is x_given and objective.needs_labels:
+            raise UsageError("the batches hold no targets, which the loss needs; give (x, y), or a loss of the outputs")
+        tree, (steps, samples) = as_tensors(targets), x.shape[:2]
+        check_samples(tree, interface.layout, steps, samples)
+        if lengths is not None and (lengths.shape != (samples,) or lengths.min() < 1 or lengths.max() > steps):
+            raise UsageError(f"lengths must be [B], each from 1 to the {steps} steps of the batch")
         reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
         dtype = reference.dtype if reference is not None else torch.get_default_dtype()
         frames = EventList.of(x) if x.layout is torch.sparse_coo else x
@@ -50,7 +68,28 @@ class Batch:
             raise UsageError("events contain NaN or infinite values; clean the recordings first")
         device = reference.device if reference is not None else x.device
         lengths = None if lengths is None else lengths.to(device)
-        return cls(frames.to(device), dtype, targets.to(device), lengths, objective)
+        placed = Targets.of(tree, interface.layout, steps, samples).moved(lambda leaf: leaf.tensor.to(device))
+        return cls(frames.to(device), dtype, placed, lengths, objective, interface, inputs)
+
+    @property
+    def static(self) -> bool:
+        """True if the model repeats or encodes a static input itself."""
+        return self.interface.layout == "B"
+
+    def over(self, steps: int) -> "Batch":
+        """Returns the batch with a static input repeated for each of these time steps."""
+        if not isinstance(self.frames, Tensor) or not self.static:
+            return self
+        return replace(self, frames=self.frames[:1].expand(steps, *self.frames.shape[1:]))
+
+    def seen_by(self, view: View) -> "Batch":
+        """Returns the batch as a model sees it whose outputs have this form. Raises UsageError if the objective does
+        not fit the outputs."""
+        features = view.slots[0].shape[-1:].numel() if view.over_time and len(view.slots) == 1 else None
+        features = 0 if view.slots and not view.over_time else features
+        tree = self.targets.external()
+        targets = Targets.of(tree, self.interface.layout, self.steps, self.samples, features)
+        return replace(self, view=view, targets=targets, objective=self.objective.seen_by(view))
 
     @property
     def steps(self) -> int:
@@ -65,9 +104,17 @@ class Batch:
         """The frames in the model's dtype, as `Events` where they are sparse."""
         return Events.of(self.frames, self.dtype)
 
-    def first_samples(self, count: int) -> Tensor:
-        """All time steps of the first samples, as in `x`."""
-        return Events.of(self.frames[:, :count], self.dtype)
+    def copies(self, count: int) -> Tensor:
+        """Returns `x` of `count` copies, row = copy * B + sample."""
+        if count == 1:
+            return self.x
+        if self.static:
+            return self.x[:1].repeat(1, count, *[1] * (self.x.ndim - 2)).expand(self.steps, -1, *self.x.shape[2:])
+        return self.x.repeat(1, count, *[1] * (self.x.ndim - 2))
+
+    def first_samples(self, count: int, steps: int) -> Tensor:
+        """The first time steps of the first samples, as in `x`."""
+        return Events.of(self.frames[:steps, :count], self.dtype)
 
     @cached_property
     def valid(self) -> Tensor:
@@ -88,24 +135,4 @@ class Batch:
         """Returns the batch of these first time steps and samples."""
         steps, samples = first
         lengths = None if self.lengths is None else self.lengths[samples].clamp(max=steps.stop)
-        return replace(self, frames=self.frames[first], targets=self.targets[samples], lengths=lengths)
-
-
-def check_shapes(x: Any, targets: Tensor, time_first: bool) -> None:
-    """Raises UsageError unless x can hold one sequence of events for each target."""
-    if not isinstance(x, Tensor) or x.ndim < 3:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise UsageError(
-            f"events have shape {shape}; they must be a tensor [T, B, ...] (or [B, T, ...], time_first=False)"
-        )
-    steps, samples = x.shape[:2] if time_first else (x.shape[1], x.shape[0])
-    if not (steps and samples):
-        shape = (steps, samples, *x.shape[2:])
-        raise UsageError(f"events have shape {shape}, without a step or a sample; leave empty batches out")
-    if samples != len(targets):
-        hint = "give one target a sample"
-        if steps == len(targets):
-            hint = f"the time axis looks swapped, pass time_first={not time_first}"
-        raise UsageError(
-            f"events hold {samples} samples of {steps} steps, but there are {len(targets)} targets; {hint}"
-        )
+        return replace(self, frames=self.frames[first], targets=self.targets.part(steps, samples), lengths=lengths)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron
+from ulr_snn.errors import UsageError
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.call import model_outputs, no_side_effects, runs_by_step
+from ulr_snn.model.call import Call, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
 from ulr_snn.model.discovery import find_layers
-from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.finding import find_call
+from ulr_snn.model.neurons import SpikingNeuron, TimeAverage
 from ulr_snn.model.recognition import recognise
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
@@ -23,12 +25,14 @@ from ulr_snn.sites.records import InPlaceGuard, Links, Record
 @dataclass(frozen=True)
 class BoundModel:
     """A model with its noisy layers and its way of being called. model: the module that runs, the user's model or a
-    chain in its place. by_step: the model takes one time step a call. layers: the layers that get noise, by name.
-    notes: a line for every other module that cuts the graph. why: the reason why no chain runs. findings: what
-    users have found out about it."""
+    chain in its place. call: how this module is called. seen: how the user's model is called. steps: time steps of a
+    pass over a static input, else None. layers: the layers that get noise, by name. notes: a line for every other
+    module that cuts the graph. why: the reason why no chain runs. findings: what users have found out about it."""
 
     model: nn.Module
-    by_step: bool
+    call: Call
+    seen: Call
+    steps: int | None
     layers: Layers
     notes: tuple[str, ...] = ()
     why: str = ""
@@ -39,16 +43,35 @@ class BoundModel:
         """Binds a model to batches like this one. noise: see `ULR`; own_code: no chain is looked for."""
         running, why = model, ""
         notes: list[str] = []
+        seen, steps = find_call(model, batch)
+        batch = batch.over(steps)
         try:
-            chain = None if own_code else recognise(model, batch.frames, batch.dtype, noise)
+            chain = None if own_code else recognise(model, seen, batch.frames, batch.dtype, noise)
             # Operations of recurrent weights can be counted only in the model's own modules.
             if chain is not None and not ("operations" in batch.objective.counts and chain.recurs):
                 running = chain
         except NoChain as error:
             why = str(error)
-        by_step = runs_by_step(running, batch.first_samples(2))
-        layers = find_layers(running, lambda: batch.x, by_step, noise, notes)
-        return cls(running, by_step, layers, tuple(notes), why)
+        call = seen if running is model else Call(view=seen.view.time_first)
+        layers = find_layers(running, lambda: batch.x, call, noise, notes)
+        return cls(running, call, seen, steps if batch.static else None, layers, tuple(notes), why)
+
+    def adapted(self, batch: Batch) -> Batch:
+        """Returns a batch as the model sees it: its objective and targets fit the outputs, and a static input is
+        repeated. Raises UsageError if they do not fit."""
+        call = self.seen
+        if call.count > 1 and call.interface.output is None and not all(x.reads_one for x in batch.objective.brought):
+            raise UsageError(
+                f"the model returns {call.count} outputs, and a loss of your own could read any; choose by output=, as "
+                "output=0 for the first or output='all'"
+            )
+        honoured = call.view.over_time or any(isinstance(m, TimeAverage) for m in self.model.modules())
+        if batch.lengths is not None and not honoured:
+            raise UsageError(
+                "the model reduces its outputs over time itself, padding included, so that lengths cannot be kept; "
+                "return outputs [T, B, C], or leave lengths out"
+            )
+        return batch.over(self.steps or batch.steps).seen_by(call.view)
 
     def outputs(
         self,
@@ -62,7 +85,7 @@ class BoundModel:
         """Runs one pass over x [T, B, ...]. Returns the outputs and a record of each layer that drew spikes. Without
         noise, firing is deterministic. lengths, links, guard: see `bind`."""
         with bind(self.model, level, noise, lengths, len(x), self.layers, links, guard) as records:
-            outputs = model_outputs(self.model, x, self.by_step)
+            outputs = self.call.outputs(self.model, x)
         return outputs, records
 
     def measure_levels(self, level: NoiseLevel, run: Callable[[], Any]) -> int:
@@ -94,12 +117,13 @@ class Binder:
         self._seen: Any = None
         self._bound: BoundModel | None = None
 
-    def bound(self, batch: Batch) -> BoundModel:
-        """Returns the model bound to batches like this one: the same object as long as nothing has changed."""
+    def bound(self, batch: Batch) -> tuple[BoundModel, Batch]:
+        """Returns the model bound to batches like this one, the same object as long as nothing has changed, and the
+        batch as the model sees it."""
         seen = self._look(batch)
         if self._bound is None or seen != self._seen:
             self._seen, self._bound = seen, BoundModel.of(self.model, batch, self.noise, self.own_code)
-        return self._bound
+        return self._bound, self._bound.adapted(batch)
 
     def _look(self, batch: Batch) -> Any:
         """Returns everything that a bound model depends on, other than parameters and buffers."""
@@ -107,4 +131,5 @@ class Binder:
         neurons = [neuron for _, neuron in spiking_layers(self.model)]
         options = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]
         counted = "operations" in batch.objective.counts
-        return modules, options, batch.frames.device, batch.dtype, counted, self.own_code
+        given = batch.interface, batch.inputs, batch.static and batch.frames.shape[2:]
+        return modules, options, batch.frames.device, batch.dtype, counted, self.own_code, given

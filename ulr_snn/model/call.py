@@ -1,7 +1,9 @@
 """Calls of a model: with a whole sequence or one time step at a time, without side effects, with checked outputs."""
 
+import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +14,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from ulr_snn.adapters import adapter_of, copies_of_state, couples
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import run
-from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.interface import USUAL, Interface
 from ulr_snn.model.shape_errors import shape_advice
-from ulr_snn.noise.firing import Logistic
-from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import bind, spiking_layers, user_modules
-
-# Errors that modules raise for a wrong shape. Any other error is a mistake in the model itself.
-OF_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+from ulr_snn.model.trees import mapped, tensors
+from ulr_snn.model.view import AS_IS, View
+from ulr_snn.sites.binding import user_modules
 
 
 def coupled_modules(model: nn.Module) -> list[nn.Module]:
@@ -57,9 +56,7 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
         for norm, buffers in zip(norms, kept, strict=True):
             # An earlier pass's graph may still hold the originals.
             norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-        with ExitStack() as stack:
-            for module in user_modules(model):
-                stack.enter_context(copies_of_state(module))
+        with copies_of_state(model, user_modules(model)):
             yield
     finally:
         set_generator_state(state)
@@ -67,60 +64,123 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
-def runs_by_step(model: nn.Module, x: Tensor) -> bool:
-    """Returns whether the model takes one time step [B, ...] a call, and not a sequence x [T, B, ...]. The model is
-    called with a sequence first. An error that says nothing about shapes is raised at once."""
-    layers = spiking_layers(model)
-    if layers and all(isinstance(neuron, SpikingNeuron) for _, neuron in layers):
-        return False
-    x = x[:, :2] if len(x) > 1 else x[:, :2].repeat(2, *[1] * (x.ndim - 1))  # a single step would not tell them apart
-    try:
-        with no_side_effects(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
-            check_outputs(model_outputs(model, x.clone()), len(x), x.shape[1])
-        return False
-    except (RecursionError, torch.OutOfMemoryError):
-        raise
-    except OF_SHAPES as whole:
-        try:
-            with no_side_effects(model), torch.no_grad(), bind(model, NoiseLevel(Logistic()), steps=len(x)):
-                model_outputs(model, x.clone(), by_step=True)
-        except OF_SHAPES as stepwise:
-            if str(stepwise) != str(whole) and not isinstance(whole, UsageError):
-                whole.add_note(f"called with a time step at a time, it raises {type(stepwise).__name__}: {stepwise}")
-            raise whole from None
-        return True
+SPECIAL = {  # ways to call a model, as `plan` says them
+    "batch first": "takes whole sequences with the batch first, [B, T, ...]",
+    "static": "takes a static input [B, ...], and repeats or encodes it itself",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The way in which a model is called, and what is read of its result.
+
+    way: "sequence" for [T, B, ...], "batch first" for [B, T, ...], "step" for a time step [B, ...] a call, "static" for
+    an input [B, ...] that the model repeats or encodes itself. inputs: the form of several inputs; view: the form of
+    the outputs; carries: a returned state goes into the next call; count: number of outputs in the model's result.
+    """
+
+    way: str = "sequence"
+    interface: Interface = USUAL
+    inputs: View = AS_IS
+    view: View = AS_IS
+    carries: bool = False
+    count: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """True if the model takes one sequence [T, B, ...], and its first output over time or [B, C] is read."""
+        forms = [(slot.axes, len(slot.shape)) for slot in self.view.slots]
+        usual = not forms or (len(forms) == 1 and forms[0] != ("TB", 0) and forms[0][0] in ("TB", "B"))
+        return self.way == "sequence" and not self.inputs.slots and self.interface.output is None and usual
+
+    def describe(self) -> list[str]:
+        """Says how the model is called and what is read of its result, where that is not the usual, for `plan`."""
+        found = [f"model: {text}"] if (text := SPECIAL.get(self.way)) else []
+        if self.carries:
+            found = ["model: takes one time step a call, with the state that it returned in the call before"]
+        if self.count > 1 or self.interface.output is not None:
+            which = "the first" if self.interface.output is None else f"output={self.interface.output!r}"
+            found.append(f"outputs: the loss reads {which}, of {self.count} that the model returns")
+        return found
+
+    def outputs(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Returns the model's outputs for x [T, B, ...], as one tensor [T, B, ...] or [B, F]."""
+        return self.view.internal(self.selected(model, x))
+
+    def selected(self, model: nn.Module, x: Tensor) -> Any:
+        """Returns the part of the model's result that is read. A model that takes one time step a call has its results
+        stacked over time."""
+        if self.way == "step":
+            with shape_advice(model):
+                return stacked(list(self._steps(model, x)))
+        if self.way == "static":
+            given = self.inputs.external(x[0])
+        elif self.way == "batch first" and not self.inputs.slots:
+            given = x.transpose(0, 1)
+        else:
+            given = self.inputs.external(x)
+        with shape_advice(model):
+            return self._select(model, called(model, given))
+
+    def _steps(self, model: nn.Module, x: Tensor) -> Iterator[Any]:
+        """Yields what is read of the results of a model that takes one time step a call."""
+        state: tuple[Any, ...] = ()
+        over_time = [slot.over_time for slot in self.inputs.slots]
+        for t in range(len(x)):
+            given: Any = x[t]
+            if over_time:
+                given = first_step(self.inputs.external(x[t : t + 1]), over_time)
+            result = called(model, given, *state)
+            if self.carries and isinstance(result, tuple | list):
+                state = tuple(result[1:])
+            yield self._select(model, result)
+
+    def _select(self, model: nn.Module, result: Any) -> Any:
+        """Returns the part of a result that is read. Raises UsageError if it holds no tensor."""
+        found = self.interface.select(result)
+        if not tensors(found):
+            raise UsageError(
+                f"{type(model).__name__} returned {type(found).__name__}; return a tensor [T, B, C] or [B, C]"
+            )
+        return found
+
+
+def called(model: nn.Module, given: Any, *state: Any) -> Any:
+    """Calls the model with one input, or with a tuple or dict of inputs as its arguments."""
+    if isinstance(given, Tensor):
+        return model(given, *state) if state else run(model, given)
+    if isinstance(given, dict):
+        return model(**given)
+    return model(*given, *state)
+
+
+def first_step(inputs: Any, over_time: list[bool]) -> Any:
+    """Returns several inputs with the first time step of each that is over time."""
+    flags = iter(over_time)
+    return mapped(inputs, lambda part: part[0] if next(flags) else part)
+
+
+def stacked(results: list[Any]) -> Any:
+    """Returns the results of all time steps, stacked tensor by tensor."""
+    columns = iter(zip(*(tensors(result) for result in results), strict=True))
+    return mapped(results[0], lambda _: torch.stack(next(columns)))
 
 
 def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
-    """Returns the model's output, or its first item if it is a tuple or list like `(spikes, membranes)`. by_step: the
-    model takes one time step a call, and its outputs are stacked over time."""
-    if by_step:
-        return torch.stack(list(each_step(model, x)))
-    with shape_advice(model):
-        return first_output(model, run(model, x))
+    """Returns the first tensor of the model's result. by_step: the model takes one time step a call, and its outputs
+    are stacked over time."""
+    return Call("step" if by_step else "sequence", carries=by_step and carries_state(model)).outputs(model, x)
 
 
-def each_step(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Yields the outputs of a model that takes one time step a call. A returned state goes into the next call."""
+def carries_state(model: nn.Module) -> bool:
+    """Returns whether a model that takes one time step a call takes the state that it returned in the call before. The
+    adapter of its library knows. Of a user's own model, the forward then has a second argument whose default is None.
+    """
     adapter = adapter_of(model)
-    state: tuple[Any, ...] = ()
-    carries = adapter is not None and adapter.carries_state(model)
-    for step in x:
-        outputs = model(step, *state)
-        if carries and isinstance(outputs, tuple) and len(outputs) == 2:
-            state = outputs[1:]
-        yield first_output(model, outputs)
-
-
-def first_output(model: nn.Module, outputs: Any) -> Tensor:
-    """Returns the outputs, or the first item of a tuple or list. Raises UsageError for anything but a tensor."""
-    if isinstance(outputs, tuple | list) and outputs:
-        outputs = outputs[0]
-    if not isinstance(outputs, Tensor):
-        raise UsageError(
-            f"{type(model).__name__} returned {type(outputs).__name__}; return a tensor [T, B, C] or [B, C]"
-        )
-    return outputs
+    if adapter is not None:
+        return adapter.carries_state(model)
+    arguments = list(inspect.signature(model.forward).parameters.values())[1:]
+    return bool(arguments) and arguments[0].kind is arguments[0].POSITIONAL_OR_KEYWORD and arguments[0].default is None
 
 
 def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
@@ -132,3 +192,10 @@ def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
         raise UsageError(
             f"the model returned shape {shape} for {steps} steps of a batch of {rows}; return [T, B, C] or [B, C]"
         )
+
+
+def copied(x: Tensor) -> Tensor:
+    """Returns a copy of events [T, B, ...] that a model may change in place. Static inputs share their memory."""
+    if len(x) > 1 and type(x) is Tensor and x.stride(0) == 0:
+        return x[:1].clone().expand_as(x)
+    return x.clone()

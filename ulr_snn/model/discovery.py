@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import BlackBox, current_of, detached, replaced, with_current
+from ulr_snn.adapters import BlackBox, State, current_of, derived, detached, replaced, with_current
 from ulr_snn.errors import UsageError
-from ulr_snn.model.call import generator_state, model_outputs, no_side_effects, set_generator_state
+from ulr_snn.model.call import Call, copied, generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.graph import leaves
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise
@@ -19,19 +19,20 @@ from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
 
 DRAWS = 4  # changes of the input by which a black box is probed
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
 
 def find_layers(
     model: nn.Module,
     events: Callable[[], Tensor],
-    by_step: bool,
+    call: Call,
     noise: Mapping[str, Any],
     notes: list[str] | None = None,
 ) -> Layers:
     """Returns all layers of a model that get noise, by name, in module order. events: makes events [T, B, ...] to probe
     modules with. noise: see `ULR`. notes: receives a line for every other module that cuts the graph or fires with a
     gradient of its own."""
+    noise = {name: CurrentNoise() for name, module in model.named_modules() if name and derived(module)} | dict(noise)
     names = {*unknown(model), *(name for name, site in noise.items() if isinstance(site, CurrentNoise))}
     if not names:
         return spiking_layers(model)
@@ -41,7 +42,7 @@ def find_layers(
         stack.enter_context(bind(model, NoiseLevel(Logistic()), steps=len(x)))
         for watch in watched.values():
             stack.enter_context(watch.watching())
-        model_outputs(model, x.clone(), by_step)
+        call.outputs(model, copied(x))
     with no_side_effects(model):
         return spiking_layers(model, black_boxes(watched, x, noise, [] if notes is None else notes))
 
@@ -82,10 +83,11 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.trained, self.leaves_torch = module, False, False
-        self.calls: list[Call] = []
+        self.calls: list[Arguments] = []
         self.outputs: list[Tensor] = []
         self._probes: set[int] = set()
         self._kept: list[Tensor] = []
+        self._began: State | None = None  # of the module, before its first call
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -104,6 +106,7 @@ class Watch:
         current = current_of(arguments, named)
         if current is None:
             return own(*arguments, **named)
+        self._began = self._began or State(self.module)
         self.trained = self.trained or current.requires_grad
         self.calls.append((tuple(map(kept, arguments)), {name: kept(item) for name, item in named.items()}))
         result = None
@@ -177,6 +180,8 @@ class Watch:
         outputs: list[Tensor] = []
         state = generator_state()
         with torch.no_grad(), BlackBox(self.module, CurrentNoise(), whole=False).bound(None):
+            if self._began is not None:  # the parent may have reset the module's state before it ran
+                self._began.restore()
             for call in self.calls:
                 current = current_in(call)
                 moved = current if chosen is None else torch.where(chosen, current + size, current)
@@ -187,7 +192,7 @@ class Watch:
         return outputs
 
 
-def current_in(call: Call) -> Tensor:
+def current_in(call: Arguments) -> Tensor:
     """Returns the current among the arguments of a call that has one."""
     current = current_of(*call)
     assert current is not None

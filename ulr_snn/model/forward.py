@@ -12,7 +12,14 @@ from ulr_snn.losses.evaluation import LossEvaluation, LossTreatment, evaluate_lo
 from ulr_snn.model.activity import counting
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import check_outputs, coupled_modules, generator_state, no_side_effects, set_generator_state
+from ulr_snn.model.call import (
+    check_outputs,
+    copied,
+    coupled_modules,
+    generator_state,
+    no_side_effects,
+    set_generator_state,
+)
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.level import NoiseLevel
@@ -66,14 +73,14 @@ class Forward:
 
     def run(self, batch: Batch, copies: list[int], varied: str | None = None) -> Pass:
         """Runs one pass of these copies of a batch. varied: the only site at which copies differ; None: all sites."""
-        x, lengths, k, model = batch.x, batch.lengths, len(copies), self.bound.model
-        rows = x.repeat(1, k, *[1] * (x.ndim - 2)) if k > 1 else x
+        lengths, k, model = batch.lengths, len(copies), self.bound.model
+        rows = batch.copies(k)
         row_lengths = lengths.repeat(k) if lengths is not None else None
-        noise = self.noise(batch.samples, copies, x.device, varied)
+        noise = self.noise(batch.samples, copies, rows.device, varied)
 
         def outputs_of() -> tuple[Tensor, list[Record], bool]:
             guard = InPlaceGuard(copies=self.changes)
-            events = rows.clone()  # a model may change its input in place
+            events = copied(rows)  # a model may change its input in place
             outputs, records = self.bound.outputs(events, self.level, noise, row_lengths, self.links, guard)
             return outputs, records, guard.changed
 
@@ -96,8 +103,8 @@ class Forward:
         """Evaluates the objective on the outputs and the activity of a pass of these copies."""
         k, targets, lengths = len(copies), batch.targets, batch.lengths
         mask = output_mask(lengths.repeat(k) if lengths is not None else None, outputs)
-        noise = self.noise(len(targets), copies, outputs.device) if self.treatment.smoothed else None
-        repeated = targets.repeat(k, *[1] * (targets.ndim - 1))
+        noise = self.noise(batch.samples, copies, outputs.device) if self.treatment.smoothed else None
+        repeated = targets.repeated(k)
         return evaluate_losses(batch.objective, self.treatment, outputs, activity, repeated, mask, noise)
 
     def noise(self, samples: int, copies: list[int], device: torch.device, varied: str | None = None) -> Noise:

@@ -1,11 +1,10 @@
-"""Device and mode of a model, and batches of a loader on its device."""
+"""Device and mode of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ulr_snn.errors import UsageError
 
@@ -23,14 +22,6 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns (x, y, lengths) on the device, with lengths None where the batch has none."""
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        raise UsageError("the loader must give (x, y) or (x, y, lengths) batches of tensors")
-    moved = [torch.as_tensor(item).to(device, non_blocking=True) for item in batch]
-    return moved[0], moved[1], moved[2] if len(moved) == 3 else None
 
 
 def check_model(model: object) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapter_of
 from ulr_snn.kernels.precision import full_precision
-from ulr_snn.model.call import OF_SHAPES, coupled_modules, first_output, model_outputs, no_side_effects, runs_by_step
+from ulr_snn.model.call import Call, coupled_modules, model_outputs, no_side_effects
 from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, hooked
 from ulr_snn.model.discovery import find_layers
 from ulr_snn.model.events import Frames
+from ulr_snn.model.finding import OF_SHAPES
 from ulr_snn.model.neurons import LIF, Fold, SpikingNeuron
-from ulr_snn.model.recording import Call, Given, Link, Recorder
+from ulr_snn.model.recording import Given, Link, Read, Recorder
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise, WeightNoise
 from ulr_snn.noise.level import NoiseLevel
@@ -38,17 +39,20 @@ EACH_ROW = (
 
 
 @full_precision()
-def recognise(model: nn.Module, frames: Frames, dtype: torch.dtype, noise: Mapping[str, Any]) -> Chain:
-    """Returns the chain that is equivalent to a model on frames [T, B, ...] like these, or raises NoChain. noise: see
-    `ULR`."""
+def recognise(model: nn.Module, call: Call, frames: Frames, dtype: torch.dtype, noise: Mapping[str, Any]) -> Chain:
+    """Returns the chain that is equivalent to a model on frames [T, B, ...] like these, or raises NoChain. call: how
+    the model is called; noise: see `ULR`."""
     for name, site in noise.items():
         if isinstance(site, CurrentNoise) or (isinstance(site, WeightNoise) and site.per_sample):
             raise NoChain(f"there is noise of its own at {name}")
     if not any(isinstance(neuron, StepNeuron) for _, neuron in spiking_layers(model)):
         raise NoChain("")
-    for steps in sorted({min(STEPS, len(frames)), len(frames)}):
+    if call.inputs.slots or len(call.view.slots) != 1:
+        raise NoChain("it has several inputs, or several of its outputs are read")
+    lengths = {len(frames)} if call.way == "static" else {min(STEPS, len(frames)), len(frames)}
+    for steps in sorted(lengths):
         try:
-            return recorded(model, frames[:steps, :SAMPLES].to(dtype), noise)
+            return recorded(model, call, frames[:steps, :SAMPLES].to(dtype), noise)
         except NoChain:
             raise
         except Exception as error:  # the model may need all time steps
@@ -58,35 +62,38 @@ def recognise(model: nn.Module, frames: Frames, dtype: torch.dtype, noise: Mappi
     raise NoChain(f"it cannot be recorded, {type(reason).__name__}") from reason
 
 
-def recorded(model: nn.Module, x: Tensor, noise: Mapping[str, Any]) -> Chain:
+def recorded(model: nn.Module, call: Call, x: Tensor, noise: Mapping[str, Any]) -> Chain:
     """Records a model with events x [T, B, ...] and returns its chain. A single step or sample is taken twice. Raises
     NoChain, and any error of the model."""
+    if len(x) == 1 and call.way == "static":
+        raise NoChain("it runs a single time step")
     x = x.repeat(2 if len(x) == 1 else 1, 2 if x.shape[1] == 1 else 1, *[1] * (x.ndim - 2)).contiguous()
-    by_step = runs_by_step(model, x)
-    return recognised(model, x, by_step, find_layers(model, lambda: x, by_step, noise))
+    return recognised(model, call, x, find_layers(model, lambda: x, call, noise))
 
 
-def recognised(model: nn.Module, x: Tensor, by_step: bool, layers: Layers) -> Chain:
+def recognised(model: nn.Module, call: Call, x: Tensor, layers: Layers) -> Chain:
     """Returns the chain that equals the model on events x [T, B, ...], T and B at least 2, or raises NoChain."""
     check_modules(model, layers)
-    recorder, start = Recorder(model, layers), Given.of(x)
+    static = call.way == "static"
+    recorder, start = Recorder(model, layers), Given.of(x[:1] if static else x)
     start.tensor = start.leaf.clone()  # a model may change its input in place
     start.version = start.tensor._version
     firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
     with no_side_effects(model), torch.enable_grad(), firing, recorder.watching():
-        outputs = model_outputs(model, start.tensor, by_step)
+        outputs = call.selected(model, start.tensor)
     if idle := [name for name, _ in layers if name not in recorder.calls]:
         raise NoChain(f"{idle[0]} does not run")
     steps, rows = x.shape[:2]
     links = recorder.links(steps, rows)
     for i, link in enumerate(links):
-        check_link(start, links[i - 1] if i else None, link, steps)
-    kind = check_end(links[-1], outputs, steps)
+        check_link(start, links[i - 1] if i else None, link, static)
+    axis = int(call.view.slots[0].axes == "BT")
+    kind = check_end(links[-1], outputs, axis)
     stages, swapped, currents = assembled(links, recorder.neurons, x)
     stages += [OverTime(kind)] if kind else []
     chain = Chain(model, stages, swapped, [link.name for link in links])
     fired = [link.sequence(True) for link in links if id(link.module) in swapped]
-    check_numbers(chain, x, [*currents, outputs.detach()], fired)
+    check_numbers(chain, x, [*currents, outputs.detach().transpose(0, axis)], fired)
     return chain
 
 
@@ -165,13 +172,15 @@ def check_each_step(link: Link) -> None:
         raise NoChain(f"{link.name} is called with a whole sequence")
 
 
-def check_link(start: Given, before: Link | None, link: Link, steps: int) -> None:
-    """Raises NoChain unless each call of a module reads the output of the module before it for the same time step."""
+def check_link(start: Given, before: Link | None, link: Link, static: bool) -> None:
+    """Raises NoChain unless each call of a module reads the output of the module before it for the same time step.
+    static: the first module reads the same input in all time steps."""
     if before is None or before.mode != "step":
         source = start if before is None else before.calls[0].gave
         if link.mode == "step":
-            at = len(source.tensor) == steps
-            fits = at and all(source.read_by(call.read, t) for t, call in enumerate(link.calls))
+            times = [0 if static and before is None else t for t in range(len(link.calls))]
+            at = len(source.tensor) > max(times)
+            fits = at and all(source.read_by(call.read, t) for t, call in zip(times, link.calls, strict=True))
         else:
             fits = source.read_by(link.calls[0].read)
     elif link.mode == "step":
@@ -184,22 +193,25 @@ def check_link(start: Given, before: Link | None, link: Link, steps: int) -> Non
         raise NoChain(f"{link.name} reads something else than {'' if before is None else 'what '}{what}")
 
 
-def stacks(node: Any, calls: list[Call]) -> bool:
-    """Returns whether a node of the graph stacks the outputs of these calls, in their order, along a first axis."""
-    if type(node).__name__ != "StackBackward0" or node._saved_dim != 0:
+def stacks(node: Any, calls: list[Read], axis: int = 0) -> bool:
+    """Returns whether a node of the graph stacks the outputs of these calls, in their order, along this axis."""
+    if type(node).__name__ != "StackBackward0" or node._saved_dim != axis:
         return False
     parents = [getattr(parent, "variable", None) for parent, _ in node.next_functions]
     return len(parents) == len(calls) and all(v is c.gave.leaf for v, c in zip(parents, calls, strict=True))
 
 
-def check_end(last: Link, outputs: Tensor, steps: int) -> str | None:
-    """Returns the reduction over time of the last module's outputs, a key of `OVER_TIME`, or None. Raises NoChain."""
+def check_end(last: Link, outputs: Tensor, axis: int) -> str | None:
+    """Returns the reduction over time of the last module's outputs, a key of `OVER_TIME`, or None. axis: that of time
+    in the outputs. Raises NoChain."""
     node: Any = outputs.grad_fn  # torch does not declare what nodes save
     kind = None
-    if type(node).__name__ in OVER_TIME and tuple(node._saved_dim) == (0,) and not node._saved_keepdim:
-        kind, node = type(node).__name__, node.next_functions[0][0]
+    if type(node).__name__ in OVER_TIME and tuple(node._saved_dim) in ((0,), (1,)) and not node._saved_keepdim:
+        kind, axis, node = type(node).__name__, node._saved_dim[0], node.next_functions[0][0]
     if last.mode == "step":
-        fits = stacks(node, last.calls)
+        fits = stacks(node, last.calls, axis)
+    elif axis:
+        fits = False
     elif kind is not None:
         fits = last.mode == "whole" and getattr(node, "variable", None) is last.calls[0].gave.leaf
     else:
@@ -221,7 +233,7 @@ def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor
     random = 2 * size * torch.randn(TRIAL, 2, *features, generator=generator).to(like)
     alone = bind(link.module, NoiseLevel(Logistic()), steps=TRIAL, layers=[(link.name, neuron)])
     with no_side_effects(link.module), torch.no_grad(), alone:
-        theirs = first_output(link.module, model_outputs(link.module, random, link.mode == "step"))
+        theirs = model_outputs(link.module, random, link.mode == "step")
     steps = (len(like), like.shape[1])
     recorded = [link.sequence(gave).reshape(*steps, *features) for gave in (False, True)]
     for current, spikes in ((random, theirs), recorded):

@@ -37,7 +37,7 @@ class Given:
 
 
 @dataclass
-class Call:
+class Read:
     """A call of a module. read: its input, at this version; gave: its output."""
 
     read: Tensor
@@ -53,7 +53,7 @@ class Link:
     name: str
     module: nn.Module
     mode: str
-    calls: list[Call]
+    calls: list[Read]
 
     def sequence(self, gave: bool) -> Tensor:
         """Returns the outputs (gave) or inputs of all calls, [T * B, ...] or [T, B, ...]."""
@@ -74,10 +74,10 @@ class Recorder:
     """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing."""
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
-        self.calls: dict[str, list[Call]] = {}  # by module
+        self.calls: dict[str, list[Read]] = {}  # by module
         self.modules: dict[str, nn.Module] = {}
         self.neurons = {name: neuron for name, neuron in layers if isinstance(neuron, StepNeuron)}
-        self._order: list[Call] = []
+        self._order: list[Read] = []
         self._read: dict[str, tuple[Tensor, int]] = {}  # by module: input of the call in progress, and its version
         self._left: dict[str, list[Any]] = {}  # by neuron: its last output, and the identity of its states then
         for name, module in model.named_modules():
@@ -120,7 +120,7 @@ class Recorder:
         if not isinstance(first, Tensor) or not first.is_floating_point():
             raise NoChain(f"{name} gives no tensor")
         given = Given.of(first)
-        self._order.append(Call(*self._read.pop(name), given))
+        self._order.append(Read(*self._read.pop(name), given))
         self.calls.setdefault(name, []).append(self._order[-1])
         output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
         if name in self.neurons:

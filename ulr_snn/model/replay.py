@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.call import model_outputs
+from ulr_snn.model.call import copied
 from ulr_snn.model.forward import Forward
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.model.passes import Pass
@@ -32,7 +32,7 @@ def sites_without_effect(forward: Forward, batch: Batch, p: Pass, sites: Collect
     found = set()
     for site in sites:
         forward.log.extra += 1
-        outputs, changed = replayed(forward, batch, p, batch.x.clone(), flipped=site)
+        outputs, changed = replayed(forward, batch, p, copied(batch.x), flipped=site)
         if torch.equal(outputs, p.outputs) and changed <= {site}:
             found.add(site)
     return found
@@ -46,7 +46,7 @@ def replayed(forward: Forward, batch: Batch, p: Pass, x: Tensor, flipped: str | 
     currents: dict[str, Tensor] = {}
     replays = [Replay(name, records, currents, batch.lengths, flipped) for name, _ in bound.layers]
     with forward.side_effects_once(), bind_sites(bound.model, replays, batch.lengths, bound.layers):
-        outputs = model_outputs(bound.model, x, bound.by_step)
+        outputs = bound.call.outputs(bound.model, x)
     return outputs, {r.site for r in p.records if r.current is None or not torch.equal(currents[r.site], r.current)}
 
 

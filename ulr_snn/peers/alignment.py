@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.call import check_outputs, model_outputs
+from ulr_snn.model.call import check_outputs
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.peers.surrogate import SurrogateBPTT, check_gradient
@@ -28,10 +29,10 @@ class FeedbackAlignment:
     neuron: SurrogateBPTT = field(default_factory=SurrogateBPTT)
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, *_: Any, **__: Any
+        self, model: nn.Module, loss: LossSpec, seed: int, interface: Interface, *_: Any, **__: Any
     ) -> "AlignmentAttachment":
         """Returns the attachment; see `Estimator.attach`. seed: seed of the random weights."""
-        return AlignmentAttachment(model, self, loss, seed, time_first)
+        return AlignmentAttachment(model, self, loss, seed, interface)
 
 
 @dataclass
@@ -55,8 +56,10 @@ class _Layer:
 class AlignmentAttachment(PeerAttachment):
     """Adds gradients by feedback alignment to `.grad`. The model is bound only inside `backward`."""
 
-    def __init__(self, model: nn.Module, peer: FeedbackAlignment, loss: LossSpec, seed: int, time_first: bool) -> None:
-        super().__init__(model, peer, loss, time_first)
+    def __init__(
+        self, model: nn.Module, peer: FeedbackAlignment, loss: LossSpec, seed: int, interface: Interface
+    ) -> None:
+        super().__init__(model, peer, loss, interface)
         self.seed = seed
         layers = spiking_layers(model)
         check_layers(model, layers)
@@ -64,17 +67,15 @@ class AlignmentAttachment(PeerAttachment):
             if not isinstance(neuron, LIF):
                 raise UsageError(f"{name} is no LIF or RecurrentLIF; FeedbackAlignment knows only these")
 
-    def backward(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
-    ) -> Estimate:
+    def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
-        batch = self.begun(x, targets, loss, lengths)
+        bound, batch = self.begun(x, targets, loss, lengths)
         x, lengths, objective = batch.x, batch.lengths, batch.objective
         if objective.costs:
             raise UsageError("FeedbackAlignment knows no costs of activity; leave SpikeBudget out")
         layers = [_Layer(name) for name, _ in spiking_layers(self.model)]
         with torch.enable_grad(), bind_sites(self.model, layers, lengths):
-            outputs = model_outputs(self.model, x)
+            outputs = bound.call.outputs(self.model, x)
         check_outputs(outputs, x.shape[0], x.shape[1])
         cut = outputs.detach().requires_grad_()
         with torch.enable_grad():
@@ -91,7 +92,7 @@ class AlignmentAttachment(PeerAttachment):
         ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
         tensors, gradients = zip(*ends, strict=True)
         torch.autograd.backward(tensors, gradients)
-        return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
+        return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step}, batch)
 
     def _credit(self, layer: _Layer, drive: Tensor, error: Tensor) -> Tensor:
         """Returns B e times the surrogate derivative, [T, B, ...]."""

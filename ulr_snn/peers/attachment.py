@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ulr_snn.estimators.base import Attachment
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.bound import Binder
+from ulr_snn.model.bound import Binder, BoundModel
+from ulr_snn.model.interface import Interface
 
 
 class PeerAttachment(Attachment):
@@ -18,16 +19,16 @@ class PeerAttachment(Attachment):
     has changed.
     """
 
-    def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool) -> None:
-        super().__init__(model, loss, time_first)
+    def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, interface: Interface) -> None:
+        super().__init__(model, loss, interface)
         self.peer = peer
         self.step = 0
         self.binder = Binder(model, {}, own_code=True)
 
-    def begun(self, x: Tensor, targets: Tensor, loss: LossSpec | None, lengths: Tensor | None) -> Batch:
-        """Returns the batch of this step, on the model's device."""
+    def begun(self, x: Any, targets: Any, loss: LossSpec | None, lengths: Tensor | None) -> tuple[BoundModel, Batch]:
+        """Returns the bound model, and the batch of this step as the model sees it."""
         objective = resolve(loss if loss is not None else self.loss)
-        return Batch.of(self.model, x, targets, lengths, objective, self.time_first)
+        return self.binder.bound(Batch.of(self.model, x, targets, lengths, objective, self.interface))
 
     def counted(self, losses: Tensor, passes: int) -> None:
         """Counts the step. Raises FloatingPointError for a loss that is not finite."""

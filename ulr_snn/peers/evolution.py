@@ -16,6 +16,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.call import generator_state, no_side_effects, set_generator_state
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.runner import Runner
 from ulr_snn.noise.firing import Logistic
@@ -59,30 +60,28 @@ class EvolutionStrategies:
             )
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, *_: Any, **__: Any
+        self, model: nn.Module, loss: LossSpec, seed: int, interface: Interface, *_: Any, **__: Any
     ) -> "EvolutionAttachment":
         """Returns the attachment; see `Estimator.attach`."""
-        return EvolutionAttachment(model, self, loss, seed, time_first)
+        return EvolutionAttachment(model, self, loss, seed, interface)
 
 
 class EvolutionAttachment(PeerAttachment):
     """Adds gradients by evolution strategies to `.grad`, from forward passes only."""
 
     def __init__(
-        self, model: nn.Module, peer: EvolutionStrategies, loss: LossSpec, seed: int, time_first: bool
+        self, model: nn.Module, peer: EvolutionStrategies, loss: LossSpec, seed: int, interface: Interface
     ) -> None:
-        super().__init__(model, peer, loss, time_first)
+        super().__init__(model, peer, loss, interface)
         names = [name for name, q in model.named_parameters() if q.requires_grad]
         self.sites = WeightSites(dict.fromkeys(names, peer.noise), seed, peer.antithetic)
         self.mean_loss: Tensor | None = None
 
     @torch.no_grad()
-    def backward(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
-    ) -> Estimate:
+    def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs one forward pass for each copy and adds to every trainable `.grad`; see `Attachment.backward`."""
-        batch = self.begun(x, targets, loss, lengths)
-        runner = Runner(self.binder.bound(batch), NoiseLevel(Logistic()))
+        bound, batch = self.begun(x, targets, loss, lengths)
+        runner = Runner(bound, NoiseLevel(Logistic()))
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):
             # Only the first copy has side effects, as an ordinary pass; all copies see the same dropout masks.
@@ -99,7 +98,7 @@ class EvolutionAttachment(PeerAttachment):
         signals = losses - baseline(losses, list(range(len(losses))), group, self.mean_loss)
         self.sites.add_gradients(self.model, self.step - 1, signals)
         self.mean_loss = moving(self.mean_loss, losses)
-        return Estimate(losses.mean(0), torch.stack(all_outputs), {"copies": len(losses), "step": self.step})
+        return Estimate(losses.mean(0), torch.stack(all_outputs), {"copies": len(losses), "step": self.step}, batch)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"mean_loss": self.mean_loss}

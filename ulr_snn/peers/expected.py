@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import LIF, spread_without_padding, step_mask
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.level import NoiseLevel
@@ -35,14 +36,14 @@ class ExpectedGradientBPTT:
         model: nn.Module,
         loss: LossSpec,
         seed: int,
-        time_first: bool,
+        interface: Interface,
         total_steps: int | None = None,
         *,
         progress: float | None = None,
         rates: bool = False,
     ) -> "ExpectedAttachment":
         """Returns the attachment; see `Estimator.attach`."""
-        return ExpectedAttachment(model, self, loss, seed, time_first, total_steps, progress)
+        return ExpectedAttachment(model, self, loss, seed, interface, total_steps, progress)
 
 
 class ExpectedAttachment(SurrogateAttachment):
@@ -54,11 +55,11 @@ class ExpectedAttachment(SurrogateAttachment):
         peer: ExpectedGradientBPTT,
         loss: LossSpec,
         seed: int,
-        time_first: bool,
+        interface: Interface,
         total_steps: int | None,
         progress: float | None = None,
     ) -> None:
-        super().__init__(model, peer, loss, time_first)
+        super().__init__(model, peer, loss, interface)
         self.seed, self.total_steps, self.level = seed, total_steps, NoiseLevel(peer.firing)
         self.fixed_progress = progress
 

@@ -17,7 +17,8 @@ from ulr_snn.kernels.reference import shift
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.activity import counting
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import check_outputs, model_outputs
+from ulr_snn.model.call import check_outputs
+from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment
 from ulr_snn.sites.binding import Layers, bind_sites, check_layers, spiking_layers
@@ -60,10 +61,10 @@ class SurrogateBPTT:
             raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
 
     def attach(
-        self, model: nn.Module, loss: LossSpec, seed: int, time_first: bool, *_: Any, **__: Any
+        self, model: nn.Module, loss: LossSpec, seed: int, interface: Interface, *_: Any, **__: Any
     ) -> "SurrogateAttachment":
         """Returns the attachment; see `Estimator.attach`. There is nothing random, so `seed` is not used."""
-        return SurrogateAttachment(model, self, loss, time_first)
+        return SurrogateAttachment(model, self, loss, interface)
 
     def derivative(self, drive: Tensor) -> Tensor:
         """Returns h'(d) for each d."""
@@ -172,8 +173,8 @@ def check_gradient(value: Tensor, peer: Any) -> None:
 class SurrogateAttachment(PeerAttachment):
     """Adds surrogate gradients to `.grad`. The model is bound only inside `backward`."""
 
-    def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, time_first: bool = True) -> None:
-        super().__init__(model, peer, loss, time_first)
+    def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, interface: Interface) -> None:
+        super().__init__(model, peer, loss, interface)
         self._bound: BoundModel | None = None  # of the last step
         self._know(spiking_layers(model))
 
@@ -196,12 +197,9 @@ class SurrogateAttachment(PeerAttachment):
                 "another library"
             )
 
-    def backward(
-        self, x: Tensor, targets: Tensor, loss: LossSpec | None = None, lengths: Tensor | None = None
-    ) -> Estimate:
+    def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
-        batch = self.begun(x, targets, loss, lengths)
-        bound = self.binder.bound(batch)
+        bound, batch = self.begun(x, targets, loss, lengths)
         if bound is not self._bound:
             self._know(bound.layers)
             self._bound = bound
@@ -209,14 +207,14 @@ class SurrogateAttachment(PeerAttachment):
         counted = counting(self.model, bound.layers, counts, batch.steps, batch.samples, batch.lengths)
         sites = self.sites(bound.layers, batch.x)
         with torch.enable_grad(), bind_sites(self.model, sites, batch.lengths, bound.layers), counted as activity:
-            outputs = model_outputs(self.model, batch.x, bound.by_step)
+            outputs = bound.call.outputs(self.model, batch.x)
         check_outputs(outputs, batch.steps, batch.samples)
         with torch.enable_grad():
             value = batch.objective(outputs, batch.targets, output_mask(batch.lengths, outputs), activity)
         self.counted(value, batch.samples)
         check_gradient(value, self.peer)
         value.mean().backward()
-        return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step})
+        return Estimate(value.detach(), outputs.detach()[None], {"copies": 1, "step": self.step}, batch)
 
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:
         """Returns the firing sites of this step, one for each layer; None for the layer's own firing."""

@@ -1,5 +1,6 @@
 """The optimizer and the learning rate schedule of a training."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +17,12 @@ LR_WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
 
 
 def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimizer:
-    """Returns the optimizer that `train` was given, made, or asked to make."""
+    """Returns the optimizer that `train` was given, made, or asked to make.
+
+    The default is Adam, each of whose parameters has the rate `lr` (1e-2) times a factor of its own (see
+    estimators/step_sizes.py): smaller where a step would move membranes by several thresholds, larger in a readout,
+    rising over the training if layers begin at rest, and over T for `Online()` with T time steps.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
@@ -29,7 +35,14 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
         return optimizer
     if not callable(optimizer):
         raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
-    return optimizer(trainable)
+    made = optimizer(trainable)
+    step = inspect.signature(made.step).parameters.get("closure") if isinstance(made, Optimizer) else None
+    if step is not None and step.default is step.empty:
+        raise UsageError(
+            f"{type(made).__name__} evaluates the loss several times a step, which random firing does not allow; use "
+            "an optimizer such as torch.optim.Adam"
+        )
+    return made
 
 
 def make_scheduler(

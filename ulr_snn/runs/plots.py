@@ -34,7 +34,8 @@ def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     """
     if not history:
         raise UsageError("there is no epoch to draw: train for at least one")
-    drawn = [name for name in _SCALE if any(entry.get(f"train_{name}") is not None for entry in history)]
+    names = [key.removeprefix("train_") for key in history[-1] if key.startswith("train_")]
+    drawn = [name for name in names if any(isinstance(entry.get(f"train_{name}"), float) for entry in history)]
     figure = _figure(4.5 * len(drawn), 3.6)
     for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, history, name)
@@ -46,7 +47,7 @@ def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> No
 
     for name, colour, marker in _CURVES:
         points = [(entry["epoch"], entry.get(f"{name}_{quantity}")) for entry in history]
-        points = [(epoch, _SCALE[quantity] * value) for epoch, value in points if value is not None]
+        points = [(epoch, _SCALE.get(quantity, 1.0) * value) for epoch, value in points if value is not None]
         if points:
             label = "training" if name == "train" else "validation"
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)

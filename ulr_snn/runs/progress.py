@@ -12,8 +12,8 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def report(entry: dict[str, Any], epochs: int) -> None:
-    """Writes a line on an epoch to stderr."""
+def report(entry: dict[str, Any], epochs: int, metrics: Iterable[str] = ()) -> None:
+    """Writes a line on an epoch to stderr. metrics: names of the user's metrics."""
     figures = [f"loss {entry['train_loss']:.4g}"]
     if entry["train_accuracy"] is not None:
         figures.append(f"accuracy {entry['train_accuracy']:.2%}")
@@ -21,6 +21,10 @@ def report(entry: dict[str, Any], epochs: int) -> None:
         figures.append(f"validation loss {entry['val_loss']:.4g}")
     if entry.get("val_accuracy") is not None:
         figures.append(f"validation accuracy {entry['val_accuracy']:.2%}")
+    for name in metrics:
+        for kind, label in (("train", ""), ("val", "validation ")):
+            if isinstance(value := entry.get(f"{kind}_{name}"), float):
+                figures.append(f"{label}{name} {value:.4g}")
     say(f"epoch {entry['epoch']}/{epochs}: {', '.join(figures)}, {entry['seconds']:.1f} s")
 
 

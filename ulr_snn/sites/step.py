@@ -14,6 +14,8 @@ from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.records import InPlaceGuard, LinkedRecord, Links, Record, Trace
 
+ANY_STEPS = 1 << 62  # as the number of time steps of a pass in which layers are counted
+
 
 @dataclass
 class StepSite:
@@ -56,7 +58,8 @@ class StepSite:
         if self.calls >= self.steps:
             raise UsageError(
                 f"{self.name} ran more than once in a time step, or over more steps than the {self.steps} of the "
-                "events; give each layer a neuron of its own, and a step of events to every step"
+                "events; give each layer a neuron of its own, and a step of events to every step (or layout='B' for a "
+                "static input that the model repeats itself)"
             )
         if self.noise is not None and not self.measured and self._link is None:
             self.arrived.append(current)
@@ -98,9 +101,10 @@ class StepSite:
 
     def finish(self) -> None:
         """Checks that the layer ran once a step. Calibrates the scale of its noise if it was measured."""
-        if self.calls not in (0, self.steps):
+        if self.calls not in (0, self.steps) and self.steps != ANY_STEPS:
             raise UsageError(
-                f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step"
+                f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step "
+                "(layout='BT' if events are [B, T, ...])"
             )
         if self.measured:
             self.measure()

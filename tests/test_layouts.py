@@ -1,0 +1,382 @@
+"""Batches as people bring them: axes, static inputs, several inputs, named parts, sequences of unequal length."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ulr_snn
+from ulr_snn import LIF, ULR, UsageError, attach, evaluate, plan, train
+
+STEPS, BATCH, INPUTS = 7, 5, 6
+snn = pytest.importorskip("snntorch")
+PASSES = [ULR(), ULR(credit="global", copies=4), ULR(credit="residual", copies=4)]
+
+
+def data(steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(steps, BATCH, INPUTS, generator=generator) < 0.5).double() * 2
+    return x, torch.arange(BATCH) % 3
+
+
+class Loop(nn.Module):
+    """Three layers in a loop over time, of events in one of three layouts."""
+
+    def __init__(self, layout: str, reduced: bool = False, axis: int | None = None, steps: int = STEPS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layout, self.reduced, self.steps = layout, reduced, steps
+        self.axis = int(layout == "BT") if axis is None else axis
+        self.fc1, self.lif1 = nn.Linear(INPUTS, 8), snn.Leaky(beta=0.9, reset_mechanism="zero")
+        self.fc2, self.lif2, self.fc3 = nn.Linear(8, 8), snn.Leaky(beta=0.8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        m1, m2, out = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+        frames = {"TB": x, "BT": x.transpose(0, 1), "B": [x] * self.steps}[self.layout]
+        for now in frames:
+            s, m1 = self.lif1(self.fc1(now), m1)
+            s, m2 = self.lif2(self.fc2(s), m2)
+            out.append(self.fc3(s))
+        outputs = torch.stack(out, self.axis)
+        return outputs.sum(self.axis) if self.reduced else outputs
+
+
+def gradients(model: nn.Module, x: object, y: object, estimator: ULR, **options: object) -> tuple[list[Tensor], Tensor]:
+    """Returns the gradients of two steps, and the losses of the second."""
+    with attach(model, estimator, seed=3, **options) as ulr:
+        for _ in range(2):
+            estimate = ulr.backward(x, y)
+    return [q.grad for q in model.parameters()], estimate.loss
+
+
+@pytest.mark.parametrize("estimator", PASSES, ids=lambda estimator: estimator.credit.name)
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("layout", ["BT", "B"])
+def test_a_layout_changes_no_number(layout, reduced, estimator):
+    """The gradient is that of the same net with time first, with the same noise, by scans and by the library's code."""
+    x, y = data()
+    x = x[:1].expand_as(x) if layout == "B" else x
+    given = {"BT": x.transpose(0, 1), "B": x[0]}[layout]
+    for axis in [1] if layout == "BT" and not reduced else [0, 1]:
+        model = Loop(layout, reduced, axis)
+        found, losses = gradients(model, given, y, estimator, layout=layout)
+        expected, others = gradients(Loop("TB", reduced), x, y, estimator)
+        if estimator.credit.name == "auto":
+            runs = [line for line in plan(model, (given, y), layout=layout).engine if line.startswith("engine")]
+            assert runs == ["engine: runs as a chain fc1 -> lif1 -> fc2 -> lif2 -> fc3, neurons as scans over time"]
+        torch.testing.assert_close(losses, others)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["TB", "BT", "B"])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_reported_figures_are_those_of_the_users_own_loop(layout, reduced):
+    x, y = data()
+    x = {"TB": x, "BT": x.transpose(0, 1), "B": x[0]}[layout].float()
+    model = Loop(layout, reduced).float()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        totals = outputs if reduced else outputs.sum(model.axis)
+        return nn.functional.cross_entropy(totals, targets, reduction="none")
+
+    result = train(model, [(x, y)] * 3, 2, loss=loss, layout=layout, val_loader=[(x, y)], progress=False, device="cpu")
+    own = loss(model(x), y).mean().item()
+    assert result.history[-1]["val_loss"] == pytest.approx(own, rel=1e-5)
+    assert evaluate(model, [(x, y)], loss=loss, layout=layout, device="cpu")["loss"] == pytest.approx(own, rel=1e-5)
+    named = evaluate(model, [(x, y)], layout=layout, device="cpu")
+    totals = model(x) if reduced else model(x).sum(model.axis)
+    assert named["accuracy"] == (totals.argmax(1) == y).double().mean().item()
+    with attach(model, loss=loss, layout=layout) as ulr:
+        assert ulr.backward(x, y).outputs.shape == (1, *model(x).shape)
+
+
+def test_a_batch_as_long_as_its_sequences_is_told_apart():
+    x, y = data(BATCH)
+    turned = Loop("BT", steps=BATCH)
+    found, _ = gradients(turned, x.transpose(0, 1), y, ULR(), layout="BT")
+    expected, _ = gradients(Loop("TB"), x, y, ULR())
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UsageError, match="layout='BT'"):
+        train(turned, [(x.transpose(0, 1), y)], 1, progress=False)
+
+
+def test_models_with_time_first_take_batches_with_the_batch_first():
+    x, y = data()
+    for model in (
+        nn.Sequential(nn.Linear(INPUTS, 8), LIF(), nn.Linear(8, 3)).double(),
+        nn.Sequential(nn.Linear(INPUTS, 8), snn.Leaky(0.9, init_hidden=True), nn.Linear(8, 3)).double(),
+    ):
+        found, _ = gradients(model, x.transpose(0, 1), y, ULR(), time_first=False)
+        found = [g.clone() for g in found]
+        model.zero_grad()
+        expected, _ = gradients(model, x, y, ULR())
+        torch.testing.assert_close(found, expected)
+
+
+def test_own_neurons_in_a_model_with_the_batch_first():
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(INPUTS, 8), LIF(), nn.Linear(8, 3)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.transpose(0, 1)).transpose(0, 1)
+
+    x, y = data()
+    torch.manual_seed(0)
+    model = Turned()
+    found, _ = gradients(model, x.transpose(0, 1), y, ULR(), layout="BT")
+    found = [g.clone() for g in found]
+    model.zero_grad()
+    expected, _ = gradients(model.net, x, y, ULR())
+    torch.testing.assert_close(found, expected)
+    assert (
+        "model: takes whole sequences with the batch first, [B, T, ...]"
+        in plan(model, (x.transpose(0, 1), y), layout="BT").engine
+    )
+
+
+@pytest.mark.parametrize("encoder", ["rate", "latency", "delta", "repeat"])
+def test_encoders_in_front_of_the_model(encoder):
+    spikegen = pytest.importorskip("snntorch.spikegen")
+    encode: Callable[[Tensor], Tensor] = {
+        "rate": lambda x: spikegen.rate(x, num_steps=STEPS),
+        "latency": lambda x: spikegen.latency(x, num_steps=STEPS, normalize=True, linear=True),
+        "delta": lambda x: spikegen.delta(x.repeat(STEPS, 1, 1) * torch.arange(STEPS)[:, None, None], threshold=0.5),
+        "repeat": lambda x: x.repeat(STEPS, 1, 1),
+    }[encoder]
+
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Loop("TB").float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(encode(x).float())
+
+    x, y = torch.rand(32, INPUTS, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+    x[torch.arange(32), y] = 1.0
+    x = (x > 0.9).float() * 0.9
+    result = train(Encoded(), [(x, y)] * 10, 10, layout="B", progress=False, device="cpu")
+    assert result.history[-1]["train_accuracy"] > 0.9
+
+
+def test_spikingjellys_encoder_and_a_layer_over_time():
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import encoding, functional, layer, neuron
+
+    class Net(nn.Module):  # as SpikingJelly's example for Fashion-MNIST
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(layer.Linear(INPUTS, 16), neuron.IFNode(), layer.Linear(16, 3), neuron.IFNode())
+            functional.set_step_mode(self, "m")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.unsqueeze(0).repeat(STEPS, 1, 1)).mean(0)
+
+    class Poisson(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder = encoding.PoissonEncoder()
+            self.layers = nn.Sequential(nn.Linear(INPUTS, 16), neuron.LIFNode(tau=2.0), nn.Linear(16, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(self.layers(self.encoder(x)) for _ in range(STEPS)) / STEPS
+
+    x, y = torch.rand(48, INPUTS, generator=torch.Generator().manual_seed(0)) / 2, torch.arange(48) % 3
+    x[torch.arange(48), y] = 1.0
+    for net in (Net, Poisson):
+        result = train(net(), [(x, y)] * 10, 8, layout="B", progress=False, device="cpu")
+        assert result.history[-1]["train_accuracy"] > 0.9, net
+    assert (
+        "model: takes a static input [B, ...], and repeats or encodes it itself"
+        in plan(Net(), (x, y), layout="B").engine
+    )
+
+
+class Two(nn.Module):
+    """Adds up two inputs over time, and one without."""
+
+    def __init__(self, static: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.static = static
+        self.net = nn.Sequential(nn.Linear(INPUTS, 8), LIF(), nn.Linear(8, 3)).double()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.static:
+            right = right.expand(len(left), *right.shape)
+        return self.net(torch.cat([left, right], -1))
+
+
+@pytest.mark.parametrize("layout", ["TB", "BT"])
+@pytest.mark.parametrize("estimator", PASSES, ids=lambda estimator: estimator.credit.name)
+@pytest.mark.parametrize("named", [False, True])
+def test_several_inputs(estimator, named, layout):
+    x, y = data()
+    left, right = x[..., :4], x[..., 4:]
+    expected, _ = gradients(Two().net, x, y, estimator)
+    turn = (lambda part: part.transpose(0, 1)) if layout == "BT" else (lambda part: part)
+    given = {"right": turn(right), "left": turn(left)} if named else (turn(left), turn(right))
+    found, _ = gradients(Two(), given, y, estimator, layout=layout)
+    torch.testing.assert_close(found, expected)
+    static = right[:1].expand_as(right)
+    expected, _ = gradients(Two().net, torch.cat([left, static], -1), y, estimator)
+    given = {"right": right[0], "left": turn(left)} if named else (turn(left), right[0])
+    found, _ = gradients(Two(static=True), given, y, estimator, layout=layout)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_forms_of_a_batch(by_step):
+    """Each form gives the loss that (x, y) gives."""
+    x, y = (torch.rand(STEPS, BATCH, INPUTS) < 0.5).float() * 2, torch.arange(BATCH) % 3
+    neuron = snn.Leaky(0.9, init_hidden=True) if by_step else LIF()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INPUTS, 8), neuron, nn.Linear(8, 3))
+    expected = evaluate(model, [(x, y)], device="cpu")
+    for batch in (
+        [x, y],
+        (x.numpy(), y.numpy()),
+        (x.numpy().astype(np.uint8), y.tolist()),
+        ((x,), y),
+        ([x], y),
+        {"x": x, "label": y},
+        {"events": x, "labels": y, "file": ["a"] * BATCH},
+        {"input": x.numpy(), "target": y.tolist()},
+        {"input": x, "label": y, "lengths": torch.full((BATCH,), STEPS)},
+    ):
+        found = evaluate(model, [batch], device="cpu")
+        assert found == pytest.approx(expected), batch
+
+
+def test_a_list_of_sequences_is_padded_and_has_lengths():
+    x, y = (torch.rand(STEPS, BATCH, INPUTS) < 0.5).float() * 2, torch.arange(BATCH) % 3
+    lengths = torch.tensor([7, 3, 5, 2, 7])
+    padded = x * (torch.arange(STEPS)[:, None] < lengths)[..., None]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INPUTS, 8), LIF(), nn.Linear(8, 3))
+    listed = [x[:length, i] for i, length in enumerate(lengths)]
+    found, losses = gradients(model, listed, y, ULR())
+    found = [g.clone() for g in found]
+    model.zero_grad()
+    with attach(model, seed=3) as ulr:
+        for _ in range(2):
+            estimate = ulr.backward(padded, y, lengths=lengths)
+    torch.testing.assert_close(losses, estimate.loss)
+    torch.testing.assert_close(found, [q.grad for q in model.parameters()])
+    as_arrays = evaluate(model, [([part.numpy() for part in listed], y)], device="cpu")
+    assert as_arrays == pytest.approx(evaluate(model, [(padded, y, lengths)], device="cpu"))
+
+
+def test_a_state_that_the_model_returns_is_carried():
+    """A model (x, state) -> (out, state) trains as its own loop over time does."""
+    norse = pytest.importorskip("norse.torch")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.lif, self.out, self.li = (
+                nn.Linear(INPUTS, 8),
+                norse.LIFCell(),
+                nn.Linear(8, 3),
+                norse.LICell(),
+            )
+
+        def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+            s1, s2 = (None, None) if state is None else state
+            z, s1 = self.lif(20 * self.fc(x), s1)
+            v, s2 = self.li(self.out(z), s2)
+            return v, (s1, s2)
+
+    class Own(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, out = None, []
+            for now in x:
+                v, state = self.net(now, state)
+                out.append(v)
+            return torch.stack(out)
+
+    class Spread(Net):  # the states one by one
+        def forward(self, x: Tensor, one: tuple | None = None, two: tuple | None = None) -> tuple:
+            v, state = super().forward(x, None if one is None else (one, two))
+            return v, *state
+
+    x, y = data()
+    x = x.float()
+    expected, _ = gradients(Own(Net()), x, y, ULR())
+    for net in (Net, Spread):
+        found, _ = gradients(net(), x, y, ULR())
+        torch.testing.assert_close(found, expected)
+        says = "model: takes one time step a call, with the state that it returned in the call before"
+        assert says in plan(net(), (x, y)).engine
+    own = Own(Net())(x)
+    loss = evaluate(Net(), [(x, y)], device="cpu")["loss"]
+    assert loss == pytest.approx(nn.functional.cross_entropy(own.sum(0), y).item())
+
+
+def test_a_second_argument_that_takes_no_state_is_left_alone():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.lif, self.out = nn.Linear(INPUTS, 8), snn.Leaky(0.9, init_hidden=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, scale: float | None = None) -> tuple[Tensor, str]:
+            assert scale is None or isinstance(scale, float)
+            return self.out(self.lif(self.fc(x))), "name"
+
+    x, y = data()
+    model = Net()
+    found, _ = gradients(model, x.float(), y, ULR())
+    chain = nn.Sequential(model.fc, model.lif, model.out)
+    found = [g.clone() for g in found]
+    model.zero_grad()
+    expected, _ = gradients(chain, x.float(), y, ULR())
+    torch.testing.assert_close(found, expected)
+
+
+X, Y = torch.rand(STEPS, BATCH, INPUTS), torch.arange(BATCH) % 3
+MODEL = nn.Sequential(nn.Linear(INPUTS, 8), LIF(), nn.Linear(8, 3))
+WRONG = {
+    "unknown layout": ((X, Y), {"layout": "BTC"}, "use 'TB', 'BT' or 'B'"),
+    "contradiction": ((X, Y), {"layout": "TB", "time_first": False}, "contradict each other"),
+    "no flag": ((X, Y), {"time_first": "no"}, "time_first='no'"),
+    "static image": ((X[0], Y), {}, r"layout='B'"),
+    "images": ((torch.rand(BATCH, 1, 2, 3), Y), {}, r"layout='B' for a static input"),
+    "static with lengths": ((X[0], Y, torch.ones(BATCH)), {"layout": "B"}, "leave lengths out"),
+    "third item": ((X, Y, ["subject"] * BATCH), {}, "third item of a batch is a list"),
+    "no inputs among the keys": ({"a": X, "b": X, "label": Y}, {}, "none is an argument of Sequential.forward"),
+    "two targets": ({"x": X, "label": Y, "target": Y}, {}, "rename all but one"),
+    "words as targets": ((X, ["a"] * BATCH), {}, "targets hold str"),
+    "no targets": (X, {}, r"give \(x, y\)"),
+    "only inputs": ([X], {}, r"give \(x, y\)"),
+    "inputs of unlike axes": (((X, X[:3, :2]), Y), {}, "same samples and time steps"),
+    "sequences of unlike features": (([X[:, 0], X[:4, 1], X[:, 2, :2], X[:, 3], X[:, 4]], Y), {}, "list of 5|list"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_batches_are_named(name):
+    batch, options, says = WRONG[name]
+    for use in (lambda: plan(MODEL, batch, **options), lambda: train(MODEL, [batch], 1, progress=False, **options)):
+        with pytest.raises(UsageError, match=says):
+            use()
+
+
+def test_lengths_and_a_model_that_reduces_over_time_do_not_meet():
+    lengths = torch.tensor([3, 7, 2, 7, 1])
+    with pytest.raises(UsageError, match="so that lengths cannot be kept"):
+        train(Loop("TB", reduced=True), [(*data(), lengths)], 1, progress=False)
+    averaging = nn.Sequential(*MODEL, ulr_snn.TimeAverage())
+    train(averaging, [(X, Y, lengths)], 1, progress=False, device="cpu")

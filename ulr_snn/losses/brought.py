@@ -1,0 +1,170 @@
+"""Losses that users bring: functions of their own, and loss objects of torch, snnTorch and torchmetrics."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.model.targets import Targets
+from ulr_snn.model.view import AS_IS, View
+
+LIBRARIES = ("torch", "snntorch", "torchmetrics")
+BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A user's loss as a function (outputs, targets, mask) -> [B]. view: the form of the model's outputs.
+
+    A function of the user's own gets outputs and targets in the user's form, with outputs zero on padding. An object of
+    a library gets them with time first. If it has a `reduction`, the mean over the batch is the number that the object
+    gives itself.
+    """
+
+    loss: Any
+    view: View = AS_IS
+
+    @classmethod
+    def of(cls, loss: Any) -> "Brought":
+        """Takes a loss. Raises UsageError for something that is no loss."""
+        if not callable(loss):
+            raise UsageError(f"loss={loss!r} is no loss; give a name or a callable (outputs, targets) -> [B]")
+        if of_torchmetrics(loss) and loss.higher_is_better:
+            raise UsageError(
+                f"{type(loss).__name__} is better when higher, but a loss is minimised; give its negative as a function"
+            )
+        return cls(loss)
+
+    def seen_by(self, view: View) -> "Brought":
+        """Returns the loss for a model whose outputs have this form."""
+        return replace(self, view=view)
+
+    @property
+    def reads_one(self) -> bool:
+        """True for a library's object, which reads one tensor."""
+        kind = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
+        return (getattr(kind, "__module__", None) or "").partition(".")[0] in LIBRARIES
+
+    @property
+    def number_of_classes(self) -> int | None:
+        """The number of classes of a population code (snnTorch's losses); None without one."""
+        return getattr(self.loss, "num_classes", None) if getattr(self.loss, "population_code", False) else None
+
+    @property
+    def reduction(self) -> str:
+        found = getattr(self.loss, "reduction", "none")
+        return found if found in ("mean", "sum") else "none"
+
+    @cached_property
+    def unreduced(self) -> Callable[[Any, Any], Any]:
+        """The loss without its reduction."""
+        if self.reduction == "none":
+            return self.loss
+        own = copy.copy(self.loss)
+        own.reduction = "none"
+        return own
+
+    def __call__(self, outputs: Tensor, targets: Targets | Tensor, mask: Tensor | None) -> Tensor:
+        targets = Targets.alone(targets)
+        whole = outputs
+        outputs = outputs if mask is None or outputs.ndim < 3 else outputs * mask
+        if of_torchmetrics(self.loss):
+            value = by_sample(copy.deepcopy(self.loss), self._time_first(outputs), targets.tensor, outputs.ndim >= 3)
+        elif self.reads_one and len(self.view.slots) <= 1:
+            value = self._of_library(outputs, targets.tensor, mask)
+        else:
+            value = self.unreduced(self.view.external(outputs), targets.external())
+            value = self._reduced(value, whole, targets.tensor, None) if self.reduction != "none" else value
+        return checked(value, whole)
+
+    def _of_library(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Any:
+        """Returns the value of a library's object, which sees time first."""
+        seen, over_time = self._time_first(outputs), outputs.ndim >= 3
+        if isinstance(self.loss, BY_CLASS) and over_time and targets.shape[:2] == outputs.shape[:2]:
+            each = self.unreduced(outputs.flatten(0, 1), targets.flatten(0, 1))
+            value = each.view(outputs.shape[:2]) if isinstance(each, Tensor) and each.ndim == 1 else each
+        else:
+            value = self._answer(seen, targets)
+        return self._reduced(value, outputs, targets, mask)
+
+    def _time_first(self, outputs: Tensor) -> Any:
+        """Returns the outputs in the user's form, but with time first."""
+        return self.view.time_first.external(outputs)
+
+    def _answer(self, outputs: Any, targets: Tensor) -> Any:
+        """Calls the loss. Raises UsageError if a cross-entropy of torch refuses outputs over time."""
+        try:
+            return self.unreduced(outputs, targets)
+        except (RuntimeError, ValueError) as error:
+            refused = isinstance(self.loss, BY_CLASS) and isinstance(outputs, Tensor) and outputs.ndim >= 3
+            if not refused or targets.ndim != 1:
+                raise
+            raise UsageError(
+                f"{type(self.loss).__name__} got outputs over time, {tuple(outputs.shape)}, and targets "
+                f"{tuple(targets.shape)}; use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
+            ) from error
+
+    def _reduced(self, value: Any, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Any:
+        """Returns one value a sample, whose mean over the batch is what the object gives itself."""
+        if self.reduction == "none" or not isinstance(value, Tensor) or value.ndim < 1:
+            return value
+        batch = int(outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2])
+        if batch and mask is not None:
+            value = value * mask.reshape(*mask.shape[:2], *[1] * (value.ndim - 2))
+        sums = value.movedim(batch, 0).flatten(1).sum(1) if value.ndim > 1 else value
+        if self.reduction == "sum":
+            return sums * len(sums)
+        weights = self._weights(targets)
+        if weights is not None:
+            return sums * len(sums) / weights.clamp(min=torch.finfo(sums.dtype).tiny)
+        each = value.numel() / len(sums)
+        if batch and mask is not None:
+            own = mask.reshape(*mask.shape[:2]).sum(0)
+            return sums / (own * (each / len(value)))
+        return sums / each
+
+    def _weights(self, targets: Tensor) -> Tensor | None:
+        """Returns the sum of the weights by which torch's cross-entropies divide; None for other means."""
+        if not isinstance(self.loss, BY_CLASS) or targets.is_floating_point():
+            return None
+        kept = targets != self.loss.ignore_index
+        if self.loss.weight is None:
+            return kept.sum()
+        return self.loss.weight[targets[kept]].sum()
+
+
+def of_torchmetrics(loss: Any) -> bool:
+    """Returns whether an object is a metric of torchmetrics."""
+    return any(kind.__module__ == "torchmetrics.metric" for kind in type(loss).__mro__)
+
+
+def by_sample(metric: Any, outputs: Tensor, targets: Tensor, over_time: bool) -> Tensor:
+    """Returns the value of a metric of torchmetrics for each sample alone, [B]. over_time: outputs are [T, B, ...]."""
+    axis = int(over_time)
+    target_axis = int(over_time and targets.shape[:2] == outputs.shape[:2])
+    values = []
+    for sample in range(outputs.shape[axis]):
+        metric.reset()
+        one = outputs.narrow(axis, sample, 1).contiguous()
+        values.append(metric(one, targets.narrow(target_axis, sample, 1).contiguous()))
+    return torch.stack(values)
+
+
+def checked(value: Any, outputs: Tensor) -> Tensor:
+    """Returns a loss in the type of the outputs. Raises UsageError unless it has one value for each sample."""
+    batch = outputs.shape[1] if outputs.ndim >= 3 else outputs.shape[0]
+    if isinstance(value, list | tuple | numpy.ndarray):  # the function does not use torch
+        value = torch.as_tensor(value)
+    shape = tuple(getattr(value, "shape", ()))
+    if shape != (batch,):
+        raise UsageError(
+            f"the loss returned shape {shape}; a likelihood ratio needs one value a sample, [{batch}] "
+            "(use reduction='none' and sum over everything but the batch)"
+        )
+    return value.to(outputs.device, outputs.dtype)

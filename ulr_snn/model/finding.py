@@ -1,0 +1,212 @@
+"""Finds how a model is called, by trial: with a few samples, in each way that the layout of its batches allows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.adapters import StepNeuron
+from ulr_snn.errors import UsageError
+from ulr_snn.model.batch import Batch
+from ulr_snn.model.call import Call, carries_state, check_outputs, copied, no_side_effects
+from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.trees import items, tensors
+from ulr_snn.model.view import Slot, View
+from ulr_snn.noise.firing import Logistic
+from ulr_snn.noise.level import NoiseLevel
+from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
+from ulr_snn.sites.step import ANY_STEPS
+
+# Errors that modules raise for a wrong shape. Any other error is a mistake in the model itself.
+OF_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+STEPS = 32  # time steps of a long sequence with which models are tried
+WAYS = {
+    "sequence": "a whole sequence [T, B, ...]",
+    "batch first": "a whole sequence [B, T, ...]",
+    "step": "a time step at a time",
+    "static": "a static input [B, ...]",
+}
+
+
+@dataclass
+class Trial:
+    """A trial of one way to call a model. shapes: those of each layer's inputs, one for each call; results: what the
+    model returned; selected: the part that is read; error: what it raised."""
+
+    way: str
+    layers: Layers
+    shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
+    results: list[Any] = field(default_factory=list)
+    selected: Any = None
+    error: Exception | None = None
+
+    @property
+    def by_call(self) -> dict[str, list[torch.Size]]:
+        """The shapes of the layers that run one time step a call."""
+        by_step = {name for name, layer in self.layers if isinstance(layer, StepNeuron) and not layer.whole}
+        others = {name for name, layer in self.layers} - by_step
+        return {name: shapes for name, shapes in self.shapes.items() if name not in others}
+
+    @property
+    def loops(self) -> bool:
+        """True if the model ran a layer of another library several times, as a loop over time does."""
+        return any(len(shapes) > 1 for shapes in self.by_call.values())
+
+    def steps(self) -> int:
+        """Returns the number of time steps that the model ran: calls of a layer, or the length of its sequences."""
+        known = {name for name, _ in self.layers}
+        calls = [len(shapes) for name, shapes in self.by_call.items() if name in known]
+        lengths = [shapes[0][0] for name, shapes in self.shapes.items() if name in known and name not in self.by_call]
+        if calls or lengths:
+            return max(calls + lengths)
+        return max((len(shapes) for shapes in self.shapes.values()), default=1)
+
+    def sees(self, steps: int, samples: int) -> bool:
+        """Returns whether all layers saw these axes. A layer that runs by itself over time shows which axis is time."""
+        for name, shapes in self.shapes.items():
+            if name not in self.by_call and any(shape[:2] != (steps, samples) for shape in shapes):
+                return False
+        others = [len(self.shapes[name]) for name in self.by_call]
+        return not (samples in others and steps not in others)
+
+
+def find_call(model: nn.Module, batch: Batch) -> tuple[Call, int]:
+    """Returns how a model is called, and the number of time steps of a pass. Only a few of a batch's samples are taken,
+    and of long sequences a part where the model takes it. Raises the model's error if no way fits. An error that says
+    nothing about shapes is raised at once."""
+    lengths = sorted({batch.steps if batch.static else min(STEPS, batch.steps), batch.steps})
+    for steps in lengths:
+        try:
+            call, found = found_with(model, few(batch, steps), batch)
+            return call, found if batch.static else batch.steps
+        except (RecursionError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # the model may need all time steps
+            if steps == lengths[-1]:
+                raise
+    raise AssertionError("no number of steps was tried")
+
+
+def found_with(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Call, int]:
+    """Returns how a model is called with events x [T, B, ...]; see `find_call`."""
+    layers, interface, inputs = spiking_layers(model), batch.interface, batch.inputs
+    own = bool(layers) and all(isinstance(neuron, SpikingNeuron) for _, neuron in layers)
+    trials: list[Trial] = []
+    for way in ways(interface.layout, own):
+        for carries in (True, False) if way == "step" and carries_state(model) else (False,):
+            call = Call(way, interface, inputs_of(inputs, way), carries=carries)
+            trial = tried(model, layers, call, x, check=interface.layout == "BT")
+            if trial.error is None:
+                steps = trial.steps() if way == "static" else len(x)
+                try:
+                    return finished(call, trial, steps, x.shape[1]), steps
+                except UsageError as error:
+                    trial.error = error
+            trials.append(trial)
+    raise refused(trials)
+
+
+def ways(layout: str, own: bool) -> list[str]:
+    """Returns the ways to call a model that are tried in turn. own: all its neurons are those of `ulr_snn`."""
+    if layout == "B":
+        return ["static"]
+    if layout == "BT":
+        return ["sequence", "batch first"] if own else ["batch first", "sequence", "step"]
+    return ["sequence"] if own else ["sequence", "step"]
+
+
+def few(batch: Batch, steps: int) -> Tensor:
+    """Returns the first time steps of a few samples [T, B, ...], in another number than there are time steps. A single
+    time step would not tell both axes apart."""
+    samples = 2 if max(steps, 2) == 3 else 3
+    x = batch.first_samples(samples, steps)
+    if len(x) == 1 and not batch.static:
+        x = x.repeat(2, *[1] * (x.ndim - 1))
+    return x if x.shape[1] == samples else x.repeat(1, samples, *[1] * (x.ndim - 2))[:, :samples]
+
+
+def inputs_of(inputs: View, way: str) -> View:
+    """Returns the form of several inputs for this way to call a model."""
+    turn = {"TB": "BT"} if way == "batch first" else {"BT": "TB"}
+    slots = tuple(replace(slot, axes=turn.get(slot.axes, slot.axes)) for slot in inputs.slots)
+    return replace(inputs, slots=slots)
+
+
+def tried(model: nn.Module, layers: Layers, call: Call, x: Tensor, check: bool) -> Trial:
+    """Calls a model and returns what it showed. check: whether both axes of a sequence are to be told apart."""
+    trial = Trial(call.way, layers)
+
+    def select(result: Any) -> Any:
+        trial.results.append(result)
+        return call.interface.select(result)
+
+    seen = replace(call, interface=replace(call.interface, output=select))
+    steps = ANY_STEPS if call.way == "static" else len(x)
+    running = bind(model, NoiseLevel(Logistic()), steps=steps, layers=layers)
+    try:
+        with no_side_effects(model), torch.no_grad(), running, watching(model, trial):
+            trial.selected = seen.selected(model, copied(x))
+        if check and not trial.sees(len(x), x.shape[1]):
+            raise UsageError(f"the model does not take {WAYS[call.way]}")
+    except (RecursionError, torch.OutOfMemoryError):
+        raise
+    except OF_SHAPES as error:
+        trial.error = error
+    return trial
+
+
+@contextmanager
+def watching(model: nn.Module, trial: Trial) -> Iterator[None]:
+    """Notes the shapes of the inputs of all spiking layers, and of modules of unknown classes."""
+    modules = {name: n if isinstance(n, SpikingNeuron) else n.module for name, n in trial.layers}
+    others = set(unknown(model))
+    modules |= {name: module for name, module in model.named_modules() if name in others}
+
+    def noted(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], Tensor):
+                trial.shapes.setdefault(name, []).append(given[0].shape)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(noted(name)).remove)
+        yield
+
+
+def finished(call: Call, trial: Trial, steps: int, samples: int) -> Call:
+    """Returns the call with the form of the outputs that it showed. Raises UsageError for outputs of no known form."""
+    slots = []
+    for tensor in tensors(trial.selected):
+        slot = Slot.of(tensor, steps, samples, call.way == "batch first")
+        if slot is None and call.way == "static":
+            slot = Slot.of(tensor, steps, samples, batch_first=True)
+        if slot is None:
+            check_outputs(tensor.transpose(0, 1) if call.way == "batch first" else tensor, steps, samples)
+            raise UsageError(f"the model returned shape {tuple(tensor.shape)}; return [T, B, C] or [B, C]")
+        slots.append(slot)
+    count = sum(
+        isinstance(item, Tensor) and (samples in item.shape[:1] or (steps, samples) == item.shape[:2])
+        for _, item in items(trial.results[0])
+    )
+    return replace(call, view=View.of(trial.selected, slots), count=1 if call.carries else count)
+
+
+def refused(trials: list[Trial]) -> Exception:
+    """Returns the error of the way that the model most likely means, with notes on the others."""
+    last = trials[-1]
+    one_step = last.way == "step" and last.layers and not any(trial.loops for trial in trials[:-1])
+    chosen = last if one_step else trials[0]
+    error = chosen.error
+    assert error is not None
+    for trial in trials:
+        other = trial.error
+        if trial.way != chosen.way and str(other) != str(error) and not isinstance(error, UsageError):
+            note = f"called with {WAYS[trial.way]}, it raises {type(other).__name__}: {other}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+    return error.with_traceback(error.__traceback__)

@@ -1,0 +1,154 @@
+"""The targets of a batch: a tensor, or a tree of tensors, for each sample or for each of its time steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from ulr_snn.errors import UsageError
+from ulr_snn.model.trees import mapped, tensors
+
+IGNORED = -100  # the label that torch's cross-entropies leave out
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor of targets, [T, B, ...] if over_time, else [B, ...]. turned: users gave it as [B, T, ...]."""
+
+    tensor: Tensor
+    over_time: bool = False
+    turned: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor, layout: str, steps: int, samples: int, features: int | None) -> "Leaf":
+        """Makes a leaf. features: number of outputs over time; 0 if outputs have no time axis; None: not known."""
+        shape = tensor.shape
+        values = tensor.ndim == 2 and tensor.is_floating_point()  # [B, C] may look like [B, T] or [T, B]
+        if tensor.ndim < 2 or (values and shape[0] == samples and features not in (None, 1)):
+            return cls(tensor)
+        if layout != "BT" and shape[:2] == (steps, samples):
+            return cls(tensor, over_time=True)
+        if layout != "TB" and features != 0 and shape[:2] == (samples, steps):
+            return cls(tensor.transpose(0, 1), over_time=True, turned=True)
+        return cls(tensor)
+
+    @property
+    def axis(self) -> int:
+        """The axis of the samples."""
+        return int(self.over_time)
+
+    def external(self) -> Tensor:
+        """Returns the tensor in the user's form."""
+        return self.tensor.transpose(0, 1) if self.turned else self.tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of a batch. tree: a `Leaf`, or a tuple, list or dict of leaves."""
+
+    tree: Any
+
+    @classmethod
+    def of(cls, tree: Any, layout: str, steps: int, samples: int, features: int | None = None) -> "Targets":
+        """Makes targets from tensors in the batch's layout. features: see `Leaf.of`."""
+        return cls(mapped(tree, lambda tensor: Leaf.of(tensor, layout, steps, samples, features)))
+
+    @classmethod
+    def alone(cls, targets: "Targets | Tensor") -> "Targets":
+        """Returns targets as they are, or makes them from a tensor in the form inside the library."""
+        return targets if isinstance(targets, Targets) else cls(Leaf(targets))
+
+    def moved(self, function: Any) -> "Targets":
+        """Returns targets with function(leaf) in place of each tensor."""
+        return Targets(mapped(self.tree, lambda x: Leaf(function(x), x.over_time, x.turned), Leaf))
+
+    def repeated(self, count: int) -> "Targets":
+        """Returns the targets of `count` copies of the batch, row = copy * B + sample."""
+        if count == 1:
+            return self
+        return self.moved(lambda x: torch.cat([x.tensor] * count, x.axis))
+
+    def part(self, steps: slice, samples: slice) -> "Targets":
+        """Returns the targets of these time steps and samples."""
+        return self.moved(lambda x: x.tensor[steps, samples] if x.over_time else x.tensor[samples])
+
+    def external(self) -> Any:
+        """Returns the targets in the user's form."""
+        return mapped(self.tree, Leaf.external, Leaf)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The only tensor, [T, B, ...] or [B, ...]. Raises UsageError for a tree of several."""
+        if not isinstance(self.tree, Leaf):
+            found: list[Leaf] = []
+            mapped(self.tree, found.append, Leaf)
+            if len(found) != 1:
+                raise UsageError(
+                    f"the targets are a {type(self.tree).__name__} of {len(found)} tensors; give a loss and metrics of "
+                    "your own that take them"
+                )
+            return found[0].tensor
+        return self.tree.tensor
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The tensor if it holds class indices, [B] or [T, B]; None for other targets."""
+        leaf = self.tree
+        if not isinstance(leaf, Leaf) or leaf.tensor.is_floating_point() or leaf.tensor.is_complex():
+            return None
+        return leaf.tensor if leaf.tensor.ndim == 1 + leaf.axis else None
+
+
+def as_tensors(given: Any) -> Any:
+    """Returns a tree of tensors. NumPy arrays, numbers and lists of numbers become tensors.
+
+    A list of tensors over time of unequal length is padded, class indices by -100 and numbers by 0, to [B, T, ...].
+    """
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, numpy.ndarray | numpy.generic | int | float):
+        return torch.as_tensor(given)
+    if (
+        isinstance(given, list | tuple)
+        and given
+        and all(isinstance(item, int | float | numpy.generic) for item in given)
+    ):
+        return torch.as_tensor(given)
+    if isinstance(given, list) and ragged(given):
+        parts = [torch.as_tensor(item) for item in given]
+        padding = 0 if parts[0].is_floating_point() else IGNORED
+        return torch.nn.utils.rnn.pad_sequence(parts, True, padding)
+    if isinstance(given, dict):
+        return {key: as_tensors(item) for key, item in given.items()}
+    if isinstance(given, list | tuple):
+        parts = [as_tensors(item) for item in given]
+        return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
+    raise UsageError(f"the targets hold {type(given).__name__} {given!r:.40}; give tensors, arrays or numbers")
+
+
+def ragged(items: list[Any]) -> bool:
+    """Returns whether a list holds the sequences of its samples, which differ in their length alone."""
+    shapes = [tuple(item.shape) if isinstance(item, Tensor | numpy.ndarray) else () for item in items]
+    return all(shapes) and len({shape[1:] for shape in shapes}) == 1 and len({shape[0] for shape in shapes}) > 1
+
+
+def check_samples(tree: Any, layout: str, steps: int, samples: int) -> None:
+    """Raises UsageError unless every tensor of the targets has an entry for each sample."""
+    for tensor in tensors(tree):
+        shape = tuple(tensor.shape)
+        over_time = shape[:2] == (steps, samples) and layout != "BT"
+        if shape[:1] == (samples,) or over_time:
+            continue
+        if layout == "B":
+            raise UsageError(
+                f"a static input holds {samples} samples, but there are {shape[0] if shape else 'no'} targets; give "
+                "one target a sample"
+            )
+        hint = "give one target a sample, or one a step in the batch's layout"
+        if shape[:1] == (steps,):
+            static = ", or layout='B' for a static input [B, ...]" if layout == "TB" else ""
+            hint = f"the time axis looks swapped, pass time_first={layout == 'BT'}{static}"
+        count = shape[0] if shape else "no"
+        raise UsageError(f"events hold {samples} samples of {steps} steps, but there are {count} targets; {hint}")
