@@ -620,7 +620,7 @@ def derived_neurons() -> dict[str, Callable[[], nn.Module]]:
 
 @pytest.mark.parametrize("name", ["Once", "Counting", "Leaking", "Rounding", "Firing"])
 def test_derived_neurons_train_by_their_own_equations(name, monkeypatch):
-    """A class that decides on spikes as its base does is adapted like it. Others are black boxes. None uses a surrogate."""
+    """A class that decides on spikes as its base does is adapted like it. Others are black boxes."""
     functional = library_of("spikingjelly.activation_based.functional")
     torch.manual_seed(0)
     neuron = derived_neurons()[name]()
