@@ -258,6 +258,23 @@ def test_a_data_set(tmp_path, monkeypatch):
     assert tuple(x.shape) == (10, 6, INPUTS) and x.sum() == 60
 
 
+def test_a_data_set_of_events(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.registry, "ENTRIES", dict(data.registry.ENTRIES))
+    events = Recordings(np.arange(0, 60_000, 1_000), np.arange(60) % 8, np.arange(0, 61, 10), np.arange(6) % 3)
+
+    def find(root):
+        return data.Recorded(
+            str(root), "version 1", lambda: data.Raw((2, 2, 2), None, {"train": [events], "test": [events]})
+        )
+
+    data.register("blinks", data.Entry(span_us=100_000, bin_us=10_000, find=find))
+    arguments = {"polarity": "merged", "downsample": 2, "augment": data.Augmentation(shift=0), "validation": 0.5}
+    train, validation, test = data.load("blinks", tmp_path, cache_dir=tmp_path, **arguments)
+    assert (len(train), len(validation), len(test)) == (3, 3, 6) and train.classes == 3
+    x, _ = next(iter(data.loader(test, batch_size=6)))
+    assert tuple(x.shape) == (10, 6, 1, 1, 1) and x.sum() == 60
+
+
 def test_a_peer(monkeypatch):
     monkeypatch.setitem(peers.METHODS, "difference", Difference)
     found = ulr_snn.compare(net(), [batch()] * 3, [batch()], ("ulr", "difference"), epochs=1, progress=False)

@@ -121,12 +121,26 @@ ORDER = [
     "estimators.online",
     "evaluate",
     "data.binning",
+    "data.mapped",
     "data.cache",
+    "data.augment",
+    "data.view",
     "data.events",
     "data.splits",
+    "data.entry",
+    "data.assemble",
+    "data.files",
     "data.digits",
     "data.tonic",
+    "data.sets",
+    "data.sets.asldvs",
+    "data.sets.cifar10dvs",
+    "data.sets.dvsgesture",
+    "data.sets.ncaltech101",
+    "data.sets.ncars",
+    "data.sets.smnist",
     "data.registry",
+    "data.sequences",
     "data",
     "peers.attachment",
     "peers.evolution",
@@ -151,7 +165,20 @@ ORDER = [
 ROOMS = 22  # entries of the package's top folder, at most
 LINES, BODY = 400, 60  # of a file and of a function, at most, kernels aside
 # Imported where they are needed, so that the library loads quickly and works with what is installed.
-LAZY = ("h5py", "matplotlib", "numba", "requests", "safetensors", "sklearn", "tonic", "tqdm", "triton", *libraries())
+LAZY = (
+    "aedat",
+    "h5py",
+    "matplotlib",
+    "numba",
+    "requests",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tonic",
+    "tqdm",
+    "triton",
+    *libraries(),
+)
 
 
 def module_name(file: Path) -> str:

@@ -1,18 +1,75 @@
 """The event data set. It stores recordings as lists of occupied cells and makes each batch dense."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from math import prod
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from ulr_snn.data.binning import Binned
+from ulr_snn.data.augment import Transform, augmented
+from ulr_snn.data.binning import Binned, Rows, Timed, bin_events
 from ulr_snn.errors import UsageError
 
+Place = int | tuple[int, int]
 Collated = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+class CellSource(Protocol):
+    """Gives the occupied cells of recordings. Cell t * features + f is input f in time bin t."""
+
+    def take(self, rows: np.ndarray, seeds: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns `(cells, counts, sizes)` of some recordings, one after another; sizes: cells of each recording.
+
+        seeds: one for each recording, of what is random in it; None draws it from PyTorch's global generator.
+        """
+        ...
+
+
+class BinnedSource:
+    """Recordings that were binned before."""
+
+    def __init__(self, binned: Binned) -> None:
+        self.binned = binned
+
+    def take(self, rows: np.ndarray, seeds: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        records, sizes = gather(self.binned, rows)
+        return records["cell"], records["count"], sizes
+
+
+@dataclass(frozen=True)
+class TimedSource:
+    """Recordings that are augmented and binned when they are fetched. transforms: random changes of their events."""
+
+    timed: Timed
+    lengths: np.ndarray  # time bins of each recording
+    bin_us: int
+    sample_shape: tuple[int, ...]
+    transforms: Sequence[Transform] = ()
+
+    def take(self, rows: np.ndarray, seeds: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        records, sizes = gather(self.timed, rows)
+        parts = np.split(records, np.cumsum(sizes)[:-1])
+        drawn = [int(torch.randint(2**62, ())) if seed is None else seed for seed in seeds] if self.transforms else []
+        chunk, owner = augmented(self.transforms, parts, drawn or [0] * len(parts), self.sample_shape)
+        chunk = replace(chunk, labels=self.timed.labels[rows])
+        binned = bin_events(owner, chunk, self.lengths[rows], prod(self.sample_shape), self.bin_us)
+        return binned.records["cell"], binned.records["count"], np.diff(binned.offsets)
+
+
+def gather(table: Rows, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the records of some recordings, one after another, and the number of each recording."""
+    starts, stops = table.offsets[rows], table.offsets[rows + 1]
+    sizes = stops - starts
+    found = np.empty(int(sizes.sum()), table.records.dtype)
+    end = np.cumsum(sizes)
+    for start, stop, first, last in zip(starts, stops, end - sizes, end, strict=True):
+        found[first:last] = table.records[start:stop]
+    return found, sizes
 
 
 class EventDataset(Dataset[Any]):
@@ -24,33 +81,65 @@ class EventDataset(Dataset[Any]):
     targets: int64 tensor [n], the labels.
     lengths: int64 tensor [n], the number of time bins of each recording.
     binary: whether x holds 0 and 1, or counts of events (at most 255).
+    augments: whether recordings change at random each time (`load(augment=)`).
+
+    A place of `dense`, `sparse` or a batch is an index, or `(index, seed)`, where the seed determines the augmentation.
     """
 
     def __init__(self, binned: Binned, sample_shape: tuple[int, ...], classes: int, binary: bool) -> None:
+        self._set(BinnedSource(binned), binned.labels, binned.lengths, sample_shape, classes, binary)
+
+    def _set(
+        self,
+        source: CellSource,
+        labels: np.ndarray,
+        lengths: np.ndarray,
+        sample_shape: tuple[int, ...],
+        classes: int,
+        binary: bool,
+    ) -> None:
         self.sample_shape = tuple(sample_shape)
         self.classes = classes
         self.binary = binary
-        self.time_bins = int(binned.lengths.max(initial=0))
-        self.targets = torch.from_numpy(binned.labels)
-        self.lengths = torch.from_numpy(binned.lengths)
-        self._cells = binned.cells
-        self._counts = binned.counts
-        self._starts = binned.offsets[:-1]
-        self._sizes = np.diff(binned.offsets)
+        self.time_bins = int(lengths.max(initial=0))
+        self.targets = torch.from_numpy(labels)
+        self.lengths = torch.from_numpy(lengths)
+        self._source = source
+        self._rows = np.arange(len(labels))
+
+    @classmethod
+    def of_events(cls, source: TimedSource, classes: int, binary: bool) -> "EventDataset":
+        """Returns a data set that bins its recordings when they are fetched."""
+        dataset: EventDataset = object.__new__(cls)
+        dataset._set(source, source.timed.labels, source.lengths, source.sample_shape, classes, binary)
+        return dataset
+
+    @property
+    def augments(self) -> bool:
+        return isinstance(self._source, TimedSource) and bool(self._source.transforms)
+
+    def plain(self) -> "EventDataset":
+        """Returns the data set without augmentation. It shares the events."""
+        if not isinstance(self._source, TimedSource):
+            return self
+        part = self.subset(range(len(self)))
+        part._source = replace(self._source, transforms=())
+        return part
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, place: Place) -> tuple[Tensor, int]:
+        index, _ = _split(place)
         if not -len(self) <= index < len(self):
             raise IndexError(f"recording {index} of {len(self)}")
-        x, _, _ = self.dense([index])
+        x, _, _ = self.dense([place])
         return x[:, 0], int(self.targets[index])
 
-    def __getitems__(self, indices: Sequence[int]) -> "EventBatch":
-        return EventBatch(self, indices)
+    def __getitems__(self, places: Sequence[Place]) -> "EventBatch":
+        return EventBatch(self, places)
 
-    def dense(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def dense(self, indices: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `(x, y, lengths)` of some recordings: x uint8 [T, B, *sample_shape], y and lengths int64 [B].
 
         T is the longest of their lengths. x is zero beyond a recording's own length.
@@ -60,7 +149,7 @@ class EventDataset(Dataset[Any]):
         x[place] = counts
         return torch.from_numpy(x).view(shape), *self._about(indices)
 
-    def sparse(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def sparse(self, indices: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `(x, y, lengths)` like `dense`, but x is a coalesced sparse COO tensor, made without frames."""
         place, counts, shape = self._placed(indices)
         order = np.argsort(place, kind="stable")
@@ -69,25 +158,22 @@ class EventDataset(Dataset[Any]):
         x = torch.sparse_coo_tensor(cells, values, shape, is_coalesced=True, check_invariants=False)
         return x, *self._about(indices)
 
-    def _about(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = np.asarray(indices, dtype=np.int64)
+    def _about(self, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
+        chosen = [_split(place)[0] for place in places]
         return self.targets[chosen], self.lengths[chosen]
 
-    def _placed(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, torch.Size]:
+    def _placed(self, places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray, torch.Size]:
         """Returns the places of occupied cells in the flattened batch [T, B, *sample_shape], their counts, and the
         batch's shape."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        features = int(np.prod(self.sample_shape))
+        split = [_split(place) for place in places]
+        chosen = np.array([index for index, _ in split], np.int64)
+        features = prod(self.sample_shape)
         batch, steps = len(chosen), int(self.lengths[chosen].max())
-        sizes = self._sizes[chosen]
-        # `source` indexes all events of the batch in the flat list, one recording after another.
-        run_start = np.cumsum(sizes) - sizes
-        source = np.arange(sizes.sum()) + np.repeat(self._starts[chosen] - run_start, sizes)
-        cells = self._cells[source]
+        cells, counts, sizes = self._source.take(self._rows[chosen], [seed for _, seed in split])
         # Cell t * features + f of sample b lies at (t * batch + b) * features + f in [T, B, features].
         place = cells + (cells // features).astype(np.int64) * ((batch - 1) * features)
         place += np.repeat(np.arange(batch) * features, sizes)
-        counts = np.ones(len(place), np.uint8) if self.binary else self._counts[source]
+        counts = np.ones(len(place), np.uint8) if self.binary else np.ascontiguousarray(counts)
         return place, counts, torch.Size((steps, batch, *self.sample_shape))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "EventDataset":
@@ -96,15 +182,35 @@ class EventDataset(Dataset[Any]):
         part = object.__new__(EventDataset)
         part.__dict__.update(self.__dict__)
         part.targets, part.lengths = self.targets[chosen], self.lengths[chosen]
-        part._starts, part._sizes = self._starts[chosen], self._sizes[chosen]
+        part._rows = self._rows[chosen]
         return part
+
+
+def _split(place: Place) -> tuple[int, int | None]:
+    return (int(place[0]), int(place[1])) if isinstance(place, tuple) else (int(place), None)
+
+
+class SeededSampler(Sampler[Place]):
+    """Gives each index of an epoch with a seed for its augmentation. Both follow from the generator alone."""
+
+    def __init__(self, indices: Sampler[int], generator: torch.Generator) -> None:
+        self.indices = indices
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.indices)  # type: ignore[arg-type]  # torch's samplers have a length, their base class has none
+
+    def __iter__(self) -> Iterator[Place]:
+        epoch = int(torch.randint(2**62, (), generator=self.generator))
+        for index in self.indices:
+            yield index, epoch * 2**32 + index
 
 
 class EventBatch(Sequence[Any]):
     """A batch that a DataLoader fetches. `collate` makes it dense in one scatter; for other collate functions it is a
     sequence of `(x, y)` items."""
 
-    def __init__(self, dataset: EventDataset, indices: Sequence[int]) -> None:
+    def __init__(self, dataset: EventDataset, indices: Sequence[Place]) -> None:
         self.dataset = dataset
         self.indices = indices
 
@@ -158,19 +264,28 @@ def loader(
 ) -> DataLoader[Any]:
     """Returns a DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
-    With `shuffle=True` every epoch has another order. num_workers: number of processes that fetch batches ahead.
-    sparse: whether batches are sparse tensors. pin_memory: whether batches are in pinned memory, which a GPU reads
-    while it computes; None: only if there is a GPU and batches are dense.
+    With `shuffle=True` every epoch has another order. A data set that augments gives other events in every epoch, the
+    same for the same `seed`, whatever the number of processes.
+
+    num_workers: number of processes that fetch batches ahead. sparse: whether batches are sparse tensors. pin_memory:
+    whether batches are in pinned memory, which a GPU reads while it computes; None: only if there is a GPU and batches
+    are dense.
     """
     if pin_memory is None:
         pin_memory = torch.cuda.is_available() and not sparse
+    generator = torch.Generator().manual_seed(seed)
+    sampler = None
+    if isinstance(dataset, EventDataset) and dataset.augments:
+        indices = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
+        sampler, shuffle = SeededSampler(indices, generator), False
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
+        sampler=sampler,
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=partial(collate, sparse=sparse),
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
     )

@@ -24,7 +24,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 def split(dataset: EventDataset, fraction: float, seed: int = 0) -> tuple[EventDataset, EventDataset]:
     """Returns two data sets `(rest, held_out)`, with about `fraction` of every class in the second.
 
-    The same seed gives the same split. Both data sets share the events of `dataset` and keep its order.
+    The same seed gives the same split. Both data sets share the events of `dataset` and keep its order. The second is
+    not augmented.
     Raises UsageError if either part would be empty.
     """
     rest, held_out = stratified(dataset.targets.numpy(), fraction if 0 < fraction < 1 else 0.0, seed)
@@ -33,4 +34,22 @@ def split(dataset: EventDataset, fraction: float, seed: int = 0) -> tuple[EventD
             f"fraction={fraction!r} of {len(dataset)} recordings leaves one side of the split empty; "
             "give a fraction between 0 and 1 that takes a recording of some class and leaves others"
         )
-    return dataset.subset(rest), dataset.subset(held_out)
+    return dataset.subset(rest), dataset.subset(held_out).plain()
+
+
+def balanced(dataset: EventDataset, per_class: int, seed: int = 0) -> EventDataset:
+    """Returns a data set of `per_class` recordings of every class, in the order of `dataset`, whose events it shares.
+
+    The same seed gives the same recordings. Raises UsageError if a class has fewer.
+    """
+    labels = dataset.targets.numpy()
+    sizes = np.bincount(labels, minlength=dataset.classes)
+    if isinstance(per_class, bool) or not isinstance(per_class, (int, np.integer)) or not 1 <= per_class <= sizes.min():
+        raise UsageError(
+            f"per_class={per_class!r} recordings of every class are not there; give an integer from 1 to the size of "
+            f"the smallest class, {sizes.min()}"
+        )
+    draws = np.random.PCG64(seed).random_raw(len(labels))
+    order = np.lexsort((draws, labels))
+    starts = np.cumsum(sizes) - sizes
+    return dataset.subset(np.sort(np.concatenate([order[start : start + per_class] for start in starts])))

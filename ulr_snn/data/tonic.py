@@ -1,4 +1,4 @@
-"""Readers of recordings in the formats of N-MNIST and of the Spiking Heidelberg Digits (SHD), in tonic's folders.
+"""Readers of recordings in the formats of N-MNIST and of the Heidelberg spiking sets (SHD, SSC), in tonic's folders.
 
 Subsets are supported, and nothing is downloaded. `tonic.io.read_mnist_file` reads N-MNIST's files, since
 `tonic.datasets.NMNIST` starts a download unless it counts 10,000 files a split. h5py reads SHD's files, since
@@ -6,8 +6,6 @@ Subsets are supported, and nothing is downloaded. `tonic.io.read_mnist_file` rea
 imported only to read recordings, not if the recordings come from the cache.
 """
 
-import hashlib
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from ulr_snn.data.binning import Recordings
+from ulr_snn.data.entry import Entry, Raw, Recorded, Root
+from ulr_snn.data.files import CHUNK, damaged, find_folder, fingerprint, missing, needs, offsets
 from ulr_snn.errors import UsageError
 
 NMNIST_SHAPE = (2, 34, 34)  # channel 1 is ON
@@ -25,17 +25,8 @@ NMNIST_CLASSES = 10
 NMNIST_FOLDERS = {"train": "Train", "test": "Test"}
 NMNIST_EVENT_BYTES = 5
 SHD_FILES = {"train": "shd_train.h5", "test": "shd_test.h5"}
+SSC_FILES = {"train": "ssc_train.h5", "validation": "ssc_valid.h5", "test": "ssc_test.h5"}
 SHD_UNITS = (128, 700)
-CHUNK = 2_000  # number of recordings whose raw events are in memory at a time
-
-
-def fingerprint(files: list[Path]) -> str:
-    """Returns a hash of the paths, sizes and modification times of `files`, without reading the files."""
-    state = hashlib.blake2b(digest_size=16)
-    for file in files:
-        status = os.stat(file)
-        state.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return state.hexdigest()
 
 
 def nmnist_files(folder: Path, split: str) -> list[Path]:
@@ -46,7 +37,7 @@ def nmnist_files(folder: Path, split: str) -> list[Path]:
     base = folder / NMNIST_FOLDERS[split]
     files = sorted(base.glob("*/*.bin"))
     if not files:
-        raise UsageError(f"no recordings {base}/<digit>/*.bin; unpack {base.name}.zip there, or give another root=")
+        raise missing(base / "<digit>" / "*.bin")
     for name in sorted({file.parent.name for file in files}):
         if not (len(name) == 1 and name in "0123456789"):
             raise UsageError(
@@ -60,7 +51,7 @@ def read_nmnist(files: list[Path]) -> Iterator[Recordings]:
 
     Raises UsageError, with the file's name, if a file is empty, cut short, or has events outside 34x34 pixels.
     """
-    tonic_io = _needs("tonic.io", "N-MNIST")
+    tonic_io = needs("tonic.io", "N-MNIST")
     fields = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
     for start in range(0, len(files), CHUNK):
         part = files[start : start + CHUNK]
@@ -68,7 +59,7 @@ def read_nmnist(files: list[Path]) -> Iterator[Recordings]:
         yield Recordings(
             time=np.concatenate([event["t"] for event in events]),
             feature=np.concatenate([(event["p"] * 34 + event["y"]) * 34 + event["x"] for event in events]),
-            offsets=_offsets([len(event) for event in events]),
+            offsets=offsets([len(event) for event in events]),
             labels=np.array([int(file.parent.name) for file in part]),
         )
 
@@ -76,26 +67,26 @@ def read_nmnist(files: list[Path]) -> Iterator[Recordings]:
 def _read_nmnist_file(tonic_io: ModuleType, file: Path, fields: np.dtype) -> np.ndarray:
     size = os.stat(file).st_size
     if size == 0 or size % NMNIST_EVENT_BYTES:
-        raise _damaged(file, f"has {size} bytes, not a positive multiple of {NMNIST_EVENT_BYTES}")
+        raise damaged(file, f"has {size} bytes, not a positive multiple of {NMNIST_EVENT_BYTES}")
     events = tonic_io.read_mnist_file(os.fspath(file), dtype=fields)
     for axis, pixels in (("x", NMNIST_SHAPE[2]), ("y", NMNIST_SHAPE[1])):
         largest = events[axis].max(initial=0)
         if largest >= pixels:
-            raise _damaged(file, f"has an event at {axis}={largest}, outside N-MNIST's 34x34 pixels")
+            raise damaged(file, f"has an event at {axis}={largest}, outside N-MNIST's 34x34 pixels")
     return events
 
 
-def shd_files(folder: Path) -> dict[str, Path]:
-    """Returns `shd_train.h5` and `shd_test.h5` in `folder`, by split. Raises UsageError if one is missing."""
-    files = {split: folder / name for split, name in SHD_FILES.items()}
+def shd_files(folder: Path, names: dict[str, str] = SHD_FILES) -> dict[str, Path]:
+    """Returns the files of `names` in `folder`, by split. Raises UsageError if one is missing."""
+    files = {split: folder / name for split, name in names.items()}
     for file in files.values():
         if not file.is_file():
-            raise UsageError(f"no recordings {file}; put SHD's unpacked {file.name} there, or give another root=")
+            raise missing(file)
     return files
 
 
 def shd_shape(files: dict[str, Path]) -> tuple[int, int]:
-    """Returns `(units, classes)` of both files together.
+    """Returns `(units, classes)` of all files together.
 
     The files do not contain the number of units, and the last unit need not fire. So the number is the smallest known
     size that holds all units that fire: 128 (spoken-digits) or 700 (SHD). Classes are the names in `extra/keys`, else
@@ -110,9 +101,9 @@ def shd_shape(files: dict[str, Path]) -> tuple[int, int]:
                 largest = max(largest, *(int(units.max(initial=0)) for units in part))
             names = len(content["extra/keys"]) if "extra/keys" in content else int(labels.max(initial=0)) + 1
             if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < names:
-                raise _damaged(file, f"has {len(labels)} labels, but not one or more from 0..{names - 1}")
+                raise damaged(file, f"has {len(labels)} labels, but not one or more from 0..{names - 1}")
         if largest >= SHD_UNITS[-1]:
-            raise _damaged(file, f"has a spike of unit {largest}, but SHD has {SHD_UNITS[-1]} units")
+            raise damaged(file, f"has a spike of unit {largest}, but SHD has {SHD_UNITS[-1]} units")
         classes = max(classes, names)
     return min(units for units in SHD_UNITS if units > largest), classes
 
@@ -129,39 +120,62 @@ def read_shd(file: Path) -> Iterator[Recordings]:
             times, units = content["spikes/times"][part], content["spikes/units"][part]
             sizes = [len(sample) for sample in times]
             if sizes != [len(sample) for sample in units] or len(sizes) != len(labels[part]):
-                raise _damaged(file, "has other numbers of times, units and labels")
+                raise damaged(file, "has other numbers of times, units and labels")
             seconds = np.concatenate(times).astype(np.float64)
             feature = np.concatenate(units).astype(np.int64)
             if not np.all((seconds >= 0) & np.isfinite(seconds) & (feature >= 0)):
-                raise _damaged(file, "has spikes whose time or unit is negative or not finite")
-            yield Recordings((seconds * 1e6).astype(np.int64), feature, _offsets(sizes), labels[part])
+                raise damaged(file, "has spikes whose time or unit is negative or not finite")
+            yield Recordings((seconds * 1e6).astype(np.int64), feature, offsets(sizes), labels[part])
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """Opens the HDF5 file for reading. Errors of h5py and NumPy in its contents become a UsageError."""
-    h5py = _needs("h5py", "SHD")
+    h5py = needs("h5py", "SHD")
     try:
         with h5py.File(file, "r") as content:
             yield content
     except UsageError:
         raise
     except (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(file, f"cannot be read as recordings in SHD's format ({error})") from error
+        raise damaged(file, f"cannot be read as recordings in SHD's format ({error})") from error
 
 
-def _damaged(file: Path, what: str) -> UsageError:
-    return UsageError(f"{file} {what}: it is damaged or of another format; copy it anew")
+def _find_nmnist(root: Root) -> Recorded:
+    folder = find_folder(root, ("NMNIST", "saccade-mnist/NMNIST"), "Train")
+    files = {split: nmnist_files(folder, split) for split in ("train", "test")}
+
+    def read() -> Raw:
+        return Raw(NMNIST_SHAPE, NMNIST_CLASSES, {split: read_nmnist(part) for split, part in files.items()})
+
+    return Recorded(str(folder), fingerprint(files["train"] + files["test"]), read)
 
 
-def _needs(module: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"reading {what} needs {error.name or module}; install it with `pip install ulr_snn[tonic]`"
-        ) from error
+def _find_heidelberg(root: Root, folders: tuple[str, ...], names: dict[str, str]) -> Recorded:
+    files = shd_files(find_folder(root, folders, names["train"]), names)
+
+    def read() -> Raw:
+        units, classes = shd_shape(files)
+        return Raw((units,), classes, {split: read_shd(file) for split, file in files.items()})
+
+    return Recorded(str(files["train"].parent), fingerprint(list(files.values())), read)
 
 
-def _offsets(sizes: list[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+def _fetch_nmnist(root: Path) -> None:
+    for train in (True, False):
+        needs("tonic.datasets", "N-MNIST").NMNIST(save_to=str(root), train=train)
+
+
+def _fetch_shd(root: Path) -> None:
+    for train in (True, False):
+        needs("tonic.datasets", "SHD").SHD(save_to=str(root), train=train)
+
+
+def _fetch_ssc(root: Path) -> None:
+    for split in ("train", "valid", "test"):
+        needs("tonic.datasets", "SSC").SSC(save_to=str(root), split=split)
+
+
+NMNIST = Entry(300_000, 15_000, _find_nmnist, _fetch_nmnist)
+SHD = Entry(1_000_000, 20_000, lambda root: _find_heidelberg(root, ("SHD", "spoken-digits/SHD"), SHD_FILES), _fetch_shd)
+SSC = Entry(1_000_000, 20_000, lambda root: _find_heidelberg(root, ("SSC",), SSC_FILES), _fetch_ssc)

@@ -1,0 +1,245 @@
+"""Data sets that are not registered: tonic's own, and any sequence of events and labels."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from ulr_snn.data.assemble import Augment, Clock, Options, assemble
+from ulr_snn.data.binning import Recordings, TimeBins
+from ulr_snn.data.entry import Raw, Recorded
+from ulr_snn.data.events import EventDataset
+from ulr_snn.data.files import CHUNK, CHUNK_EVENTS, fingerprint, offsets
+from ulr_snn.data.registry import ENTRIES
+from ulr_snn.data.view import Polarity, View
+from ulr_snn.errors import UsageError
+
+Sensor = tuple[int, int, int]  # width, height and polarities, as in tonic; units lie along the width
+
+
+def from_tonic(
+    dataset: Any,
+    *,
+    sensor_size: Sensor | None = None,
+    time_bins: TimeBins | None = None,
+    bin_us: int | None = None,
+    clock_us: float = 1.0,
+    align: bool | None = None,
+    classes: int | None = None,
+    binary: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    crop: tuple[int, int] | None = None,
+    downsample: int = 1,
+    polarity: Polarity = "both",
+    augment: Augment | None = None,
+    validation: float | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    stream: bool | None = None,
+) -> EventDataset | tuple[EventDataset, ...]:
+    """Returns a tonic data set, or any sequence of recordings, as `load` returns those that it knows.
+
+    dataset: a data set of tonic, or a sequence of `(events, label)`. Events are a structured array with the fields `t`
+        and `x`, and `y` and `p` if the sensor has them. A label is a class index or a name; names are numbered in
+        alphabetical order. A pair of these, `(train, test)`, gives a pair of data sets; a single one gives one.
+    sensor_size: (width, height, polarities), as in tonic; default: the data set's own, else the smallest that holds all
+        events. One row of pixels and one polarity make units, with time steps of shape [width].
+    time_bins, bin_us: see `load`. Data sets that `load` knows have its defaults. Otherwise bins cover the longest
+        recording, by default 20 of them.
+    clock_us: microseconds in one unit of `t`.
+    align: whether the first event of each recording is at time 0; default: as in `load`, else False.
+    classes: number of classes; default: the data set's own, else 1 + the largest label.
+    binary, cache_dir, crop, downsample, polarity, augment, validation, per_class, seed, stream: see `load`. With
+        `validation` the held-out recordings follow the training recordings: `(train, validation, test)`.
+
+    Recordings are read once and cached. A data set of tonic is read again after a change of its files, arguments or
+    transforms. Other sequences are read in full at each call, to see whether they have changed. A transform of tonic's
+    data set that is random is cached as it was drawn; give it as `augment` instead.
+
+    Raises UsageError for events without `t` or `x`, outside the sensor or before time 0, and for labels of two kinds.
+    """
+    pair = isinstance(dataset, tuple) and len(dataset) == 2 and not any(map(_is_recording, dataset))
+    parts: dict[str, Any] = dict(zip(("train", "test"), dataset if pair else (dataset,), strict=False))
+    for split, part in parts.items():
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or len(part) == 0 or _is_recording(part):
+            raise UsageError(
+                f"from_tonic got {type(part).__name__} as the {split}ing set; give a tonic data set or a sequence of "
+                "(events, label), which is not empty"
+            )
+    name = type(parts["train"]).__name__.lower()
+    entry = ENTRIES.get(name) if _is_tonic(parts["train"]) else None
+    clock = Clock(time_bins, bin_us, entry.span_us if entry else None, entry.bin_us if entry else None)
+    reader = _Reader(sensor_size, clock_us, bool(entry and entry.align) if align is None else align, classes)
+    view = View(crop, downsample, polarity)
+    options = Options(binary, view, augment, validation, per_class, seed, cache_dir, stream)
+    found = assemble(name if _is_tonic(parts["train"]) else "events", reader.find(parts), clock, options)
+    if pair:
+        return found
+    return found[0] if validation is None else found[:-1]
+
+
+def _is_recording(part: Any) -> bool:
+    return isinstance(part, tuple) and len(part) == 2 and _is_events(part[0])
+
+
+def _is_events(value: Any) -> TypeGuard[np.ndarray]:
+    return isinstance(value, np.ndarray) and value.dtype.names is not None
+
+
+def _is_tonic(dataset: Any) -> bool:
+    return hasattr(dataset, "location_on_system")  # of tonic's base class, which takes seconds to import
+
+
+class _Reader:
+    """Reads sequences of recordings. The arguments are those of `from_tonic`."""
+
+    def __init__(self, sensor_size: Sensor | None, clock_us: float, align: bool, classes: int | None) -> None:
+        if not clock_us > 0:
+            raise UsageError(f"clock_us={clock_us!r} is not a unit of time; give microseconds")
+        self.sensor_size = sensor_size
+        self.clock_us = clock_us
+        self.align = align
+        self.classes = classes
+
+    def find(self, parts: dict[str, Any]) -> Recorded:
+        """Returns where the recordings lie, what they depend on, and how to read them."""
+        told = [_description(part) for part in parts.values()]
+        arguments = f"{self.sensor_size} {self.clock_us} {self.align} {self.classes}"
+        if all(told):
+            place = "\n".join(text for text, _ in filter(None, told))
+            state = " ".join(files for _, files in filter(None, told))
+        else:
+            place = state = " ".join(_contents(part) for part in parts.values())
+        return Recorded(f"{place}\n{arguments}", state, lambda: self.read(parts))
+
+    def read(self, parts: dict[str, Any]) -> Raw:
+        """Returns the recordings, chunk by chunk."""
+        own = getattr(parts["train"], "sensor_size", None)
+        width, height, channels = self.sensor_size or own or _smallest_sensor(list(parts.values()))
+        shape = (width,) if height == channels == 1 else (channels, height, width)
+        names = _names(list(parts.values()))
+        known: Any = names or getattr(parts["train"], "classes", None)
+        classes = self.classes or (len(known) if hasattr(known, "__len__") else None)
+        splits = {split: self.chunks(part, split, shape, names) for split, part in parts.items()}
+        if "test" not in parts:
+            nothing = np.empty(0, np.int64)
+            splits["test"] = iter([Recordings(nothing, nothing, np.zeros(1, np.int64), nothing)])
+        return Raw(shape, classes, dict(splits))
+
+    def chunks(self, part: Any, split: str, shape: tuple[int, ...], names: list[str]) -> Iterator[Recordings]:
+        """Yields the recordings of a sequence with times in microseconds."""
+        times: list[np.ndarray] = []
+        features: list[np.ndarray] = []
+        labels: list[int] = []
+        for index in range(len(part)):
+            where = f"recording {index} of the {split}ing set"
+            events, label = _recording(part, index, where)
+            times.append(self.times(events, where))
+            features.append(_features(events, shape, where))
+            labels.append(names.index(str(label)) if names else _class_index(label, where, self.classes))
+            if len(labels) == CHUNK or sum(map(len, times)) >= CHUNK_EVENTS or index == len(part) - 1:
+                sizes = [len(time) for time in times]
+                yield Recordings(np.concatenate(times), np.concatenate(features), offsets(sizes), np.array(labels))
+                times, features, labels = [], [], []
+
+    def times(self, events: np.ndarray, where: str) -> np.ndarray:
+        """Returns the times of events in whole microseconds, int64."""
+        t = events["t"]
+        if self.align and len(t):
+            t = t - t.min()
+        found = (t * self.clock_us).astype(np.int64) if self.clock_us != 1 else t.astype(np.int64)
+        if found.min(initial=0) < 0:
+            raise UsageError(f"{where} has an event before time 0; use align=True")
+        return found
+
+
+def _recording(part: Any, index: int, where: str) -> tuple[np.ndarray, Any]:
+    item = part[index]
+    if not (isinstance(item, Sequence) and len(item) == 2 and _is_events(item[0])):
+        raise UsageError(f"{where} is {type(item).__name__}, not (structured array of events, label); leave frames out")
+    if not {"t", "x"} <= set(item[0].dtype.names or ()):
+        raise UsageError(f"{where} has events with the fields {item[0].dtype.names}; they need t and x")
+    return item[0].ravel(), item[1]  # those of tonic's ASLDVS have the shape [n, 1]
+
+
+def _features(events: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+    channels, height, width = shape if len(shape) == 3 else (1, 1, *shape)
+    feature = np.zeros(len(events), np.int64)
+    for field, size in (("p", channels), ("y", height), ("x", width)):
+        if size == 1 and field != "x":  # tonic gives units a polarity of 1
+            continue
+        values = (
+            events[field].astype(np.int64) if field in (events.dtype.names or ()) else np.zeros(len(events), np.int64)
+        )
+        if field == "p" and size == 2:
+            values = (values > 0).astype(np.int64)  # some sensors write -1 and 1
+        if len(values) and not 0 <= values.min() <= values.max() < size:
+            raise UsageError(
+                f"{where} has an event at {field}={values.max() if values.max() >= size else values.min()}, outside "
+                f"the sensor of (width, height, polarities) = ({width}, {height}, {channels}); give sensor_size="
+            )
+        feature = feature * size + values
+    return feature
+
+
+def _class_index(label: Any, where: str, classes: int | None) -> int:
+    try:
+        found = int(label)
+    except (TypeError, ValueError):
+        found = -1
+    if found < 0 or found != label or (classes is not None and found >= classes):
+        limit = "from 0 on" if classes is None else f"from 0 to {classes - 1}"
+        raise UsageError(f"{where} has the label {label!r}; labels are all names, or all class indices {limit}")
+    return found
+
+
+def _names(parts: list[Any]) -> list[str]:
+    """Returns the names of the classes in alphabetical order, or nothing if labels are numbers."""
+    if not isinstance(_recording(parts[0], 0, "recording 0")[1], str):
+        return []
+    found: set[str] = set()
+    for part in parts:
+        listed = getattr(part, "targets", None) if getattr(part, "target_transform", None) is None else None
+        found |= set(listed if listed is not None else (part[i][1] for i in range(len(part))))
+    return sorted(map(str, found))
+
+
+def _smallest_sensor(parts: list[Any]) -> Sensor:
+    largest = {"x": 0, "y": 0}
+    fields: set[str] = set()
+    for part in parts:
+        for index in range(len(part)):
+            events, _ = _recording(part, index, f"recording {index}")
+            fields |= set(events.dtype.names or ())
+            for field in fields & set(largest):
+                largest[field] = max(largest[field], int(events[field].max(initial=0)))
+    return largest["x"] + 1, largest["y"] + 1, 2 if {"y", "p"} <= fields else 1
+
+
+def _description(dataset: Any) -> tuple[str, str] | None:
+    """Returns what a data set of tonic depends on, and the state of its files; None if that is not all written down."""
+    if not _is_tonic(dataset):
+        return None
+    known = {
+        name: value
+        for name, value in vars(dataset).items()
+        if value is None or isinstance(value, (bool, int, float, str, tuple)) or "transform" in name
+    }
+    text = f"{type(dataset).__module__}.{type(dataset).__qualname__} {sorted(known.items(), key=lambda item: item[0])}"
+    if " at 0x" in text or "..." in text:  # a function, or an object that does not show all of its arguments
+        return None
+    files = sorted(file for file in Path(dataset.location_on_system).rglob("*") if file.is_file())
+    return (text, fingerprint(files)) if files else None
+
+
+def _contents(part: Any) -> str:
+    """Returns a hash of all recordings of a sequence."""
+    state = hashlib.blake2b(digest_size=16)
+    for index in range(len(part)):
+        events, label = _recording(part, index, f"recording {index}")
+        state.update(f"{events.dtype} {len(events)} {label!r}\n".encode())
+        state.update(np.ascontiguousarray(events).tobytes())
+    return state.hexdigest()
