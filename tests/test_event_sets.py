@@ -10,6 +10,7 @@ import torch
 from tests import recordings
 from ulr_snn import data
 from ulr_snn.errors import UsageError
+from ulr_snn.runs.cli import main
 
 LIBRARIES = {"ssc": "h5py", "cifar10dvs": "aedat", "asldvs": "scipy", "dvsgesture": "numpy", "ncars": "numpy",
              "smnist": "numpy", "ncaltech101": "tonic"}  # fmt: skip
@@ -241,3 +242,16 @@ def test_what_tonic_cannot_download_is_told(tmp_path):
         load("ncars", tmp_path, download=True)
     with pytest.raises(UsageError, match="ULR_SNN_DATA"):
         data.load("ncars", download=True)
+
+
+# ---- the reference networks
+
+
+def test_the_command_line_trains_the_reference_network(name, root, monkeypatch, capsys):
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("ULR_SNN_CACHE", str(root / "cache"))
+    options = ["--epochs", "1", "--max-steps", "1", "--device", "cpu", "--no-progress"]
+    assert main(["train", name, "--data-root", str(root), *options]) == 0
+    assert main(["evaluate", f"runs/{name}-001", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("test accuracy") == 2

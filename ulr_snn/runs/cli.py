@@ -21,7 +21,7 @@ import ulr_snn
 from ulr_snn import data
 from ulr_snn.errors import UsageError
 from ulr_snn.runs import directory
-from ulr_snn.runs.models import default_model
+from ulr_snn.runs.models import reference
 
 # Arguments recorded in a checkpoint, so that `evaluate` can build the same data and model.
 _RECORDED = ("data", "data_root", "model", "batch_size", "lr", "seed", "credit", "copies")
@@ -59,7 +59,7 @@ def _train(args: argparse.Namespace) -> None:
     config = {name: getattr(args, name) for name in _RECORDED}
     if args.resume:
         _check_same_run(args.run_dir, config)
-    train_set, test_set = data.load(args.data, root=args.data_root)
+    train_set, test_set = _load(args.data, args.data_root, args.download)
     model = _build_model(config, train_set)
     with _run_directory(args, config) as run:
         result = ulr_snn.train(
@@ -90,7 +90,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"the run in '{args.run_dir}' was not started by `ulr-snn train`, so its data and model are not "
             "known: load its weights with ulr_snn.runs.directory.load_checkpoint and call ulr_snn.evaluate"
         )
-    _, test_set = data.load(config["data"], root=args.data_root or config["data_root"])
+    _, test_set = _load(config["data"], args.data_root or config["data_root"])
     model = _build_model(config, test_set)
     directory.load_checkpoint(args.run_dir, model)
     metrics = ulr_snn.evaluate(
@@ -108,7 +108,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    train_set, test_set = data.load(args.data, root=args.data_root)
+    train_set, test_set = _load(args.data, args.data_root, args.download)
     folder = args.run_dir or _next_free(Path("runs"), f"compare-{args.data}")
     with _emptied(folder):
         found = ulr_snn.compare(
@@ -130,14 +130,14 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    train_set, _ = data.load(args.data, root=args.data_root)
+    train_set, _ = _load(args.data, args.data_root, args.download)
     model = _build_model(vars(args), train_set)
     batch = next(iter(data.loader(train_set, batch_size=args.batch_size)))
     print(ulr_snn.plan(model, batch, estimator=_estimator(vars(args))))
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    train_set, _ = data.load(args.data, root=args.data_root)
+    train_set, _ = _load(args.data, args.data_root, args.download)
     model = _build_model(vars(args), train_set)
     batch = next(iter(data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed)))
     if args.checkpoint is not None:
@@ -151,11 +151,16 @@ def _diagnose(args: argparse.Namespace) -> None:
 # --- parts of the commands
 
 
+def _load(name: str, root: str | None, download: bool = False) -> tuple[data.EventDataset, ...]:
+    """Loads the training and the test recordings as the data set's reference network takes them."""
+    return data.load(name, root, download=download, **reference(name).options)
+
+
 def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
     """Builds the model that `config` names, with weights drawn from its seed."""
     torch.manual_seed(config["seed"])
     if config["model"] is None:
-        return default_model(dataset.sample_shape, dataset.classes)
+        return reference(config["data"]).model(dataset.sample_shape, dataset.classes)
     model = _import_factory(config["model"])(dataset.sample_shape, dataset.classes)
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {config['model']} returned {type(model).__name__}, not a torch.nn.Module")
@@ -307,8 +312,9 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_task(parser: argparse.ArgumentParser, estimator: bool = True) -> None:
-    parser.add_argument("data", metavar="DATA", help="digits (needs no download), nmnist or shd")
+    parser.add_argument("data", metavar="DATA", help="digits (needs no download), nmnist, shd, ... (see docs/data.md)")
     _add_data_root(parser)
+    parser.add_argument("--download", action="store_true", help="let tonic fetch recordings that are missing")
     parser.add_argument("--model", metavar="MODULE:FACTORY", help="factory(sample_shape, classes) -> nn.Module")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and noise")
