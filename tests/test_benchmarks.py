@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import ulr_snn
-from benchmarks import copies, memory, pictures, speed
+from benchmarks import copies, memory, pictures, references, speed, streaming
 from benchmarks.correction import Corrected
 from benchmarks.nets import ours
 from benchmarks.search import Block, key, search
 from benchmarks.table import summarise
 from benchmarks.tasks import TASKS, Rows
+from ulr_snn import data
 from ulr_snn.data import EventDataset
 from ulr_snn.data.binning import Recordings, bin_recordings
 from ulr_snn.sampling.kinds import Independent
@@ -286,3 +287,24 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_throughput_is_measured_from_memory_and_from_disk(tmp_path, monkeypatch):
+    case = streaming.Case(recordings=12, events=500, side=8, span_us=10_000, bin_us=1_000, batch=4)
+    monkeypatch.setattr(streaming, "CASES", {"tiny": case})
+    monkeypatch.setattr(data.registry, "ENTRIES", dict(data.registry.ENTRIES))
+    for mode in ("memory", "stream", "stream cold"):
+        for augment in (False, True):
+            row = streaming.measured("tiny", mode, sparse=False, augment=augment, folder=tmp_path)
+            assert row["samples_a_second"] > 0 and row["mode"] == mode
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_data_set_has_figures_of_its_reference_network():
+    with references.RESULTS.open() as file:
+        rows = {row["data"] for row in csv.DictReader(file)}
+    assert rows == set(references.SETS) == set(data.registry.ENTRIES)
+    for name in rows:
+        page = (references.RESULTS.parents[2] / "datasets" / name / "README.md").read_text()
+        assert f"ulr-snn train {name}" in page and "## Provenance and licence" in page
+        assert name == "digits" or "## Published accuracies" in page
