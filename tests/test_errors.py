@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[Callable, str]] = {
     "length zero": (lambda: step(lengths=torch.tensor([4, 0, 1])), "lengths"),
     "lengths of another batch": (lambda: step(lengths=torch.tensor([4, 4])), "lengths"),
     "unknown loss": (lambda: step(loss="ce"), "'ce'"),
-    "scalar loss": (lambda: step(loss=nn.functional.cross_entropy), "one value"),
+    "scalar loss": (lambda: step(loss=lambda o, y: nn.functional.cross_entropy(o, y)), "one value"),
     "a loss of torch's on a sequence": (
         lambda: step(nn.Sequential(nn.Linear(2, 3), LIF(), nn.Linear(3, 2)), loss=nn.CrossEntropyLoss()),
         "'ce_rate'",

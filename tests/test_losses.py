@@ -1,11 +1,16 @@
 """Per-sample losses: against PyTorch, padding left out, one value a sample."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ulr_snn import UsageError
+from tests.helpers import separable
+from ulr_snn import UsageError, train
+from ulr_snn.losses.evaluation import by_flips
 from ulr_snn.losses.named import LOSSES, resolve, total
+from ulr_snn.model.targets import Leaf, Targets
 
 STEPS, BATCH, CLASSES = 5, 4, 3
 torch.manual_seed(0)
@@ -127,3 +132,50 @@ def test_wrong_uses_are_named(loss, targets, says):
     with pytest.raises(UsageError) as error:
         resolve(loss)(OUTPUTS, targets, None)
     assert says in str(error.value)
+
+
+# -- losses of output spikes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["latency", "zero_one"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_flips_give_the_derivative_of_the_expected_loss(name, padded):
+    """The mean of the effect of each spike over all patterns is ∂E[L]/∂p, by enumeration of 2^8 patterns."""
+    steps, rows, features = 4, 3, 2
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(steps, rows, features, dtype=torch.float64, generator=generator).requires_grad_()
+    lengths = torch.tensor([4, 2, 3]) if padded else None
+    mask = None if lengths is None else (torch.arange(steps)[:, None] < lengths).double()[..., None]
+    loss, targets = resolve(name).losses[0][1], Targets(Leaf(torch.tensor([0, 1, 0])))
+    expected, found = torch.zeros(rows, dtype=torch.float64), torch.zeros_like(p)
+    for pattern in itertools.product([0.0, 1.0], repeat=steps * features):
+        spikes = torch.tensor(pattern, dtype=torch.float64).view(steps, 1, features).expand(-1, rows, -1)
+        share = torch.where(spikes > 0, p, 1 - p).prod(2).prod(0)
+        value, error = by_flips(loss, spikes, targets, mask)
+        torch.testing.assert_close(value, loss(spikes, targets, mask))
+        expected = expected + share * value
+        found += share.detach()[:, None] * error
+    (derivative,) = torch.autograd.grad(expected.sum(), p)
+    torch.testing.assert_close(found, derivative, rtol=1e-9, atol=1e-12)
+    wrong = found.flip(0)  # a wrong formula: time runs backwards
+    assert name == "zero_one" or not torch.allclose(wrong, derivative)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 1.0, 2.0])])
+def test_snntorchs_losses_of_spike_times(weight):
+    """They are taken apart into samples. Spikes are flipped, since their own derivative is a surrogate."""
+    functional = pytest.importorskip("snntorch.functional")
+    snn = pytest.importorskip("snntorch")
+    spikes = (torch.rand(9, 16, 3, generator=torch.Generator().manual_seed(0)) < 0.2).float()
+    labels = torch.arange(16) % 3
+    for loss in (functional.ce_temporal_loss(weight=weight), functional.mse_temporal_loss(on_target=1, off_target=8)):
+        values = resolve(loss)(spikes, labels, None)
+        assert values.shape == (16,) and not values.requires_grad
+        torch.testing.assert_close(values.mean(), loss(spikes, labels))
+    if weight is None:
+        torch.manual_seed(0)
+        first, second = snn.Leaky(0.9, init_hidden=True), snn.Leaky(0.9, init_hidden=True)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 32), first, torch.nn.Linear(32, 3), second)
+        timed = {"timed": lambda outputs, y: functional.accuracy_temporal(outputs, y)}
+        result = train(model, separable(), 30, loss=loss, metrics=timed, progress=False, device="cpu")
+        assert result.history[-1]["train_timed"] > 0.7 and result.metrics["forward_passes"] < 40 * 48

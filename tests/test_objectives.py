@@ -418,5 +418,12 @@ def test_calibration_error_of_known_predictions():
 
 def test_plan_of_mixes():
     mixed = plan(spiking(), data(), loss={"ce_count": 1.0, "latency": 1.0})
+    assert (mixed.credit, mixed.copies) == ("feedback", 1)
+    assert any("effect of every output spike" in note for note in mixed.notes)
+
+    def counted(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.detach().sum(0).argmax(1) != targets).to(outputs)
+
+    mixed = plan(spiking(), data(), loss={"ce_count": 1.0, counted: 1.0})
     assert (mixed.credit, mixed.copies) == ("feedback", 8)
     assert any("score of every spike" in note for note in mixed.notes)

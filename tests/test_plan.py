@@ -267,7 +267,7 @@ WRONG = {
     "no gradient for feedback": ((dense(), (X, Y), ULR(credit="feedback"), errors), {}, "credit='global'"),
     "no gradient for residual": ((dense(), (X, Y), ULR(credit="residual"), errors), {}, "'residual'"),
     "unknown loss": ((dense(), (X, Y)), {"loss": "hinge"}, "'hinge'"),
-    "scalar loss": ((dense(), (X, Y)), {"loss": nn.functional.cross_entropy}, "one value"),
+    "scalar loss": ((dense(), (X, Y)), {"loss": lambda o, y: nn.functional.cross_entropy(o, y)}, "one value"),
     "labels out of range": ((dense(), (X, Y + 1)), {}, "1 to 3"),
     "labels that are not classes": ((dense(), (X, Y.float())), {}, "float32"),
     "axes swapped": ((dense(), (X.transpose(0, 1), Y)), {}, "time_first=False"),

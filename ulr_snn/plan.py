@@ -167,6 +167,11 @@ def _notes(step: Step, copies: int) -> list[str]:
             f"a loss without a gradient gets one by noise on the outputs, {site.draws} draws of each sample; they need "
             "no forward pass"
         )
+    if treatment.flipped:
+        notes.append(
+            "a loss without a gradient is evaluated with every output spike flipped, for the effect of every output spike; "
+            "this needs no forward pass"
+        )
     if treatment.gradientless and not structure.credit.by_losses:
         notes.append("losses without a gradient act by the score of every spike: more copies help them")
     if structure.detached:

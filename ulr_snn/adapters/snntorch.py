@@ -131,7 +131,7 @@ def as_snntorch(spikes: Tensor) -> Tensor:
 
 def adapt(module: nn.Module) -> StepNeuron | str | None:
     """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
-    kind = type(module)
+    kind: Any = type(module)
     derived = any(base in STATES for base in kind.__mro__) and kind.fire is snntorch.SpikingNeuron.fire
     if kind in STATES or (derived and not kind.__module__.startswith("snntorch")):
         return Neuron(module)

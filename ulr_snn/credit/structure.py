@@ -13,13 +13,16 @@ from ulr_snn.credit.kinds import Auto, CreditKind, Learned
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
 from ulr_snn.losses.evaluation import LossTreatment
-from ulr_snn.losses.named import Objective
+from ulr_snn.losses.named import NamedLoss, Objective
 from ulr_snn.model.graph import leaves, passes_through
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.kinds import OutputNoise, WeightNoise
 from ulr_snn.sites.records import CurrentRecord, Record
 
 STEPS = ("Round", "Sign", "Floor", "Ceil", "Trunc", "Heaviside", "Fix")  # functions of torch with derivative zero
+
+
+FLIPS = 1024  # most output spikes of a sample, over all time steps, of which each is flipped
 
 
 @dataclass
@@ -171,7 +174,8 @@ def treatment_of(
 ) -> LossTreatment:
     """Decides which of an objective's losses are smoothed, and which have no gradient. noise["outputs"], an OutputNoise
     or None, decides for the losses without a gradient. Without it, credit "auto" smooths losses of outputs that are no
-    spikes: a parameter comes after the last spike, or the loss reads sums."""
+    spikes: a parameter comes after the last spike, or the loss reads sums. Of output spikes it takes the effect of
+    each, where that is cheap."""
     # A gradient that is zero everywhere (of a sign, of rounding) is as useless as none.
     gradientless = p.evaluation.without_gradient(flat=isinstance(credit, Auto))
     site = noise.get("outputs", OutputNoise() if isinstance(credit, Auto) else None)
@@ -179,7 +183,19 @@ def treatment_of(
         gradientless if isinstance(noise.get("outputs"), OutputNoise) or reads_out(p, model) else objective.of_totals
     )
     smoothed = smoothed & gradientless if isinstance(site, OutputNoise) else frozenset()
-    return LossTreatment(dict.fromkeys(smoothed, site), gradientless - smoothed)
+    flipped = (gradientless - smoothed) & flippable(objective, p) if isinstance(credit, Auto) else frozenset()
+    return LossTreatment(dict.fromkeys(smoothed, site), flipped, gradientless - smoothed - flipped)
+
+
+def flippable(objective: Objective, p: Pass) -> frozenset[int]:
+    """Returns the losses that may be evaluated with every output spike flipped: with a name, or objects of a library.
+    A function of the user's own may cost too much."""
+    outputs = p.outputs
+    if outputs.ndim != 3 or outputs.shape[0] * outputs.shape[2] > FLIPS:
+        return frozenset()
+    if bool(((outputs != 0) & (outputs != 1)).any()):
+        return frozenset()
+    return frozenset(i for i, (_, loss) in enumerate(objective.losses) if isinstance(loss, NamedLoss) or loss.reads_one)
 
 
 def reads_out(p: Pass, model: nn.Module) -> bool:

@@ -34,7 +34,7 @@ def observed(
     treatment = treatment_of(batch.objective, p, config.credit, config.noise, model)
     treatment = replace(treatment, in_time=config.credit.reward_to_go)
     forward = replace(forward, treatment=treatment)
-    if treatment.smoothed or treatment.in_time:
+    if treatment.smoothed or treatment.flipped or treatment.in_time:
         p.evaluation = forward.evaluate(batch, p.outputs, p.activity, p.copies)
     else:
         p.evaluation = replace(p.evaluation, treatment=treatment)

@@ -68,12 +68,17 @@ class Brought:
             return self.loss
         own = copy.copy(self.loss)
         own.reduction = "none"
+        if getattr(getattr(own, "loss_fn", None), "reduction", None) == self.reduction:  # snnTorch's temporal losses
+            own.loss_fn = copy.copy(own.loss_fn)
+            own.loss_fn.reduction = "none"
         return own
 
     def __call__(self, outputs: Tensor, targets: Targets | Tensor, mask: Tensor | None) -> Tensor:
         targets = Targets.alone(targets)
         whole = outputs
         outputs = outputs if mask is None or outputs.ndim < 3 else outputs * mask
+        if hasattr(self.loss, "spk_time_fn"):
+            outputs = outputs.detach()  # the derivative of snnTorch's spike times is a surrogate
         if of_torchmetrics(self.loss):
             value = by_sample(copy.deepcopy(self.loss), self._time_first(outputs), targets.tensor, outputs.ndim >= 3)
         elif self.reads_one and len(self.view.slots) <= 1:
@@ -91,6 +96,8 @@ class Brought:
             value = each.view(outputs.shape[:2]) if isinstance(each, Tensor) and each.ndim == 1 else each
         else:
             value = self._answer(seen, targets)
+            if isinstance(value, Tensor) and value.ndim == 0:  # a number for the whole batch all the same
+                return by_sample(self.loss, seen, targets, over_time)
         return self._reduced(value, outputs, targets, mask)
 
     def _time_first(self, outputs: Tensor) -> Any:
@@ -131,12 +138,11 @@ class Brought:
 
     def _weights(self, targets: Tensor) -> Tensor | None:
         """Returns the sum of the weights by which torch's cross-entropies divide; None for other means."""
-        if not isinstance(self.loss, BY_CLASS) or targets.is_floating_point():
+        loss = getattr(self.loss, "loss_fn", self.loss)
+        if not isinstance(loss, BY_CLASS) or targets.is_floating_point():
             return None
-        kept = targets != self.loss.ignore_index
-        if self.loss.weight is None:
-            return kept.sum()
-        return self.loss.weight[targets[kept]].sum()
+        kept = targets != loss.ignore_index
+        return kept.sum() if loss.weight is None else loss.weight[targets[kept]].sum()
 
 
 def of_torchmetrics(loss: Any) -> bool:
@@ -144,15 +150,17 @@ def of_torchmetrics(loss: Any) -> bool:
     return any(kind.__module__ == "torchmetrics.metric" for kind in type(loss).__mro__)
 
 
-def by_sample(metric: Any, outputs: Tensor, targets: Tensor, over_time: bool) -> Tensor:
-    """Returns the value of a metric of torchmetrics for each sample alone, [B]. over_time: outputs are [T, B, ...]."""
+def by_sample(loss: Any, outputs: Tensor, targets: Tensor, over_time: bool) -> Tensor:
+    """Returns the value of a loss, or of a metric of torchmetrics, for each sample alone, [B]. over_time: outputs are
+    [T, B, ...]."""
     axis = int(over_time)
     target_axis = int(over_time and targets.shape[:2] == outputs.shape[:2])
     values = []
     for sample in range(outputs.shape[axis]):
-        metric.reset()
+        if of_torchmetrics(loss):
+            loss.reset()
         one = outputs.narrow(axis, sample, 1).contiguous()
-        values.append(metric(one, targets.narrow(target_axis, sample, 1).contiguous()))
+        values.append(loss(one, targets.narrow(target_axis, sample, 1).contiguous()))
     return torch.stack(values)
 
 

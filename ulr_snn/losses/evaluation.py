@@ -5,6 +5,12 @@ A loss that has no derivative gets one by noise on the outputs, o + σ z (arXiv 
     ∂E[L(o + σ z)]/∂o = E[(L(o + σ z) - L(o - σ z)) z] / 2σ
 
 The mean over pairs of draws is an unbiased estimate of this gradient of the smoothed loss E[L(o + σ z)].
+
+Where the outputs are spikes s, the effect of each is the loss with it less the loss without it,
+
+    L(s with s_i = 1) - L(s with s_i = 0)
+
+The derivative of E[L] in the firing probability of spike i, at fixed other spikes, is the mean of this difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,9 +33,11 @@ ELEMENTS = 1 << 22  # most elements of disturbed outputs in memory at once
 
 @dataclass(frozen=True)
 class LossTreatment:
-    """Which losses of an objective, by index, are smoothed by output noise, and which have no gradient."""
+    """Which losses of an objective, by index, are smoothed by output noise, which see every output spike flipped, and
+    which have no gradient."""
 
     smoothed: Mapping[int, OutputNoise] = field(default_factory=dict)
+    flipped: frozenset[int] = frozenset()
     gradientless: frozenset[int] = frozenset()
     in_time: bool = False  # whether to evaluate the contribution of each time step
 
@@ -90,6 +98,8 @@ def evaluate_losses(
         if noise is not None and i in treatment.smoothed:
             of_totals = i in objective.of_totals
             value, error = smoothed(loss, outputs, targets, mask, treatment.smoothed[i], noise, SITE + i, of_totals)
+        elif i in treatment.flipped:
+            value, error = by_flips(loss, outputs, targets, mask)
         elif i in treatment.gradientless:
             value, error = loss(outputs, targets, mask), None
         else:
@@ -180,3 +190,25 @@ def smoothed(
         error += (weight * z).sum(axis)
     size = scale * (steps**0.5 if axis and of_totals else 1)  # scale of the noise of the sum, or of a step
     return value / site.draws, error / (site.draws * size) * (1 if mask is None else mask)
+
+
+@torch.no_grad()
+def by_flips(
+    loss: Callable[[Tensor, Targets, Tensor | None], Tensor], outputs: Tensor, targets: Targets, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss [rows] of output spikes [T, rows, C], and the effect of each spike on it in their shape."""
+    steps, rows, features = outputs.shape
+    value = loss(outputs, targets, mask)
+    error = torch.empty_like(outputs)
+    places = torch.cartesian_prod(torch.arange(steps), torch.arange(features)).to(outputs.device)
+    for some in places.split(max(1, ELEMENTS // outputs.numel())):
+        count, (times, neurons) = len(some), some.T
+        flipped = outputs.repeat_interleave(count, 1).view(steps, rows, count, features)
+        which = torch.arange(count, device=outputs.device)
+        before = flipped[times, :, which, neurons]  # [count, rows]
+        flipped[times, :, which, neurons] = 1 - before
+        repeats = targets.moved(lambda leaf, count=count: leaf.tensor.repeat_interleave(count, leaf.axis))
+        repeated = None if mask is None else mask.repeat_interleave(count, 1)
+        found = loss(flipped.flatten(1, 2), repeats, repeated).view(rows, count).T
+        error[times, :, neurons] = (found - value) * (1 - 2 * before)
+    return value, error if mask is None else error * mask
