@@ -44,6 +44,24 @@ def test_squared_error():
     torch.testing.assert_close(resolve("mse")(OUTPUTS[0], VALUES, None), ((OUTPUTS[0] - VALUES) ** 2).sum(1))
 
 
+def test_a_negative_return_ignores_targets_and_has_no_gradient():
+    rewards = OUTPUTS[..., :1].clone().requires_grad_()
+    loss = resolve("negative_return")(rewards, LABELS, None)
+    torch.testing.assert_close(loss, -OUTPUTS[..., 0].sum(0))
+    assert not loss.requires_grad
+    with pytest.raises(UsageError, match="give it rewards"):
+        resolve("negative_return")(OUTPUTS[0], LABELS, None)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_object_is_taken_in_place_of_its_name(name):
+    mask = (torch.arange(STEPS)[:, None] < torch.tensor([5, 3, 1, 4])).double()[..., None]
+    by_name, objective = resolve(name), resolve(LOSSES[name])
+    torch.testing.assert_close(objective(OUTPUTS, target(name), mask), by_name(OUTPUTS, target(name), mask))
+    assert (objective.of_totals, objective.steps) == (by_name.of_totals, by_name.steps)
+    assert list(objective.own.values()) == [name]
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_counts_for_nothing(name):
     lengths = torch.tensor([5, 3, 1, 4])

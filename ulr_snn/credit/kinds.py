@@ -117,7 +117,7 @@ class Global(CreditKind):
     """Credits every spike with the loss minus a baseline (arXiv 2305.08960): unbiased, with high variance.
 
     reward_to_go: a spike is credited only with the loss from its time on. This is for losses that are sums over time
-        ("ce_rate", "mse") and models that do not look ahead.
+        ("ce_rate", "mse", "negative_return", or a `NamedLoss` with `steps`) and models that do not look ahead.
     """
 
     name: ClassVar[str] = "global"

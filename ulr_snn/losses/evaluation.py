@@ -125,7 +125,8 @@ def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tenso
     """Returns the contribution of each time step to the objective, [T, rows]."""
     if objective.steps is None or outputs.ndim < 3:
         raise UsageError(
-            "reward_to_go needs a loss that is a sum over time steps, 'ce_rate' or 'mse', of outputs [T, B, ...]"
+            "reward_to_go needs a loss that is a sum over time steps of outputs [T, B, ...]: 'ce_rate', 'mse', "
+            "'negative_return', or a NamedLoss with `steps`"
         )
     return added([weight * steps(outputs, targets, mask) for weight, steps in objective.steps])
 

@@ -122,9 +122,24 @@ def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
     return torch.where(targets == IGNORED, 0.0, losses).to(outputs.dtype)
 
 
+def negative_return(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns minus the sum of the outputs over time and features, [B]: outputs are rewards, and targets are ignored.
+    The loss has no gradient in the outputs, even if the simulator that gives the rewards is differentiable."""
+    return negative_return_steps(outputs, targets, mask).sum(0)
+
+
+def negative_return_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns the contribution of each time step to `negative_return`, [T, B]. Raises UsageError for outputs without a
+    time axis."""
+    if outputs.ndim < 3:
+        raise UsageError("negative_return got outputs without a time axis; give it rewards [T, B, 1]")
+    rewards = outputs.detach() if mask is None else outputs.detach() * mask
+    return -rewards.flatten(2).sum(2)
+
+
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss (outputs, targets, mask) -> [B] for use by name.
+    """A loss (outputs, targets, mask) -> [B] with its properties, for use by name or as `loss=NamedLoss(...)`.
 
     steps: function for the contribution of each time step, [T, B], if the loss is a sum over time. labels: whether
     targets are class indices. soft: whether they may be class probabilities instead. of_totals: whether the loss
@@ -161,6 +176,7 @@ LOSSES = {
     "mse": NamedLoss(mse, mse_steps, labels=False),
     "zero_one": NamedLoss(zero_one, of_totals=True),
     "latency": NamedLoss(latency),
+    "negative_return": NamedLoss(negative_return, negative_return_steps, labels=False),
 }
 
 
@@ -244,7 +260,7 @@ class Objective:
         return sum(parts[1:], parts[0])
 
 
-LossSpec = str | Loss | Mapping[str | Loss | SpikeBudget, float]
+LossSpec = str | Loss | NamedLoss | Mapping[str | Loss | NamedLoss | SpikeBudget, float]
 
 
 def resolve(loss: LossSpec) -> Objective:
@@ -258,16 +274,25 @@ def resolve(loss: LossSpec) -> Objective:
     if not losses:
         raise UsageError("the loss has nothing that depends on the outputs; mix the budget with a loss, as 'ce_count'")
     names = [part for part, _ in parts if not isinstance(part, SpikeBudget)]
-    named = [LOSSES[name] if isinstance(name, str) else None for name in names]
-    of_totals = frozenset(i for i, loss in enumerate(named) if loss is not None and loss.of_totals)
-    sums = [(weight, loss.in_time) for (weight, _), loss in zip(losses, named, strict=True) if loss and loss.steps]
+    named = [LOSSES[name] if isinstance(name, str) else name for name in names]
+    of_totals = frozenset(i for i, loss in enumerate(named) if isinstance(loss, NamedLoss) and loss.of_totals)
+    pairs = zip(losses, named, strict=True)
+    sums = [(weight, loss.in_time) for (weight, _), loss in pairs if isinstance(loss, NamedLoss) and loss.steps]
     steps = sums if len(sums) == len(named) and not costs else None
-    own = {i: getattr(f, "__name__", type(f).__name__) for i, f in enumerate(names) if not isinstance(f, str)}
+    own = {i: name_of(f) for i, f in enumerate(names) if not isinstance(f, str)}
     return Objective(losses, costs, of_totals, steps, own)
 
 
-def loss_of(loss: str | Loss) -> NamedLoss | Brought:
+def name_of(loss: Loss | NamedLoss) -> str:
+    """Returns the name of a user's loss."""
+    function = loss.value if isinstance(loss, NamedLoss) else loss
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def loss_of(loss: str | Loss | NamedLoss) -> NamedLoss | Brought:
     """Returns the loss as a function (outputs, targets, mask) -> [B]. Raises UsageError for an unknown name."""
+    if isinstance(loss, NamedLoss):
+        return loss
     if not isinstance(loss, str):
         return Brought.of(loss)
     if loss not in LOSSES:

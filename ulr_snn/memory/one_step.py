@@ -30,7 +30,6 @@ from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels.precision import widened
 from ulr_snn.kernels.state import State
 from ulr_snn.losses.evaluation import evaluate_losses
-from ulr_snn.losses.named import LOSSES
 from ulr_snn.memory.chunk import Chunk, ChunkSite, Fired
 from ulr_snn.memory.chunked import RegressionRows, see_farthest
 from ulr_snn.memory.chunks import Chunks
@@ -282,8 +281,7 @@ class OneTimeStep(Chunks):
 
     def why_not(self, step: Step) -> str | None:
         if step.batch.objective.steps is None:
-            sums = " and ".join(repr(name) for name, loss in LOSSES.items() if loss.steps is not None)
-            return f"the loss is not known to be a sum over time, as {sums} are"
+            return "the loss is not known to be a sum over time, as 'ce_rate' and 'mse' are"
         return without_trace(step.model) or super().why_not(step)
 
     def describe(self, step: Step) -> str:
