@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class Case:
     noise: dict[str, CurrentNoise] = field(default_factory=dict)  # at other sites
     named: str | None = None  # the loss by name, where it has one
     objective: Callable[[Tensor, Tensor], Tensor] = expected_loss  # of all patterns' probabilities and losses
+    observe: Callable[[Tensor], Tensor] | None = None  # input of a step from earlier outputs, see `all_patterns`
 
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
@@ -76,7 +78,8 @@ class Case:
             rows = outputs.shape[1] if outputs.ndim == 3 else len(outputs)
             return self.loss(outputs, torch.full((rows,), TARGET))
 
-        return exact_gradient(self.layers, self.readout, loss, self.x, self.parameters(), self.objective)
+        parameters = self.parameters()
+        return exact_gradient(self.layers, self.readout, loss, self.x, parameters, self.objective, self.observe)
 
     def to(self, device: torch.device) -> "Case":
         """The library's net and its sample on the device; the enumeration's half stays behind."""
@@ -335,6 +338,66 @@ def black_box_then_neurons() -> Case:
     )
 
 
+START = numpy.array([0.2, -0.1])
+
+
+def moved(state: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
+    """The next state [B, 2] of a small world that falls by itself and that an action [B] pushes."""
+    position, speed = state.T
+    speed = speed + 0.5 * position + 0.3 * (2 * right - 1)
+    return numpy.stack([position + speed, speed], 1)
+
+
+def played(right: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The state after the actions [T, B], [B, 2], and the reward of each step [T, B]. An episode is over when the
+    position leaves its bounds. Later steps have no reward."""
+    state, running, rewards = numpy.tile(START, (right.shape[1], 1)), numpy.ones(right.shape[1], bool), []
+    for action in right:
+        state = moved(state, action)
+        rewards.append(running * (1 - 0.3 * state[:, 1] ** 2))
+        running = running & (abs(state[:, 0]) < 0.5)
+    return state, numpy.stack(rewards) if rewards else numpy.zeros_like(right)
+
+
+class Playing(nn.Module):
+    """Neurons of snnTorch that act on the small world and observe it: -> rewards [T, B, 1]."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        super().__init__()
+        snntorch = pytest.importorskip("snntorch")
+        self.first, self.hidden = first, snntorch.Leaky(beta=0.8)
+        self.second, self.action = second, snntorch.Leaky(beta=0.5, reset_mechanism="none")
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = numpy.tile(START, (x.shape[1], 1))
+        hidden, action, taken = self.hidden.init_leaky(), self.action.init_leaky(), []
+        for _ in x:
+            spikes, hidden = self.hidden(self.first(torch.from_numpy(state).to(x)), hidden)
+            right, action = self.action(self.second(spikes), action)
+            taken.append(right[:, 0].detach().cpu().numpy())
+            state = moved(state, taken[-1])
+        return torch.from_numpy(played(numpy.stack(taken))[1][..., None]).to(x)
+
+
+def closed_loop() -> Case:
+    first, second = linear(2, 2, 1.0, 0.8), linear(2, 1, bias=0.8)
+    layers = [
+        Layer(affine(first), (2,), 0.8, 1.0, "subtract", scale=0.4),
+        Layer(affine(second), (1,), 0.5, 1.0, "none", scale=0.4),
+    ]
+    return Case(
+        Playing(first, second),
+        layers,
+        lambda spikes: torch.from_numpy(played(spikes[..., 0].numpy())[1][..., None]),
+        lambda rewards, _: -rewards.sum((0, 2)),
+        torch.zeros(4, 1, dtype=torch.float64),
+        Logistic(0.4),
+        named="negative_return",
+        observe=lambda spikes: torch.from_numpy(played(spikes[..., 0].numpy())[0]),
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "subtract": lambda: dense(LIF(0.8)),
     "zero": lambda: dense(LIF(0.8, reset="zero")),
@@ -364,8 +427,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "bound of four": lambda: dataclasses.replace(dense(LIF(0.8), 2, 1), objective=expected_bound_of_four),
     "black box": black_box,
     "black box, then neurons": black_box_then_neurons,
+    "closed loop": closed_loop,
 }
-NO_GRADIENT = ("0-1 loss", "latency rule")
+NO_GRADIENT = ("0-1 loss", "latency rule", "closed loop")
 
 
 def make(name: str) -> Case:

@@ -36,11 +36,16 @@ def distribution(layer: Layer, membrane: Tensor) -> Tensor:
 
 
 def all_patterns(
-    layers: list[Layer], readout: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], x: Tensor
+    layers: list[Layer],
+    readout: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    observe: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Probability and loss of every spike pattern of one sample x [T, ...], [P] float64.
 
-    readout: spikes of the last layer [T, P, ...] -> outputs; loss: outputs -> [P].
+    readout: spikes of the last layer [T, P, ...] -> outputs; loss: outputs -> [P]. observe: spikes of the last layer at
+    earlier steps [t, P, ...] -> input of step t [P, ...]; None: the input is x.
     """
     steps = len(x)
     sizes = [steps * math.prod(layer.shape) for layer in layers]
@@ -54,7 +59,10 @@ def all_patterns(
     probability = torch.ones(2**bits, dtype=torch.float64)
     membranes = [torch.zeros(2**bits, *layer.shape, dtype=torch.float64) for layer in layers]
     for t in range(steps):
-        incoming = x[t].double().expand(2**bits, *x[t].shape)
+        if observe is None:
+            incoming = x[t].double().expand(2**bits, *x[t].shape)
+        else:
+            incoming = observe(spikes[-1][:, :t].transpose(0, 1))
         for index, layer in enumerate(layers):
             before = spikes[index][:, t - 1] if t > 0 else torch.zeros_like(spikes[index][:, 0])
             u = layer.beta * membranes[index]
@@ -98,9 +106,10 @@ def exact_gradient(
     x: Tensor,
     parameters: list[Tensor],
     objective: Callable[[Tensor, Tensor], Tensor] = expected_loss,
+    observe: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The exact gradient of E[L], or another objective of all patterns' probabilities and losses, all parameters
     flattened into one vector."""
-    value = objective(*all_patterns(layers, readout, loss, x))
+    value = objective(*all_patterns(layers, readout, loss, x, observe))
     gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([g.flatten() for g in gradients])

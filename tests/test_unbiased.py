@@ -29,6 +29,7 @@ RESIDUAL_INDEPENDENT = ULR(credit="residual", copies=2, antithetic=False)
 LAYERWISE = dataclasses.replace(GLOBAL, layerwise=True)
 ADAPTIVE = dataclasses.replace(GLOBAL, copies=AdaptiveCopies(variance=0.064, most=16))  # 4, 8, 12 or 16
 SOBOL = dataclasses.replace(GLOBAL_INDEPENDENT, copies=8, quasi_monte_carlo=True)
+TO_GO = dataclasses.replace(GLOBAL, credit=Global(reward_to_go=True))
 BOUND = dataclasses.replace(GLOBAL, sampling=Independent(2, multi_sample=True))
 
 # every case with both credits; further copies and pairings on some; a wrong formula that each must notice
@@ -89,11 +90,14 @@ PLAN: list[tuple[str, ULR, str]] = [
     ("two layers", dataclasses.replace(ADAPTIVE, credit="residual", layerwise=True), "own copy's prediction"),
     ("subtract", SOBOL, "own loss in the baseline"),
     ("two layers", dataclasses.replace(SOBOL, credit="residual"), "own copy's prediction"),
-    ("loss in time", dataclasses.replace(GLOBAL, credit=Global(reward_to_go=True)), "past in place of future"),
+    ("loss in time", TO_GO, "past in place of future"),
     ("loss in time", dataclasses.replace(RESIDUAL, credit=Residual(reward_to_go=True)), "past in place of future"),
     ("loss in time", dataclasses.replace(LAYERWISE, credit=Global(reward_to_go=True)), "partner as baseline"),
     ("bound of two", BOUND, "mean in place of the bound"),
     ("bound of four", dataclasses.replace(BOUND, copies=4), "mean in place of the bound"),
+    ("closed loop", GLOBAL, "partner as baseline"),
+    ("closed loop", TO_GO, "past in place of future"),
+    ("closed loop", dataclasses.replace(TO_GO, antithetic=False), "own loss in the baseline"),
     ("black box", GLOBAL, "sign of z"),
     ("black box", RESIDUAL, "no a at the current"),
     ("black box, then neurons", GLOBAL, "partner as baseline"),
