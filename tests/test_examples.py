@@ -6,10 +6,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+from ulr_snn import ULR, Global, Independent
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECORDINGS = Path(os.environ.get("ULR_SNN_DATA", EXAMPLES.parents[1] / "shared" / "data"))
-REACHES = {  # epochs, test accuracy
+REACHES = {  # epochs and test accuracy; updates and mean return of cartpole
     "train_digits": (15, 0.90),
     "own_loop": (4, 0.85),
     "black_box": (5, 0.85),
@@ -18,12 +21,14 @@ REACHES = {  # epochs, test accuracy
     "snntorch_tutorial": (6, 0.6),
     "norse_recurrent": (6, 0.5),
     "spikingjelly_conv": (8, 0.5),
+    "cartpole": (40, 300),  # an untrained policy has less than 60
 }
 NEEDS = {  # library, recordings, and into how many parts they are cut, of which one is used
     "snntorch_tutorial": ("snntorch", "saccade-mnist", 2),
     "norse_recurrent": ("norse", "spoken-digits", 2),
     "spikingjelly_conv": ("spikingjelly", "saccade-mnist", 5),
 }
+IMPORTS = {"cartpole": ("gymnasium", "snntorch")}  # packages that an example without recordings imports
 
 
 @pytest.mark.slow
@@ -41,6 +46,8 @@ def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if not (RECORDINGS / data).exists():
             pytest.skip(f"needs the recordings of {data}, under ULR_SNN_DATA or beside the repository")
         monkeypatch.setenv("ULR_SNN_DATA", str(RECORDINGS))
+    for package in IMPORTS.get(path.stem, ()):
+        pytest.importorskip(package)
     monkeypatch.syspath_prepend(EXAMPLES)
     module = importlib.import_module(path.stem)  # by name, so that a process that it starts finds it, too
     if library is not None:
@@ -48,3 +55,18 @@ def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "recordings", lambda: [part.subset(range(len(part))[::cut]) for part in whole])
     epochs, accuracy = REACHES[path.stem]
     assert module.main(epochs) >= accuracy
+
+
+def test_a_policy_takes_steps_and_plays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in IMPORTS["cartpole"]:
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    cartpole = importlib.import_module("cartpole")
+    estimator = ULR(credit=Global(reward_to_go=True), sampling=Independent(4))
+    model = cartpole.trained(2, estimator)
+    assert all(q.grad is not None and q.grad.any() for q in model.parameters())
+    rewards = model(torch.zeros(60, 5, 1))[..., 0]
+    assert ((rewards == 1) | (rewards == 0)).all() and (rewards.diff(dim=0) <= 0).all()  # 1 until the end, then 0
+    torch.manual_seed(0)
+    untrained = cartpole.returns(cartpole.Balance())
+    assert (untrained >= 1).all() and untrained.mean() < 60
