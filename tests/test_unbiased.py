@@ -15,6 +15,7 @@ import ulr_snn
 from tests.cases import CASES, NO_GRADIENT, Case, make, two_layers, wrong_formula
 from tests.statistics import Verdict, compare_means, gradient_draws
 from ulr_snn import LIF, ULR, AdaptiveCopies, Global, Independent, Logistic, Residual, attach
+from ulr_snn.losses import LOSSES
 
 ONE_CREDIT = (*NO_GRADIENT, "bound of two", "bound of four")
 UNTRAINED = {"0-1 loss": "3.weight, 3.bias"}  # a readout under a loss that is flat in the outputs: gradient zero
@@ -165,6 +166,16 @@ def test_reward_to_go_lowers_the_variance_of_both_credits():
             with attach(model, estimator, "ce_rate", seed=1) as ulr:
                 spread.append(float(gradient_draws(ulr, batch, list(model.parameters()), 40, 10).var(0).sum()))
         assert spread[1] < spread[0], (plain.credit, spread)
+
+
+def test_a_loss_object_has_reward_to_go():
+    batch, found = (torch.rand(3, 4, 2).double(), torch.arange(4) % 2), []
+    for loss in ("ce_rate", LOSSES["ce_rate"]):
+        model = make("loss in time").model
+        with attach(model, TO_GO, loss) as ulr:
+            ulr.backward(*batch)
+        found.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
+    assert found[0].any() and torch.equal(*found)
 
 
 @pytest.mark.parametrize(
