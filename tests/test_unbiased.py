@@ -201,7 +201,7 @@ def test_reductions_that_the_model_or_the_loss_forbids():
         attach(model, dataclasses.replace(LAYERWISE, noise={"0": ulr_snn.WeightNoise()})).backward(*batch)
     with pytest.raises(ulr_snn.UsageError, match="a sum over time steps"):
         attach(model, dataclasses.replace(GLOBAL, credit=Global(reward_to_go=True))).backward(*batch)
-    mixed = {"ce_count": 1.0, "latency": 1.0}
+    mixed = {"ce_count": 1.0, lambda outputs, _: outputs.detach().sum((0, 2)): 1.0}
     with pytest.raises(ulr_snn.UsageError, match="one of the mixed losses has no gradient"):
         attach(two_layers("subtract", counts=True).model, dataclasses.replace(BOUND, credit="auto"), mixed).backward(
             *batch

@@ -169,7 +169,7 @@ def _notes(step: Step, copies: int) -> list[str]:
         )
     if treatment.flipped:
         notes.append(
-            "a loss without a gradient is evaluated with every output spike flipped, for the effect of every output spike; "
+            "a loss without a gradient is evaluated with each spike flipped, for the effect of every output spike; "
             "this needs no forward pass"
         )
     if treatment.gradientless and not structure.credit.by_losses:

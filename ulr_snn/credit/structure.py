@@ -191,8 +191,8 @@ def flippable(objective: Objective, p: Pass) -> frozenset[int]:
     """Returns the losses that may be evaluated with every output spike flipped: with a name, or objects of a library.
     A function of the user's own may cost too much."""
     outputs = p.outputs
-    if outputs.ndim != 3 or outputs.shape[0] * outputs.shape[2] > FLIPS:
-        return frozenset()
+    if outputs.ndim != 3 or not outputs.requires_grad or outputs.shape[0] * outputs.shape[2] > FLIPS:
+        return frozenset()  # without a graph, outputs are no spikes but what a simulator made of them
     if bool(((outputs != 0) & (outputs != 1)).any()):
         return frozenset()
     return frozenset(i for i, (_, loss) in enumerate(objective.losses) if isinstance(loss, NamedLoss) or loss.reads_one)
