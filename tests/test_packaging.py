@@ -131,6 +131,7 @@ ORDER = [
     "data.assemble",
     "data.files",
     "data.digits",
+    "data.dynamics",
     "data.tonic",
     "data.sets",
     "data.sets.asldvs",

@@ -1,7 +1,8 @@
-"""Event data sets: recordings binned in time, batches with time first."""
+"""Data sets: recordings binned in time, and signals over time; batches with time first."""
 
 from ulr_snn.data.augment import Augmentation as Augmentation
 from ulr_snn.data.binning import Recordings as Recordings
+from ulr_snn.data.dynamics import SignalDataset as SignalDataset
 from ulr_snn.data.entry import Entry as Entry
 from ulr_snn.data.entry import Raw as Raw
 from ulr_snn.data.entry import Recorded as Recorded

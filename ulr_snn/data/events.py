@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from ulr_snn.data.augment import Transform, augmented
@@ -221,14 +222,15 @@ class EventBatch(Sequence[Any]):
         return self.dataset[self.indices[index]]
 
 
-def collate(items: Sequence[tuple[Any, int]], sparse: bool = False) -> Collated:
+def collate(items: Sequence[tuple[Any, Any]], sparse: bool = False) -> Collated:
     """Collates recordings to a batch, time first.
 
-    items: `(x, y)` pairs, x `[T_i, ...]` (tensor or array, the same `...` for all), y a class index.
+    items: `(x, y)` pairs, x `[T_i, ...]` (tensor or array, the same `...` for all), y a class index or another target.
+        A tensor y `[T_i, ..., D]` of two or more dimensions has a target for each time step.
     sparse: whether x is a sparse COO tensor. For this package's data sets it is made without frames.
     Returns `(x [T, B, ...], y [B])` if all recordings have the same length, otherwise
     `(x [T, B, ...], y [B], lengths [B])`, where x is zero beyond a recording's length. x keeps its type (uint8 for this
-    package's data sets), y and lengths are int64.
+    package's data sets), y and lengths are int64. Targets for each time step are y `[T, B, ..., D]`, padded as x.
     Raises UsageError for an empty batch and for recordings whose time steps differ in shape.
     """
     if len(items) == 0:
@@ -241,15 +243,14 @@ def collate(items: Sequence[tuple[Any, int]], sparse: bool = False) -> Collated:
     return (x, y) if bool((lengths == len(x)).all()) else (x, y, lengths)
 
 
-def _pad(recordings: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(recordings: list[Tensor], labels: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
     shapes = sorted({tuple(recording.shape[1:]) for recording in recordings})
     if len(shapes) > 1:
         raise UsageError(f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only")
     lengths = torch.tensor([len(recording) for recording in recordings])
-    x = torch.zeros(int(lengths.max()), len(recordings), *shapes[0], dtype=recordings[0].dtype)
-    for sample, recording in enumerate(recordings):
-        x[: len(recording), sample] = recording
-    return x, torch.stack([torch.as_tensor(label) for label in labels]), lengths
+    targets = [torch.as_tensor(label) for label in labels]
+    over_time = all(y.ndim > 1 and len(y) == len(x) for x, y in zip(recordings, targets, strict=True))
+    return pad_sequence(recordings), pad_sequence(targets) if over_time else torch.stack(targets), lengths
 
 
 def loader(

@@ -1,8 +1,14 @@
 """The data sets that `load` finds by name."""
 
+import inspect
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, overload
 
-from ulr_snn.data import digits, tonic
+from torch.utils.data import Dataset
+
+from ulr_snn.data import digits, dynamics, tonic
 from ulr_snn.data.assemble import Augment, Clock, Options, Validation, assemble
 from ulr_snn.data.binning import TimeBins
 from ulr_snn.data.entry import Entry, Recorded, Root, Source
@@ -25,6 +31,40 @@ ENTRIES = {
     "smnist": smnist.ENTRY,
 }
 
+SIGNALS = {f"dynamics/{system}": partial(dynamics.windows, system) for system in dynamics.SYSTEMS}
+
+
+@overload
+def load(  # type: ignore[overload-overlap]  # the names of the second are all others, which no type says
+    name: dynamics.Name,
+    *,
+    seconds: float | None = None,
+    dt: float | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+) -> tuple[dynamics.SignalDataset, dynamics.SignalDataset]: ...
+
+
+@overload
+def load(
+    name: str,
+    root: Root = None,
+    *,
+    time_bins: TimeBins | None = None,
+    bin_us: int | None = None,
+    binary: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    crop: tuple[int, int] | None = None,
+    downsample: int = 1,
+    polarity: Polarity = "both",
+    augment: Augment | None = None,
+    validation: Validation | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    stream: bool | None = None,
+) -> tuple[EventDataset, ...]: ...
+
 
 def load(
     name: str,
@@ -43,11 +83,15 @@ def load(
     seed: int = 0,
     download: bool = False,
     stream: bool | None = None,
-) -> tuple[EventDataset, ...]:
-    """Returns the training and the test recordings of a data set, binned in fixed windows, as `(train, test)`.
+    seconds: float | None = None,
+    dt: float | None = None,
+    samples: int | None = None,
+) -> tuple[Dataset[Any], ...]:
+    """Returns the training and the test part of a data set, as `(train, test)`. Recordings are binned in fixed windows.
 
     name: "digits" (made on first use, no download), or a data set in tonic's folders: "nmnist", "shd", "ssc",
-        "dvsgesture", "cifar10dvs", "ncaltech101", "ncars", "asldvs", "smnist". Subsets of them are supported.
+        "dvsgesture", "cifar10dvs", "ncaltech101", "ncars", "asldvs", "smnist". Subsets are supported.
+        "dynamics/NAME": a signal over time, computed.
     root: the folder that holds tonic's folder, such as `NMNIST`, or that folder itself; default: the environment
         variable ULR_SNN_DATA. The folders `saccade-mnist/NMNIST` and `spoken-digits/SHD` in `root` are found, too.
     time_bins, bin_us: number and width (microseconds) of the bins. An event at time t is in bin `t // bin_us`; events
@@ -65,20 +109,38 @@ def load(
     validation: the fraction of every class of the training recordings that is held out, or "own" for the validation
         recordings of the data set itself (ssc). The result is then `(train, validation, test)`.
     per_class: number of training recordings of every class that are kept.
-    seed: of the choice of `validation` and `per_class`.
+    seed: of the choice of `validation` and `per_class`, or of the windows of a signal.
     download: whether tonic may fetch recordings that are missing. Otherwise nothing is ever downloaded.
     stream: whether recordings stay in the cache file, memory-mapped; None: only if they are larger than half of the
         machine's memory.
+    seconds, dt, samples: only for "dynamics/NAME": seconds of a window (1.0) and of a time step (0.005), and number of
+        windows for training (256).
 
     Raises UsageError for an unknown name, a bad option, and recordings that are missing or damaged.
     """
-    if name not in ENTRIES:
-        raise UsageError(f"there is no data set {name!r}; the names are {', '.join(map(repr, ENTRIES))}")
-    entry = ENTRIES[name]
+    given = {option: value for option, value in locals().items() if value != DEFAULTS[option]}
+    entry = entry_of(name, given)
+    if not isinstance(entry, Entry):
+        return entry(**given)
     clock = Clock(time_bins, bin_us, entry.span_us, entry.bin_us)
     view = View(crop, downsample, polarity)
     options = Options(binary, view, augment, validation, per_class, seed, cache_dir, stream)
     return assemble(name, find(name, entry, root, download), clock, options)
+
+
+DEFAULTS = {option: parameter.default for option, parameter in inspect.signature(load).parameters.items()}
+
+
+def entry_of(name: str, given: dict[str, Any]) -> Entry | Callable[..., tuple[Dataset[Any], ...]]:
+    """Returns what makes a data set, and takes its name out of the given arguments of `load`. Raises UsageError for an
+    unknown name, and for arguments that the data set does not have."""
+    if name not in ENTRIES and name not in SIGNALS:
+        raise UsageError(f"there is no data set {name!r}; the names are {', '.join(map(repr, [*ENTRIES, *SIGNALS]))}")
+    del given["name"]
+    signal, options = name in SIGNALS, {"seconds", "dt", "samples"}
+    if wrong := set(given) - options - {"seed"} if signal else set(given) & options:
+        raise UsageError(f"{name} has no {', '.join(sorted(wrong))}; leave {'it' if len(wrong) == 1 else 'them'} out")
+    return SIGNALS[name] if signal else ENTRIES[name]
 
 
 def find(name: str, entry: Entry, root: Root, download: bool) -> Source | Recorded:
