@@ -265,17 +265,25 @@ def average(found: list[Row], column: str) -> float | None:
 
 
 def table(path: Path) -> str:
-    """Returns errors by system and method, then means over the systems, as Markdown."""
-    final = [row for row in rows(path) if row["stage"] == "final"]
-    by = {(s, m): [r for r in final if (r["system"], r["method"]) == (s, m)] for s in SYSTEMS for m in METHODS}
-    lines = ["| system | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
-    for system in SYSTEMS:
-        values = [short(average(by[system, method], "error")) for method in METHODS]
-        lines.append(f"| {system} | " + " | ".join(values) + " |")
+    """Returns errors by system and method, of the whole test and of its third trial, and means over the systems.
+
+    A longer search may leave rows of several settings for a seed. The last row counts.
+    """
+    final = {(row["system"], row["method"], row["seed"]): row for row in rows(path) if row["stage"] == "final"}
+    by = {(s, m): [row for of, row in final.items() if of[:2] == (s, m)] for s in SYSTEMS for m in METHODS}
+    heading = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    lines = []
+    for title, column in (("error", "error"), ("error in the third trial", "error_trial_3")):
+        lines += ["", title, "", *heading]
+        for system in SYSTEMS:
+            values = [short(average(by[system, method], column)) for method in METHODS]
+            lines.append(f"| {system} | " + " | ".join(values) + " |")
+    lines += ["", "means over the systems", "", *heading]
     for title, column in (
-        ("mean error", "error"),
-        ("first trial", "error_trial_1"),
-        ("third trial", "error_trial_3"),
+        ("error", "error"),
+        ("error in the first trial", "error_trial_1"),
+        ("error in the second trial", "error_trial_2"),
+        ("error in the third trial", "error_trial_3"),
         ("spikes of a neuron a second", "rate"),
         *((f"error with noise {level:g}", f"error_noise_{level:g}") for level in NOISES),
         ("noise at which the error doubles", "noise_doubling"),
