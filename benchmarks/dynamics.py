@@ -111,7 +111,7 @@ class Recurrent:
 
 
 class Batches:
-    """Shuffled batches of windows: inputs [T, B, C], targets [B, T, D]."""
+    """Shuffled batches of windows: inputs [T, B, C], targets [T, B, D]."""
 
     def __init__(self, windows: data.SignalDataset, size: int, seed: int) -> None:
         self.windows, self.size = windows, size
@@ -123,12 +123,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.windows), generator=self.generator)
         for chosen in order[: len(self) * self.size].split(self.size):
-            yield self.windows.inputs[:, chosen], self.windows.targets[:, chosen].transpose(0, 1).contiguous()
-
-
-def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Returns the squared error of outputs [T, B, D] for targets [B, T, D], summed over D, averaged over T: [B]."""
-    return (outputs - targets.transpose(0, 1)).square().sum(2).mean(0)
+            yield self.windows.inputs[:, chosen], self.windows.targets[:, chosen]
 
 
 def optimizer_of(model: nn.Sequential, settings: Settings) -> dict[str, Any]:
@@ -153,7 +148,7 @@ def trained(system: str, method: str, settings: Settings, seed: int, effort: int
     net = Recurrent(windows.inputs.shape[2], windows.targets.shape[2])
     estimator = ULR() if method == "ulr" else SurrogateBPTT("fast_sigmoid", settings["slope"])
     batches = Batches(windows, BATCH, seed)
-    options = {"seed": seed, "device": "cpu", "progress": False, "loss": squared_error, "max_steps": effort}
+    options = {"seed": seed, "device": "cpu", "progress": False, "loss": "mse", "max_steps": effort}
     epochs = -(-effort // len(batches))
     train(net.model, batches, epochs, estimator=estimator, **options, **optimizer_of(net.model, settings))
     return net

@@ -14,7 +14,7 @@ from benchmarks.force import Force, FullForce, least_squares, noise_current
 from ulr_snn import data
 from ulr_snn.data import dynamics
 from ulr_snn.data.dynamics import SYSTEMS, TRIAL, clock, lorenz, solve, trial, van_der_pol, windows
-from ulr_snn.data.registry import ENTRIES
+from ulr_snn.data.registry import SIGNALS
 
 DT = 0.005
 TIMES = np.arange(400) * DT
@@ -127,15 +127,7 @@ def test_targets_over_time_are_padded_as_their_recordings():
 
 def test_the_names_for_type_checkers_are_those_of_the_registry():
     assert get_args(dynamics.Name) == tuple(f"dynamics/{name}" for name in SYSTEMS)
-    assert set(get_args(dynamics.Name)) <= set(ENTRIES)
-
-
-def test_a_generated_data_set_is_registered_from_outside(monkeypatch):
-    monkeypatch.setattr(data.registry, "ENTRIES", dict(ENTRIES))
-    data.register("mine", data.Generated(lambda seed=7: (seed, None)))
-    assert data.load("mine") == (7, None) and data.load("mine", seed=1) == (1, None)
-    with pytest.raises(ulr_snn.UsageError, match="bin_us"):
-        data.load("mine", bin_us=5)
+    assert set(get_args(dynamics.Name)) == set(SIGNALS)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +139,7 @@ def test_a_generated_data_set_is_registered_from_outside(monkeypatch):
         ("dynamics/sine", {"dt": 0.0033}, ["dt=0.0033"]),
         ("dynamics/sine", {"seconds": 0.0}, ["seconds=0.0"]),
         ("dynamics/sine", {"samples": 3}, ["samples=3"]),
-        ("dynamics/sine", {"time_bins": 10, "binary": True}, ["time_bins, binary"]),
+        ("dynamics/sine", {"time_bins": 10, "binary": True}, ["binary, time_bins"]),
         ("digits", {"seconds": 1.0}, ["digits", "seconds"]),
     ],
 )

@@ -90,8 +90,8 @@ def load(
     """Returns the training and the test part of a data set, as `(train, test)`. Recordings are binned in fixed windows.
 
     name: "digits" (made on first use, no download), or a data set in tonic's folders: "nmnist", "shd", "ssc",
-        "dvsgesture", "cifar10dvs", "ncaltech101", "ncars", "asldvs", "smnist". Subsets are supported.
-        "dynamics/NAME": a signal over time, computed.
+        "dvsgesture", "cifar10dvs", "ncaltech101", "ncars", "asldvs", "smnist" (subsets are supported), or
+        "dynamics/NAME", which is computed.
     root: the folder that holds tonic's folder, such as `NMNIST`, or that folder itself; default: the environment
         variable ULR_SNN_DATA. The folders `saccade-mnist/NMNIST` and `spoken-digits/SHD` in `root` are found, too.
     time_bins, bin_us: number and width (microseconds) of the bins. An event at time t is in bin `t // bin_us`; events
@@ -114,16 +114,14 @@ def load(
     stream: whether recordings stay in the cache file, memory-mapped; None: only if they are larger than half of the
         machine's memory.
     seconds, dt, samples: only for "dynamics/NAME": seconds of a window (1.0) and of a time step (0.005), and number of
-        windows for training (256).
-
-    Raises UsageError for an unknown name, a bad option, and recordings that are missing or damaged.
+        windows for training (256). Raises UsageError for an unknown name, a bad option, and recordings that are missing
+        or damaged.
     """
-    given = {option: value for option, value in locals().items() if value != DEFAULTS[option]}
+    given = {option: value for option, value in locals().items() if value is not DEFAULTS[option]}
     entry = entry_of(name, given)
     if not isinstance(entry, Entry):
         return entry(**given)
-    clock = Clock(time_bins, bin_us, entry.span_us, entry.bin_us)
-    view = View(crop, downsample, polarity)
+    clock, view = Clock(time_bins, bin_us, entry.span_us, entry.bin_us), View(crop, downsample, polarity)
     options = Options(binary, view, augment, validation, per_class, seed, cache_dir, stream)
     return assemble(name, find(name, entry, root, download), clock, options)
 
