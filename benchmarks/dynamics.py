@@ -42,6 +42,7 @@ FORCE_TRIALS = 100  # of 2 s, for FORCE and full-FORCE
 TRIALS, WINDOWS = 3, 8  # of a test: trials without a reset, from so many phases
 NOISES = (0.05, 0.1, 0.2, 0.4, 0.8)
 TUNE_SEED, SHORT, KEEP, ROUNDS = 100, 0.3, 0.25, 1
+LONG = 2.5  # times the steps or trials, in a longer training with the same settings
 QUICK = 0.01  # part of the effort that a quick run makes
 RESERVOIR = {"ordered": {"gain": [0.05, 0.1, 0.2], "feedback": [10.0, 30.0], "drive": [20.0, 40.0]}}
 GRIDS: dict[str, dict[str, Any]] = {
@@ -49,7 +50,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "force": RESERVOIR,
     "full-force": RESERVOIR,
 }
-RUN = ("stage", "system", "method", "settings", "seed", "effort")  # effort: steps, or trials of FORCE
+RUN = ("stage", "system", "method", "settings", "seed", "effort")  # stage: tune, final or long; effort: steps or trials
 NOISY = tuple(f"error_noise_{level:g}" for level in NOISES)
 MEASURED = ("error", "error_trial_1", "error_trial_2", "error_trial_3", "rate", *NOISY, "noise_doubling", "seconds")
 COLUMNS = (*RUN, *MEASURED, "note", "machine", "ulr_snn", "torch", "date")
@@ -193,14 +194,14 @@ class Ledger:
 
     def _made(self, run: Row, settings: Settings) -> Row:
         system, method, seed = run["system"], run["method"], int(run["seed"])
-        final, note, found = run["stage"] == "final", "", {"error": math.inf}
+        tested, note, found = run["stage"] != "tune", "", {"error": math.inf}
         started = time.process_time()
         try:
             net = trained(system, method, settings, seed, int(run["effort"]))
             seconds = time.process_time() - started
             tests = signals(system, seed, TRIALS * TRIAL, samples=4 * WINDOWS)
-            found = measured(net, tests[1] if final else tests[0], NOISES if final else (), seed)
-            if final and seed == 0:
+            found = measured(net, tests[1] if tested else tests[0], NOISES if tested else (), seed)
+            if run["stage"] == "final" and seed == 0:
                 keep_outputs(net, system, method)
         except FloatingPointError:
             seconds, note = time.process_time() - started, "diverged"
@@ -248,6 +249,8 @@ def run_all(ledger: Ledger, arguments: argparse.Namespace) -> None:
             settings = tuned(ledger, system, method, arguments.rounds)
             for seed in range(arguments.seeds):
                 ledger.row("final", system, method, settings, seed)
+                if arguments.long:
+                    ledger.row("long", system, method, settings, seed, LONG)
 
 
 # -- the table and the picture -------------------------------------------------------------------------------
@@ -259,19 +262,29 @@ def average(found: list[Row], column: str) -> float | None:
     return mean(values) if values else None
 
 
+def last(path: Path, stage: str) -> dict[tuple[str, str], list[Row]]:
+    """Returns the rows of a stage by system and method, the last row of each seed."""
+    found = {(row["system"], row["method"], row["seed"]): row for row in rows(path) if row["stage"] == stage}
+    return {(s, m): [row for of, row in found.items() if of[:2] == (s, m)] for s in SYSTEMS for m in METHODS}
+
+
 def table(path: Path) -> str:
     """Returns errors by system and method, of the whole test and of its third trial, and means over the systems.
 
     A longer search may leave rows of several settings for a seed. The last row counts.
     """
-    final = {(row["system"], row["method"], row["seed"]): row for row in rows(path) if row["stage"] == "final"}
-    by = {(s, m): [row for of, row in final.items() if of[:2] == (s, m)] for s in SYSTEMS for m in METHODS}
+    by, longer = last(path, "final"), last(path, "long")
     heading = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     lines = []
-    for title, column in (("error", "error"), ("error in the third trial", "error_trial_3")):
+    for title, found, column in (
+        ("error", by, "error"),
+        ("error in the third trial", by, "error_trial_3"),
+        ("error after the longer training", longer, "error"),
+        ("error in the third trial after the longer training", longer, "error_trial_3"),
+    ):
         lines += ["", title, "", *heading]
         for system in SYSTEMS:
-            values = [short(average(by[system, method], column)) for method in METHODS]
+            values = [short(average(found[system, method], column)) for method in METHODS]
             lines.append(f"| {system} | " + " | ".join(values) + " |")
     lines += ["", "means over the systems", "", *heading]
     for title, column in (
@@ -326,6 +339,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds of the final stage, from 0 on")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the search, among the neighbours of the best")
+    parser.add_argument("--long", action="store_true", help=f"also trains {LONG:g} times as long, as stage long")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="seconds: does it run? results go to runs/dynamics-quick")
     parser.add_argument("--table", action="store_true", help="only the table and the picture")
