@@ -199,6 +199,27 @@ def test_spikingjellys_encoder_and_a_layer_over_time():
     )
 
 
+def test_a_static_input_is_not_cut_into_chunks():
+    """Modules in order, which are cut into chunks of time if they take sequences, but not if they make them."""
+
+    class Repeat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.expand(STEPS, *x.shape)
+
+    x, y = data()
+    torch.manual_seed(0)
+    layers = nn.Linear(INPUTS, 8), LIF(), nn.Linear(8, 3)
+    model, expected = nn.Sequential(Repeat(), *layers).double(), nn.Sequential(*layers).double()
+    found, _ = gradients(model, x[0], y, ULR(), layout="B")
+    found = [g.clone() for g in found]
+    model.zero_grad()
+    torch.testing.assert_close(found, gradients(expected, x[:1].expand_as(x), y, ULR())[0])
+    with pytest.raises(UsageError, match="is not called with one sequence|Repeat is not known to see"):
+        plan(model, (x[0], y), ULR(memory="replay"), layout="B")
+    with pytest.raises(UsageError, match="is not called with one sequence"):
+        plan(expected, (x, y), ULR(memory="replay"), output=lambda outputs: 2 * outputs)
+
+
 class Two(nn.Module):
     """Adds up two inputs over time, and one without."""
 

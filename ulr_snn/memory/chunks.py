@@ -109,6 +109,8 @@ class Chunks:
             return "noise comes elsewhere than on firing"
         if step.batch.samples < 2:
             return "the batch has a single sample"
+        if not step.bound.call.plain:
+            return "the model is not called with one sequence, or not all of its result is read"
         if step.batch.objective.counts:
             return "the objective has costs of activity"
         if structure is not None and (structure.credit.by_losses or structure.treatment.gradientless):

@@ -88,10 +88,10 @@ class Call:
 
     @property
     def plain(self) -> bool:
-        """True if the model takes one sequence [T, B, ...], and its first output over time or [B, C] is read."""
-        forms = [(slot.axes, len(slot.shape)) for slot in self.view.slots]
-        usual = not forms or (len(forms) == 1 and forms[0] != ("TB", 0) and forms[0][0] in ("TB", "B"))
-        return self.way == "sequence" and not self.inputs.slots and self.interface.output is None and usual
+        """True if the model takes one sequence [T, B, ...], and its only result is [T, B, C, ...] or [B, C]."""
+        one = self.way == "sequence" and not self.inputs.slots and self.interface.output is None and self.count <= 1
+        forms = [(slot.over_time, len(slot.shape)) for slot in self.view.slots]
+        return one and all(axes > 0 if over_time else axes == 1 for over_time, axes in forms)
 
     def describe(self) -> list[str]:
         """Says how the model is called and what is read of its result, where that is not the usual, for `plan`."""

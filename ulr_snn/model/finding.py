@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.call import Call, carries_state, check_outputs, copied, no_side_effects
+from ulr_snn.model.call import Call, carries_state, copied, no_side_effects
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.model.trees import items, tensors
 from ulr_snn.model.view import Slot, View
@@ -186,8 +186,10 @@ def finished(call: Call, trial: Trial, steps: int, samples: int) -> Call:
         if slot is None and call.way == "static":
             slot = Slot.of(tensor, steps, samples, batch_first=True)
         if slot is None:
-            check_outputs(tensor.transpose(0, 1) if call.way == "batch first" else tensor, steps, samples)
-            raise UsageError(f"the model returned shape {tuple(tensor.shape)}; return [T, B, C] or [B, C]")
+            raise UsageError(
+                f"the model returned shape {tuple(tensor.shape)} for {steps} steps of a batch of {samples}; return "
+                f"{'[B, T, C]' if call.way == 'batch first' else '[T, B, C]'} or [B, C]"
+            )
         slots.append(slot)
     count = sum(
         isinstance(item, Tensor) and (samples in item.shape[:1] or (steps, samples) == item.shape[:2])
@@ -209,4 +211,4 @@ def refused(trials: list[Trial]) -> Exception:
             note = f"called with {WAYS[trial.way]}, it raises {type(other).__name__}: {other}"
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
-    return error.with_traceback(error.__traceback__)
+    return error
