@@ -1,5 +1,6 @@
 """Batches as people bring them: axes, static inputs, several inputs, named parts, sequences of unequal length."""
 
+import importlib
 from collections.abc import Callable
 
 import numpy as np
@@ -218,6 +219,50 @@ def test_a_static_input_is_not_cut_into_chunks():
         plan(model, (x[0], y), ULR(memory="replay"), layout="B")
     with pytest.raises(UsageError, match="is not called with one sequence"):
         plan(expected, (x, y), ULR(memory="replay"), output=lambda outputs: 2 * outputs)
+def lifted(kind: str) -> nn.Module:
+    """Layers that take a whole sequence [T, B, ...] a call."""
+    torch.manual_seed(0)
+    if kind == "norse":
+        norse = pytest.importorskip("norse.torch")
+        return norse.SequentialState(norse.LIFRecurrent(INPUTS, 8), norse.LIF(), nn.Linear(8, 3), norse.LI())
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import functional, layer, neuron
+
+    v_reset = {"hard": 0.0, "soft": None}[kind]
+    net = nn.Sequential(layer.Linear(INPUTS, 8), neuron.LIFNode(v_reset=v_reset), layer.BatchNorm1d(8))
+    net.extend([layer.Linear(8, 3), neuron.IFNode(v_reset=v_reset)])
+    functional.set_step_mode(net, "m")
+    return net
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft", "norse"])
+def test_a_static_input_for_layers_of_whole_sequences(kind):
+    """A model that repeats its input for layers over time has as many steps as these layers see."""
+
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = lifted(kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result = self.net(4 * x.unsqueeze(0).repeat(STEPS, 1, 1))
+            return (result[0] if isinstance(result, tuple) else result).mean(0)
+
+    def reduced(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.mean(0), targets, reduction="none")
+
+    x, y = data(1)
+    x = x.float()
+    found, losses = gradients(Repeats(), x[0], y, ULR(maps="exact"), loss="ce_count", layout="B")
+    expected, others = gradients(lifted(kind), 4 * x.repeat(STEPS, 1, 1), y, ULR(maps="exact"), loss=reduced)
+    torch.testing.assert_close(losses, others)
+    torch.testing.assert_close(found, expected)
+    model = Repeats()
+    result = train(model, [(x[0], y)] * 3, 2, layout="B", val_loader=[(x[0], y)], progress=False, device="cpu")
+    if kind != "norse":
+        importlib.import_module("spikingjelly.activation_based.functional").reset_net(model)
+    own = nn.functional.cross_entropy(model.eval()(x[0]), y).item()
+    assert result.history[-1]["val_loss"] == pytest.approx(own, rel=1e-5)
 
 
 class Two(nn.Module):

@@ -43,6 +43,11 @@ class StepNeuron:
         self._scan: tuple[Any, list[nn.Module], LIF] | None = None  # the first: options that `ours` read
 
     @property
+    def by_sequence(self) -> bool:
+        """True if a call of the module gets a whole sequence [T, B, ...], not one time step."""
+        return self.whole
+
+    @property
     def scans(self) -> bool:
         """True if the module sees whole sequences, so that a scan of `ulr_snn` may replace it."""
         return False

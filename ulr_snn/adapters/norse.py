@@ -27,6 +27,10 @@ class Layer(StepNeuron):
     """A neuron of Norse whose code decides on a spike in `threshold`."""
 
     @property
+    def by_sequence(self) -> bool:
+        return isinstance(self.module, SNN | SNNRecurrent)
+
+    @property
     def threshold(self) -> Tensor:
         p = self.module.p
         p = getattr(p, "lif", None) or getattr(p, "lif_adex", None) or p

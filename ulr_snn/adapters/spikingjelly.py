@@ -63,6 +63,10 @@ class Node(StepNeuron):
         return entry, LIF.sharing(module, reset, None, beta=beta, threshold=self.threshold.to(like))
 
     @property
+    def by_sequence(self) -> bool:
+        return self.module.step_mode == "m"
+
+    @property
     def scans(self) -> bool:
         module, leaks = self.module, not isinstance(self.module, neuron.IFNode)
         soft = leaks and module.v_reset is None

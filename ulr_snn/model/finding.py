@@ -46,7 +46,7 @@ class Trial:
     @property
     def by_call(self) -> dict[str, list[torch.Size]]:
         """The shapes of the layers that run one time step a call."""
-        by_step = {name for name, layer in self.layers if isinstance(layer, StepNeuron) and not layer.whole}
+        by_step = {name for name, layer in self.layers if isinstance(layer, StepNeuron) and not layer.by_sequence}
         others = {name for name, layer in self.layers} - by_step
         return {name: shapes for name, shapes in self.shapes.items() if name not in others}
 
