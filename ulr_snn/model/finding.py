@@ -182,9 +182,10 @@ def finished(call: Call, trial: Trial, steps: int, samples: int) -> Call:
     """Returns the call with the form of the outputs that it showed. Raises UsageError for outputs of no known form."""
     slots = []
     for tensor in tensors(trial.selected):
-        slot = Slot.of(tensor, steps, samples, call.way == "batch first")
-        if slot is None and call.way == "static":
-            slot = Slot.of(tensor, steps, samples, batch_first=True)
+        turned = call.way == "batch first"
+        slot = Slot.of(tensor, steps, samples, turned)
+        if slot is None and call.way in ("static", "batch first"):  # the loop may stack its outputs on either axis
+            slot = Slot.of(tensor, steps, samples, not turned)
         if slot is None:
             raise UsageError(
                 f"the model returned shape {tuple(tensor.shape)} for {steps} steps of a batch of {samples}; return "
