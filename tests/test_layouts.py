@@ -215,10 +215,12 @@ def test_a_static_input_is_not_cut_into_chunks():
     found = [g.clone() for g in found]
     model.zero_grad()
     torch.testing.assert_close(found, gradients(expected, x[:1].expand_as(x), y, ULR())[0])
-    with pytest.raises(UsageError, match="is not called with one sequence|Repeat is not known to see"):
+    with pytest.raises(UsageError, match=r"is not called with one sequence|Repeat is not known to see"):
         plan(model, (x[0], y), ULR(memory="replay"), layout="B")
     with pytest.raises(UsageError, match="is not called with one sequence"):
         plan(expected, (x, y), ULR(memory="replay"), output=lambda outputs: 2 * outputs)
+
+
 def lifted(kind: str) -> nn.Module:
     """Layers that take a whole sequence [T, B, ...] a call."""
     torch.manual_seed(0)
@@ -374,8 +376,8 @@ def test_a_state_that_the_model_returns_is_carried():
             return torch.stack(out)
 
     class Spread(Net):  # the states one by one
-        def forward(self, x: Tensor, one: tuple | None = None, two: tuple | None = None) -> tuple:
-            v, state = super().forward(x, None if one is None else (one, two))
+        def forward(self, x: Tensor, s1: tuple | None = None, s2: tuple | None = None) -> tuple:
+            v, state = super().forward(x, None if s1 is None else (s1, s2))
             return v, *state
 
     x, y = data()

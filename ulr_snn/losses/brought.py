@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
@@ -16,6 +17,17 @@ from ulr_snn.model.view import AS_IS, View
 
 LIBRARIES = ("torch", "snntorch", "torchmetrics")
 BY_CLASS = (nn.CrossEntropyLoss, nn.NLLLoss)
+FUNCTIONS: dict[Any, Callable[[], Any]] = {  # of torch, with the objects that do the same
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.kl_div: nn.KLDivLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,9 @@ class Brought:
         """Takes a loss. Raises UsageError for something that is no loss."""
         if not callable(loss):
             raise UsageError(f"loss={loss!r} is no loss; give a name or a callable (outputs, targets) -> [B]")
+        if isinstance(loss, type):
+            raise UsageError(f"the loss is the class {loss.__name__}; give an object, as in {loss.__name__}()")
+        loss = FUNCTIONS[loss]() if loss in FUNCTIONS else loss
         if of_torchmetrics(loss) and loss.higher_is_better:
             raise UsageError(
                 f"{type(loss).__name__} is better when higher, but a loss is minimised; give its negative as a function"
@@ -43,6 +58,10 @@ class Brought:
 
     def seen_by(self, view: View) -> "Brought":
         """Returns the loss for a model whose outputs have this form."""
+        if self.reads_one and len(view.slots) > 1:
+            raise UsageError(
+                f"{type(self.loss).__name__} reads one output, but output= chose several; give a function of your own"
+            )
         return replace(self, view=view)
 
     @property
@@ -81,11 +100,13 @@ class Brought:
             outputs = outputs.detach()  # the derivative of snnTorch's spike times is a surrogate
         if of_torchmetrics(self.loss):
             value = by_sample(copy.deepcopy(self.loss), self._time_first(outputs), targets.tensor, outputs.ndim >= 3)
-        elif self.reads_one and len(self.view.slots) <= 1:
+        elif self.reads_one:
             value = self._of_library(outputs, targets.tensor, mask)
         else:
             value = self.unreduced(self.view.external(outputs), targets.external())
-            value = self._reduced(value, whole, targets.tensor, None) if self.reduction != "none" else value
+            if self.reduction != "none":
+                first = len(self.view.slots) == 1 and self.view.slots[0].axes != "TB"
+                value = self._reduced(value, whole, None, None, batch_first=first)
         return checked(value, whole)
 
     def _of_library(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Any:
@@ -117,17 +138,20 @@ class Brought:
                 f"{tuple(targets.shape)}; use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
             ) from error
 
-    def _reduced(self, value: Any, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Any:
-        """Returns one value a sample, whose mean over the batch is what the object gives itself."""
+    def _reduced(
+        self, value: Any, outputs: Tensor, targets: Tensor | None, mask: Tensor | None, batch_first: bool = False
+    ) -> Any:
+        """Returns one value a sample, whose mean over the batch is what the object gives itself. targets: None if their
+        weights are not known; batch_first: the first axis of values over time is that of the samples."""
         if self.reduction == "none" or not isinstance(value, Tensor) or value.ndim < 1:
             return value
-        batch = int(outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2])
+        batch = int(outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2] and not batch_first)
         if batch and mask is not None:
             value = value * mask.reshape(*mask.shape[:2], *[1] * (value.ndim - 2))
         sums = value.movedim(batch, 0).flatten(1).sum(1) if value.ndim > 1 else value
         if self.reduction == "sum":
             return sums * len(sums)
-        weights = self._weights(targets)
+        weights = None if targets is None else self._weights(targets, mask if batch else None)
         if weights is not None:
             return sums * len(sums) / weights.clamp(min=torch.finfo(sums.dtype).tiny)
         each = value.numel() / len(sums)
@@ -136,12 +160,14 @@ class Brought:
             return sums / (own * (each / len(value)))
         return sums / each
 
-    def _weights(self, targets: Tensor) -> Tensor | None:
-        """Returns the sum of the weights by which torch's cross-entropies divide; None for other means."""
+    def _weights(self, targets: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Returns the sum of the weights by which torch's cross-entropies divide, without padding; None for other
+        means."""
         loss = getattr(self.loss, "loss_fn", self.loss)
         if not isinstance(loss, BY_CLASS) or targets.is_floating_point():
             return None
         kept = targets != loss.ignore_index
+        kept = kept if mask is None else kept & (mask.reshape(targets.shape) > 0)
         return kept.sum() if loss.weight is None else loss.weight[targets[kept]].sum()
 
 

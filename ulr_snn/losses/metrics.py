@@ -107,7 +107,12 @@ class OwnMetric:
             self.metric.to(outputs.device).update(seen, targets)
             return
         value = self.metric(batch.view.external(outputs), batch.targets.external())
-        value = torch.as_tensor(value, dtype=torch.float64)
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(
+                f"the metric {name!r} returned {type(value).__name__}; return one number, or [B]"
+            ) from None
         if value.numel() != 1 and value.shape != (batch.samples,):
             raise UsageError(
                 f"the metric {name!r} returned shape {tuple(value.shape)}; return one number, or one for each sample"
@@ -129,6 +134,9 @@ def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(metrics, Mapping) or any(not callable(metric) for metric in metrics.values()):
         raise UsageError(f"metrics={metrics!r} must be {{name: function or torchmetrics object}}")
+    for name in [name for name, metric in metrics.items() if hasattr(metric, "compute_groups")]:
+        rest = {other: metric for other, metric in metrics.items() if other != name}
+        metrics = rest | {f"{name}_{part}": metric for part, metric in metrics[name].items()}  # a MetricCollection
     if taken := [name for name in metrics if name in TAKEN or not isinstance(name, str)]:
         raise UsageError(f"metrics got the name {taken[0]!r}, which has a meaning of its own; choose another")
     return dict(metrics)

@@ -33,9 +33,15 @@ def total(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def ce_count(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the cross-entropy of the outputs summed over time (snntorch.functional.ce_count_loss)."""
-    if outputs.ndim >= 3 and targets.shape[:2] == outputs.shape[:2]:
+    if each_step(outputs, targets):
         raise UsageError("ce_count got a target for each time step; use 'ce_rate', which has a loss at each step")
     return F.cross_entropy(total(outputs, mask), classes(targets), reduction="none")
+
+
+def each_step(outputs: Tensor, targets: Tensor) -> bool:
+    """Returns whether each time step has class indices, or class probabilities, of its own."""
+    over_time = outputs.ndim >= 3 and targets.shape[:2] == outputs.shape[:2]
+    return over_time and targets.ndim == 2 + targets.is_floating_point()
 
 
 def classes(targets: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ def ce_rate(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
 def ce_rate_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the contribution of each time step to `ce_rate`, [T, B]. Steps without a label do not count."""
     rows = outputs.shape[:2]
-    if targets.shape[:2] != rows:
+    if not each_step(outputs, targets):
         targets = targets.expand(len(outputs), *targets.shape)
     elif not targets.is_floating_point():
         labelled = (targets != IGNORED).to(outputs.dtype)[..., None]
@@ -75,6 +81,7 @@ def values_like(outputs: Tensor, targets: Tensor) -> Tensor:
     """Returns targets that broadcast against the outputs. A single feature needs no axis of its own. Raises UsageError
     for targets of another shape."""
     shape = outputs.shape if outputs.ndim < 3 else outputs.shape[1:]
+    targets = targets.to(outputs.dtype) if targets.dtype == torch.bool else targets
     if targets.shape in (outputs.shape, shape):
         return targets
     if outputs.shape[-1] == 1 and targets.shape in (outputs.shape[:-1], shape[:-1]):
@@ -304,15 +311,18 @@ def check_labels(targets: Tensor, outputs: Tensor, soft: bool) -> None:
     """Raises UsageError unless targets are class indices from 0 to the number of outputs less 1, or IGNORED, or class
     probabilities where the loss takes these (soft)."""
     number = outputs.shape[-1]
-    over_time = outputs.ndim >= 3 and targets.shape[:2] == outputs.shape[:2]
-    axes = 2 if over_time else 1
+    axes = 2 if each_step(outputs, targets) else 1
     if targets.is_floating_point():
         if soft and targets.ndim == axes + 1 and targets.shape[-1] == number:
             return
         axes = -1
     if targets.ndim != axes:
+        advice = ""
+        if targets.ndim == 2 and not targets.is_floating_point():
+            advice = ", as targets.argmax(1)" if targets.shape[1] == number else ", as targets.squeeze(1)"
         raise UsageError(
-            f"targets are {targets.dtype} of shape {tuple(targets.shape)}; a cross-entropy takes class indices [B]"
+            f"targets are {targets.dtype} of shape {tuple(targets.shape)}; a cross-entropy takes class indices "
+            f"[B]{advice}"
         )
     known = targets[targets != IGNORED]
     low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)

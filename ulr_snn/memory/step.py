@@ -46,6 +46,7 @@ class Step:
         if self.learner.structure is not None:
             return self.forward(), []
         first, p = self.first_pass()
+        p.records[:] = [record for record in p.records if record.site not in self.structure.noiseless]
         if not self.structure.weights:
             return self.forward(first.log), [p]
         first.log.extra += 1  # the first pass had no weight noise, so the step cannot use it

@@ -12,8 +12,8 @@ from ulr_snn.losses.named import Objective
 from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
 from ulr_snn.model.interface import USUAL, Interface
-from ulr_snn.model.reading import one_tensor
-from ulr_snn.model.targets import Targets, as_tensors, check_samples
+from ulr_snn.model.reading import one_tensor, takes
+from ulr_snn.model.targets import Targets, as_tensors, check_samples, of_sequences
 from ulr_snn.model.view import AS_IS, View
 
 
@@ -52,7 +52,9 @@ class Batch:
         if interface.layout == "B" and lengths is not None:
             raise UsageError("a static input has no time steps, but the batch has lengths; leave lengths out")
         x_given = x
-        x, inputs, own_lengths = one_tensor(x, targets, interface)
+        x, inputs, own_lengths = one_tensor(x, targets, interface, takes(model))
+        if own_lengths is not None and isinstance(targets, list) and targets is not x_given:
+            targets = of_sequences(targets, interface.layout, own_lengths)
         lengths = own_lengths if lengths is None else lengths
         if targets is x_given and objective.needs_labels:
             raise UsageError("the batches hold no targets, which the loss needs; give (x, y), or a loss of the outputs")

@@ -1,6 +1,7 @@
 """Calls of a model: with a whole sequence or one time step at a time, without side effects, with checked outputs."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ulr_snn.adapters import adapter_of, copies_of_state, couples
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import run
 from ulr_snn.model.interface import USUAL, Interface
+from ulr_snn.model.reading import VARIABLE, takes
 from ulr_snn.model.shape_errors import shape_advice
 from ulr_snn.model.trees import mapped, tensors
 from ulr_snn.model.view import AS_IS, View
@@ -64,6 +66,7 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
+STATE = re.compile(r"state|mem|hid|carry|^(h|c|hx|cx|s|v|u|syn|spk|z)\d*$")  # names of arguments that take a state
 SPECIAL = {  # ways to call a model, as `plan` says them
     "batch first": "takes whole sequences with the batch first, [B, T, ...]",
     "static": "takes a static input [B, ...], and repeats or encodes it itself",
@@ -76,7 +79,8 @@ class Call:
 
     way: "sequence" for [T, B, ...], "batch first" for [B, T, ...], "step" for a time step [B, ...] a call, "static" for
     an input [B, ...] that the model repeats or encodes itself. inputs: the form of several inputs; view: the form of
-    the outputs; carries: a returned state goes into the next call; count: number of outputs in the model's result.
+    the outputs; carries: a returned state goes into the next call; states: names of the arguments that take it, if they
+    are known; count: number of outputs in the model's result.
     """
 
     way: str = "sequence"
@@ -84,6 +88,7 @@ class Call:
     inputs: View = AS_IS
     view: View = AS_IS
     carries: bool = False
+    states: tuple[str, ...] = ()
     count: int = 1
 
     @property
@@ -110,48 +115,86 @@ class Call:
     def selected(self, model: nn.Module, x: Tensor) -> Any:
         """Returns the part of the model's result that is read. A model that takes one time step a call has its results
         stacked over time."""
-        if self.way == "step":
-            with shape_advice(model):
-                return stacked(list(self._steps(model, x)))
-        if self.way == "static":
-            given = self.inputs.external(x[0])
-        elif self.way == "batch first" and not self.inputs.slots:
-            given = x.transpose(0, 1)
-        else:
-            given = self.inputs.external(x)
+        return self.read(model, self.run(model, x), len(x), x.shape[1])
+
+    def run(self, model: nn.Module, x: Tensor) -> list[Any]:
+        """Returns the model's result for x [T, B, ...], or its results of all time steps."""
         with shape_advice(model):
-            return self._select(model, called(model, given))
+            if self.way == "step":
+                return list(self._steps(model, x))
+            if self.way == "static":
+                given = self.inputs.external(x[0])
+            elif self.way == "batch first" and not self.inputs.slots:
+                given = x.transpose(0, 1)
+            else:
+                given = self.inputs.external(x)
+            return [called(model, given)]
+
+    def read(self, model: nn.Module, results: list[Any], steps: int, rows: int) -> Any:
+        """Returns the part of a model's result that is read, or of its results of all time steps, stacked. Lists with a
+        tensor for each time step are stacked, too. Raises UsageError if there is no tensor."""
+        if self.way != "step":
+            results = [joined(results[0], steps, rows, int(self.way == "batch first"))]
+        found = [self.interface.select(result) for result in results]
+        if not tensors(found[0]):
+            raise UsageError(
+                f"{type(model).__name__} returned {type(found[0]).__name__}; return a tensor [T, B, C] or [B, C]"
+            )
+        return stacked(found) if self.way == "step" else found[0]
 
     def _steps(self, model: nn.Module, x: Tensor) -> Iterator[Any]:
-        """Yields what is read of the results of a model that takes one time step a call."""
+        """Yields the results of a model that takes one time step a call."""
         state: tuple[Any, ...] = ()
+        named: dict[str, Any] = {}
         over_time = [slot.over_time for slot in self.inputs.slots]
         for t in range(len(x)):
             given: Any = x[t]
             if over_time:
                 given = first_step(self.inputs.external(x[t : t + 1]), over_time)
-            result = called(model, given, *state)
-            if self.carries and isinstance(result, tuple | list):
+            result = called(model, given, *state, **named)
+            if self.carries and self.states:
+                named = state_in(result, self.states, self.interface.output)
+            elif self.carries and isinstance(result, tuple | list):
                 state = tuple(result[1:])
-            yield self._select(model, result)
-
-    def _select(self, model: nn.Module, result: Any) -> Any:
-        """Returns the part of a result that is read. Raises UsageError if it holds no tensor."""
-        found = self.interface.select(result)
-        if not tensors(found):
-            raise UsageError(
-                f"{type(model).__name__} returned {type(found).__name__}; return a tensor [T, B, C] or [B, C]"
-            )
-        return found
+            yield result
 
 
-def called(model: nn.Module, given: Any, *state: Any) -> Any:
-    """Calls the model with one input, or with a tuple or dict of inputs as its arguments."""
+def called(model: nn.Module, given: Any, *state: Any, **named: Any) -> Any:
+    """Calls the model with one input, or with a tuple or dict of inputs as its arguments. A model that has a single
+    argument gets the tuple or dict itself."""
     if isinstance(given, Tensor):
-        return model(given, *state) if state else run(model, given)
-    if isinstance(given, dict):
-        return model(**given)
-    return model(*given, *state)
+        return model(given, *state, **named) if state or named else run(model, given)
+    names = inspect.signature(model.forward).parameters.keys()
+    if takes(model) == 1 and not (isinstance(given, dict) and given.keys() == names):
+        return model(given, *state, **named)
+    return model(**given, **named) if isinstance(given, dict) else model(*given, *state, **named)
+
+
+def joined(result: Any, steps: int, rows: int, axis: int) -> Any:
+    """Returns a result in which lists with a tensor [rows, ...] for each time step are stacked along an axis."""
+    if isinstance(result, list) and len(result) == steps > 1 and all(isinstance(item, Tensor) for item in result):
+        shapes = {tuple(item.shape) for item in result}
+        if len(shapes) == 1 and next(iter(shapes))[:1] == (rows,):
+            return torch.stack(result, axis)
+    if type(result) in (list, tuple):
+        return type(result)(joined(item, steps, rows, axis) for item in result)
+    if type(result) is dict:
+        return {key: joined(item, steps, rows, axis) for key, item in result.items()}
+    return result
+
+
+def state_in(result: Any, names: tuple[str, ...], output: Any) -> dict[str, Any]:
+    """Returns the state in the result of a time step, by the names of the arguments that take it: the parts of these
+    names, or all that follows the output."""
+    if isinstance(result, dict):
+        return {name: result[name] for name in names if name in result}
+    if not isinstance(result, tuple | list) or len(result) < 2:
+        return {}
+    rest = list(result)
+    del rest[output if isinstance(output, int) else 0]
+    if len(rest) == 1 and len(names) > 1 and type(rest[0]) in (tuple, list):
+        rest = list(rest[0])
+    return dict(zip(names, rest, strict=False))
 
 
 def first_step(inputs: Any, over_time: list[bool]) -> Any:
@@ -169,18 +212,30 @@ def stacked(results: list[Any]) -> Any:
 def model_outputs(model: nn.Module, x: Tensor, by_step: bool = False) -> Tensor:
     """Returns the first tensor of the model's result. by_step: the model takes one time step a call, and its outputs
     are stacked over time."""
-    return Call("step" if by_step else "sequence", carries=by_step and carries_state(model)).outputs(model, x)
+    carries = by_step and carries_state(model)
+    return Call("step" if by_step else "sequence", carries=carries, states=state_arguments(model)).outputs(model, x)
 
 
 def carries_state(model: nn.Module) -> bool:
     """Returns whether a model that takes one time step a call takes the state that it returned in the call before. The
-    adapter of its library knows. Of a user's own model, the forward then has a second argument whose default is None.
-    """
+    adapter of its library knows, or the arguments of its forward show."""
     adapter = adapter_of(model)
-    if adapter is not None:
-        return adapter.carries_state(model)
+    return bool(state_arguments(model)) if adapter is None else adapter.carries_state(model)
+
+
+def state_arguments(model: nn.Module) -> tuple[str, ...]:
+    """Returns the arguments of a forward of the user's own that take a state, by their names; their default is None.
+    Raises UsageError for such an argument without a default."""
+    if adapter_of(model) is not None:
+        return ()
     arguments = list(inspect.signature(model.forward).parameters.values())[1:]
-    return bool(arguments) and arguments[0].kind is arguments[0].POSITIONAL_OR_KEYWORD and arguments[0].default is None
+    found = [argument for argument in arguments if STATE.search(argument.name) and argument.kind not in VARIABLE]
+    if needed := [argument.name for argument in found if argument.default is argument.empty]:
+        raise UsageError(
+            f"{type(model).__name__}.forward needs the state {needed[0]!r}; give it the default None, for the first "
+            "step"
+        )
+    return tuple(argument.name for argument in found if argument.default is None)
 
 
 def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.call import Call, carries_state, copied, no_side_effects
+from ulr_snn.model.call import Call, carries_state, copied, joined, no_side_effects, state_arguments
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.model.trees import items, tensors
 from ulr_snn.model.view import Slot, View
@@ -77,11 +77,14 @@ def find_call(model: nn.Module, batch: Batch) -> tuple[Call, int]:
     """Returns how a model is called, and the number of time steps of a pass. Only a few of a batch's samples are taken,
     and of long sequences a part where the model takes it. Raises the model's error if no way fits. An error that says
     nothing about shapes is raised at once."""
-    lengths = sorted({batch.steps if batch.static else min(STEPS, batch.steps), batch.steps})
+    if batch.static:
+        call, steps = found_with(model, few(batch, 1, 3), batch)
+        return (call, steps) if steps != 3 else found_with(model, few(batch, 1, 4), batch)
+    # A single time step is repeated, since it would not tell both axes apart.
+    lengths = [2, 1] if batch.steps == 1 else sorted({min(STEPS, batch.steps), batch.steps})
     for steps in lengths:
         try:
-            call, found = found_with(model, few(batch, steps), batch)
-            return call, found if batch.static else batch.steps
+            return found_with(model, few(batch, steps, 2 if steps == 3 else 3), batch)[0], batch.steps
         except (RecursionError, torch.OutOfMemoryError):
             raise
         except Exception:  # the model may need all time steps
@@ -92,21 +95,37 @@ def find_call(model: nn.Module, batch: Batch) -> tuple[Call, int]:
 
 def found_with(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Call, int]:
     """Returns how a model is called with events x [T, B, ...]; see `find_call`."""
-    layers, interface, inputs = spiking_layers(model), batch.interface, batch.inputs
+    layers, interface = spiking_layers(model), batch.interface
     own = bool(layers) and all(isinstance(neuron, SpikingNeuron) for _, neuron in layers)
+    states = state_arguments(model)
+    doubtful = bool(states) or (not layers and bool(unknown(model)))  # time steps may pass for samples
     trials: list[Trial] = []
+    forgetful: Call | None = None
     for way in ways(interface.layout, own):
         for carries in (True, False) if way == "step" and carries_state(model) else (False,):
-            call = Call(way, interface, inputs_of(inputs, way), carries=carries)
+            call = Call(way, interface, inputs_of(batch.inputs, way), carries=carries, states=states)
             trial = tried(model, layers, call, x, check=interface.layout == "BT")
-            if trial.error is None:
-                steps = trial.steps() if way == "static" else len(x)
-                try:
-                    return finished(call, trial, steps, x.shape[1]), steps
-                except UsageError as error:
-                    trial.error = error
-            trials.append(trial)
+            done = None if trial.error else finished(model, call, trial, x)
+            if done is None:
+                trials.append(trial)
+            elif not doubtful or way == "static" or remembers(model, layers, done, x):
+                return done, trial.steps() if way == "static" else len(x)
+            else:
+                forgetful = forgetful or done
+    if forgetful is not None:
+        return forgetful, len(x)
     raise refused(trials)
+
+
+def remembers(model: nn.Module, layers: Layers, call: Call, x: Tensor) -> bool:
+    """Returns whether outputs over time depend on earlier time steps, so that the model knows which axis is time."""
+    if not call.view.over_time or len(x) < 2:
+        return True
+    changed = torch.cat([10 * (1 + x[:1].abs()), x[1:]])
+    trials = [tried(model, layers, call, given, check=False) for given in (x, changed)]
+    if any(trial.error for trial in trials):
+        return True
+    return not torch.equal(*(call.view.internal(trial.selected)[1:] for trial in trials))
 
 
 def ways(layout: str, own: bool) -> list[str]:
@@ -118,13 +137,11 @@ def ways(layout: str, own: bool) -> list[str]:
     return ["sequence"] if own else ["sequence", "step"]
 
 
-def few(batch: Batch, steps: int) -> Tensor:
-    """Returns the first time steps of a few samples [T, B, ...], in another number than there are time steps. A single
-    time step would not tell both axes apart."""
-    samples = 2 if max(steps, 2) == 3 else 3
+def few(batch: Batch, steps: int, samples: int) -> Tensor:
+    """Returns the first time steps of a few samples [T, B, ...]. They are repeated where there are too few."""
     x = batch.first_samples(samples, steps)
-    if len(x) == 1 and not batch.static:
-        x = x.repeat(2, *[1] * (x.ndim - 1))
+    if len(x) < steps:
+        x = x.repeat(steps, *[1] * (x.ndim - 1))
     return x if x.shape[1] == samples else x.repeat(1, samples, *[1] * (x.ndim - 2))[:, :samples]
 
 
@@ -138,19 +155,14 @@ def inputs_of(inputs: View, way: str) -> View:
 def tried(model: nn.Module, layers: Layers, call: Call, x: Tensor, check: bool) -> Trial:
     """Calls a model and returns what it showed. check: whether both axes of a sequence are to be told apart."""
     trial = Trial(call.way, layers)
-
-    def select(result: Any) -> Any:
-        trial.results.append(result)
-        return call.interface.select(result)
-
-    seen = replace(call, interface=replace(call.interface, output=select))
     steps = ANY_STEPS if call.way == "static" else len(x)
     running = bind(model, NoiseLevel(Logistic()), steps=steps, layers=layers)
     try:
         with no_side_effects(model), torch.no_grad(), running, watching(model, trial):
-            trial.selected = seen.selected(model, copied(x))
+            call.run(model, copied(x))
         if check and not trial.sees(len(x), x.shape[1]):
             raise UsageError(f"the model does not take {WAYS[call.way]}")
+        trial.selected = call.read(model, trial.results, trial.steps() if call.way == "static" else len(x), x.shape[1])
     except (RecursionError, torch.OutOfMemoryError):
         raise
     except OF_SHAPES as error:
@@ -173,30 +185,63 @@ def watching(model: nn.Module, trial: Trial) -> Iterator[None]:
         return hook
 
     with ExitStack() as stack:
+        stack.callback(model.register_forward_hook(lambda _, given, result: trial.results.append(result)).remove)
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(noted(name)).remove)
         yield
 
 
-def finished(call: Call, trial: Trial, steps: int, samples: int) -> Call:
-    """Returns the call with the form of the outputs that it showed. Raises UsageError for outputs of no known form."""
+def finished(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> Call | None:
+    """Returns the call with the form of the outputs that a trial showed; None, with the trial's error, if they have no
+    known form."""
+    steps, samples = trial.steps() if call.way == "static" else len(x), x.shape[1]
+    found = tensors(trial.selected)
+    over_time = [True] * len(found)
+    if call.way == "batch first" and any(part.shape[1:2] == (steps,) for part in found):
+        over_time = follow_time(model, call, trial, x)
     slots = []
-    for tensor in tensors(trial.selected):
-        turned = call.way == "batch first"
-        slot = Slot.of(tensor, steps, samples, turned)
-        if slot is None and call.way in ("static", "batch first"):  # the loop may stack its outputs on either axis
-            slot = Slot.of(tensor, steps, samples, not turned)
+    for number, (part, timed) in enumerate(zip(found, over_time, strict=True)):
+        slot = form_of(part, steps, samples, call.way, timed)
         if slot is None:
-            raise UsageError(
-                f"the model returned shape {tuple(tensor.shape)} for {steps} steps of a batch of {samples}; return "
-                f"{'[B, T, C]' if call.way == 'batch first' else '[T, B, C]'} or [B, C]"
+            which = f"part {number} of its result with " if len(found) > 1 else ""
+            axes = "[B, T, C]" if call.way == "batch first" else "[T, B, C]"
+            advice = ", or leave parts out by output=" if len(found) > 1 else ""
+            trial.error = UsageError(
+                f"the model returned {which}shape {tuple(part.shape)} for {steps} steps of a batch of {samples}; "
+                f"return {axes} or [B, C]{advice}"
             )
+            return None
         slots.append(slot)
     count = sum(
         isinstance(item, Tensor) and (samples in item.shape[:1] or (steps, samples) == item.shape[:2])
-        for _, item in items(trial.results[0])
+        for _, item in items(joined(trial.results[0], steps, samples, 0))
     )
     return replace(call, view=View.of(trial.selected, slots), count=1 if call.carries else count)
+
+
+def form_of(part: Tensor, steps: int, samples: int, way: str, timed: bool) -> Slot | None:
+    """Returns the form of an output. timed: whether an axis of as many entries as there are time steps is time."""
+    static = Slot("B", part.shape[1:]) if part.shape[:1] == (samples,) else None
+    if not timed:
+        return static
+    slot = Slot.of(part, steps, samples, way == "batch first")
+    if way == "static" and steps == 1:
+        return slot or static
+    if slot is None and way in ("static", "batch first"):  # a loop may stack its outputs on either axis
+        slot = Slot.of(part, steps, samples, way != "batch first")
+    return slot
+
+
+def follow_time(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> list[bool]:
+    """Returns of each output whether its second axis follows the number of time steps, as [B, T, C] does, and [B, C]
+    with as many classes as time steps does not. A model that takes no other number of steps has [B, T, C] or [B, C]."""
+    other = x[:-1] if len(x) > 2 else torch.cat([x, x[-1:]])
+    again = tried(model, trial.layers, call, other, check=False)
+    found = tensors(trial.selected)
+    if again.error is not None or len(tensors(again.selected)) != len(found):
+        return [part.ndim > 2 for part in found]
+    pairs = zip(found, tensors(again.selected), strict=True)
+    return [before.shape[1:2] != after.shape[1:2] or before.shape[1:2] != (len(x),) for before, after in pairs]
 
 
 def refused(trials: list[Trial]) -> Exception:

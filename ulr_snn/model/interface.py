@@ -42,12 +42,16 @@ class Interface:
         """Returns the part of a model's result that losses and metrics read."""
         if callable(self.output):
             return self.output(result)
+        if isinstance(result, Tensor) and self.output in (None, 0, -1, "all"):
+            return result
         if self.output == "all":
             return result
         if self.output is None:
             found = tensors(result)
             return found[0] if found else result
         try:
+            if isinstance(result, Tensor):
+                raise TypeError("a tensor has no parts")
             if isinstance(self.output, str) and not isinstance(result, Mapping):
                 return getattr(result, self.output)
             return result[self.output]

@@ -1,12 +1,15 @@
 """Reads what loaders give: which parts of a batch are inputs, targets and lengths, in the form inside the library."""
 
 import inspect
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
 from ulr_snn.errors import UsageError
 from ulr_snn.model.interface import Interface, axes_in_words
@@ -14,9 +17,16 @@ from ulr_snn.model.targets import as_tensors, ragged
 from ulr_snn.model.trees import mapped, tensors
 from ulr_snn.model.view import Slot, View
 
-TARGETS = ("label", "labels", "target", "targets", "y")
-LENGTHS = ("length", "lengths")
+TARGETS = ("label", "labels", "label_ids", "target", "targets", "y")
+LENGTHS = ("length", "lengths", "lens", "seq_len", "seq_lens", "seq_lengths")
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 FORMS = "(x, y) or (x, y, lengths) of tensors, a dict with a key such as 'label', or x alone"
+
+
+def takes(model: nn.Module) -> float:
+    """Returns the number of inputs that a model's forward can take as arguments; infinite for *args or **kwargs."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    return math.inf if any(argument.kind in VARIABLE for argument in arguments) else len(arguments)
 
 
 def read(batch: Any, model: nn.Module, device: torch.device | None = None) -> tuple[Any, Any, Tensor | None]:
@@ -90,16 +100,19 @@ def of_words(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
-def one_tensor(x: Any, targets: Any, interface: Interface) -> tuple[Tensor, View, Tensor | None]:
+def one_tensor(x: Any, targets: Any, interface: Interface, most: float) -> tuple[Tensor, View, Tensor | None]:
     """Returns the inputs of a batch as one tensor [T, B, ...], [1, B, ...] for static inputs, with the form of several
-    inputs (empty for one), and the lengths of a list of sequences. Raises UsageError for inputs of a wrong shape."""
+    inputs (empty for one), and the lengths of a list of sequences. most: number of inputs that the model can take.
+    Raises UsageError for inputs of a wrong shape."""
     lengths = None
     if isinstance(x, numpy.ndarray):
         x = torch.as_tensor(x)
+    if isinstance(x, PackedSequence):
+        x, lengths = pad_packed_sequence(x, interface.layout == "BT")
+    if isinstance(x, list | tuple) and of_samples(x, targets, interface, most):
+        x, lengths = padded(list(x), interface)
     if isinstance(x, list | tuple) and len(x) == 1:
         (x,) = x
-    if isinstance(x, list) and of_samples(x, targets):
-        x, lengths = padded(x, interface)
     if isinstance(x, Tensor):
         return time_first(x, interface), View(), lengths
     arrays = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else []
@@ -118,6 +131,8 @@ def one_tensor(x: Any, targets: Any, interface: Interface) -> tuple[Tensor, View
         raise UsageError(f"the inputs of a batch have the shapes {shapes}; give each the same samples and time steps")
     dtype = next((part.dtype for part in found if part.is_floating_point()), torch.get_default_dtype())
     view = View.of(parts, known)
+    kept = [part.dtype if not part.is_floating_point() else None for part in found]
+    view = replace(view, slots=tuple(replace(slot, dtype=kind) for slot, kind in zip(view.slots, kept, strict=True)))
     whole = view.internal([part.to(dtype) for part in found])
     return (whole if view.over_time else whole[None]), view, lengths
 
@@ -150,11 +165,26 @@ def wrong_shape(what: object, interface: Interface) -> UsageError:
     )
 
 
-def of_samples(x: list[Any], targets: Any) -> bool:
+def of_samples(x: list[Any] | tuple[Any, ...], targets: Any, interface: Interface, most: float) -> bool:
     """Returns whether a list holds one sequence for each sample, and not several inputs of the model."""
-    leaves = [leaf for leaf in tensors(as_tensors(targets)) if leaf.ndim] if targets is not x else []
-    samples = {len(leaf) for leaf in leaves}
-    return ragged(x) or (samples == {len(x)} and all(torch.as_tensor(item).shape[1:2] != (len(x),) for item in x))
+    arrays = all(isinstance(item, Tensor | numpy.ndarray) and item.ndim for item in x)
+    if not x or not arrays or interface.layout == "B":
+        return False
+    if ragged(list(x)):
+        return True
+    number = len(x) if targets is x else samples_of(targets)
+    if number != len(x):
+        return False
+    axis = int(interface.layout == "TB")  # of the samples, if the items are inputs
+    inputs = all(item.ndim > 2 and item.shape[axis] == number for item in x)
+    return len(x) > most or (len(x) > 1 and most == 1) or not inputs
+
+
+def samples_of(targets: Any) -> int | None:
+    """Returns the number of samples of targets: that of a list of sequences, or the length of the first tensor."""
+    if isinstance(targets, list) and targets and isinstance(targets[0], Tensor | numpy.ndarray):
+        return len(targets)
+    return next((len(leaf) for leaf in tensors(as_tensors(targets)) if leaf.ndim), None)
 
 
 def padded(x: list[Any], interface: Interface) -> tuple[Tensor, Tensor]:
@@ -165,4 +195,4 @@ def padded(x: list[Any], interface: Interface) -> tuple[Tensor, Tensor]:
             f"the input is a list of {len(x)} sequences; give sequences [T_i, ...] with layout 'TB' or 'BT'"
         )
     lengths = torch.tensor([len(part) for part in parts])
-    return nn.utils.rnn.pad_sequence(parts, batch_first=interface.layout == "BT"), lengths
+    return pad_sequence(parts, batch_first=interface.layout == "BT"), lengths

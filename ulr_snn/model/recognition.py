@@ -21,6 +21,7 @@ from ulr_snn.model.events import Frames
 from ulr_snn.model.finding import OF_SHAPES
 from ulr_snn.model.neurons import LIF, Fold, SpikingNeuron
 from ulr_snn.model.recording import Given, Link, Read, Recorder
+from ulr_snn.model.trees import tensors
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise, WeightNoise
 from ulr_snn.noise.level import NoiseLevel
@@ -80,7 +81,7 @@ def recognised(model: nn.Module, call: Call, x: Tensor, layers: Layers) -> Chain
     start.version = start.tensor._version
     firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
     with no_side_effects(model), torch.enable_grad(), firing, recorder.watching():
-        outputs = call.selected(model, start.tensor)
+        (outputs,) = tensors(call.selected(model, start.tensor))
     if idle := [name for name, _ in layers if name not in recorder.calls]:
         raise NoChain(f"{idle[0]} does not run")
     steps, rows = x.shape[:2]

@@ -11,7 +11,7 @@ from ulr_snn.kernels.precision import widened
 from ulr_snn.model.activity import counting
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
-from ulr_snn.model.call import check_outputs
+from ulr_snn.model.call import check_outputs, copied
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 
@@ -34,9 +34,13 @@ class Runner:
             if copies:
                 sample = torch.arange(batch.samples, dtype=torch.int32, device=x.device)
                 noise = Noise(seed, step, sample, torch.full_like(sample, copy))
-                self.bound.measure_levels(self.level, partial(self.bound.outputs, x, self.level, noise, lengths))
+                self.bound.measure_levels(self.level, partial(self._outputs, x, noise, lengths))
             with counting(self.bound.model, self.bound.layers, counts, *size, lengths) as activity:
-                outputs = widened(self.bound.outputs(x, self.level, noise, lengths)[0])
+                outputs = widened(self._outputs(x, noise, lengths))
             check_outputs(outputs, *size)
             found.append((outputs, activity))
         return found
+
+    def _outputs(self, x: Tensor, noise: Noise | None, lengths: Tensor | None) -> Tensor:
+        """Returns the outputs of one run. A model may change its input in place."""
+        return self.bound.outputs(copied(x), self.level, noise, lengths)[0]

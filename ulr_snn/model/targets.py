@@ -128,6 +128,18 @@ def as_tensors(given: Any) -> Any:
     raise UsageError(f"the targets hold {type(given).__name__} {given!r:.40}; give tensors, arrays or numbers")
 
 
+def of_sequences(targets: list[Any], layout: str, lengths: Tensor) -> Any:
+    """Returns the targets of a list of sequences of these lengths, one item a sample, as one tensor: [B, ...], or over
+    time in the layout of the batch if every item is as long as its sequence. Padding is 0, or -100 for labels."""
+    if not all(isinstance(item, Tensor | numpy.ndarray) for item in targets):
+        return targets
+    parts = [torch.as_tensor(item) for item in targets]
+    if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths.tolist(), strict=True)):
+        return torch.stack(parts) if len({part.shape for part in parts}) == 1 else targets
+    padding = 0 if parts[0].is_floating_point() else IGNORED
+    return torch.nn.utils.rnn.pad_sequence(parts, layout == "BT", padding)
+
+
 def ragged(items: list[Any]) -> bool:
     """Returns whether a list holds the sequences of its samples, which differ in their length alone."""
     shapes = [tuple(item.shape) if isinstance(item, Tensor | numpy.ndarray) else () for item in items]

@@ -16,10 +16,12 @@ from ulr_snn.model.trees import mapped, tensors
 
 @dataclass(frozen=True)
 class Slot:
-    """The form of one tensor. axes: "TB", "BT" (both over time) or "B". shape: that of a sample in a time step."""
+    """The form of one tensor. axes: "TB", "BT" (both over time) or "B". shape: that of a sample in a time step. dtype:
+    the user's, if it is not the one inside the library."""
 
     axes: str
     shape: torch.Size
+    dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, tensor: Tensor, steps: int, samples: int, batch_first: bool = False) -> "Slot | None":
@@ -45,6 +47,7 @@ class Slot:
 
     def external(self, tensor: Tensor) -> Tensor:
         """Returns a tensor [T, B, ...] or [B, F] in the user's form."""
+        tensor = tensor if self.dtype is None else tensor.to(self.dtype)
         if not self.over_time:
             return tensor.reshape(-1, *self.shape)
         tensor = tensor.reshape(*tensor.shape[:2], *self.shape)
