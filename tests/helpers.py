@@ -1,9 +1,5 @@
 """What several test files use: small nets and tasks, losses, and models of the other libraries."""
 
-import contextlib
-import importlib
-import importlib.metadata
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from benchmarks.missing_operators import declare_operators
 from ulr_snn import LIF, TimeAverage
 
 # -- nets and batches of any size --------------------------------------------------------------------------
@@ -151,23 +148,8 @@ def png_size(file: Path) -> tuple[int, int]:
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
-_declared: list[torch.library.Library] = []
-
-
 def beside_torchvision(name: str) -> Any:
     """Imports a library that imports torchvision, or skips the test. A build of torchvision that does not fit torch's
-    lacks its operators, which are declared here: nothing calls them."""
-    wanting = False
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        importlib.metadata.version("torchvision")
-        try:
-            importlib.import_module("torchvision.transforms")
-        except (ImportError, RuntimeError):
-            wanting = True
-    if wanting and not _declared:
-        for module in [module for module in sys.modules if module.partition(".")[0] in ("torchvision", name)]:
-            del sys.modules[module]
-        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for operator in ("nms", "qnms"):
-            _declared[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    lacks its operators, which are declared."""
+    declare_operators(name)
     return pytest.importorskip(name)
