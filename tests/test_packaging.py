@@ -17,6 +17,7 @@ PACKAGE = ROOT / "ulr_snn"
 # All modules of the package: each imports only what stands before it, and nothing imports in a circle.
 ORDER = [
     "errors",
+    "errors.arguments",
     "kernels",
     "kernels.bits",
     "kernels.cpu",

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Batches, Count, Flag, LearningRates, Rates, Whole, checked
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.online import Online
-from ulr_snn.estimators.ulr import ULR
+from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.losses.named import LossSpec
-from ulr_snn.model.mode import check_model, pick_device
+from ulr_snn.model.mode import Model, pick_device
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.optim import DEFAULT_LR
 from ulr_snn.runs.progress import say
 from ulr_snn.train import Result, train
 
 DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0}
-Rates = float | Sequence[float]
 COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward passes")
 
 
@@ -71,19 +70,20 @@ class Comparison:
         save_comparison(self.rows, path)
 
 
+@checked
 def compare(
-    model: nn.Module,
-    loader: Iterable[Any],
-    val_loader: Iterable[Any],
+    model: Model,
+    loader: Batches,
+    val_loader: Batches,
     methods: Sequence[str] | Mapping[str, Any] = ("ulr", "surrogate"),
-    epochs: int = 10,
+    epochs: Count = 10,
     *,
-    lr: Rates | Mapping[str, Rates] | None = None,
+    lr: LearningRates | None = None,
     loss: LossSpec = "ce_count",
     device: str | torch.device = "auto",
-    seed: int = 0,
+    seed: Whole = 0,
     time_first: bool = True,
-    progress: bool = True,
+    progress: Flag | None = True,
     **options: Any,
 ) -> Comparison:
     """Trains the same model by each method, from the same weights, on the same batches in the same order.
@@ -97,7 +97,6 @@ def compare(
     lr: one or several learning rates, each a training, for all methods or by method (default 1e-2).
     options: see `train`. Raises UsageError for an unknown method, and as `train` does.
     """
-    check_model(model)
     estimators = chosen(methods)
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
         raise UsageError("compare got run_dir, resume or an optimizer of its own; every training starts anew")
@@ -146,7 +145,7 @@ def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     from ulr_snn.peers import METHODS
 
     if isinstance(methods, Mapping):
-        return dict(methods)
+        return {name: or_default(estimator) for name, estimator in methods.items()}
     known: dict[str, Callable[[], Estimator]] = {"ulr": ULR, "online": Online, **METHODS}
     if isinstance(methods, str) or not methods or any(name not in known for name in methods):
         raise UsageError(f"compare got methods={methods!r}; give some of {', '.join(known)}, or names with estimators")

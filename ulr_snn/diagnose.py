@@ -5,21 +5,23 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Fraction, Natural, Whole, checked, whole
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
-from ulr_snn.estimators.ulr import ULR
+from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import check_model, mode_of
+from ulr_snn.model.mode import Model, mode_of
 from ulr_snn.model.reading import read
 
 ALL = "all layers"
+Draws = Annotated[int, whole(4)]
 COLUMNS = ("estimator", "layer", "cosine", "variance", "cosine of a step", "passes")
 
 
@@ -89,18 +91,19 @@ class Diagnosis:
         save_diagnosis(self.rows, path)
 
 
+@checked
 def diagnose(
-    model: nn.Module,
+    model: Model,
     batch: Any,
     estimators: Mapping[str, Estimator] | None = None,
     *,
     loss: LossSpec = "ce_count",
-    draws: int = 64,
+    draws: Draws = 64,
     reference: ULR | None = None,
-    reference_draws: int = 256,
-    warm_up: int = 32,
-    progress: float = 0.0,
-    seed: int = 0,
+    reference_draws: Draws = 256,
+    warm_up: Natural = 32,
+    progress: Fraction = 0.0,
+    seed: Whole = 0,
     time_first: bool = True,
     layout: str | None = None,
     output: Any = None,
@@ -121,12 +124,10 @@ def diagnose(
     progress: fraction of the training, which sets the level of the firing noise. Raises UsageError for fewer than 4
     draws, or estimators of different nets without a reference.
     """
-    check_model(model)
     interface = Interface.of(time_first, layout, output)
-    if draws < 4 or reference_draws < 4:
-        raise UsageError(f"diagnose got draws={draws}, reference_draws={reference_draws}; give at least 4")
     if estimators is None:
         estimators = usual(model, batch, loss, progress, interface, seed)
+    estimators = {name: or_default(estimator) for name, estimator in estimators.items()}
     options = (batch, loss, warm_up, progress, interface)
     if reference is None:
         true = unbiased(model, estimators, *options, reference_draws, seed + 1)

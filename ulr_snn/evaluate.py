@@ -1,18 +1,19 @@
 """`evaluate`: a model's loss and accuracy, with deterministic or stochastic firing."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Batches, Count, Flag, Whole, checked, one_of
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.ulr import ULR, or_default
-from ulr_snn.kernels.precision import reduced_precision
+from ulr_snn.kernels.precision import Autocast, reduced_precision
 from ulr_snn.losses.metrics import Activities, Several, Tally, check_metrics, scores
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
@@ -20,28 +21,31 @@ from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import copied, no_side_effects
 from ulr_snn.model.chain import Chain
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import check_model, mode_of, pick_device
+from ulr_snn.model.mode import Model, mode_of, pick_device
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.reading import read
 from ulr_snn.model.runner import Run, Runner
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import check_layers, spiking_layers, turn, user_modules
 
+Mode = Annotated[str, one_of("deterministic", "stochastic")]
 
+
+@checked
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loader: Iterable[Any],
-    mode: str = "deterministic",
-    copies: int = 1,
+    model: Model,
+    loader: Batches,
+    mode: Mode = "deterministic",
+    copies: Count = 1,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
     device: str | torch.device = "auto",
     time_first: bool = True,
-    seed: int = 0,
-    samples: int | None = None,
-    activity: bool = False,
-    autocast: torch.dtype | None = None,
+    seed: Whole = 0,
+    samples: Count | None = None,
+    activity: Flag = False,
+    autocast: Autocast | None = None,
     layout: str | None = None,
     output: Any = None,
     metrics: Mapping[str, Any] | None = None,
@@ -56,7 +60,6 @@ def evaluate(
     and "operations" of a sample (see `ulr_snn.SpikeBudget`). time_first, layout, output, metrics, autocast: as in
     `train`. Raises UsageError as `train`.
     """
-    check_model(model)
     check_options(mode, copies, samples)
     device, objective = pick_device(device), resolve(loss)
     interface = Interface.of(time_first, layout, output)
@@ -118,12 +121,10 @@ class Evaluation:
 
 def check_options(mode: str, copies: int, samples: int | None) -> None:
     """Raises UsageError for options of `evaluate` that do not fit."""
-    if mode not in ("deterministic", "stochastic"):
-        raise UsageError(f"evaluate got mode={mode!r}; it is 'deterministic' or 'stochastic'")
-    if copies < 1 or (copies > 1 and mode == "deterministic"):
+    if copies > 1 and mode == "deterministic":
         raise UsageError(f"evaluate got copies={copies} with {mode} firing; copies above 1 need mode='stochastic'")
-    if samples is not None and (samples < 1 or copies > 1):
-        raise UsageError(f"evaluate got samples={samples} and copies={copies}; give one of them, at least 1")
+    if samples is not None and copies > 1:
+        raise UsageError(f"evaluate got samples={samples} and copies={copies}; give one of them")
 
 
 def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collection[str]) -> BoundModel:

@@ -11,6 +11,7 @@ from ulr_snn.credit.kinds import Learned
 from ulr_snn.credit.maps import Shared
 from ulr_snn.credit.structure import Structure
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import checked
 from ulr_snn.estimators.attachment import LearnedAttachment
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.config import Config
@@ -23,7 +24,7 @@ from ulr_snn.memory.step import Step
 from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import check_model
+from ulr_snn.model.mode import Model
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.model.reading import read
 from ulr_snn.noise.level import NoiseLevel
@@ -60,8 +61,9 @@ class Plan:
         return "\n".join(lines + [f"\nnote: {note}" for note in self.notes])
 
 
+@checked
 def plan(
-    model: nn.Module,
+    model: Model,
     example_batch: Any,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
@@ -74,7 +76,6 @@ def plan(
     example_batch: as from the loader. time_first, layout, output: see `train`. Raises UsageError wherever `train` does:
     no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
-    check_model(model)
     device = next(model.parameters(), torch.empty(0)).device
     x, targets, lengths = read(example_batch, model, device)
     interface = Interface.of(time_first, layout, output)

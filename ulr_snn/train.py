@@ -14,14 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Batches, Callbacks, Count, FilePath, Flag, Positive, Whole, checked
 from ulr_snn.estimators.base import Attachment, Estimate, Estimator, in_sum
 from ulr_snn.estimators.ulr import or_default
 from ulr_snn.evaluate import evaluate
-from ulr_snn.kernels.precision import reduced_precision
+from ulr_snn.kernels.precision import Autocast, reduced_precision
 from ulr_snn.losses.metrics import Tally, check_metrics, scores
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import check_model, mode_of, pick_device
+from ulr_snn.model.mode import Model, all_finite, mode_of, pick_device
 from ulr_snn.model.reading import read
 from ulr_snn.runs.directory import RunDirectory, peak_memory_bytes, versions
 from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, total_steps
@@ -44,28 +45,29 @@ class Result:
         save_curves(self.history, path)
 
 
+@checked
 def train(
-    model: nn.Module,
-    loader: Iterable[Any],
-    epochs: int = 10,
+    model: Model,
+    loader: Batches,
+    epochs: Count = 10,
     *,
-    val_loader: Iterable[Any] | None = None,
+    val_loader: Batches | None = None,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-    lr: float | None = None,
+    lr: Positive | None = None,
     scheduler: str | Callable[[Optimizer], LRScheduler] | None = "cosine",
     device: str | torch.device = "auto",
-    seed: int = 0,
+    seed: Whole = 0,
     time_first: bool = True,
-    max_steps: int | None = None,
-    accumulate: int = 1,
-    clip: float | None = None,
-    autocast: torch.dtype | None = None,
-    callbacks: Iterable[Callable[[dict[str, Any], nn.Module], Any]] = (),
-    run_dir: str | PathLike[str] | RunDirectory | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    max_steps: Count | None = None,
+    accumulate: Count = 1,
+    clip: Positive | None = None,
+    autocast: Autocast | None = None,
+    callbacks: Callbacks = (),
+    run_dir: FilePath | RunDirectory | None = None,
+    resume: Flag = False,
+    progress: Flag | None = True,
     layout: str | None = None,
     output: Any = None,
     metrics: Mapping[str, Any] | None = None,
@@ -82,19 +84,19 @@ def train(
     and the model; one that returns True ends the training. run_dir: receives checkpoints, metrics.json and curves.png.
     resume: continue the run in run_dir. Raises UsageError for a wrong use, before the first step if it can.
     """
-    check_model(model)
-    check_arguments(loader, epochs, accumulate, max_steps)
+    check_arguments(loader, val_loader, run_dir, resume)
     interface, estimator = Interface.of(time_first, layout, output), or_default(estimator)
     settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics))
     model.to(settings.device)
     stepper = make_optimizer(model, optimizer, lr)
     schedule = make_scheduler(stepper, scheduler, loader, epochs, accumulate, max_steps)
-    run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     batches = total_steps(loader, epochs, 1, None if max_steps is None else max_steps * accumulate)
     attached = estimator.attach(model, loss, seed, interface, batches, rates=optimizer is None)
+    run = RunDirectory(run_dir, resume=resume) if isinstance(run_dir, str | PathLike) else run_dir
     with mode_of(model, training=True), attached:
         session = Session(model, loader, attached, stepper, schedule, settings)
-        session.run(epochs, settings.validation(model, val_loader, loss, interface), callbacks, run, resume, progress)
+        validate = settings.validation(model, val_loader, loss, interface)
+        session.run(epochs, validate, callbacks, run, resume, bool(progress))
     figures = session.figures(seed, val_loader is not None)
     if run is not None:
         run.finish(figures, session.history)
@@ -202,6 +204,9 @@ class Session:
                 f"epoch {epoch} made no step: the loader gave no batch (a generator can be used only once), or no loss "
                 "was finite and on_nonfinite='skip' left every batch out"
             )
+        lost = next((name for name, q in self.model.named_parameters() if not all_finite(q)), None)
+        if lost is not None:
+            raise FloatingPointError(f"{lost} is not finite after epoch {epoch}; lower the learning rate")
         self.epoch, seconds, means = epoch, perf_counter() - started, tally.means()
         self.seconds += seconds
         entry: dict[str, Any] = {"epoch": epoch} | {f"train_{name}": value for name, value in means.items()}
@@ -313,10 +318,11 @@ class Session:
             generator.set_state(state["loader_generator"])
 
 
-def check_arguments(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> None:
-    """Raises UsageError for counts that are not positive, and for an empty loader."""
-    for name, value in (("epochs", epochs), ("accumulate", accumulate), ("max_steps", max_steps)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UsageError(f"train got {name}={value!r}; it must be a whole number, at least 1")
+def check_arguments(loader: Iterable[Any], val_loader: Iterable[Any] | None, run_dir: Any, resume: bool) -> None:
+    """Raises UsageError for empty loaders, and for a run that is to go on but has no directory."""
+    if resume and run_dir is None:
+        raise UsageError("train got resume=True without run_dir; name the directory of the run that is to go on")
     if loader_length(loader) == 0:
         raise UsageError("the loader is empty; give it at least one batch")
+    if val_loader is not None and loader_length(val_loader) == 0:
+        raise UsageError("the val_loader is empty; give it at least one batch, or leave it out")

@@ -15,6 +15,7 @@ from ulr_snn.credit.base import NOTHING, Credit
 from ulr_snn.credit.feedback import FeedbackLimits
 from ulr_snn.credit.residual import from_other_copies
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Positive, check_fields
 from ulr_snn.model.passes import Group, Pass
 from ulr_snn.sampling.kinds import Sampling
 
@@ -83,19 +84,13 @@ class Learned(CreditKind):
     limits: see `FeedbackLimits`.
     """
 
-    refresh: int = 4
-    time_functions: int = 8
-    rate: float = 0.1
+    refresh: Count = 4
+    time_functions: Count = 8
+    rate: Positive = 0.1
     limits: FeedbackLimits = field(default_factory=FeedbackLimits, repr=False)
 
     def __post_init__(self) -> None:
-        kind = type(self).__name__
-        for name in ("refresh", "time_functions"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise UsageError(f"{kind} got {name}={value!r}; it must be a whole number, at least 1")
-        if not (isinstance(self.rate, int | float) and self.rate > 0):
-            raise UsageError(f"{kind} got rate={self.rate!r}; it must be a positive number")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,10 @@ class Global(CreditKind):
     default_copies: ClassVar[int] = 8
     by_losses: ClassVar[bool] = True
     goes_back: ClassVar[bool] = False
-    reward_to_go: bool = False
+    reward_to_go: Flag = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def predict(self, prediction: Predictor, passes: list[Pass], group: int) -> list[list[Credit]]:
         return [[NOTHING] * len(p.records) for p in passes]
@@ -168,7 +166,7 @@ class Residual(Learned):
     name: ClassVar[str] = "residual"
     unbiased: ClassVar[bool] = True
     default_copies: ClassVar[int] = 4
-    reward_to_go: bool = False
+    reward_to_go: Flag = False
 
     def check(self, sampling: Sampling) -> None:
         super().check(sampling)

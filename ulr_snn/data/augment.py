@@ -11,6 +11,7 @@ import numpy as np
 
 from ulr_snn.data.binning import Recordings
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Flag, Fraction, Natural, NotNegative, check_fields
 
 Transform = Callable[[np.ndarray], np.ndarray]
 FIELDS = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
@@ -34,16 +35,17 @@ class Augmentation:
     Positions are those after crop and downsampling. Lists of units lie along x.
     """
 
-    event_drop: bool = False
-    flip: float = 0.0
-    shift: int = 0
-    jitter_us: float = 0.0
+    event_drop: Flag = False
+    flip: Fraction = 0.0
+    shift: Natural = 0
+    jitter_us: NotNegative = 0.0
     transforms: Sequence[Transform] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def bound(self, sample_shape: tuple[int, ...]) -> list[Transform]:
         """Returns the changes for recordings of this shape. Raises UsageError for a change that does not fit it."""
-        if not 0 <= self.flip <= 1 or self.shift < 0 or self.jitter_us < 0:
-            raise UsageError(f"{self} has a probability outside 0 to 1, or a negative distance; correct it")
         if self.flip and len(sample_shape) == 1:
             raise UsageError("recordings of units have no left and right; use flip=0")
         channels, height, width = _sensor(sample_shape)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Sequen
 from ulr_snn.data.augment import Transform, augmented
 from ulr_snn.data.binning import Binned, Rows, Timed, bin_events
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Natural, Whole, checked, iterates, where
 
+Examples = Annotated[Dataset[Any], where("a data set of examples (x, y)", iterates)]
 Place = int | tuple[int, int]
 Collated = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -244,6 +246,8 @@ def collate(items: Sequence[tuple[Any, Any]], sparse: bool = False) -> Collated:
 
 
 def _pad(recordings: list[Tensor], labels: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    if any(recording.ndim == 0 for recording in recordings):
+        raise UsageError("a recording is a single number; collate takes recordings with the axes [T, ...]")
     shapes = sorted({tuple(recording.shape[1:]) for recording in recordings})
     if len(shapes) > 1:
         raise UsageError(f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only")
@@ -253,15 +257,16 @@ def _pad(recordings: list[Tensor], labels: list[Any]) -> tuple[Tensor, Tensor, T
     return pad_sequence(recordings), pad_sequence(targets) if over_time else torch.stack(targets), lengths
 
 
+@checked
 def loader(
-    dataset: Dataset[Any],
-    batch_size: int = 64,
-    shuffle: bool = False,
-    seed: int = 0,
-    drop_last: bool = False,
-    num_workers: int = 0,
-    sparse: bool = False,
-    pin_memory: bool | None = None,
+    dataset: Examples,
+    batch_size: Count = 64,
+    shuffle: Flag = False,
+    seed: Whole = 0,
+    drop_last: Flag = False,
+    num_workers: Natural = 0,
+    sparse: Flag = False,
+    pin_memory: Flag | None = None,
 ) -> DataLoader[Any]:
     """Returns a DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 

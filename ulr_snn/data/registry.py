@@ -17,6 +17,7 @@ from ulr_snn.data.files import Missing, base_folder
 from ulr_snn.data.sets import asldvs, cifar10dvs, dvsgesture, ncaltech101, ncars, smnist
 from ulr_snn.data.view import Polarity, View
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Positive, Whole, checked
 
 ENTRIES = {
     "digits": digits.DIGITS,
@@ -66,26 +67,27 @@ def load(
 ) -> tuple[EventDataset, ...]: ...
 
 
+@checked
 def load(
     name: str,
     root: Root = None,
     *,
     time_bins: TimeBins | None = None,
     bin_us: int | None = None,
-    binary: bool = False,
+    binary: Flag = False,
     cache_dir: str | os.PathLike[str] | None = None,
     crop: tuple[int, int] | None = None,
     downsample: int = 1,
     polarity: Polarity = "both",
     augment: Augment | None = None,
     validation: Validation | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-    download: bool = False,
-    stream: bool | None = None,
-    seconds: float | None = None,
-    dt: float | None = None,
-    samples: int | None = None,
+    per_class: Count | None = None,
+    seed: Whole = 0,
+    download: Flag = False,
+    stream: Flag | None = None,
+    seconds: Positive | None = None,
+    dt: Positive | None = None,
+    samples: Count | None = None,
 ) -> tuple[Dataset[Any], ...]:
     """Returns the training and the test part of a data set, as `(train, test)`. Recordings are binned in fixed windows.
 

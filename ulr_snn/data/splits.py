@@ -1,9 +1,14 @@
 """Stratified splits that are the same on every machine."""
 
+from typing import Annotated
+
 import numpy as np
 
 from ulr_snn.data.events import EventDataset
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Fraction, Whole, checked, where
+
+Recordings = Annotated[EventDataset, where("a data set of data.load", lambda value: isinstance(value, EventDataset))]
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -21,14 +26,15 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def split(dataset: EventDataset, fraction: float, seed: int = 0) -> tuple[EventDataset, EventDataset]:
+@checked
+def split(dataset: Recordings, fraction: Fraction, seed: Whole = 0) -> tuple[EventDataset, EventDataset]:
     """Returns two data sets `(rest, held_out)`, with about `fraction` of every class in the second.
 
     The same seed gives the same split. Both data sets share the events of `dataset` and keep its order. The second is
     not augmented.
     Raises UsageError if either part would be empty.
     """
-    rest, held_out = stratified(dataset.targets.numpy(), fraction if 0 < fraction < 1 else 0.0, seed)
+    rest, held_out = stratified(dataset.targets.numpy(), fraction, seed)
     if len(rest) == 0 or len(held_out) == 0:
         raise UsageError(
             f"fraction={fraction!r} of {len(dataset)} recordings leaves one side of the split empty; "
@@ -37,14 +43,15 @@ def split(dataset: EventDataset, fraction: float, seed: int = 0) -> tuple[EventD
     return dataset.subset(rest), dataset.subset(held_out).plain()
 
 
-def balanced(dataset: EventDataset, per_class: int, seed: int = 0) -> EventDataset:
+@checked
+def balanced(dataset: Recordings, per_class: Count, seed: Whole = 0) -> EventDataset:
     """Returns a data set of `per_class` recordings of every class, in the order of `dataset`, whose events it shares.
 
     The same seed gives the same recordings. Raises UsageError if a class has fewer.
     """
     labels = dataset.targets.numpy()
     sizes = np.bincount(labels, minlength=dataset.classes)
-    if isinstance(per_class, bool) or not isinstance(per_class, (int, np.integer)) or not 1 <= per_class <= sizes.min():
+    if per_class > sizes.min():
         raise UsageError(
             f"per_class={per_class!r} recordings of every class are not there; give an integer from 1 to the size of "
             f"the smallest class, {sizes.min()}"

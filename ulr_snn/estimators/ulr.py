@@ -3,12 +3,11 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from torch import nn
+from typing import Annotated, Any
 
 from ulr_snn.credit.kinds import CreditKind, Global, credit_of
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Whole, checked, one_of, where
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Attachment, Estimator, offers
 from ulr_snn.estimators.config import NoiseByName
@@ -18,13 +17,15 @@ from ulr_snn.memory.one_step import OneTimeStep
 from ulr_snn.memory.step import Memory
 from ulr_snn.memory.whole import CopiesInTurn
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import check_model
+from ulr_snn.model.mode import Model, trainable
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.kinds import CurrentNoise, OutputNoise, WeightNoise
 from ulr_snn.sampling.kinds import Adaptive, Sampling, sampling_of
 from ulr_snn.sites.flow import FLOWS
 
-MAPS = ("auto", "exact", "learned")
+Maps = Annotated[str, one_of("auto", "exact", "learned")]
+OnNonfinite = Annotated[str, one_of("stop", "skip")]
+FiringKind = Annotated[Firing, where("Logistic() or Gaussian()", lambda value: isinstance(value, Firing))]
 MEMORY = ("auto", "replay")
 MOVED = {  # fields of earlier versions, and their replacements
     "refresh": "credit=Feedback(refresh=...)",
@@ -78,21 +79,22 @@ class ULR(Attaches):
     memory: str | Memory
     on_nonfinite: str
 
+    @checked
     def __init__(
         self,
         credit: CreditKind | str = "auto",
-        maps: str = "auto",
-        sampling: Sampling | int | None = None,
-        firing: Firing | None = None,
+        maps: Maps = "auto",
+        sampling: Sampling | Count | None = None,
+        firing: FiringKind | None = None,
         noise: NoiseByName | None = None,
         flow: Mapping[str, str] | None = None,
         memory: str | Memory = "auto",
-        on_nonfinite: str = "stop",
+        on_nonfinite: OnNonfinite = "stop",
         *,
-        copies: int | Adaptive | None = None,
-        antithetic: bool | None = None,
-        quasi_monte_carlo: bool | None = None,
-        layerwise: bool | None = None,
+        copies: Count | Adaptive | None = None,
+        antithetic: Flag | None = None,
+        quasi_monte_carlo: Flag | None = None,
+        layerwise: Flag | None = None,
         **moved: Any,
     ) -> None:
         if moved:
@@ -114,8 +116,6 @@ class ULR(Attaches):
         self._check()
 
     def _check(self) -> None:
-        if self.maps not in MAPS:
-            raise UsageError(f"ULR got maps={self.maps!r}; it is one of {', '.join(MAPS)}")
         if self.memory == "bits":
             warnings.warn("memory='bits' is deprecated; use memory='replay'", DeprecationWarning, stacklevel=4)
             object.__setattr__(self, "memory", "replay")
@@ -124,10 +124,6 @@ class ULR(Attaches):
             object.__setattr__(self, "memory", OneTimeStep())
         if not offers(self.memory, "estimates") and self.memory not in MEMORY:
             raise UsageError(f"ULR got memory={self.memory!r}; it is one of {', '.join(MEMORY)}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise UsageError(f"ULR got on_nonfinite={self.on_nonfinite!r}; it is 'stop' or 'skip'")
-        if not isinstance(self.firing, Firing):
-            raise UsageError(f"ULR got firing={self.firing!r}; it is Logistic() or Gaussian()")
         check_noise(self.noise)
         check_flows(self.flow)
         self.sampling.check()
@@ -181,13 +177,14 @@ def or_default(estimator: Estimator | None) -> Estimator:
     return ULR() if estimator is None else estimator
 
 
+@checked
 def attach(
-    model: nn.Module,
+    model: Model,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
-    seed: int = 0,
+    seed: Whole = 0,
     time_first: bool = True,
-    total_steps: int | None = None,
+    total_steps: Count | None = None,
     layout: str | None = None,
     output: Any = None,
 ) -> Attachment:
@@ -199,6 +196,6 @@ def attach(
     last level. time_first, layout, output: see `train`. Raises UsageError, here or in the first `backward`, if no
     module can get noise.
     """
-    check_model(model)
+    trainable(model)
     interface = Interface.of(time_first, layout, output)
     return or_default(estimator).attach(model, loss, seed, interface, total_steps)

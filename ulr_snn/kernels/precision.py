@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import where
 
 REDUCED = (torch.bfloat16, torch.float16)
+Autocast = Annotated[torch.dtype, where("torch.bfloat16 or torch.float16", lambda value: value in REDUCED)]
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -28,12 +30,9 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def reduced_precision(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within this context the model's own layers run in this type (torch.autocast); None: in their own type. Raises
-    UsageError for a type that is not in REDUCED."""
+    """Within this context the model's own layers run in this type (torch.autocast); None: in their own type."""
     if dtype is None:
         yield
         return
-    if dtype not in REDUCED:
-        raise UsageError(f"autocast={dtype} is no reduced precision; use torch.bfloat16, torch.float16 or None")
     with torch.autocast(device.type, dtype):
         yield

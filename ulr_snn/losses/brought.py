@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import shown, takes
 from ulr_snn.model.targets import Targets
 from ulr_snn.model.view import AS_IS, View
 
@@ -46,10 +47,14 @@ class Brought:
     def of(cls, loss: Any) -> "Brought":
         """Takes a loss. Raises UsageError for something that is no loss."""
         if not callable(loss):
-            raise UsageError(f"loss={loss!r} is no loss; give a name or a callable (outputs, targets) -> [B]")
+            raise UsageError(f"loss={shown(loss)} is no loss; give a name or a callable (outputs, targets) -> [B]")
         if isinstance(loss, type):
             raise UsageError(f"the loss is the class {loss.__name__}; give an object, as in {loss.__name__}()")
         loss = FUNCTIONS[loss]() if loss in FUNCTIONS else loss
+        if not takes(loss, 2):
+            raise UsageError(
+                f"the loss {name_of(loss)} does not take two arguments; give a callable (outputs, targets) -> [B]"
+            )
         if of_torchmetrics(loss) and loss.higher_is_better:
             raise UsageError(
                 f"{type(loss).__name__} is better when higher, but a loss is minimised; give its negative as a function"
@@ -130,13 +135,13 @@ class Brought:
         try:
             return self.unreduced(outputs, targets)
         except (RuntimeError, ValueError) as error:
-            refused = isinstance(self.loss, BY_CLASS) and isinstance(outputs, Tensor) and outputs.ndim >= 3
-            if not refused or targets.ndim != 1:
+            if not isinstance(outputs, Tensor) or outputs.shape == targets.shape:
                 raise
-            raise UsageError(
-                f"{type(self.loss).__name__} got outputs over time, {tuple(outputs.shape)}, and targets "
-                f"{tuple(targets.shape)}; use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
-            ) from error
+            shapes = f"outputs {tuple(outputs.shape)} and targets {targets.dtype} {tuple(targets.shape)}"
+            advice = "give targets that fit them"
+            if isinstance(self.loss, BY_CLASS) and outputs.ndim >= 3 and targets.ndim == 1:
+                advice = "use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
+            raise UsageError(f"{name_of(self.loss)} got {shapes}, and refused them; {advice}") from error
 
     def _reduced(
         self, value: Any, outputs: Tensor, targets: Tensor | None, mask: Tensor | None, batch_first: bool = False
@@ -171,6 +176,11 @@ class Brought:
         return kept.sum() if loss.weight is None else loss.weight[targets[kept]].sum()
 
 
+def name_of(loss: Any) -> str:
+    """Returns the name of a user's loss."""
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
 def of_torchmetrics(loss: Any) -> bool:
     """Returns whether an object is a metric of torchmetrics."""
     return any(kind.__module__ == "torchmetrics.metric" for kind in type(loss).__mro__)
@@ -194,11 +204,16 @@ def checked(value: Any, outputs: Tensor) -> Tensor:
     """Returns a loss in the type of the outputs. Raises UsageError unless it has one value for each sample."""
     batch = outputs.shape[1] if outputs.ndim >= 3 else outputs.shape[0]
     if isinstance(value, list | tuple | numpy.ndarray):  # the function does not use torch
-        value = torch.as_tensor(value)
+        try:
+            value = torch.as_tensor(value)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(f"the loss returned {shown(value)}; return one number a sample") from error
     shape = tuple(getattr(value, "shape", ()))
     if shape != (batch,):
         raise UsageError(
             f"the loss returned shape {shape}; a likelihood ratio needs one value a sample, [{batch}] "
             "(use reduction='none' and sum over everything but the batch)"
         )
+    if value.is_complex():
+        raise UsageError("the loss returned complex numbers; return real ones, such as their absolute values")
     return value.to(outputs.device, outputs.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import shown, takes
 from ulr_snn.losses.brought import of_torchmetrics
 from ulr_snn.losses.named import total
 from ulr_snn.model.batch import Batch
@@ -132,8 +133,10 @@ def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the metrics by name, empty for None. Raises UsageError for anything but callables by free names."""
     if metrics is None:
         return {}
-    if not isinstance(metrics, Mapping) or any(not callable(metric) for metric in metrics.values()):
-        raise UsageError(f"metrics={metrics!r} must be {{name: function or torchmetrics object}}")
+    if not isinstance(metrics, Mapping) or not all(takes(metric, 2) for metric in metrics.values()):
+        raise UsageError(
+            f"metrics={shown(metrics)} must be {{name: function or torchmetrics object}}, of (outputs, targets)"
+        )
     for name in [name for name, metric in metrics.items() if hasattr(metric, "compute_groups")]:
         rest = {other: metric for other, metric in metrics.items() if other != name}
         metrics = rest | {f"{name}_{part}": metric for part, metric in metrics[name].items()}  # a MetricCollection

@@ -9,7 +9,6 @@ probabilities [B, C]; values [B, C] or [T, B, C] for mse. mask: [T, B, 1], 0 on 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.losses.brought import Brought, checked
+from ulr_snn.errors.arguments import Flag, Positive, check_fields, number
+from ulr_snn.losses.brought import Brought, checked, name_of
 from ulr_snn.model.targets import IGNORED, Targets
 from ulr_snn.model.view import View
 
+WEIGHT = number("a finite number", lambda value: True)
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -203,12 +204,11 @@ class SpikeBudget:
     0 and 1, the sum of the inputs replaces their number.
     """
 
-    limit: float
-    operations: bool = False
+    limit: Positive
+    operations: Flag = False
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise UsageError(f"SpikeBudget got limit={self.limit}; it must be positive")
+        check_fields(self)
 
     @property
     def counts(self) -> str:
@@ -274,8 +274,10 @@ def resolve(loss: LossSpec) -> Objective:
     """Returns the objective for one loss, or for a mix {loss: weight}. Raises UsageError for an unknown name."""
     parts = list(loss.items()) if isinstance(loss, Mapping) else [(loss, 1.0)]
     for _, weight in parts:
-        if not isinstance(weight, Real):
-            raise UsageError(f"a mix of losses got the weight {weight!r}; give {{loss: weight}} with numbers")
+        try:
+            WEIGHT.read(weight)
+        except ValueError:
+            raise UsageError(f"a mix of losses got the weight {weight!r}; it must be {WEIGHT.words}") from None
     losses = [(weight, loss_of(part)) for part, weight in parts if not isinstance(part, SpikeBudget)]
     costs = [(weight, part) for part, weight in parts if isinstance(part, SpikeBudget)]
     if not losses:
@@ -286,14 +288,10 @@ def resolve(loss: LossSpec) -> Objective:
     pairs = zip(losses, named, strict=True)
     sums = [(weight, loss.in_time) for (weight, _), loss in pairs if isinstance(loss, NamedLoss) and loss.steps]
     steps = sums if len(sums) == len(named) and not costs else None
-    own = {i: name_of(f) for i, f in enumerate(names) if not isinstance(f, str)}
+    own = {
+        i: name_of(f.value if isinstance(f, NamedLoss) else f) for i, f in enumerate(names) if not isinstance(f, str)
+    }
     return Objective(losses, costs, of_totals, steps, own)
-
-
-def name_of(loss: Loss | NamedLoss) -> str:
-    """Returns the name of a user's loss."""
-    function = loss.value if isinstance(loss, NamedLoss) else loss
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def loss_of(loss: str | Loss | NamedLoss) -> NamedLoss | Brought:
@@ -312,7 +310,7 @@ def check_labels(targets: Tensor, outputs: Tensor, soft: bool) -> None:
     probabilities where the loss takes these (soft)."""
     number = outputs.shape[-1]
     axes = 2 if each_step(outputs, targets) else 1
-    if targets.is_floating_point():
+    if targets.is_floating_point() or targets.is_complex():
         if soft and targets.ndim == axes + 1 and targets.shape[-1] == number:
             return
         axes = -1

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Rule, shown
 
 
 @contextmanager
@@ -24,20 +26,52 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def check_model(model: object) -> None:
-    """Raises UsageError for anything but a model, such as its class."""
+def check_model(model: Any) -> nn.Module:
+    """Returns the model. Raises UsageError for anything but a model, such as its class, and for parameters without
+    finite values."""
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{model!r} is no torch module; give a model, as in Net()")
+        raise UsageError(f"{shown(model)} is no torch module; give a model, as in Net()")
+    for name, q in model.named_parameters():
+        if isinstance(q, nn.UninitializedParameter):
+            raise UsageError(f"{name} of the model has no shape yet; run a batch through the model first")
+        if q.is_meta:
+            raise UsageError(f"{name} of the model is on the meta device, without values; move it by model.to_empty()")
+        if not all_finite(q):
+            raise UsageError(f"{name} of the model holds NaN or infinite values; load or draw its weights anew")
+    return model
 
 
-def pick_device(device: str | torch.device) -> torch.device:
-    """Returns the device by its name. "auto" is a CUDA device where there is one."""
-    if device == "auto":
+Model = Annotated[nn.Module, Rule("a torch module", check_model)]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Returns whether a tensor holds neither NaN nor infinite values."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the trainable parameters. Raises UsageError if there are none, or inference mode rules out training."""
+    found = [q for q in model.parameters() if q.requires_grad]
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
+    if torch.is_inference_mode_enabled() or any(q.is_inference() for q in found):
+        raise UsageError("a model cannot learn in torch.inference_mode(); make and train it outside of it")
+    return found
+
+
+def pick_device(device: Any) -> torch.device:
+    """Returns the device by its name. "auto" is a CUDA device where there is one. Raises UsageError for a device that
+    is not known, or not here."""
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"device={device!r} is not known; use 'auto', 'cpu' or 'cuda'") from error
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device={device!r} was asked for, but there is no CUDA device here; use 'cpu'")
+    try:
+        torch.ones((), device=picked).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a kind of device
+        raise UsageError(f"device={device!r} cannot hold values here; use 'auto', 'cpu' or 'cuda'") from error
     return picked

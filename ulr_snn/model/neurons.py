@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Leak, Threshold, checked, one_of
 from ulr_snn.kernels import dispatch
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.kernels.reference import leaky_drive, scan
@@ -16,6 +17,8 @@ from ulr_snn.kernels.sparse import product
 from ulr_snn.kernels.state import RESETS, State
 from ulr_snn.kernels.stateless import run
 from ulr_snn.noise.random import Drawer
+
+Reset = Annotated[str, one_of(*RESETS)]
 
 
 class Timed(nn.Module):
@@ -31,6 +34,19 @@ def check_sequence(module: nn.Module, current: Tensor) -> None:
             f"{type(module).__name__} got {current.dtype} of shape {tuple(current.shape)}; "
             "it takes a floating-point sequence [T, B, ...]"
         )
+
+
+def check_features(module: nn.Module, current: Tensor, *names: str) -> None:
+    """Raises UsageError unless these tensors of the module broadcast against the features of a current [T, B, ...]."""
+    features = current.shape[2:]
+    for name in names:
+        shape = getattr(module, name).shape
+        own = shape[max(0, len(shape) - len(features)) :]
+        if any(n not in (1, size) for n, size in zip(reversed(own), reversed(features), strict=False)):
+            raise UsageError(
+                f"{type(module).__name__} has a {name} of shape {tuple(shape)}, but its current has the features "
+                f"{tuple(features)}; give it one number, or one for each neuron"
+            )
 
 
 Fire = Callable[[int, Tensor], Tensor]  # spikes from the time step and the drive
@@ -94,6 +110,7 @@ class SpikingNeuron(Timed):
         """Fires on a current [T, B, ...]. Returns spikes [T, B, ...], 0 or 1 in the current's dtype. Membranes are
         summed in single precision at least."""
         check_sequence(self, current)
+        check_features(self, current, "beta", "threshold")
         with full_precision():
             wide = widened(current)
             if self.site is not None:
@@ -133,19 +150,16 @@ class LIF(SpikingNeuron):
     recurrent: "nn.Module | Weighted | None"
     learns_recurrence = True  # whether feedback through recurrent weights may be learned; else the weights are read
 
+    @checked
     def __init__(
         self,
-        beta: float | Tensor = 0.9,
-        threshold: float | Tensor = 1.0,
-        reset: str = "subtract",
-        learn_beta: bool = False,
-        learn_threshold: bool = False,
+        beta: Leak = 0.9,
+        threshold: Threshold = 1.0,
+        reset: Reset = "subtract",
+        learn_beta: Flag = False,
+        learn_threshold: Flag = False,
     ) -> None:
         super().__init__()
-        if reset not in RESETS:
-            raise UsageError(f"LIF got reset={reset!r}; it is one of {', '.join(RESETS)}")
-        if not (torch.as_tensor(threshold) > 0).all():
-            raise UsageError(f"LIF got threshold={threshold}; it must be positive")
         self.reset = reset
         self.register_module("recurrent", None)
         _parameter(self, "beta", beta, learn_beta)
@@ -224,14 +238,15 @@ class RecurrentLIF(LIF):
     features: number of neurons N. Current and spikes are [T, B, N]. V is `recurrent.weight` [N, N], without a bias.
     """
 
+    @checked
     def __init__(
         self,
-        features: int,
-        beta: float | Tensor = 0.9,
-        threshold: float | Tensor = 1.0,
-        reset: str = "subtract",
-        learn_beta: bool = False,
-        learn_threshold: bool = False,
+        features: Count,
+        beta: Leak = 0.9,
+        threshold: Threshold = 1.0,
+        reset: Reset = "subtract",
+        learn_beta: Flag = False,
+        learn_threshold: Flag = False,
     ) -> None:
         super().__init__(beta, threshold, reset, learn_beta, learn_threshold)
         self.recurrent = nn.Linear(features, features, bias=False)
@@ -298,13 +313,15 @@ class LeakyReadout(Timed):
 
     beta: Tensor
 
-    def __init__(self, beta: float | Tensor = 0.9, learn_beta: bool = False) -> None:
+    @checked
+    def __init__(self, beta: Leak = 0.9, learn_beta: Flag = False) -> None:
         super().__init__()
         _parameter(self, "beta", beta, learn_beta)
 
     def forward(self, current: Tensor, before: Tensor | None = None) -> Tensor:
         """Integrates a current. before: membranes [B, ...] of the step before the first; None: zero."""
         check_sequence(self, current)
+        check_features(self, current, "beta")
         with full_precision():
             return self._integrated(widened(current), before).to(current.dtype)
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulr_snn.errors import UsageError
-from ulr_snn.noise.kinds import check_positive
+from ulr_snn.errors.arguments import Natural, Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -21,15 +20,13 @@ class Firing:
         `secant`). 0: credit uses the derivative.
     """
 
-    scale: float | None = None
-    start: float = 0.05
-    end: float = 0.05
-    secants: int = 4
+    scale: Positive | None = None
+    start: Positive = 0.05
+    end: Positive = 0.05
+    secants: Natural = 4
 
     def __post_init__(self) -> None:
-        check_positive(self, "scale", "start", "end")
-        if not (isinstance(self.secants, int) and self.secants >= 0):
-            raise UsageError(f"{type(self).__name__} got secants={self.secants!r}; it is a whole number, at least 0")
+        check_fields(self)
 
     def probability(self, x: Tensor) -> Tensor:
         """Returns p = F(x), where x = drive / scale is the standardised drive."""

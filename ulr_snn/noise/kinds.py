@@ -1,11 +1,12 @@
 """Noise on input currents, on weights and on outputs."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Flag, Positive, check_fields, whole
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,12 @@ class CurrentNoise:
     `start` to `end`, in units of the standard deviation of the layer's current in the first batch.
     """
 
-    scale: float | None = None
-    start: float = 0.5
-    end: float = 0.1
+    scale: Positive | None = None
+    start: Positive = 0.5
+    end: Positive = 0.1
 
     def __post_init__(self) -> None:
-        check_positive(self, "scale", "start", "end")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class WeightNoise:
     convolutional modules.
     """
 
-    scale: float | None = None
-    relative: float = 0.1
-    per_sample: bool = False
+    scale: Positive | None = None
+    relative: Positive = 0.1
+    per_sample: Flag = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "scale", "relative")
+        check_fields(self)
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Draws ζ for a parameter of this shape, in double precision."""
@@ -62,19 +63,9 @@ class OutputNoise:
     sample and copy, in pairs z, -z.
     """
 
-    scale: float | None = None
-    relative: float = 0.5
-    draws: int = 64
+    scale: Positive | None = None
+    relative: Positive = 0.5
+    draws: Annotated[int, whole(2, "an even whole number, at least 2", multiple=2)] = 64
 
     def __post_init__(self) -> None:
-        check_positive(self, "scale", "relative")
-        if not (isinstance(self.draws, int) and self.draws >= 2 and self.draws % 2 == 0):
-            raise UsageError(f"OutputNoise got draws={self.draws!r}; it must be an even whole number, at least 2")
-
-
-def check_positive(owner: object, *names: str) -> None:
-    """Raises UsageError unless each of these attributes of the owner is None or positive."""
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"{type(owner).__name__} got {name}={value}; it must be positive")
+        check_fields(self)

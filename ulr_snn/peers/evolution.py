@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.baseline import baseline, moving
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, check_fields
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.call import generator_state, no_side_effects, set_generator_state
@@ -49,15 +50,14 @@ class EvolutionStrategies:
     noise: scale and rank of the noise.
     """
 
-    copies: int = 8
-    antithetic: bool = True
+    copies: Count = 8
+    antithetic: Flag = True
     noise: WeightNoise = field(default_factory=WeightNoise)
 
     def __post_init__(self) -> None:
-        if self.copies < 1 or (self.antithetic and self.copies % 2):
-            raise UsageError(
-                f"EvolutionStrategies got copies={self.copies}; use an even number, or at least 1 with antithetic=False"
-            )
+        check_fields(self)
+        if self.antithetic and self.copies % 2:
+            raise UsageError(f"EvolutionStrategies got copies={self.copies}; use an even number, or antithetic=False")
 
     def attach(
         self, model: nn.Module, loss: LossSpec, seed: int, interface: Interface, *_: Any, **__: Any

@@ -5,13 +5,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Flag, Positive, check_fields, one_of
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels.reference import shift
 from ulr_snn.losses.named import LossSpec
@@ -50,15 +51,12 @@ class SurrogateBPTT:
         The leak always passes gradients; with reset "zero" its factor 1 - s is a constant.
     """
 
-    function: str = "atan"
-    slope: float = 2.0
-    detach_reset: bool = True
+    function: Annotated[str, one_of(*FUNCTIONS)] = "atan"
+    slope: Positive = 2.0
+    detach_reset: Flag = True
 
     def __post_init__(self) -> None:
-        if self.function not in FUNCTIONS:
-            raise UsageError(f"SurrogateBPTT got function={self.function!r}; it is one of {', '.join(FUNCTIONS)}")
-        if not self.slope > 0:
-            raise UsageError(f"SurrogateBPTT got slope={self.slope}; it must be positive")
+        check_fields(self)
 
     def attach(
         self, model: nn.Module, loss: LossSpec, seed: int, interface: Interface, *_: Any, **__: Any

@@ -19,7 +19,9 @@ from torch import nn
 
 import ulr_snn
 from ulr_snn import data
+from ulr_snn.diagnose import Draws
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Positive, Whole, typed
 from ulr_snn.runs import directory
 from ulr_snn.runs.models import reference
 
@@ -34,15 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    own: Exception | None = None
     try:
         args.command(args)
+    except _OfFactory as raised:
+        own = raised.error
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (UsageError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return _fail(str(error), 2)
     except FloatingPointError as error:  # training diverged; a traceback would not help
         return _fail(str(error), 1)
+    if own is not None:  # here, where no other exception is added to its traceback
+        raise own
     return 0
+
+
+class _OfFactory(Exception):
+    """Carries an exception of the user's model factory past the handlers of wrong uses."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 def _fail(message: str, code: int) -> int:
@@ -161,7 +176,13 @@ def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
     torch.manual_seed(config["seed"])
     if config["model"] is None:
         return reference(config["data"]).model(dataset.sample_shape, dataset.classes)
-    model = _import_factory(config["model"])(dataset.sample_shape, dataset.classes)
+    factory = _import_factory(config["model"])
+    try:
+        model = factory(dataset.sample_shape, dataset.classes)
+    except UsageError:  # of a layer of this library
+        raise
+    except Exception as error:
+        raise _OfFactory(error) from None
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {config['model']} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -248,13 +269,6 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(f"{message} (see {self.prog} --help)", 2))
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
     parser.add_argument("--version", action="version", version=f"ulr-snn {ulr_snn.__version__}")
@@ -263,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
     train.set_defaults(command=_train, parser=train)
     _add_task(train)
-    train.add_argument("--lr", type=float, metavar="X", help="learning rate (default: that of ulr_snn.train)")
+    train.add_argument("--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of ulr_snn.train)")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     _add_length(train)
@@ -274,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
     evaluate.add_argument("--mode", choices=("deterministic", "stochastic"), default="deterministic")
     evaluate.add_argument(
-        "--copies", type=_positive, default=1, metavar="K", help="runs of each sample, with stochastic firing"
+        "--copies", type=typed(Count), default=1, metavar="K", help="runs of each sample, with stochastic firing"
     )
     _add_data_root(evaluate)
     _add_machine(evaluate)
@@ -285,7 +299,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--methods", nargs="+", default=["ulr", "surrogate"], metavar="METHOD", help="ulr, surrogate, ..."
     )
-    compare.add_argument("--lr", type=float, nargs="+", metavar="X", help="learning rates, each a training of its own")
+    compare.add_argument(
+        "--lr", type=typed(Positive), nargs="+", metavar="X", help="learning rates, each a training of its own"
+    )
     compare.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/compare-DATA-NNN")
     _add_length(compare)
     _add_machine(compare)
@@ -299,15 +315,15 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.set_defaults(command=_diagnose, parser=diagnose)
     _add_task(diagnose, estimator=False)
     diagnose.add_argument("--checkpoint", type=Path, metavar="RUN_DIR", help="weights of a run, in place of new ones")
-    diagnose.add_argument("--draws", type=_positive, default=32, metavar="N", help="steps of each estimator")
+    diagnose.add_argument("--draws", type=typed(Draws), default=32, metavar="N", help="steps of each estimator")
     diagnose.add_argument("--picture", type=Path, metavar="PNG", help="draws the table into this file")
-    diagnose.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    diagnose.add_argument("--threads", type=typed(Count), metavar="N", help="CPU threads (default: PyTorch's)")
     return parser
 
 
 def _add_length(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_positive, default=10, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop after so many steps")
+    parser.add_argument("--epochs", type=typed(Count), default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-steps", type=typed(Count), metavar="N", help="stop after so many steps")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="without progress bars")
 
 
@@ -316,11 +332,11 @@ def _add_task(parser: argparse.ArgumentParser, estimator: bool = True) -> None:
     _add_data_root(parser)
     parser.add_argument("--download", action="store_true", help="let tonic fetch recordings that are missing")
     parser.add_argument("--model", metavar="MODULE:FACTORY", help="factory(sample_shape, classes) -> nn.Module")
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and noise")
+    parser.add_argument("--batch-size", type=typed(Count), default=64, metavar="N")
+    parser.add_argument("--seed", type=typed(Whole), default=0, metavar="N", help="of weights, order and noise")
     if estimator:
         parser.add_argument("--credit", choices=("auto", "global", "feedback", "residual"), help="default: auto")
-        parser.add_argument("--copies", type=_positive, metavar="K", help="runs of each sample in a step")
+        parser.add_argument("--copies", type=typed(Count), metavar="K", help="runs of each sample in a step")
 
 
 def _add_data_root(parser: argparse.ArgumentParser) -> None:
@@ -329,4 +345,4 @@ def _add_data_root(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--threads", type=typed(Count), metavar="N", help="CPU threads (default: PyTorch's)")

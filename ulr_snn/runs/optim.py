@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import shown
+from ulr_snn.model.mode import trainable
 
 DEFAULT_LR = 1e-2
 LR_WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
@@ -23,26 +25,34 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimi
     estimators/step_sizes.py): smaller where a step would move membranes by several thresholds, larger in a readout,
     rising over the training if layers begin at rest, and over T for `Online()` with T time steps.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
-    if lr is not None and (optimizer is not None or not lr > 0):
-        raise UsageError(f"train got lr={lr}; give a positive lr, or an optimizer, not both")
+    parameters = trainable(model)
+    if lr is not None and optimizer is not None:
+        raise UsageError(f"train got lr={lr} and an optimizer, which has its own; give one of them")
     if optimizer is None:
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
-        return torch.optim.Adam([{"params": [p]} for p in trainable], DEFAULT_LR if lr is None else lr, fused=fused)
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    if not callable(optimizer):
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        return torch.optim.Adam([{"params": [p]} for p in parameters], DEFAULT_LR if lr is None else lr, fused=fused)
+    if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
         raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
-    made = optimizer(trainable)
-    step = inspect.signature(made.step).parameters.get("closure") if isinstance(made, Optimizer) else None
-    if step is not None and step.default is step.empty:
-        raise UsageError(
-            f"{type(made).__name__} evaluates the loss several times a step, which random firing does not allow; use "
-            "an optimizer such as torch.optim.Adam"
-        )
+    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
+    check_optimizer(made, parameters)
     return made
+
+
+def check_optimizer(optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    """Raises UsageError unless an optimizer moves some of the parameters, by dense gradients of one evaluation."""
+    if not (callable(getattr(optimizer, "step", None)) and hasattr(optimizer, "param_groups")):
+        raise UsageError(f"the optimizer factory returned {shown(optimizer)}; return an optimizer such as Adam")
+    name, own = type(optimizer).__name__, {id(q) for q in parameters}
+    if not any(id(q) in own for group in optimizer.param_groups for q in group["params"]):
+        raise UsageError(f"{name} holds no trainable parameter of this model; make it of model.parameters()")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UsageError(
+            f"{name} evaluates the loss several times a step, which random firing does not allow; use an optimizer "
+            "such as torch.optim.Adam"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UsageError("SparseAdam takes sparse gradients, but these are dense; use torch.optim.Adam")
 
 
 def make_scheduler(
@@ -56,18 +66,33 @@ def make_scheduler(
     """Returns the learning rate schedule that `train` was asked for; None for a constant rate."""
     if scheduler is None:
         return None
+    steps = total_steps(loader, epochs, accumulate, max_steps)
     if scheduler != "cosine":
         if not callable(scheduler):
             raise UsageError(
                 f"train got scheduler={scheduler!r}; it is 'cosine', None or a factory optimizer -> scheduler"
             )
-        return scheduler(optimizer)
-    steps = total_steps(loader, epochs, accumulate, max_steps)
+        made = scheduler(optimizer)
+        check_scheduler(made, optimizer, steps)
+        return made
     if steps is None:
         raise UsageError(
             "the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None"
         )
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+
+
+def check_scheduler(scheduler: Any, optimizer: Optimizer, steps: int | None) -> None:
+    """Raises UsageError unless a scheduler sets the rates of this optimizer, for so many steps if they are known."""
+    if not all(callable(getattr(scheduler, method, None)) for method in ("step", "state_dict", "load_state_dict")):
+        raise UsageError(f"the scheduler factory returned {shown(scheduler)}; return a scheduler of the optimizer")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise UsageError(f"{type(scheduler).__name__} is of another optimizer; make it of the one that it is given")
+    planned = getattr(scheduler, "total_steps", None)  # of OneCycleLR, which refuses to go on after them
+    if isinstance(planned, int) and steps is not None and planned < steps:
+        raise UsageError(
+            f"{type(scheduler).__name__} got total_steps={planned}, but the training has {steps}; give it as many"
+        )
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -27,6 +27,16 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG file. Raises UsageError for a path that cannot be written."""
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UsageError(
+            f"'{path}' cannot be written: {error.strerror}; name a file in a folder that exists"
+        ) from error
+
+
 def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws loss and, if known, accuracy by epoch into a PNG file. Raises UsageError if there is no epoch.
 
@@ -39,7 +49,7 @@ def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     figure = _figure(4.5 * len(drawn), 3.6)
     for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, history, name)
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> None:
@@ -94,7 +104,7 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 ROUNDING = 1e-12  # a relative variance below is that of rounding: the estimator draws nothing
@@ -131,4 +141,4 @@ def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
             axes.set_xscale("log")
     figure.axes[0].invert_yaxis()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, format="png")
+    _save(figure, path)

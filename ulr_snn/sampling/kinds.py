@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Positive, check_fields, whole
 from ulr_snn.model.passes import Group, Pass
 from ulr_snn.noise.random import Noise
 from ulr_snn.sampling.adaptive import CopyBudget, FixedCopies
 
+AtLeastTwo = Annotated[int, whole(2)]
 Run = Callable[..., list[Pass]]  # (copies, varied=None) -> passes
 
 
@@ -21,11 +24,10 @@ class Sampling:
     copies: runs of every sample in a step, None for the default of the credit; group: copies that depend on each other.
     """
 
-    copies: int | None = None
+    copies: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.copies is not None and not (isinstance(self.copies, int) and self.copies >= 1):
-            raise UsageError(f"ULR got copies={self.copies!r}; it must be a whole number, at least 1")
+        check_fields(self)
 
     @property
     def group(self) -> int:
@@ -82,7 +84,7 @@ class Independent(Sampling):
     multi_sample: the objective is the bound -log mean over copies of exp(-loss) (GEM-SNN, arXiv 2102.03280).
     """
 
-    multi_sample: bool = False
+    multi_sample: Flag = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,20 +144,15 @@ class Adaptive(Sampling):
     """
 
     copies: int | None = field(default=None, init=False, repr=False)
-    variance: float = 10.0
-    least: int = 4
-    most: int = 64
-    antithetic: bool = True
+    variance: Positive = 10.0
+    least: AtLeastTwo = 4
+    most: AtLeastTwo = 64
+    antithetic: Flag = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.variance, int | float) and self.variance > 0):
-            raise UsageError(f"Adaptive got variance={self.variance!r}; it must be a positive number")
-        whole = all(isinstance(value, int) for value in (self.least, self.most))
-        if not (whole and 2 <= self.least <= self.most):
-            raise UsageError(
-                f"Adaptive got least={self.least!r}, most={self.most!r}; give whole numbers, 2 <= least <= most"
-            )
+        if self.least > self.most:
+            raise UsageError(f"Adaptive got least={self.least}, most={self.most}; give 2 <= least <= most")
 
     def check(self) -> None:
         if self.least % (2 * self.group) or self.most % (2 * self.group):

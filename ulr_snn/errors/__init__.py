@@ -1,0 +1,16 @@
+"""The exceptions that a wrong use of the library raises."""
+
+
+class UsageError(ValueError):
+    """A wrong use: one sentence that says what is wrong, where, and what to do."""
+
+
+class NotFiniteError(UsageError, FloatingPointError):
+    """A loss that is not finite before a weight has changed, so that no learning rate is to blame."""
+
+    def __init__(
+        self,
+        message: str = "the loss is not finite in the first step, before a weight has changed; look for NaN or "
+        "infinite values in the model's outputs, and in the loss",
+    ) -> None:
+        super().__init__(message)

@@ -1,0 +1,260 @@
+"""What arguments may be. Each type and range is stated once, as the annotation of the argument.
+
+    @checked
+    def train(model, loader, epochs: Count = 10, *, clip: Positive | None = None, ...): ...
+
+`checked` reads the annotations of a function, and `check_fields` those of a dataclass. `typed` makes a type for the
+command line of one. Each raises UsageError for a value that breaks its rule. Numbers of NumPy's and tensors without
+axes pass as plain Python numbers.
+"""
+
+import inspect
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from numbers import Integral, Real
+from os import PathLike, fspath
+from types import NoneType
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args
+
+import numpy
+import torch
+from torch import Tensor
+
+from ulr_snn.errors import UsageError
+
+Arguments = ParamSpec("Arguments")
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an argument may be.
+
+    words: end of the sentence "it must be ..."; read: returns the value to use, or raises ValueError or TypeError for a
+    value that breaks the rule.
+    """
+
+    words: str
+    read: Callable[[Any], Any]
+
+    def __call__(self, owner: str, name: str, value: Any, optional: bool = False) -> Any:
+        """Returns the value to use. Raises UsageError that names the owner, such as a function, and the argument.
+        optional: None is allowed, too."""
+        try:
+            return self.read(value)
+        except UsageError:  # the rule has a sentence of its own
+            raise
+        except (ValueError, TypeError, RuntimeError):
+            words = f"{self.words}, or None" if optional else self.words
+            raise UsageError(f"{owner} got {name}={shown(value)}; it must be {words}") from None
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+def shown(value: Any) -> str:
+    """Returns a value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# -- rules -------------------------------------------------------------------------------------------------
+
+
+def where(words: str, test: Callable[[Any], bool]) -> Rule:
+    """Returns the rule of values that pass a test."""
+
+    def read(value: Any) -> Any:
+        if not test(value):
+            raise ValueError
+        return value
+
+    return Rule(words, read)
+
+
+def plain(value: Any) -> Any:
+    """Returns the Python value of a number of NumPy's or a tensor without axes, and other values as they are."""
+    arrays = isinstance(value, numpy.generic | numpy.ndarray) or (isinstance(value, Tensor) and not value.is_meta)
+    return value.item() if arrays and value.ndim == 0 else value
+
+
+def whole(least: float = -math.inf, words: str = "", multiple: int = 1) -> Rule:
+    """Returns the rule of whole numbers from `least` on. A bool is none."""
+
+    def read(value: Any) -> int:
+        value = plain(value)
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least or value % multiple:
+            raise ValueError
+        return int(value)
+
+    return Rule(words or ("a whole number" if least == -math.inf else f"a whole number, at least {least}"), read)
+
+
+def number(words: str, test: Callable[[Any], bool]) -> Rule:
+    """Returns the rule of finite numbers that pass a test. A bool is none."""
+
+    def read(value: Any) -> float:
+        value = plain(value)
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not test(value):
+            raise ValueError
+        return value if isinstance(value, int) else float(value)
+
+    return Rule(words, read)
+
+
+def numbers(words: str, test: Callable[[Any], Any]) -> Rule:
+    """Returns the rule of a number or tensor all of whose values pass a test, given as an operation on tensors."""
+
+    def read(value: Any) -> Any:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        if tensor.dtype == torch.bool or not (tensor.is_meta or bool(test(tensor).all())):
+            raise ValueError
+        return value
+
+    return Rule(words, read)
+
+
+def one_of(*names: str) -> Rule:
+    """Returns the rule of a word out of several."""
+    return where(f"one of {', '.join(map(repr, names))}", lambda value: isinstance(value, str) and value in names)
+
+
+def _flag(value: Any) -> bool:
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def takes(function: Any, count: int) -> bool:
+    """Returns whether a value is callable, and takes so many arguments by position as far as its signature tells."""
+    if not callable(function):
+        return False
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # as of a function in C
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _callbacks(value: Any) -> tuple[Any, ...]:
+    found = tuple(value)
+    if not all(takes(callback, 2) for callback in found):
+        raise ValueError
+    return found
+
+
+def _rates(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {method: _rates(rates) for method, rates in value.items()}
+    value = plain(value)
+    if isinstance(value, Sequence | numpy.ndarray | Tensor) and len(value):
+        return [POSITIVE.read(rate) for rate in value]
+    return POSITIVE.read(value)
+
+
+def iterates(value: object) -> bool:
+    """Returns whether a value may be iterated over, and is no text, class or module."""
+    held = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+    return held and not isinstance(value, str | bytes | type | torch.nn.Module)
+
+
+POSITIVE = number("positive and finite", lambda value: value > 0)
+
+Count = Annotated[int, whole(1)]
+Natural = Annotated[int, whole(0)]
+Whole = Annotated[int, whole()]
+Positive = Annotated[float, POSITIVE]
+NotNegative = Annotated[float, number("a number, at least 0", lambda value: value >= 0)]
+Fraction = Annotated[float, number("a number from 0 to 1", lambda value: 0 <= value <= 1)]
+Rates = float | Sequence[float]
+LearningRates = Annotated[
+    Rates | Mapping[str, Rates], Rule("positive and finite, a list of such numbers, or either by method", _rates)
+]
+Leak = Annotated[
+    float | Tensor, numbers("a number from 0 to 1, or a tensor of such", lambda value: (value >= 0) & (value <= 1))
+]
+Threshold = Annotated[float | Tensor, numbers("a positive number, or a tensor of such", lambda value: value > 0)]
+Flag = Annotated[bool, Rule("True or False", _flag)]
+Batches = Annotated[Iterable[Any], where("an iterable of batches, such as a DataLoader or a list", iterates)]
+Callbacks = Annotated[
+    Iterable[Callable[[dict[str, Any], torch.nn.Module], Any]],
+    Rule("a list of functions of a history entry and the model", _callbacks),
+]
+FilePath = Annotated[
+    str | PathLike[str],
+    where("a path", lambda value: isinstance(value, str | PathLike) and isinstance(fspath(value), str) and value != ""),
+]
+
+
+# -- checks ------------------------------------------------------------------------------------------------
+
+
+def rule_of(annotation: Any) -> tuple[Rule, tuple[type, ...]] | None:
+    """Returns the rule of an annotation, and the classes whose objects pass it as they are; None without a rule."""
+    parts = [annotation] if hasattr(annotation, "__metadata__") else get_args(annotation)
+    rules = [extra for part in parts for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Rule)]
+    return (rules[0], tuple(part for part in parts if isinstance(part, type))) if rules else None
+
+
+@cache
+def rules(annotated: Any) -> dict[str, tuple[Rule, tuple[type, ...]]]:
+    """Returns the rules of a function's arguments or a dataclass's fields, by name."""
+    annotations: dict[str, Any] = {}
+    for part in reversed(getattr(annotated, "__mro__", (annotated,))):
+        annotations |= inspect.get_annotations(part)
+    found = {name: rule_of(annotation) for name, annotation in annotations.items()}
+    return {name: rule for name, rule in found.items() if rule is not None}
+
+
+def kept(owner: str, values: Mapping[str, Any], annotated: Any) -> dict[str, Any]:
+    """Returns those of the values that have a rule, read by it. Raises UsageError for a value that breaks its rule."""
+    found = {}
+    for name, (rule, classes) in rules(annotated).items():
+        if name in values and not isinstance(values[name], classes):
+            found[name] = rule(owner, name, values[name], NoneType in classes)
+    return found
+
+
+def checked(function: Callable[Arguments, Found]) -> Callable[Arguments, Found]:
+    """Makes a function check the arguments that it is given by the rules in its annotations."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Found:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which raises an error in Python's own words
+        owner = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+        given.arguments |= kept(owner, given.arguments, function)
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
+def check_fields(instance: Any) -> None:
+    """Checks the fields of a dataclass by the rules in its annotations, from `__post_init__`."""
+    kind = type(instance)
+    for name, value in kept(kind.__name__, vars(instance), kind).items():
+        object.__setattr__(instance, name, value)  # which a frozen dataclass allows itself alone
+
+
+def typed(annotation: Any) -> Callable[[str], Any]:
+    """Returns the type of an option of the command line: a function that reads a text by the rule of an annotation."""
+    kind, rule = get_args(annotation)
+
+    def read(text: str) -> Any:
+        try:
+            return rule.read(kind(text))
+        except ValueError:
+            raise ArgumentTypeError(f"must be {rule.words}, not {text!r}") from None
+
+    return read
