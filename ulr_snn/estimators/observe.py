@@ -33,6 +33,12 @@ def observed(
     model = forward.bound.model
     treatment = treatment_of(batch.objective, p, config.credit, config.noise, model)
     treatment = replace(treatment, in_time=config.credit.reward_to_go)
+    learnable = len(treatment.gradientless) < len(batch.objective.losses)
+    if learnable and config.credit.goes_back and not p.outputs.is_floating_point():
+        raise UsageError(
+            f"the model returned {p.outputs.dtype}, which has no derivative; return floating-point numbers, or use "
+            "credit='global'"
+        )
     forward = replace(forward, treatment=treatment)
     if treatment.smoothed or treatment.flipped or treatment.in_time:
         p.evaluation = forward.evaluate(batch, p.outputs, p.activity, p.copies)

@@ -35,6 +35,8 @@ def _installed(name: str) -> bool:
 
 def choice(like: Tensor) -> tuple[str, str]:
     """Returns the code that scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # it is documented, but not exported
+        return "reference", "torch.jit.trace follows plain torch only"
     if like.dtype != torch.float32:
         return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
     if like.device.type == "cpu":

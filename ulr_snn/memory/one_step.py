@@ -188,7 +188,7 @@ class OnlineRun:
                 rows.see(range(t, t + 1), fired, self.batch.valid)
         loss, error = self._evaluate(t, outputs)
         stats = {"copies": 1, "step": learner.step, "time": t, "times": self.batch.steps}
-        if self.training_step.usable(loss):
+        if self.training_step.usable(loss, updated=t > 0):
             self._backward(outputs, error, records)
             see_farthest(self.farthest, fired)
             if t == self.batch.steps - 1:

@@ -11,6 +11,7 @@ from ulr_snn.credit.formula import Formula
 from ulr_snn.credit.kinds import Global
 from ulr_snn.credit.linked import Linked
 from ulr_snn.credit.structure import Structure
+from ulr_snn.errors import NotFiniteError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.learner import Learner
@@ -113,10 +114,13 @@ class Step:
         pair = structure.weights or structure.credit.wants_pair(learner.prediction, learner.step)
         return max(count, 2) if pair else count
 
-    def usable(self, losses: Tensor) -> bool:
-        """True if the losses are finite. Raises FloatingPointError if not, unless on_nonfinite is "skip"."""
+    def usable(self, losses: Tensor, updated: bool = False) -> bool:
+        """True if the losses are finite. Raises FloatingPointError if not, unless on_nonfinite is "skip". updated:
+        weights may have changed since the step began."""
         finite = bool(torch.isfinite(losses).all())
         if not finite and self.config.on_nonfinite == "stop":
+            if self.learner.step <= 1 and not updated:
+                raise NotFiniteError
             raise FloatingPointError(
                 f"the loss is not finite at step {self.learner.step}; lower the learning rate, or use "
                 "on_nonfinite='skip'"

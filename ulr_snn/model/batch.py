@@ -12,8 +12,9 @@ from ulr_snn.losses.named import Objective
 from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
 from ulr_snn.model.interface import USUAL, Interface
-from ulr_snn.model.reading import one_tensor, takes
+from ulr_snn.model.reading import lengths_of, one_tensor, takes
 from ulr_snn.model.targets import Targets, as_tensors, check_samples, of_sequences
+from ulr_snn.model.trees import tensors
 from ulr_snn.model.view import AS_IS, View
 
 
@@ -55,7 +56,7 @@ class Batch:
         x, inputs, own_lengths = one_tensor(x, targets, interface, takes(model))
         if own_lengths is not None and isinstance(targets, list) and targets is not x_given:
             targets = of_sequences(targets, interface.layout, own_lengths)
-        lengths = own_lengths if lengths is None else lengths
+        lengths = own_lengths if lengths is None else lengths_of(lengths)
         if targets is x_given and objective.needs_labels:
             raise UsageError("the batches hold no targets, which the loss needs; give (x, y), or a loss of the outputs")
         tree, (steps, samples) = as_tensors(targets), x.shape[:2]
@@ -66,8 +67,7 @@ class Batch:
         dtype = reference.dtype if reference is not None else torch.get_default_dtype()
         frames = EventList.of(x) if x.layout is torch.sparse_coo else x
         values = frames.values if isinstance(frames, EventList) else frames
-        if values.is_floating_point() and not torch.isfinite(values).all():
-            raise UsageError("events contain NaN or infinite values; clean the recordings first")
+        check_values(values, dtype, tree, objective)
         device = reference.device if reference is not None else x.device
         lengths = None if lengths is None else lengths.to(device)
         placed = Targets.of(tree, interface.layout, steps, samples).moved(lambda leaf: leaf.tensor.to(device))
@@ -138,3 +138,19 @@ class Batch:
         steps, samples = first
         lengths = None if self.lengths is None else self.lengths[samples].clamp(max=steps.stop)
         return replace(self, frames=self.frames[first], targets=self.targets.part(steps, samples), lengths=lengths)
+
+
+def check_values(events: Tensor, dtype: torch.dtype, targets: Any, objective: Objective) -> None:
+    """Raises UsageError for complex events or events that are not finite in the model's type, for targets without
+    values, and for targets that are not finite unless the loss is the user's own."""
+    if events.is_complex():
+        raise UsageError("events are complex numbers; give real ones, such as real and imaginary parts as two features")
+    if events.is_floating_point() and not torch.isfinite(events).all():
+        raise UsageError("events contain NaN or infinite values; clean the recordings first")
+    if events.dtype == torch.float64 != dtype and not torch.isfinite(events.to(dtype)).all():
+        raise UsageError(f"events are too large for {dtype}, the type of the model; scale them down")
+    for tensor in tensors(targets):
+        if tensor.is_meta:
+            raise UsageError("the targets are on the meta device, without values; give tensors with values")
+        if tensor.is_floating_point() and not objective.brought and not torch.isfinite(tensor).all():
+            raise UsageError("the targets contain NaN or infinite values; leave these samples out, or mask them")

@@ -164,10 +164,18 @@ def called(model: nn.Module, given: Any, *state: Any, **named: Any) -> Any:
     argument gets the tuple or dict itself."""
     if isinstance(given, Tensor):
         return model(given, *state, **named) if state or named else run(model, given)
-    names = inspect.signature(model.forward).parameters.keys()
-    if takes(model) == 1 and not (isinstance(given, dict) and given.keys() == names):
+    signature = inspect.signature(model.forward)
+    if takes(model) == 1 and not (isinstance(given, dict) and given.keys() == signature.parameters.keys()):
         return model(given, *state, **named)
-    return model(**given, **named) if isinstance(given, dict) else model(*given, *state, **named)
+    args, options = ((), given | named) if isinstance(given, dict) else ((*given, *state), named)
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise UsageError(
+            f"{type(model).__name__}.forward{signature} does not take the {len(given)} inputs of a batch; give it "
+            "batches (x, y) with the inputs that it takes"
+        ) from error
+    return model(*args, **options)
 
 
 def joined(result: Any, steps: int, rows: int, axis: int) -> Any:
@@ -241,6 +249,9 @@ def state_arguments(model: nn.Module) -> tuple[str, ...]:
 def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
     """Raises UsageError unless outputs are [T, B, ...] or [B, C]."""
     shape = tuple(outputs.shape)
+    if outputs.is_complex() or outputs.is_meta:
+        held = "complex numbers" if outputs.is_complex() else "a tensor on the meta device"
+        raise UsageError(f"the model returned {held}; return real numbers with values, [T, B, C] or [B, C]")
     if (outputs.ndim >= 3 and shape[:2] != (steps, rows)) or (
         outputs.ndim < 3 and (outputs.ndim < 2 or shape[0] != rows)
     ):

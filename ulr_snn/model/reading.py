@@ -69,7 +69,9 @@ def lengths_of(given: Any) -> Tensor:
         raise UsageError(
             f"the third item of a batch is a {held}; it must be the lengths [B] of the samples, so leave others out"
         )
-    return lengths
+    if lengths.is_floating_point() and not bool((lengths == lengths.round()).all()):  # nor is NaN equal to itself
+        raise UsageError("the lengths of a batch are no whole numbers; give the number of time steps of each sample")
+    return lengths.long()
 
 
 def parts_of(batch: dict[Any, Any], model: nn.Module) -> tuple[Any, Any, Any]:
@@ -105,6 +107,9 @@ def one_tensor(x: Any, targets: Any, interface: Interface, most: float) -> tuple
     inputs (empty for one), and the lengths of a list of sequences. most: number of inputs that the model can take.
     Raises UsageError for inputs of a wrong shape."""
     lengths = None
+    if isinstance(x, Tensor) and (x.is_nested or x.is_meta):
+        kind = "a nested tensor" if x.is_nested else "on the meta device, without values"
+        raise UsageError(f"the input is {kind}; give a tensor {axes_in_words(interface.layout)} or a list of sequences")
     if isinstance(x, numpy.ndarray):
         x = torch.as_tensor(x)
     if isinstance(x, PackedSequence):

@@ -31,6 +31,8 @@ def shape_advice(model: nn.Module) -> Iterator[None]:
             advice = "give snnTorch's layers init_hidden=True, or put Norse's into a SequentialState"
         elif isinstance(x, Tensor) and own and (found := remedy(module, x)):
             advice, got = found, f"a sequence of samples of shape {tuple(x.shape[2:])}"
+        elif isinstance(x, Tensor) and own and (sizes := misfit(module, x)):
+            got, advice = f"{sizes[0]} features of an input {tuple(x.shape)}", f"give it {sizes[1]}"
         else:
             raise
         name = next((name for name, other in model.named_modules() if other is module), "") or "the model"
@@ -45,6 +47,17 @@ def remedy(module: nn.Module | None, x: Tensor) -> str | None:
     if isinstance(module, _ConvNd) and sequences and x.shape[2] == module.in_channels:
         return f"wrap it as Fold(nn.{type(module).__name__}(...))"
     return None
+
+
+def misfit(module: nn.Module | None, x: Tensor) -> tuple[int, int] | None:
+    """Returns the number of features (or channels) that an input has, and that the module takes, if these differ."""
+    if type(module) is nn.Linear and x.ndim:
+        found, takes = x.shape[-1], module.in_features
+    elif isinstance(module, _ConvNd) and x.ndim == CONVOLUTIONS.get(type(module)):
+        found, takes = x.shape[1], module.in_channels
+    else:
+        return None
+    return None if found == takes else (found, takes)
 
 
 def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.errors import NotFiniteError
 from ulr_snn.estimators.base import Attachment
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
@@ -35,6 +36,8 @@ class PeerAttachment(Attachment):
         self.step += 1
         self.forward_passes += passes
         if not torch.isfinite(losses).all():
+            if self.step == 1:
+                raise NotFiniteError
             raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ FLOWS = ("ulr", "backprop", "frozen")
 
 def check_flow(model: nn.Module, flow: Mapping[str, str], layers: Layers | None = None) -> None:
     """Raises UsageError for a name that the model does not have, or for a part marked "backprop" in which a layer
-    fires."""
+    fires, or if everything is frozen."""
     known = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
     layers = spiking_layers(model) if layers is None else layers
     for name, kind in flow.items():
@@ -28,6 +28,10 @@ def check_flow(model: nn.Module, flow: Mapping[str, str], layers: Layers | None 
                 f"ULR got flow='backprop' for {name!r}, in which {firing[0]} fires or cuts the graph, and no "
                 "derivative passes a spike; mark its differentiable parts alone"
             )
+    held = [name for name, kind in flow.items() if kind == "frozen"]
+    learning = [name for name, q in model.named_parameters() if q.requires_grad] if held else []
+    if learning and all(named(name, held) for name in learning):
+        raise UsageError("ULR got a flow that freezes every trainable parameter of the model; leave some out")
 
 
 def with_flow(model: nn.Module, flow: Mapping[str, str], noise: Mapping[str, Any]) -> dict[str, Any]:
