@@ -142,7 +142,7 @@ def test_backward_adds_to_grad_and_reports_the_step():
 def test_an_error_leaves_the_model_unbound():
     model, (x, y) = net(), batch()
     attached = PEERS[0].attach(model, "ce_count", 0, True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match="4 features"):
         attached.backward(x[..., :4], y)  # the first layer takes six inputs
     assert all("site" not in m.__dict__ for m in model.modules())
     attached.backward(x, y)

@@ -133,8 +133,10 @@ def test_unbound_neurons_fire_where_the_membrane_exceeds_the_threshold():
 
 def test_leaks_are_clamped():
     current = torch.ones(4, 1, 1)
-    assert torch.equal(LeakyReadout(1.5)(current).flatten(), torch.tensor([1.0, 2, 3, 4]))
-    assert torch.equal(LeakyReadout(-0.5)(current).flatten(), torch.ones(4))
+    readout = LeakyReadout(learn_beta=True)
+    for learned, expected in ((1.5, [1.0, 2, 3, 4]), (-0.5, [1.0, 1, 1, 1])):
+        readout.beta.data.fill_(learned)
+        assert torch.equal(readout(current).flatten(), torch.tensor(expected))
 
 
 def test_leaky_readout_is_the_leaky_sum():

@@ -120,7 +120,7 @@ NO_SIZE = (0, -1.0, NAN, INF, "0.1", True)
 WRONG = {
     # numbers, flags and words
     **options(train, epochs=(*NO_COUNT, None), accumulate=(*NO_COUNT, None), max_steps=NO_COUNT, seed=NO_SEED),
-    **options(train, lr=NO_SIZE, clip=NO_SIZE, autocast=("bf16", torch.float32, True), resume=("no", 1, True)),
+    **options(train, lr=NO_SIZE, clip=NO_SIZE, autocast=("bf16", torch.float32, True), resume=("no", 2, True)),
     **options(train, progress=("no", 2), callbacks=(print, 3, [3], [lambda entry: None]), scheduler=("linear", 3)),
     **options(train, run_dir=(True, 123, "", b"runs"), optimizer=("adam", 3)),
     **options(train, device=("gpu", "", None, "meta", "mps", "xpu", 1.5), val_loader=(3, [], "text")),
@@ -195,8 +195,8 @@ WRONG = {
     "results complex": (lambda _: step(Changed(lambda o: torch.complex(o, o))), "complex"),
     "results whole": (lambda _: step(Changed(lambda o: (10 * o).long())), "int64"),
     "results on meta": (lambda _: step(Changed(lambda o: o.to("meta"))), "meta"),
-    "results NaN": (lambda _: train(Changed(lambda o: o * NAN)), "first step"),
-    "results NaN, by a peer": (lambda _: train(Changed(lambda o: o * NAN), estimator=METHODS["surrogate"]()), "first"),
+    "results NaN": (lambda _: train(Changed(lambda o: o * NAN)), "step 1"),
+    "results NaN, by a peer": (lambda _: train(Changed(lambda o: o * NAN), estimator=METHODS["surrogate"]()), "step 1"),
     "too many inputs": (lambda model: ulr_snn.plan(model, [((X, X), Y)][0]), "inputs"),
     "an estimator's class to compare": (lambda model: compare(model, methods={"mine": ULR}), "is no estimator"),
     "an estimator's name to diagnose": (lambda model: diagnose(model, estimators={"mine": "ulr"}), "is no estimator"),
@@ -221,7 +221,7 @@ WRONG = {
     "a loss of three arguments": (lambda model: step(model, loss=lambda o, y, m: o.sum(1)), "two arguments"),
     "a loss in words": (lambda model: step(model, loss=lambda o, y: ["a"] * 3), "'a'"),
     "a complex loss": (lambda model: step(model, loss=lambda o, y: o.sum(1) + 0j), "complex"),
-    "a loss that is infinite": (lambda model: train(model, loss=lambda o, y: o.sum(1) + INF), "first step"),
+    "a loss that is infinite": (lambda model: train(model, loss=lambda o, y: o.sum(1) + INF), "step 1"),
     "a weight that is NaN": (lambda model: step(model, loss={"ce_count": NAN}), "weight"),
     "a weight that is True": (lambda model: step(model, loss={"ce_count": True}), "weight"),
     "a loss that refuses targets": (lambda model: step(model, loss=nn.MSELoss()), "MSELoss"),

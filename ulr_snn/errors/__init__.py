@@ -10,7 +10,7 @@ class NotFiniteError(UsageError, FloatingPointError):
 
     def __init__(
         self,
-        message: str = "the loss is not finite in the first step, before a weight has changed; look for NaN or "
+        message: str = "the loss is not finite at step 1, before a weight has changed; look for NaN or "
         "infinite values in the model's outputs, and in the loss",
     ) -> None:
         super().__init__(message)

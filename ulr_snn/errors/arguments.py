@@ -124,9 +124,9 @@ def one_of(*names: str) -> Rule:
 
 def _flag(value: Any) -> bool:
     value = plain(value)
-    if not isinstance(value, bool):
+    if not isinstance(value, int) or value not in (0, 1):
         raise ValueError
-    return value
+    return bool(value)
 
 
 def takes(function: Any, count: int) -> bool:

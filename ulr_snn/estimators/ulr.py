@@ -196,6 +196,7 @@ def attach(
     last level. time_first, layout, output: see `train`. Raises UsageError, here or in the first `backward`, if no
     module can get noise.
     """
-    trainable(model)
+    if any(True for _ in model.parameters()):  # a model of neurons alone may be measured
+        trainable(model)
     interface = Interface.of(time_first, layout, output)
     return or_default(estimator).attach(model, loss, seed, interface, total_steps)

@@ -131,18 +131,17 @@ class OwnMetric:
 
 def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the metrics by name, empty for None. Raises UsageError for anything but callables by free names."""
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping) or not all(takes(metric, 2) for metric in metrics.values()):
+    found = dict(metrics) if isinstance(metrics, Mapping) else {}
+    for name in [name for name, metric in found.items() if hasattr(metric, "compute_groups")]:
+        parts = found.pop(name)  # a MetricCollection
+        found |= {f"{name}_{part}": metric for part, metric in parts.items()}
+    if taken := [name for name in found if name in TAKEN or not isinstance(name, str)]:
+        raise UsageError(f"metrics got the name {taken[0]!r}, which has a meaning of its own; choose another")
+    if not isinstance(metrics, Mapping | None) or not all(takes(metric, 2) for metric in found.values()):
         raise UsageError(
             f"metrics={shown(metrics)} must be {{name: function or torchmetrics object}}, of (outputs, targets)"
         )
-    for name in [name for name, metric in metrics.items() if hasattr(metric, "compute_groups")]:
-        rest = {other: metric for other, metric in metrics.items() if other != name}
-        metrics = rest | {f"{name}_{part}": metric for part, metric in metrics[name].items()}  # a MetricCollection
-    if taken := [name for name in metrics if name in TAKEN or not isinstance(name, str)]:
-        raise UsageError(f"metrics got the name {taken[0]!r}, which has a meaning of its own; choose another")
-    return dict(metrics)
+    return found
 
 
 @dataclass

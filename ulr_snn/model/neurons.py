@@ -141,10 +141,11 @@ class LIF(SpikingNeuron):
         s_t = 1 if u_t > threshold else 0                 deterministic firing
         s_t ~ Bernoulli(F((u_t - threshold) / scale))     stochastic firing; F: logistic or Gaussian (`ULR.firing`)
 
-    beta: leak per step, clamped to [0, 1]. threshold: in units of the membrane. Both are a number or a tensor that
-    broadcasts against one time step's features [...], and learn with learn_beta and learn_threshold.
+    beta: leak per step, from 0 to 1; a learned leak is clamped to [0, 1]. threshold: in units of the membrane. Both are
+    a number or a tensor that broadcasts against one time step's features [...], and learn with learn_beta and
+    learn_threshold.
     The input is a current [T, B, ...]; the output has the same shape. Every sequence starts from u = 0.
-    Raises UsageError for an unknown reset or a threshold that is not positive.
+    Raises UsageError for an unknown reset, a leak outside 0 to 1, or a threshold that is not positive.
     """
 
     recurrent: "nn.Module | Weighted | None"

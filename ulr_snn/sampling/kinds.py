@@ -13,7 +13,7 @@ from ulr_snn.model.passes import Group, Pass
 from ulr_snn.noise.random import Noise
 from ulr_snn.sampling.adaptive import CopyBudget, FixedCopies
 
-AtLeastTwo = Annotated[int, whole(2)]
+Bound = Annotated[int, whole(2, "given in whole numbers, 2 <= least <= most")]
 Run = Callable[..., list[Pass]]  # (copies, varied=None) -> passes
 
 
@@ -145,8 +145,8 @@ class Adaptive(Sampling):
 
     copies: int | None = field(default=None, init=False, repr=False)
     variance: Positive = 10.0
-    least: AtLeastTwo = 4
-    most: AtLeastTwo = 64
+    least: Bound = 4
+    most: Bound = 64
     antithetic: Flag = True
 
     def __post_init__(self) -> None:
