@@ -70,6 +70,10 @@ class Changed(nn.Module):
         return self.change(self.net(x))
 
 
+def generator():
+    return (batch for batch in ONE * 4)
+
+
 def train(model, loader=ONE, **options):
     return ulr_snn.train(model, loader, **{"epochs": 1, "progress": False, "device": "cpu", **options})
 
@@ -215,6 +219,7 @@ WRONG = {
     "targets NaN": (lambda model: step(model, y=torch.full((3, 2), NAN), loss="mse"), "targets"),
     "targets on meta": (lambda model: step(model, y=Y.to("meta")), "meta"),
     "targets in words": (lambda model: train(model, [(X, ["a", "b", "b"])]), "'a'"),
+    "a generator for validation": (lambda model: train(model, val_loader=generator(), epochs=2), "val_loader"),
     # losses
     "no loss": (lambda model: step(model, loss=None), "None"),
     "a class for a loss": (lambda model: step(model, loss=nn.CrossEntropyLoss), "CrossEntropyLoss"),
@@ -278,6 +283,10 @@ RIGHT = {
     "an array of rates": lambda m: compare(m, methods=["ulr"], lr=np.array([0.01, 0.1])),
     "rates by method": lambda m: compare(m, methods=["ulr"], lr={"ulr": (1, 0.1)}),
     "a path": lambda m: train(m, run_dir=Path("run")) and train(m, run_dir="run", resume=True, epochs=2),
+    "a generator that max_steps ends": lambda m: train(m, generator(), epochs=2, max_steps=3, scheduler=None),
+    "a generator for the first epoch": lambda m: train(
+        m, val_loader=generator(), epochs=2, callbacks=[lambda entry, model: True]
+    ),
     "lengths in a list": lambda m: step(m, lengths=[4, 2, 1]),
     "lengths of whole floats": lambda m: step(m, lengths=torch.tensor([4.0, 2.0, 1.0])),
     "a threshold of shape [1, N]": lambda _: step(net(nn.Linear(2, 3), LIF(threshold=torch.ones(1, 3)))),

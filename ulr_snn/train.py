@@ -1,6 +1,6 @@
 """`train`, the training loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +84,9 @@ def train(
     and the model; one that returns True ends the training. run_dir: receives checkpoints, metrics.json and curves.png.
     resume: continue the run in run_dir. Raises UsageError for a wrong use, before the first step if it can.
     """
-    check_arguments(loader, val_loader, run_dir, resume)
+    check_loaders(loader, val_loader, epochs if max_steps is None and not callbacks else 1)
+    if resume and run_dir is None:
+        raise UsageError("train got resume=True without run_dir; name the directory of the run that is to go on")
     interface, estimator = Interface.of(time_first, layout, output), or_default(estimator)
     settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics))
     model.to(settings.device)
@@ -318,11 +320,10 @@ class Session:
             generator.set_state(state["loader_generator"])
 
 
-def check_arguments(loader: Iterable[Any], val_loader: Iterable[Any] | None, run_dir: Any, resume: bool) -> None:
-    """Raises UsageError for empty loaders, and for a run that is to go on but has no directory."""
-    if resume and run_dir is None:
-        raise UsageError("train got resume=True without run_dir; name the directory of the run that is to go on")
-    if loader_length(loader) == 0:
-        raise UsageError("the loader is empty; give it at least one batch")
-    if val_loader is not None and loader_length(val_loader) == 0:
-        raise UsageError("the val_loader is empty; give it at least one batch, or leave it out")
+def check_loaders(loader: Iterable[Any], val_loader: Iterable[Any] | None, epochs: int) -> None:
+    """Raises UsageError for an empty loader, and for validation data that are used up after the first epoch."""
+    for name, given in (("loader", loader), ("val_loader", val_loader)):
+        if given is not None and loader_length(given) == 0:
+            raise UsageError(f"the {name} is empty; give it at least one batch")
+    if isinstance(val_loader, Generator) and epochs > 1:
+        raise UsageError("the val_loader is a generator, which can be used only once; give a list or a DataLoader")
