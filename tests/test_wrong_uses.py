@@ -74,6 +74,17 @@ def generator():
     return (batch for batch in ONE * 4)
 
 
+class TwoInputs(nn.Module):
+    """A net of the sum of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.net(x + other)
+
+
 def train(model, loader=ONE, **options):
     return ulr_snn.train(model, loader, **{"epochs": 1, "progress": False, "device": "cpu", **options})
 
@@ -201,7 +212,8 @@ WRONG = {
     "results on meta": (lambda _: step(Changed(lambda o: o.to("meta"))), "meta"),
     "results NaN": (lambda _: train(Changed(lambda o: o * NAN)), "step 1"),
     "results NaN, by a peer": (lambda _: train(Changed(lambda o: o * NAN), estimator=METHODS["surrogate"]()), "step 1"),
-    "too many inputs": (lambda model: ulr_snn.plan(model, [((X, X), Y)][0]), "inputs"),
+    "a loader to plan": (lambda model: ulr_snn.plan(model, [(X, Y)]), "a batch is (x, y)"),
+    "too many inputs": (lambda _: ulr_snn.plan(TwoInputs(), ((X, X, X), Y)), "3 inputs"),
     "an estimator's class to compare": (lambda model: compare(model, methods={"mine": ULR}), "is no estimator"),
     "an estimator's name to diagnose": (lambda model: diagnose(model, estimators={"mine": "ulr"}), "is no estimator"),
     # batches

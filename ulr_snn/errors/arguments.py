@@ -129,7 +129,7 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
-def takes(function: Any, count: int) -> bool:
+def accepts(function: Any, count: int) -> bool:
     """Returns whether a value is callable, and takes so many arguments by position as far as its signature tells."""
     if not callable(function):
         return False
@@ -146,7 +146,7 @@ def takes(function: Any, count: int) -> bool:
 
 def _callbacks(value: Any) -> tuple[Any, ...]:
     found = tuple(value)
-    if not all(takes(callback, 2) for callback in found):
+    if not all(accepts(callback, 2) for callback in found):
         raise ValueError
     return found
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.errors.arguments import shown, takes
+from ulr_snn.errors.arguments import accepts, shown
 from ulr_snn.model.targets import Targets
 from ulr_snn.model.view import AS_IS, View
 
@@ -51,7 +51,7 @@ class Brought:
         if isinstance(loss, type):
             raise UsageError(f"the loss is the class {loss.__name__}; give an object, as in {loss.__name__}()")
         loss = FUNCTIONS[loss]() if loss in FUNCTIONS else loss
-        if not takes(loss, 2):
+        if not accepts(loss, 2):
             raise UsageError(
                 f"the loss {name_of(loss)} does not take two arguments; give a callable (outputs, targets) -> [B]"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.errors.arguments import shown, takes
+from ulr_snn.errors.arguments import accepts, shown
 from ulr_snn.losses.brought import of_torchmetrics
 from ulr_snn.losses.named import total
 from ulr_snn.model.batch import Batch
@@ -137,7 +137,7 @@ def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         found |= {f"{name}_{part}": metric for part, metric in parts.items()}
     if taken := [name for name in found if name in TAKEN or not isinstance(name, str)]:
         raise UsageError(f"metrics got the name {taken[0]!r}, which has a meaning of its own; choose another")
-    if not isinstance(metrics, Mapping | None) or not all(takes(metric, 2) for metric in found.values()):
+    if not isinstance(metrics, Mapping | None) or not all(accepts(metric, 2) for metric in found.values()):
         raise UsageError(
             f"metrics={shown(metrics)} must be {{name: function or torchmetrics object}}, of (outputs, targets)"
         )

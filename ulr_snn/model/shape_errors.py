@@ -29,6 +29,8 @@ def shape_advice(model: nn.Module) -> Iterator[None]:
         if isinstance(x, tuple) and not own:
             got = "the (spikes, state) of a layer"
             advice = "give snnTorch's layers init_hidden=True, or put Norse's into a SequentialState"
+        elif isinstance(x, tuple):
+            got, advice = f"a tuple of {len(x)}", "give it one tensor; a batch is (x, y), and a loader gives batches"
         elif isinstance(x, Tensor) and own and (found := remedy(module, x)):
             advice, got = found, f"a sequence of samples of shape {tuple(x.shape[2:])}"
         elif isinstance(x, Tensor) and own and (sizes := misfit(module, x)):
