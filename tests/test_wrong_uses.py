@@ -213,7 +213,8 @@ WRONG = {
     "results NaN": (lambda _: train(Changed(lambda o: o * NAN)), "step 1"),
     "results NaN, by a peer": (lambda _: train(Changed(lambda o: o * NAN), estimator=METHODS["surrogate"]()), "step 1"),
     "a loader to plan": (lambda model: ulr_snn.plan(model, [(X, Y)]), "a batch is (x, y)"),
-    "too many inputs": (lambda _: ulr_snn.plan(TwoInputs(), ((X, X, X), Y)), "3 inputs"),
+    "too few inputs": (lambda _: ulr_snn.plan(TwoInputs(), (X, Y)), "the 1 argument that"),
+    "too few inputs by name": (lambda _: ulr_snn.plan(TwoInputs(), {"x": X, "label": Y}), "the 1 argument that"),
     "an estimator's class to compare": (lambda model: compare(model, methods={"mine": ULR}), "is no estimator"),
     "an estimator's name to diagnose": (lambda model: diagnose(model, estimators={"mine": "ulr"}), "is no estimator"),
     # batches

@@ -161,21 +161,27 @@ class Call:
 
 def called(model: nn.Module, given: Any, *state: Any, **named: Any) -> Any:
     """Calls the model with one input, or with a tuple or dict of inputs as its arguments. A model that has a single
-    argument gets the tuple or dict itself."""
-    if isinstance(given, Tensor):
-        return model(given, *state, **named) if state or named else run(model, given)
-    signature = inspect.signature(model.forward)
-    if takes(model) == 1 and not (isinstance(given, dict) and given.keys() == signature.parameters.keys()):
-        return model(given, *state, **named)
-    args, options = ((), given | named) if isinstance(given, dict) else ((*given, *state), named)
+    argument gets the tuple or dict itself. Raises UsageError if the model does not take so many inputs."""
+    names = inspect.signature(model.forward).parameters.keys() if isinstance(given, dict) else None
+    if isinstance(given, Tensor) or (takes(model) == 1 and not (isinstance(given, dict) and given.keys() == names)):
+        args, options = (given, *state), named
+    elif isinstance(given, dict):
+        args, options = (), given | named
+    else:
+        args, options = (*given, *state), named
     try:
-        signature.bind(*args, **options)
+        return run(model, given) if isinstance(given, Tensor) and not (state or named) else model(*args, **options)
     except TypeError as error:
-        raise UsageError(
-            f"{type(model).__name__}.forward{signature} does not take the {len(given)} inputs of a batch; give it "
-            "batches (x, y) with the inputs that it takes"
-        ) from error
-    return model(*args, **options)
+        signature = inspect.signature(model.forward)
+        try:
+            signature.bind(*args, **options)
+        except TypeError:
+            count = len(args) + len(options)
+            raise UsageError(
+                f"{type(model).__name__}.forward{signature} does not take the {count} argument{'s' * (count > 1)} that "
+                "a batch makes; give it batches (x, y) with all of its inputs in x"
+            ) from error
+        raise
 
 
 def joined(result: Any, steps: int, rows: int, axis: int) -> Any:
