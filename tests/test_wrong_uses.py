@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ def net(*start: nn.Module) -> nn.Sequential:
     """Makes a net. start: replaces the first layer and the neurons."""
     torch.manual_seed(0)
     return nn.Sequential(*(start or (nn.Linear(2, 3), LIF())), TimeAverage(), nn.Linear(3, 2))
+
+
+def shown(value: object) -> str:
+    """Returns a value for a test's name, without addresses: all processes collect the same tests."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def holding(value: float, layer: int) -> nn.Module:
@@ -109,7 +115,7 @@ def step(model, x=X, y=Y, estimator=None, loss="ce_count", lengths=None, **optio
 def options(verb, **values):
     """Returns a use for each value of each option."""
     return {
-        f"{verb.__name__} {name}={value!r}": (partial(_use, verb, name, value), name)
+        f"{verb.__name__} {name}={shown(value)}": (partial(_use, verb, name, value), name)
         for name, each in values.items()
         for value in each
     }
@@ -182,7 +188,7 @@ WRONG = {
         )
     },
     **{
-        f"data.loader {name}={value!r}": (made(data.loader, [(X[:, 0], 0)], **{name: value}), name)
+        f"data.loader {name}={shown(value)}": (made(data.loader, [(X[:, 0], 0)], **{name: value}), name)
         for name, each in {"batch_size": NO_COUNT, "seed": NO_SEED, "shuffle": ("no",), "num_workers": (-1,)}.items()
         for value in each
     },
