@@ -1,18 +1,21 @@
 """Real recordings: a thousand of N-MNIST by an event camera, `ULR()` against surrogate-gradient BPTT, nothing tuned.
 
-    python -m benchmarks.recordings            # both nets and methods, ten seeds; stop and start it at will
+    python -m benchmarks.recordings            # all nets, both methods, ten folds; stop and start it at will
     python -m benchmarks.recordings --table
 
-900 recordings to train on for 15 epochs of 14 batches of 64, 100 to test; 20 binary frames of 15 ms. A row a run in
-results/recordings.csv. One recording is a whole point: compare the means.
+900 recordings to train on for 15 epochs of 14 batches of 64, 100 to test; 20 binary frames of 15 ms. For the networks
+that end in -cv, the seed is also the number of a fold of ten: a cross-validation over all recordings. The others test
+on the same 100 recordings with every seed. A row a run in results/recordings.csv. One recording is a whole point:
+compare the means.
 """
 
 import argparse
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 from torch import nn
 
 from benchmarks.zoo import command_line, estimator_of, missing, note_run, rows, run_or_show, trained
@@ -20,7 +23,7 @@ from benchmarks.zoo_networks import Network, Parts
 from ulr_snn import LIF, Fold, TimeAverage
 from ulr_snn.data import load
 
-STEPS, BATCH = 15 * 14, 64
+STEPS, BATCH, FOLDS = 15 * 14, 64, 10
 
 
 @lru_cache
@@ -30,6 +33,16 @@ def recordings(root: str) -> Parts:
         x, y, _ = part.dense(range(len(part)))
         found.append((x.transpose(0, 1), y))
     return found[0], found[1]
+
+
+def fold(number: int, root: str) -> Parts:
+    """Training and test part of a fold: of each class, every tenth recording is for the test."""
+    x, y = (torch.cat(parts) for parts in zip(*recordings(root), strict=True))
+    place = torch.zeros_like(y)
+    for label in range(10):
+        place[y == label] = torch.arange(int((y == label).sum())) % FOLDS
+    test = place == number
+    return (x[~test], y[~test]), (x[test], y[test])
 
 
 def dense() -> nn.Module:
@@ -43,14 +56,21 @@ def convolutional() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Linear(24 * 9 * 9, 128), LIF(), TimeAverage(), nn.Linear(128, 10))
 
 
-NETWORKS = {"dense": Network(dense, recordings), "convolutional": Network(convolutional, recordings)}
+MAKERS = {"dense": dense, "convolutional": convolutional}
+NETWORKS = [*MAKERS, *(f"{name}-cv" for name in MAKERS)]
+
+
+def network(name: str, seed: int) -> Network:
+    """Returns a network with its recordings: the fold of this number for a cross-validation."""
+    make = MAKERS[name.removesuffix("-cv")]
+    return Network(make, partial(fold, seed) if name.endswith("-cv") else recordings)
 
 
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
     for name, method, seed in missing(path, arguments.networks, ("ulr", "bptt"), range(arguments.seeds)):
         estimator, rate = estimator_of(method)  # train's own
-        found = trained(NETWORKS[name], estimator, seed, STEPS, arguments.root, rate, BATCH)
+        found = trained(network(name, seed), estimator, seed, STEPS, arguments.root, rate, BATCH)
         note_run(path, name, method, seed, STEPS, found)
 
 
