@@ -46,8 +46,7 @@ class Trial:
     @property
     def by_call(self) -> dict[str, list[torch.Size]]:
         """The shapes of the layers that run one time step a call."""
-        by_step = {name for name, layer in self.layers if isinstance(layer, StepNeuron) and not layer.by_sequence}
-        others = {name for name, layer in self.layers} - by_step
+        others = {name for name, layer in self.layers if not isinstance(layer, StepNeuron) or layer.by_sequence}
         return {name: shapes for name, shapes in self.shapes.items() if name not in others}
 
     @property
@@ -81,16 +80,15 @@ def find_call(model: nn.Module, batch: Batch) -> tuple[Call, int]:
         call, steps = found_with(model, few(batch, 1, 3), batch)
         return (call, steps) if steps != 3 else found_with(model, few(batch, 1, 4), batch)
     # A single time step is repeated, since it would not tell both axes apart.
-    lengths = [2, 1] if batch.steps == 1 else sorted({min(STEPS, batch.steps), batch.steps})
-    for steps in lengths:
+    first = 2 if batch.steps == 1 else min(STEPS, batch.steps)
+    if first != batch.steps:
         try:
-            return found_with(model, few(batch, steps, 2 if steps == 3 else 3), batch)[0], batch.steps
+            return found_with(model, few(batch, first, 2 if first == 3 else 3), batch)[0], batch.steps
         except (RecursionError, torch.OutOfMemoryError):
             raise
         except Exception:  # the model may need all time steps
-            if steps == lengths[-1]:
-                raise
-    raise AssertionError("no number of steps was tried")
+            pass
+    return found_with(model, few(batch, batch.steps, 2 if batch.steps == 3 else 3), batch)[0], batch.steps
 
 
 def found_with(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Call, int]:
@@ -103,12 +101,13 @@ def found_with(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Call, int]:
     forgetful: Call | None = None
     for way in ways(interface.layout, own):
         for carries in (True, False) if way == "step" and carries_state(model) else (False,):
-            call = Call(way, interface, inputs_of(batch.inputs, way), carries=carries, states=states)
+            inputs = batch.inputs.turned("BT" if way == "batch first" else "TB")
+            call = Call(way, interface, inputs, carries=carries, states=states)
             trial = tried(model, layers, call, x, check=interface.layout == "BT")
             done = None if trial.error else finished(model, call, trial, x)
             if done is None:
                 trials.append(trial)
-            elif not doubtful or way == "static" or remembers(model, layers, done, x):
+            elif not doubtful or way == "static" or remembers(model, done, trial, x):
                 return done, trial.steps() if way == "static" else len(x)
             else:
                 forgetful = forgetful or done
@@ -117,15 +116,15 @@ def found_with(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Call, int]:
     raise refused(trials)
 
 
-def remembers(model: nn.Module, layers: Layers, call: Call, x: Tensor) -> bool:
-    """Returns whether outputs over time depend on earlier time steps, so that the model knows which axis is time."""
+def remembers(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> bool:
+    """Returns whether the outputs over time of a trial depend on earlier time steps, so that the model knows which axis
+    is time."""
     if not call.view.over_time or len(x) < 2:
         return True
-    changed = torch.cat([10 * (1 + x[:1].abs()), x[1:]])
-    trials = [tried(model, layers, call, given, check=False) for given in (x, changed)]
-    if any(trial.error for trial in trials):
+    changed = tried(model, trial.layers, call, torch.cat([10 * (1 + x[:1].abs()), x[1:]]), check=False)
+    if changed.error is not None:
         return True
-    return not torch.equal(*(call.view.internal(trial.selected)[1:] for trial in trials))
+    return not torch.equal(*(call.view.internal(each.selected)[1:] for each in (trial, changed)))
 
 
 def ways(layout: str, own: bool) -> list[str]:
@@ -143,13 +142,6 @@ def few(batch: Batch, steps: int, samples: int) -> Tensor:
     if len(x) < steps:
         x = x.repeat(steps, *[1] * (x.ndim - 1))
     return x if x.shape[1] == samples else x.repeat(1, samples, *[1] * (x.ndim - 2))[:, :samples]
-
-
-def inputs_of(inputs: View, way: str) -> View:
-    """Returns the form of several inputs for this way to call a model."""
-    turn = {"TB": "BT"} if way == "batch first" else {"BT": "TB"}
-    slots = tuple(replace(slot, axes=turn.get(slot.axes, slot.axes)) for slot in inputs.slots)
-    return replace(inputs, slots=slots)
 
 
 def tried(model: nn.Module, layers: Layers, call: Call, x: Tensor, check: bool) -> Trial:

@@ -42,9 +42,7 @@ class Interface:
         """Returns the part of a model's result that losses and metrics read."""
         if callable(self.output):
             return self.output(result)
-        if isinstance(result, Tensor) and self.output in (None, 0, -1, "all"):
-            return result
-        if self.output == "all":
+        if self.output == "all" or (isinstance(result, Tensor) and self.output in (0, -1)):
             return result
         if self.output is None:
             found = tensors(result)

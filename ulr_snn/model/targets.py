@@ -117,9 +117,7 @@ def as_tensors(given: Any) -> Any:
     ):
         return torch.as_tensor(given)
     if isinstance(given, list) and ragged(given):
-        parts = [torch.as_tensor(item) for item in given]
-        padding = 0 if parts[0].is_floating_point() else IGNORED
-        return torch.nn.utils.rnn.pad_sequence(parts, True, padding)
+        return padded([torch.as_tensor(item) for item in given], batch_first=True)
     if isinstance(given, dict):
         return {key: as_tensors(item) for key, item in given.items()}
     if isinstance(given, list | tuple):
@@ -136,8 +134,12 @@ def of_sequences(targets: list[Any], layout: str, lengths: Tensor) -> Any:
     parts = [torch.as_tensor(item) for item in targets]
     if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths.tolist(), strict=True)):
         return torch.stack(parts) if len({part.shape for part in parts}) == 1 else targets
-    padding = 0 if parts[0].is_floating_point() else IGNORED
-    return torch.nn.utils.rnn.pad_sequence(parts, layout == "BT", padding)
+    return padded(parts, batch_first=layout == "BT")
+
+
+def padded(parts: list[Tensor], batch_first: bool) -> Tensor:
+    """Returns targets over time of unequal length as one tensor. Values are padded by 0, class indices by -100."""
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first, 0 if parts[0].is_floating_point() else IGNORED)
 
 
 def ragged(items: list[Any]) -> bool:

@@ -80,10 +80,14 @@ class View:
         """True if a tensor has a time axis."""
         return any(slot.over_time for slot in self.slots)
 
+    def turned(self, axes: str) -> "View":
+        """Returns the same form with these axes, "TB" or "BT", in all tensors over time."""
+        return replace(self, slots=tuple(replace(slot, axes=axes) if slot.over_time else slot for slot in self.slots))
+
     @property
     def time_first(self) -> "View":
         """The same form with time first."""
-        return replace(self, slots=tuple(replace(slot, axes=slot.axes.replace("BT", "TB")) for slot in self.slots))
+        return self.turned("TB")
 
     def internal(self, tree: Any) -> Tensor:
         """Returns the tensors of a tree as one tensor [T, B, ...] or [B, F]. A tensor without a time axis beside others
