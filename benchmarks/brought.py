@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, random_split
 from benchmarks.accuracy import machine
 from benchmarks.brought_models import CASES, Case
 from benchmarks.missing_operators import declare_operators
+from benchmarks.zoo import append
 from ulr_snn import ULR, train
 from ulr_snn.peers import SurrogateBPTT
 from ulr_snn.runs.directory import versions
@@ -107,15 +108,6 @@ def missing(path: Path, names: list[str], seeds: list[int]) -> Iterator[tuple[st
                 yield name, method, "test", lr, seed
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def table(path: Path) -> str:
     """Returns the mean figure of each case and method over the seeds that all methods have."""
     lines = ["| case | figure | seeds | ULR(), untuned | ULR (rate) | BPTT (rate) |", "|---|---|---|---|---|---|"]
@@ -147,7 +139,7 @@ def main() -> None:
     if not arguments.table:
         for found in missing(arguments.out, arguments.cases, arguments.seeds):
             row = run(*found)
-            append(arguments.out, row)
+            append(arguments.out, row, COLUMNS)
             print(*(row[column] for column in COLUMNS[:8]), flush=True)
     print(table(arguments.out))
 

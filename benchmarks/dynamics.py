@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.force import Force, FullForce
 from benchmarks.search import Block, Score, Settings, key, search
-from benchmarks.zoo import machine
+from benchmarks.zoo import append, machine
 from ulr_snn import ULR, LeakyReadout, RecurrentLIF, data, train
 from ulr_snn.data.dynamics import SYSTEMS, TRIAL, clock
 from ulr_snn.data.dynamics import trial as whole_trial
@@ -208,12 +208,7 @@ class Ledger:
         row = dict.fromkeys(COLUMNS, "") | run | {name: short(value) for name, value in found.items()}
         about = {"ulr_snn": versions()["ulr_snn"], "torch": torch.__version__, "date": str(datetime.date.today())}
         row |= {"seconds": f"{seconds:.1f}", "note": note, "machine": machine()} | about
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(self.path, row, COLUMNS)
         print(*run.values(), f"error {row['error']}, {row['rate']} Hz, {row['seconds']} s", note, flush=True)
         return row
 

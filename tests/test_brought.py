@@ -145,7 +145,7 @@ def test_a_run_that_has_a_row_is_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setitem(CASES, "snntorch-population", Case(*few_epochs()))
     path, name = tmp_path / "brought.csv", "snntorch-population"
     for found in brought.missing(path, [name], [0]):
-        brought.append(path, brought.run(*found))
+        brought.append(path, brought.run(*found), brought.COLUMNS)
     kept = brought.rows(path)
     tuned = {method: [f"validation {method}"] * 3 + [f"test {method}"] for method in ("ulr-rate", "bptt")}
     assert [f"{r['part']} {r['method']}" for r in kept] == ["test ulr", *tuned["ulr-rate"], *tuned["bptt"]]
