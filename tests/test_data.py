@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.recordings import write_h5
 from ulr_snn import data
 from ulr_snn.data import cache, digits
 from ulr_snn.data.binning import Recordings, bin_recordings, window
@@ -86,15 +87,8 @@ def nmnist(tmp_path):
 
 
 def write_shd(path: Path, samples: list[tuple[list[float], list[int]]], labels: list[int], names: int = 10) -> None:
-    h5py = pytest.importorskip("h5py")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for column, (name, kind) in enumerate((("times", np.float16), ("units", np.uint16))):
-            rows = file.create_dataset(f"spikes/{name}", (len(samples),), dtype=h5py.vlen_dtype(kind))
-            for i, sample in enumerate(samples):
-                rows[i] = np.array(sample[column], kind)
-        file["labels"] = np.array(labels, np.uint16)
-        file["extra/keys"] = np.array([f"name {i}".encode() for i in range(names)])
+    pytest.importorskip("h5py")
+    write_h5(path, samples, labels, names)
 
 
 @pytest.fixture
