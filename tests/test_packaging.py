@@ -161,6 +161,7 @@ ORDER = [
     "plan",
     "diagnose",
     "ulr_snn",
+    "runs.commands",
     "runs.cli",
     "__main__",
 ]

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.errors.arguments import Fraction, Natural, Whole, checked, whole
+from ulr_snn.errors.arguments import Draws, Fraction, Natural, Whole, checked
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR, or_default
@@ -21,7 +21,6 @@ from ulr_snn.model.mode import Model, mode_of
 from ulr_snn.model.reading import read
 
 ALL = "all layers"
-Draws = Annotated[int, whole(4)]
 COLUMNS = ("estimator", "layer", "cosine", "variance", "cosine of a step", "passes")
 
 

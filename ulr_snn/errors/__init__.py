@@ -14,3 +14,11 @@ class NotFiniteError(UsageError, FloatingPointError):
         "infinite values in the model's outputs, and in the loss",
     ) -> None:
         super().__init__(message)
+
+
+class OwnError(Exception):
+    """Carries an exception of the user's code past the handlers of wrong uses, so that it keeps its traceback."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error

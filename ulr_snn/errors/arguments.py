@@ -5,7 +5,8 @@
 
 `checked` reads the annotations of a function, and `check_fields` those of a dataclass. `typed` makes a type for the
 command line of one. Each raises UsageError for a value that breaks its rule. Numbers of NumPy's and tensors without
-axes pass as plain Python numbers.
+axes pass as plain Python numbers. The command line reads its options by these rules before it imports torch, so this
+module imports torch only where a rule needs it.
 """
 
 import inspect
@@ -17,13 +18,12 @@ from functools import cache, wraps
 from numbers import Integral, Real
 from os import PathLike, fspath
 from types import NoneType
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args
-
-import numpy
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args
 
 from ulr_snn.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
@@ -77,8 +77,8 @@ def where(words: str, test: Callable[[Any], bool]) -> Rule:
 
 def plain(value: Any) -> Any:
     """Returns the Python value of a number of NumPy's or a tensor without axes, and other values as they are."""
-    arrays = isinstance(value, numpy.generic | numpy.ndarray) or (isinstance(value, Tensor) and not value.is_meta)
-    return value.item() if arrays and value.ndim == 0 else value
+    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item") and not getattr(value, "is_meta", False)
+    return value.item() if single else value
 
 
 def whole(least: float = -math.inf, words: str = "", multiple: int = 1) -> Rule:
@@ -109,7 +109,9 @@ def numbers(words: str, test: Callable[[Any], Any]) -> Rule:
     """Returns the rule of a number or tensor all of whose values pass a test, given as an operation on tensors."""
 
     def read(value: Any) -> Any:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        import torch
+
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
         if tensor.dtype == torch.bool or not (tensor.is_meta or bool(test(tensor).all())):
             raise ValueError
         return value
@@ -154,16 +156,18 @@ def _callbacks(value: Any) -> tuple[Any, ...]:
 def _rates(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {method: _rates(rates) for method, rates in value.items()}
-    value = plain(value)
-    if isinstance(value, Sequence | numpy.ndarray | Tensor) and len(value):
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array of NumPy's or a tensor
+    if isinstance(value, Sequence) and len(value):
         return [POSITIVE.read(rate) for rate in value]
     return POSITIVE.read(value)
 
 
 def iterates(value: object) -> bool:
     """Returns whether a value may be iterated over, and is no text, class or module."""
+    from torch import nn
+
     held = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-    return held and not isinstance(value, str | bytes | type | torch.nn.Module)
+    return held and not isinstance(value, str | bytes | type | nn.Module)
 
 
 POSITIVE = number("positive and finite", lambda value: value > 0)
@@ -171,6 +175,7 @@ POSITIVE = number("positive and finite", lambda value: value > 0)
 Count = Annotated[int, whole(1)]
 Natural = Annotated[int, whole(0)]
 Whole = Annotated[int, whole()]
+Draws = Annotated[int, whole(4)]
 Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, number("a number, at least 0", lambda value: value >= 0)]
 Fraction = Annotated[float, number("a number from 0 to 1", lambda value: 0 <= value <= 1)]
@@ -179,13 +184,13 @@ LearningRates = Annotated[
     Rates | Mapping[str, Rates], Rule("positive and finite, a list of such numbers, or either by method", _rates)
 ]
 Leak = Annotated[
-    float | Tensor, numbers("a number from 0 to 1, or a tensor of such", lambda value: (value >= 0) & (value <= 1))
+    "float | Tensor", numbers("a number from 0 to 1, or a tensor of such", lambda value: (value >= 0) & (value <= 1))
 ]
-Threshold = Annotated[float | Tensor, numbers("a positive number, or a tensor of such", lambda value: value > 0)]
+Threshold = Annotated["float | Tensor", numbers("a positive number, or a tensor of such", lambda value: value > 0)]
 Flag = Annotated[bool, Rule("True or False", _flag)]
 Batches = Annotated[Iterable[Any], where("an iterable of batches, such as a DataLoader or a list", iterates)]
 Callbacks = Annotated[
-    Iterable[Callable[[dict[str, Any], torch.nn.Module], Any]],
+    Iterable[Callable[[dict[str, Any], "nn.Module"], Any]],
     Rule("a list of functions of a history entry and the model", _callbacks),
 ]
 FilePath = Annotated[

@@ -187,6 +187,9 @@ class Adaptive(Sampling):
         ]
 
 
+AdaptiveCopies = Adaptive  # the name of earlier versions
+
+
 @dataclass(frozen=True)
 class LayerByLayer(Sampling):
     """Gives every layer copies of its own, in which only this layer's noise differs.
