@@ -49,7 +49,12 @@ def metrics(run: Path) -> dict:
 def test_train_then_evaluate(here, capsys, needs_data_and_runs):
     assert main(["train", "digits", *QUICK, "--seed", "3"]) == 0
     run = here / "runs" / "digits-001"
-    assert {path.name for path in run.iterdir()} == {"checkpoint-0001", "curves.png", "metrics.json"}
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint-0001",
+        "best.safetensors",
+        "curves.png",
+        "metrics.json",
+    }
     written = metrics(run)
     assert written["epochs"] == 1 and written["seed"] == 3 and len(written["history"]) == 1
     assert written["seconds"] > 0 and written["peak_memory_bytes"] > 0 and written["forward_passes"] > 1000
@@ -58,6 +63,8 @@ def test_train_then_evaluate(here, capsys, needs_data_and_runs):
     assert accuracy in capsys.readouterr().out
 
     assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert accuracy in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--best", "--device", "cpu"]) == 0
     assert accuracy in capsys.readouterr().out
     assert main(["evaluate", str(run), "--mode", "stochastic", "--copies", "2", "--device", "cpu"]) == 0
     assert "stochastic firing" in capsys.readouterr().out
@@ -71,9 +78,13 @@ def test_runs_are_numbered_and_go_on(here, capsys, needs_data_and_runs):
     capsys.readouterr()
     assert "holds a run already" in fails(capsys, *quick, *run)
     assert "--seed 0, not 1" in fails(capsys, *quick, *run, "--resume", "--seed", "1")
-    assert main(["train", "digits", *QUICK, "--epochs", "2", *run, "--resume"]) == 0
+    assert "--changed" in fails(capsys, *quick, *run, "--resume", "--lr", "0.1")
+    assert (
+        main(["train", "digits", *QUICK, "--epochs", "2", *run, "--changed", "--lr", "0.1", "--save-every", "1"]) == 0
+    )
+    assert main(["train", "digits", *QUICK, "--epochs", "3", *run, "--resume", "--lr", "0.1"]) == 0
     written = metrics(here / "runs" / "digits-001")
-    assert written["epochs"] == 2 and [entry["epoch"] for entry in written["history"]] == [1, 2]
+    assert written["epochs"] == 3 and [entry["epoch"] for entry in written["history"]] == [1, 2, 3]
 
 
 def test_own_model_from_the_current_directory(here, capsys, needs_data_and_runs):

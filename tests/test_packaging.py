@@ -154,8 +154,15 @@ ORDER = [
     "runs.models",
     "runs.progress",
     "runs.optim",
+    "runs.order",
     "runs.plots",
+    "runs.checkpoints",
     "runs.directory",
+    "runs.interrupts",
+    "runs.settings",
+    "runs.keeping",
+    "runs.steps",
+    "runs.session",
     "train",
     "compare",
     "plan",
@@ -170,6 +177,7 @@ LINES, BODY = 400, 60  # of a file and of a function, at most, kernels aside
 # Imported where they are needed, so that the library loads quickly and works with what is installed.
 LAZY = (
     "aedat",
+    "filelock",
     "h5py",
     "matplotlib",
     "numba",

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import SaveError, UsageError
 from ulr_snn.runs import directory as runs
 from ulr_snn.runs.directory import RunDirectory
 
-pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 
 HISTORY = [
@@ -51,8 +51,11 @@ def test_checkpoint_gives_back_weights_buffers_state_and_config(tmp_path):
 
     restored = Tied()
     again = RunDirectory(tmp_path / "run", resume=True)
-    state = again.load_checkpoint(restored)
-    assert again.config == runs.read_config(tmp_path / "run") == {"data": "digits", "seed": 3}
+    again.newest.load_weights(restored)
+    state = again.newest.state
+    assert runs.read_config(tmp_path / "run") == {"data": "digits", "seed": 3}
+    again.save_checkpoint(model, {})
+    assert runs.read_config(tmp_path / "run") == {"data": "digits", "seed": 3}
     assert state["epoch"] == 1 and state["history"] == HISTORY[:1]
     for name, value in model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], value), name
@@ -63,23 +66,26 @@ def test_checkpoint_gives_back_weights_buffers_state_and_config(tmp_path):
     assert torch.equal(*moments)
 
 
-def test_only_the_newest_checkpoint_stays(tmp_path):
+def test_the_two_newest_checkpoints_stay(tmp_path):
     run, model = RunDirectory(tmp_path), nn.Linear(2, 2)
     for epoch in range(1, 4):
         run.save_checkpoint(model, {"epoch": epoch})
-    folder = "checkpoint-0003"
-    files = {f"{folder}/{file}" for file in ("model.safetensors", "state.pt", "config.json")}
-    assert names(tmp_path) == {folder} | files
+    folders = {"checkpoint-0002", "checkpoint-0003"}
+    parts = ("model.safetensors", "state.pt", "config.json", "manifest.json")
+    files = {f"{folder}/{file}" for folder in folders for file in parts}
+    assert names(tmp_path) == folders | files
     assert len({(tmp_path / file).stat().st_mode for file in files}) == 1
-    assert run.load_checkpoint(model)["epoch"] == 3
+    assert run.newest.state["epoch"] == 3
 
 
 def test_new_directory_has_no_checkpoint_also_when_resuming(tmp_path):
-    assert RunDirectory(tmp_path / "a" / "b", resume=True).load_checkpoint(nn.Linear(1, 1)) is None
+    assert RunDirectory(tmp_path / "a" / "b", resume=True).newest is None
 
 
 @pytest.mark.parametrize("part", ["safetensors.torch.save_model", "torch.save", "os.replace", "json.dumps"])
-@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left"), RuntimeError("write failed"), SafetensorError("IO"), KeyboardInterrupt()]
+)
 def test_failed_save_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, part, failure):
     run, model = RunDirectory(tmp_path), nn.Linear(2, 2)
     run.save_checkpoint(model, {"epoch": 1})
@@ -91,26 +97,26 @@ def test_failed_save_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, m
         raise failure
 
     nn.init.zeros_(model.weight)
-    with monkeypatch.context() as patch, pytest.raises(type(failure)):
+    error = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else SaveError
+    with monkeypatch.context() as patch, pytest.raises(error) as raised:
         patch.setattr(part, fail)
         run.save_checkpoint(model, {"epoch": 2})
+    assert error is KeyboardInterrupt or "checkpoint-0001 before it is whole; make room" in str(raised.value)
     assert names(tmp_path) == before
-    assert run.load_checkpoint(model)["epoch"] == 1
+    assert runs.load_checkpoint(tmp_path, model)["epoch"] == 1
     assert torch.equal(model.weight, weight)
 
 
-def test_kill_between_two_steps_of_a_save_is_tidied_up(tmp_path):
+def test_leftovers_of_a_kill_are_tidied_up(tmp_path):
     run, model = RunDirectory(tmp_path), nn.Linear(2, 2)
     run.save_checkpoint(model, {"epoch": 1})
     (tmp_path / ".tmp-checkpoint-0002").mkdir()
     (tmp_path / ".tmp-checkpoint-0002" / "state.pt").write_bytes(b"PK")
-    (tmp_path / "checkpoint-0001").rename(tmp_path / "checkpoint-0002")  # as if the older one still had to go
-    RunDirectory(tmp_path / "other").save_checkpoint(model, {"epoch": 0})
-    (tmp_path / "other" / "checkpoint-0001").rename(tmp_path / "checkpoint-0001")
-
-    again = RunDirectory(tmp_path, resume=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-0002", "other"}
-    assert again.load_checkpoint(model)["epoch"] == 1
+    (tmp_path / ".tmp-metrics.json").write_text("{")
+    with RunDirectory(tmp_path, resume=True).in_use() as again:
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-0001", ".lock"}
+        assert again.newest.state["epoch"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-0001"}
 
 
 def test_state_that_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path):
@@ -138,7 +144,7 @@ def test_failed_finish_leaves_no_metrics_and_no_temporary_file(tmp_path, monkeyp
         raise OSError("disk full")
 
     monkeypatch.setattr("ulr_snn.runs.plots.save_curves", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveError, match="disk full"):
         run.finish({}, HISTORY)
     assert names(tmp_path) == set()
 
@@ -150,7 +156,22 @@ def test_figures_of_a_finished_run_go_when_it_is_resumed_and_saves_anew(tmp_path
     again = RunDirectory(tmp_path, resume=True)
     assert (tmp_path / "metrics.json").exists()
     again.save_checkpoint(model, {"epoch": 3})
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-0002"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-0001", "checkpoint-0002"}
+
+
+def test_figures_of_a_finished_run_stay_if_no_new_checkpoint_can_be_written(tmp_path, monkeypatch):
+    run, model = RunDirectory(tmp_path), nn.Linear(2, 2)
+    run.save_checkpoint(model, {"epoch": 2})
+    run.finish({"epochs": 2}, HISTORY)
+    before = names(tmp_path)
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", refuse)
+    with pytest.raises(SaveError, match="No space left on device"):
+        RunDirectory(tmp_path, resume=True).save_checkpoint(model, {"epoch": 3})
+    assert names(tmp_path) == before
 
 
 def test_directory_of_another_run_is_refused(tmp_path):

@@ -335,7 +335,7 @@ def test_numbers_become_pythons_own():
 
 def test_weights_lost_in_training_are_named():
     """A hidden layer that is NaN fires no spike, and the loss stays finite."""
-    with pytest.raises(FloatingPointError, match=r"^0\.weight is not finite after epoch 1"):
+    with pytest.raises(FloatingPointError, match=r"^0\.weight is not finite after step 1"):
         train(net(), optimizer=lambda parameters: Spoiling(parameters, 0.1), epochs=2)
 
 

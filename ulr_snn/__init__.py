@@ -1,6 +1,6 @@
 """Training spiking neural networks without surrogate gradients, by likelihood ratios.
 
-`train.py` is the loop to read first, `credit/formula.py` the formula; docs/extending.md has a map of the folders.
+`runs/session.py` is the loop to read first, `credit/formula.py` the formula; docs/extending.md maps the folders.
 
 The package loads when one of its names is first used: `import ulr_snn` alone imports neither torch nor NumPy.
 """

@@ -1,4 +1,4 @@
-"""The exceptions that a wrong use of the library raises."""
+"""The exceptions of the library."""
 
 
 class UsageError(ValueError):
@@ -22,3 +22,26 @@ class OwnError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__()
         self.error = error
+
+
+class SaveError(OSError):
+    """What a run saves could not be written. What it saved before is intact."""
+
+
+class LoaderError(RuntimeError):
+    """A process that fetches batches has ended."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a training, which was saved after its step."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM during a training, which was saved after its step. It ends the process with exit code 143."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

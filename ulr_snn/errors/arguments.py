@@ -11,9 +11,11 @@ module imports torch only where a rule needs it.
 
 import inspect
 import math
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, wraps
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -124,11 +126,25 @@ def one_of(*names: str) -> Rule:
     return where(f"one of {', '.join(map(repr, names))}", lambda value: isinstance(value, str) and value in names)
 
 
-def _flag(value: Any) -> bool:
+def flag(value: Any) -> bool:
+    """Returns a value that is True or False, also as a number. Raises ValueError for others."""
     value = plain(value)
     if not isinstance(value, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
+
+
+def interval(value: Any) -> int | timedelta:
+    """Returns a number of steps as it is, and a time as a timedelta. Raises ValueError for anything else."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)([smh])", value)):
+        value = timedelta(seconds=int(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
+    elif isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, timedelta):
+        return whole(1).read(value)
+    if value <= timedelta(0):
+        raise ValueError
+    return value
 
 
 def accepts(function: Any, count: int) -> bool:
@@ -187,7 +203,11 @@ Leak = Annotated[
     "float | Tensor", numbers("a number from 0 to 1, or a tensor of such", lambda value: (value >= 0) & (value <= 1))
 ]
 Threshold = Annotated["float | Tensor", numbers("a positive number, or a tensor of such", lambda value: value > 0)]
-Flag = Annotated[bool, Rule("True or False", _flag)]
+Flag = Annotated[bool, Rule("True or False", flag)]
+Resume = Annotated[
+    bool | str, Rule("True, False or 'changed'", lambda value: value if value == "changed" else flag(value))
+]
+Interval = Annotated[timedelta | int | str, Rule("a number of steps or a time such as '30s', '10m' or '2h'", interval)]
 Batches = Annotated[Iterable[Any], where("an iterable of batches, such as a DataLoader or a list", iterates)]
 Callbacks = Annotated[
     Iterable[Callable[[dict[str, Any], "nn.Module"], Any]],
@@ -258,7 +278,7 @@ def typed(annotation: Any) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            return rule.read(kind(text))
+            return rule.read(kind(text) if isinstance(kind, type) else text)
         except ValueError:
             raise ArgumentTypeError(f"must be {rule.words}, not {text!r}") from None
 

@@ -48,7 +48,7 @@ class LearnedAttachment(Attachment):
         check_flow(model, config.flow)
         self.config = config.with_noise(with_flow(model, config.flow, config.noise))
         check_layers(model, spiking_layers(model), [*user_modules(model), *self.config.noise])
-        self.memory, self.online = memory, memory.online
+        self.memory, self.online, self.on_nonfinite = memory, memory.online, config.on_nonfinite
         self.binder = Binder(model, self.config.noise)
         self.learner = Learner(self.config, seed, total_steps, progress, rates)
         self.pool = Pool(lean=memory.lean)

@@ -45,10 +45,12 @@ class Attachment:
     """An estimator that is attached to a model and adds gradients to `.grad`; the base of all attachments.
 
     online: `steps` gives an estimate for every time step, each meant for an update;
+    on_nonfinite: what a loss or gradient that is not finite does to a training, as in `ULR`;
     forward_passes: number of forward passes of a sample so far.
     """
 
     online = False
+    on_nonfinite = "stop"
 
     def __init__(self, model: nn.Module, loss: LossSpec, interface: Interface) -> None:
         self.model, self.loss, self.interface = model, loss, Interface.of(interface)

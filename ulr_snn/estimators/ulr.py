@@ -24,7 +24,7 @@ from ulr_snn.sampling.kinds import Adaptive, Sampling, sampling_of
 from ulr_snn.sites.flow import FLOWS
 
 Maps = Annotated[str, one_of("auto", "exact", "learned")]
-OnNonfinite = Annotated[str, one_of("stop", "skip")]
+OnNonfinite = Annotated[str, one_of("stop", "skip", "shrink")]
 FiringKind = Annotated[Firing, where("Logistic() or Gaussian()", lambda value: isinstance(value, Firing))]
 MEMORY = ("auto", "replay")
 MOVED = {  # fields of earlier versions, and their replacements
@@ -63,7 +63,8 @@ class ULR(Attaches):
         run its modules one after another. "replay" with credit "global": one copy after another, each run twice, so
         that memory does not grow with the number of copies. "auto": the whole sequence if it is small, else "replay"
         if possible.
-    on_nonfinite: "stop" raises FloatingPointError for a loss that is not finite, "skip" leaves the step out.
+    on_nonfinite: "stop" raises FloatingPointError for a loss that is not finite, "skip" leaves the step out,
+        "shrink" also halves the steps of `train` that follow, until many were good.
 
     Shorthands for `sampling` follow.
     copies: a number of copies, or `Adaptive()`. antithetic: copies come in pairs (default True).

@@ -77,6 +77,18 @@ class Tally:
         accuracy = None if self.correct is None or not self.labelled else self.correct / self.labelled
         return {"loss": self.loss / max(1, self.samples), "accuracy": accuracy}
 
+    def state_dict(self) -> dict[str, Any]:
+        names = ("samples", "loss", "correct", "labelled")
+        own = {name: metric.state_dict() for name, metric in self.own.items()}
+        return {name: getattr(self, name) for name in names} | {"own": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("samples", "loss", "correct", "labelled"):
+            setattr(self, name, state[name])
+        for name, found in state["own"].items():
+            if name in self.own:
+                self.own[name].load_state_dict(found)
+
     def means(self) -> dict[str, Any]:
         """Returns the means of loss, accuracy (None if targets are no class indices) and metrics."""
         return self.running() | {name: metric.value() for name, metric in self.own.items()}
@@ -95,6 +107,16 @@ class OwnMetric:
         self.sum, self.samples = 0.0, 0
         if self.collects:
             self.metric.reset()
+            self.metric.persistent(True)  # its state is part of `state_dict`
+
+    def state_dict(self) -> dict[str, Any]:
+        collected = self.metric.state_dict() if self.collects else {}
+        return {"sum": self.sum, "samples": self.samples, "collected": dict(collected)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sum, self.samples = state["sum"], state["samples"]
+        if self.collects:
+            self.metric.load_state_dict(state["collected"])
 
     @torch.no_grad()
     def add(self, name: str, outputs: Tensor, batch: Batch) -> None:

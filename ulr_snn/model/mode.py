@@ -49,6 +49,11 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """Returns the name of a parameter that is not finite; None if there is none."""
+    return next((name for name, q in model.named_parameters() if not all_finite(q)), None)
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Returns the trainable parameters. Raises UsageError if there are none, or inference mode rules out training."""
     found = [q for q in model.parameters() if q.requires_grad]

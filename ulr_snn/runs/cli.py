@@ -1,7 +1,8 @@
 """The command line: `ulr-snn train|evaluate|compare|plan|diagnose`, also as `python -m ulr_snn`.
 
-A wrong use ends with one line on stderr and exit code 2, an interruption with 130, a diverged run with 1. Arguments are
-parsed before torch is imported, which takes seconds.
+A wrong use ends with one line on stderr and exit code 2. A run that diverged, found no room on the disk or lost a
+process of its loader ends with one line and 1, one that Ctrl-C or SIGTERM ended with one line and 130 or 143. Arguments
+are parsed before torch is imported, which takes seconds.
 """
 
 import argparse
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ulr_snn
-from ulr_snn.errors import OwnError, UsageError
-from ulr_snn.errors.arguments import Count, Draws, Positive, Whole, typed
+from ulr_snn.errors import LoaderError, OwnError, SaveError, Terminated, UsageError
+from ulr_snn.errors.arguments import Count, Draws, Interval, Positive, Whole, typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,15 +29,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except OwnError as raised:
         own = raised.error
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail(_advised(error) or "interrupted", 130)
+    except Terminated as error:
+        return _fail(_advised(error), 143)
+    except (FloatingPointError, SaveError, LoaderError) as error:  # of which a traceback would not tell more
+        return _fail(_advised(error), 2 if isinstance(error, UsageError) else 1)
     except (UsageError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        return _fail(str(error), 2)
-    except FloatingPointError as error:  # training diverged; a traceback would not help
-        return _fail(str(error), 1)
+        return _fail(_advised(error), 2)
     if own is not None:  # here, where no other exception is added to its traceback
         raise own
     return 0
+
+
+def _advised(error: BaseException) -> str:
+    """Returns the sentence of an error, with the options of this command line in place of arguments of Python's."""
+    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
+    text = text.replace("resume='changed'", "--changed").replace("resume=True and run_dir=", "--resume --run-dir ")
+    return text.replace("run_dir", "--run-dir")
 
 
 def _fail(message: str, code: int) -> int:
@@ -68,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of ulr_snn.train)")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    train.add_argument("--changed", action="store_true", help="go on with other options than those of its start")
+    train.add_argument(
+        "--save-every",
+        type=typed(Interval),
+        metavar="N",
+        help="checkpoints after so many steps, or 30s, 10m, 2h (default: 10m), and after every epoch",
+    )
     _add_length(train)
     _add_machine(train)
 
@@ -78,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--copies", type=typed(Count), default=1, metavar="K", help="runs of each sample, with stochastic firing"
     )
+    evaluate.add_argument("--best", action="store_true", help="weights of the best epoch, not of the last")
     _add_data_root(evaluate)
     _add_machine(evaluate)
 

@@ -33,10 +33,10 @@ def run(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     """Trains a network in a run directory, and prints its test accuracy."""
-    if args.resume and args.run_dir is None:
+    if (args.resume or args.changed) and args.run_dir is None:
         raise UsageError("--resume needs the --run-dir of the run that is to go on")
     config = {name: getattr(args, name) for name in RECORDED}
-    if args.resume:
+    if args.resume and not args.changed:
         _check_same_run(args.run_dir, config)
     train_set, test_set = _load(args.data, args.data_root, args.download)
     model = _build_model(config, train_set)
@@ -52,7 +52,8 @@ def train(args: Namespace) -> None:
             seed=args.seed,
             max_steps=args.max_steps,
             run_dir=run,
-            resume=args.resume,
+            resume="changed" if args.changed else args.resume,
+            save_every=args.save_every,
             progress=args.progress,
         )
     metrics = result.metrics
@@ -72,7 +73,7 @@ def evaluate(args: Namespace) -> None:
         )
     _, test_set = _load(config["data"], args.data_root or config["data_root"])
     model = _build_model(config, test_set)
-    directory.load_checkpoint(args.run_dir, model)
+    directory.load_checkpoint(args.run_dir, model, best=args.best)
     metrics = ulr_snn.evaluate(
         model,
         data.loader(test_set, batch_size=config["batch_size"]),
@@ -192,7 +193,7 @@ def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
             option = name if name == "data" else "--" + name.replace("_", "-")
             raise UsageError(
                 f"the run in '{run_dir}' was started with {option} {before}, not {config.get(name)}: "
-                "repeat its options, or name another --run-dir"
+                "repeat its options, name another --run-dir, or take the new ones by --changed"
             )
 
 
@@ -200,7 +201,7 @@ def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
 def _run_directory(args: Namespace, config: Mapping[str, Any]) -> Iterator[directory.RunDirectory]:
     """Makes the run directory, by default the next free one, and removes it if nothing was saved."""
     path = args.run_dir or _next_free(Path("runs"), args.data)
-    run = directory.RunDirectory(path, resume=args.resume, config=config)
+    run = directory.RunDirectory(path, resume=args.resume or args.changed, config=config)
     with _emptied(run.path):
         yield run
 

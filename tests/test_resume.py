@@ -1,0 +1,534 @@
+"""Trainings that end early, by errors, signals and kills, and go on as if they had not."""
+
+import copy
+import multiprocessing
+import os
+import random
+import signal
+import warnings
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import ulr_snn
+from tests.helpers import batches, net
+from tests.runs_to_kill import BATCHES, EPOCHS, Noisy, figures, killed, plain, stacked, train_one, without_room
+from ulr_snn import ULR, Online, UsageError
+from ulr_snn.errors import Interrupted, LoaderError, SaveError, Terminated
+from ulr_snn.runs import directory
+from ulr_snn.runs.checkpoints import checkpoints
+from ulr_snn.runs.directory import RunDirectory
+
+
+class Stop(Exception):
+    pass
+
+
+class Stopping:
+    """Cross-entropy of the outputs summed over time, which fails at its n-th call, in the midst of a step."""
+
+    def __init__(self, at: int, error: type[BaseException] = Stop) -> None:
+        self.at, self.error, self.calls = at, error, 0
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        outputs = outputs.sum(0) if outputs.ndim == 3 else outputs
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def __repr__(self) -> str:
+        return "cross-entropy"
+
+
+def same(first: object, second: object) -> bool:
+    """Whether trees of tensors and plain values are equal bit for bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+class Own(Sampler):
+    """Draws its order from NumPy, and tells apart epochs that it was told of."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.random, self.epoch = count, numpy.random.RandomState(5), -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        return iter(numpy.roll(self.random.permutation(self.count), self.epoch).tolist())
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(plain())
+
+
+def seeded(seed: int = 4) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def loader_of(dataset=None, size: int = 16, **options) -> DataLoader:
+    return DataLoader(plain() if dataset is None else dataset, size, collate_fn=stacked, **options)
+
+
+LOADERS = {
+    "list": lambda: [(x.transpose(0, 1), y) for x, y in batches()],
+    "shuffled by torch": lambda: loader_of(shuffle=True),
+    "shuffled by its generator": lambda: loader_of(shuffle=True, generator=seeded()),
+    "random data": lambda: loader_of(Noisy(), shuffle=True, generator=seeded()),
+    "random sampler": lambda: loader_of(sampler=RandomSampler(plain(), generator=seeded())),
+    "with replacement": lambda: loader_of(
+        sampler=RandomSampler(plain(), replacement=True, num_samples=96, generator=seeded())
+    ),
+    "weighted": lambda: loader_of(sampler=WeightedRandomSampler([1.0] * 48 + [2.0] * 48, 96)),
+    "batch sampler": lambda: DataLoader(
+        plain(), batch_sampler=BatchSampler(RandomSampler(plain()), 16, False), collate_fn=stacked
+    ),
+    "own sampler": lambda: loader_of(sampler=Own(96)),
+    "distributed sampler": lambda: loader_of(sampler=DistributedSampler(plain(), 1, 0)),
+    "processes": lambda: loader_of(Noisy(), shuffle=True, generator=seeded(), num_workers=2),
+    "processes that stay": lambda: loader_of(
+        plain(), shuffle=True, generator=seeded(), num_workers=1, persistent_workers=True
+    ),
+}
+
+
+def run(loader, folder, resume: bool | str = False, at: int = 0, estimator=None, **options):
+    torch.manual_seed(2)
+    numpy.random.seed(2)
+    random.seed(2)
+    estimator = estimator or ULR(copies=2)
+    settings = {"estimator": estimator, "time_first": False, "progress": False, "device": "cpu", "save_every": 2}
+    settings |= {"loss": Stopping(at)} | options
+    random_layer = [] if isinstance(estimator, Online) else [nn.Dropout(0.2)]
+    model = nn.Sequential(nn.Linear(8, 12), ulr_snn.LIF(), *random_layer, nn.Linear(12, 2))
+    result = ulr_snn.train(model, loader, 2, run_dir=folder, resume=resume, **settings)
+    return figures(result)
+
+
+def counted(*args, **options) -> tuple[object, int]:
+    """The figures of a run, and how often it called its loss."""
+    loss = Stopping(0)
+    return run(*args, loss=loss, **options), loss.calls
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_an_epoch_goes_on_in_its_midst(kind, tmp_path):
+    straight, calls = counted(LOADERS[kind](), None)
+    for at in (calls // 3, calls - 2):  # in the midst of the first epoch, and of the second
+        with pytest.raises(Stop):
+            run(LOADERS[kind](), tmp_path / str(at), at=at)
+        assert same(run(LOADERS[kind](), tmp_path / str(at), resume=True), straight)
+
+
+ESTIMATORS = {
+    "global": ULR(credit="global", copies=4),
+    "residual": ULR(credit="residual", copies=4),
+    "learned maps": ULR(maps="learned"),
+    "layer by layer": ULR(credit="global", copies=4, layerwise=True),
+    "weight noise": ULR(noise={"0.weight": ulr_snn.WeightNoise()}, copies=4),
+    "adaptive": ULR(credit="global", copies=ulr_snn.Adaptive()),
+    "online": Online(),
+}
+TRAININGS = {
+    "accumulated": {"accumulate": 2, "save_every": 1},
+    "schedule by loss": {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+    "momentum": {"optimizer": lambda q: torch.optim.SGD(q, 0.05, momentum=0.9), "scheduler": None},
+    "clipped": {"clip": 0.1},
+    "own metric": {"metrics": {"error": lambda outputs, y: outputs.sum(0).argmax(-1) != y}},
+}
+
+
+class Cut(DataLoader):
+    """Fails at the 5th batch of its 2nd epoch."""
+
+    epochs = 0
+
+    def __iter__(self):
+        self.epochs += 1
+        for i, batch in enumerate(super().__iter__()):
+            if (self.epochs, i) == (2, 4):
+                raise Stop
+            yield batch
+
+
+@pytest.mark.parametrize("case", [*ESTIMATORS, *TRAININGS])
+def test_all_that_a_step_changes_is_saved(case, tmp_path):
+    options = {"loss": "ce_rate", "estimator": ESTIMATORS.get(case)} | TRAININGS.get(case, {})
+    kind = LOADERS["shuffled by its generator"]
+    straight = run(kind(), None, **options)
+    with pytest.raises(Stop):
+        run(Cut(plain(), 16, shuffle=True, generator=seeded(), collate_fn=stacked), tmp_path, **options)
+    assert checkpoints(tmp_path)[-1].state["under_way"] is not None
+    resumed = run(kind(), tmp_path, resume=True, **options)
+    if case in ("weight noise", "online"):  # which observe the model anew, by a pass more
+        assert resumed[0][-1].pop("forward_passes") == straight[0][-1].pop("forward_passes") + 16
+    assert same(resumed, straight)
+
+
+def test_a_stream_goes_on_at_the_start_of_its_epoch_and_says_so(tmp_path):
+    _, calls = counted(loader_of(Streamed()), None, scheduler=None)
+    with pytest.raises(Stop):
+        run(loader_of(Streamed()), tmp_path, at=calls - 3, scheduler=None)
+    with pytest.warns(UserWarning, match="cannot be begun in the midst of epoch 2"):
+        history, _ = run(loader_of(Streamed()), tmp_path, resume=True, scheduler=None)
+    assert [entry["epoch"] for entry in history] == [1, 2]
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+class Signalling(Stopping):
+    """Raises a signal in the midst of a step, which is to end."""
+
+    def __init__(self, at: int, number: int, times: int = 1) -> None:
+        super().__init__(0)
+        self.after, self.number, self.times = at, number, times
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.calls == self.after:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+        return super().__call__(outputs, targets)
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, Interrupted), (signal.SIGTERM, Terminated)])
+def test_a_signal_ends_the_training_after_its_step(number, error, tmp_path):
+    straight = run(LOADERS["list"](), None)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(error, match=r"in epoch 1 after step \d, which is saved.*resume=True and run_dir=") as raised:
+        run(LOADERS["list"](), tmp_path, loss=Signalling(4, number), save_every="10m")
+    assert isinstance(raised.value, KeyboardInterrupt if number == signal.SIGINT else SystemExit)
+    assert number == signal.SIGINT or raised.value.code == 143
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert f"after step {checkpoints(tmp_path)[-1].state['steps']}," in str(raised.value)
+    assert same(run(LOADERS["list"](), tmp_path, resume=True), straight)
+
+
+def test_a_second_signal_ends_the_training_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(LOADERS["list"](), tmp_path, loss=Signalling(5, signal.SIGINT, times=2))
+    assert not isinstance(raised.value, Interrupted) and checkpoints(tmp_path)
+
+
+def test_a_handler_of_the_users_own_is_called_after_the_training_is_saved(tmp_path):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(len(checkpoints(tmp_path))))
+    try:
+        with pytest.raises(Terminated):
+            run(LOADERS["list"](), tmp_path, loss=Signalling(4, signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen and seen[0] >= 1
+
+
+def test_without_a_run_directory_signals_are_as_usual():
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(LOADERS["list"](), None, loss=Signalling(4, signal.SIGINT))
+    assert not isinstance(raised.value, Interrupted)
+
+
+# -- errors --------------------------------------------------------------------------------------------------
+
+
+def failing(entry: dict, model: nn.Module) -> None:
+    if entry["epoch"] == 2:
+        raise Stop
+
+
+def test_an_error_of_a_callback_costs_no_step(tmp_path):
+    straight = run(LOADERS["shuffled by torch"](), None)
+    with pytest.raises(Stop) as raised:
+        run(LOADERS["shuffled by torch"](), tmp_path, callbacks=[failing], save_every="10m")
+    assert "saved up to step 12" in raised.value.__notes__[0]
+    before = len(list(tmp_path.glob("checkpoint-*")))
+    assert same(run(LOADERS["shuffled by torch"](), tmp_path, resume=True), straight) and before == 2
+
+
+class Dying(TensorDataset):
+    """A data set one of whose samples ends the process that fetches it."""
+
+    def __getitem__(self, i):
+        if i == 60:
+            os._exit(3)
+        return super().__getitem__(i)
+
+
+def test_a_loaders_process_that_dies_is_one_error_and_no_step_is_lost(tmp_path):
+    dataset = Dying(*plain().tensors)
+    with pytest.raises(LoaderError, match="lost a process"):
+        run(loader_of(dataset, num_workers=1), tmp_path, save_every="10m")
+    assert checkpoints(tmp_path)[-1].state["steps"] in (1, 2, 3)
+    assert same(run(loader_of(num_workers=1), tmp_path, resume=True), run(loader_of(num_workers=1), None))
+
+
+def root_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss of output spikes that is 0 where its derivative is infinite."""
+    wanted = 4.0 * nn.functional.one_hot(targets, 2)
+    return (((outputs.sum(0) if outputs.ndim == 3 else outputs) * 0 + wanted - wanted) ** 2).sum(1).sqrt()
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip", "shrink"])
+def test_gradients_that_are_not_finite_never_reach_the_weights(choice, tmp_path):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+
+    def go():
+        estimator = ULR(credit="feedback", on_nonfinite=choice)
+        return ulr_snn.train(model, batches(), 1, loss=root_of, estimator=estimator, run_dir=tmp_path, progress=False)
+
+    if choice == "stop":
+        with pytest.raises(FloatingPointError, match=r"the gradient of \S+ is not finite at step 1 \(\d+ NaN"):
+            go()
+        assert not checkpoints(tmp_path)
+    else:
+        go()
+        assert checkpoints(tmp_path)[-1].state["stepper"]["size"] == (2.0**-BATCHES if choice == "shrink" else 1)
+    for name, value in before.items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    def spoil(entry, model):
+        if entry["epoch"] == 2:
+            next(model.parameters()).data[0] = torch.nan
+
+    with pytest.raises(FloatingPointError, match=r"0\.weight is not finite"):
+        ulr_snn.train(net(), batches(), 2, run_dir=tmp_path, callbacks=[spoil], progress=False)
+    assert checkpoints(tmp_path)[-1].state["epoch"] == 1
+
+
+# -- settings ------------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "lr": ({"lr": 0.02}, "optimizer"),
+    "estimator": ({"estimator": ULR(copies=4)}, "estimator"),
+    "seed": ({"seed": 3}, "seed 0, not 3"),
+    "loss": ({"loss": "mse_count"}, "loss"),
+    "accumulate": ({"accumulate": 2}, "accumulate 1, not 2"),
+    "clip": ({"clip": 1.0}, "clip None, not 1.0"),
+    "optimizer": ({"optimizer": torch.optim.SGD}, "optimizer .*Adam.*, not .*SGD"),
+    "schedule": ({"scheduler": None}, "scheduler cosine, not None"),
+    "batches": ({"loader": batches(48)}, "batches an epoch 6, not 3"),
+    "model": ({"model": nn.Sequential(nn.Linear(8, 16), ulr_snn.LIF(beta=0.5), nn.Linear(16, 2))}, "model"),
+}
+
+
+def usual(folder, resume: bool | str = False, epochs: int = 1, **options):
+    given = {"model": net(), "loader": batches(), "progress": False} | options
+    return ulr_snn.train(given.pop("model"), given.pop("loader"), epochs, run_dir=folder, resume=resume, **given)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    usual(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_with_the_settings_of_its_start(change, started):
+    options, match = CHANGES[change]
+    with pytest.raises(UsageError, match=f"was started with {match}"):
+        usual(started, True, 2, **options)
+
+
+def test_changed_settings_are_taken_where_asked_for(tmp_path):
+    usual(tmp_path)
+    assert len(usual(tmp_path, "changed", 2, lr=0.02, estimator=ULR(copies=4), clip=1.0).history) == 2
+    with pytest.raises(UsageError, match=r"clip 1\.0, not None"):
+        usual(tmp_path, True, 3, lr=0.02, estimator=ULR(copies=4))
+    with pytest.raises(UsageError, match="state of the optimizer or schedule is of another one"):
+        usual(tmp_path, "changed", 3, optimizer=torch.optim.SGD)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    usual(tmp_path, epochs=2)
+    return tmp_path
+
+
+def spoil(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 16
+    elif how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = bytearray()
+    file.unlink()
+    if how != "missing":
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "missing"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(name, how, two):
+    last = sorted(two.glob("checkpoint-*"))[-1]
+    spoil(last / name, how)
+    with pytest.warns(UserWarning, match=r"checkpoint-0002' is damaged \(.*checkpoint-0001 before it is used"):
+        result = usual(two, True, 2)
+    assert [entry["epoch"] for entry in result.history] == [1, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        directory.load_checkpoint(two, net())  # the damaged one is replaced
+
+
+def test_no_whole_checkpoint_is_one_sentence(two):
+    for folder in two.glob("checkpoint-*"):
+        spoil(folder / "state.pt", "flipped")
+    before = sorted(path.name for path in two.iterdir())
+    for use in (lambda: usual(two, True, 2), lambda: directory.read_config(two)):
+        with pytest.raises(UsageError, match=r"state\.pt is not the file that was .* there is no whole one"):
+            use()
+    assert sorted(path.name for path in two.iterdir()) == before
+
+
+def test_files_of_another_run_are_refused(two, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    usual(other, seed=5)
+    (two / "checkpoint-0002" / "state.pt").write_bytes((other / "checkpoint-0001" / "state.pt").read_bytes())
+    with pytest.warns(UserWarning, match="is not the file that was written"):
+        directory.read_config(two)
+
+
+def test_one_process_trains_in_a_directory(tmp_path):
+    first = RunDirectory(tmp_path)
+    with first.in_use(), pytest.raises(UsageError, match="another process trains in run_dir"):
+        usual(tmp_path)
+    usual(tmp_path)
+    with pytest.raises(UsageError, match="holds a run already"), first.in_use():
+        pass  # it was made for a directory without a run
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_best_epoch_is_kept(tmp_path):
+    accuracies = iter([0.6, 0.9, 0.7])
+    seen = []
+
+    def see(entry, model):
+        entry["val_accuracy"] = next(accuracies)
+        seen.append(copy.deepcopy(model.state_dict()))
+
+    result = usual(tmp_path, epochs=3, val_loader=batches(32, seed=1), callbacks=[see])
+    assert result.metrics["best"] == {"epoch": 2, "metric": "val_accuracy", "value": 0.9}
+    model = net(seed=5)
+    directory.load_checkpoint(tmp_path, model, best=True)
+    assert same(dict(model.state_dict()), dict(seen[1]))
+    directory.load_checkpoint(tmp_path, model)
+    assert same(dict(model.state_dict()), dict(seen[2]))
+
+
+def test_no_validation_no_best_epoch(tmp_path):
+    assert usual(tmp_path).metrics["best"] is None
+    with pytest.raises(UsageError, match="has no best epoch"):
+        directory.load_checkpoint(tmp_path, net(), best=True)
+
+
+class Patience:
+    """A callback that ends the training at its third call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, entry, model):
+        self.calls += 1
+        return self.calls == 3
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_callbacks_that_remember_are_saved(tmp_path):
+    usual(tmp_path, epochs=2, callbacks=[Patience()])
+    assert len(usual(tmp_path, True, 5, callbacks=[Patience()]).history) == 3
+    assert len(usual(tmp_path, True, 5, callbacks=[Patience()]).history) == 3  # it has been stopped
+    assert len(usual(tmp_path, True, 6, callbacks=[Patience()]).history) == 6
+
+
+# -- kills ---------------------------------------------------------------------------------------------------
+
+
+def in_process(function, *args, timeout: float = 60.0) -> int | None:
+    """Calls a function in a process of its own, and returns its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs_to_kill", "numba", "torch._dynamo", "matplotlib.figure"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+    return process.exitcode
+
+
+KILLS = int(os.environ.get("ULR_SNN_KILLS", "8"))
+
+
+@pytest.mark.slow
+def test_no_kill_loses_more_than_an_interval(tmp_path):
+    straight = figures(train_one(None))
+    chance = random.Random(0)
+    steps, writes = EPOCHS * (BATCHES + 3), 4 * EPOCHS * (BATCHES // 2 + 1)
+    for trial in range(KILLS):
+        in_save = trial % 4 == 0
+        folder, done = tmp_path / str(trial), tmp_path / f"done-{trial}"
+        after = chance.randrange(writes if in_save else steps)
+        code = in_process(killed, str(folder), False, after, in_save, str(done))
+        assert code == -signal.SIGKILL, (trial, after, code)
+        if trial % 4 == 1:  # killed again while it goes on
+            in_process(killed, str(folder), True, chance.randrange(6), in_save, str(done))
+        assert in_process(killed, str(folder), True, None, False, str(done)) == 0
+        assert same(torch.load(done), straight), (trial, after)
+
+
+@pytest.mark.slow
+def test_no_room_on_the_disk_is_one_sentence_and_costs_nothing(tmp_path):
+    folder, done = tmp_path / "run", tmp_path / "done"
+    train_one(folder)
+    for path in sorted(folder.glob("checkpoint-*"))[1:]:
+        os.rename(path, tmp_path / path.name)  # so that there is something left to train
+    before = {path.name for path in folder.iterdir()}
+    assert in_process(without_room, str(folder), str(done)) == 0
+    assert "could not be written" in done.read_text() and "is whole; make room" in done.read_text()
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_refuses_a_checkpoint_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("safetensors.torch.save_model", refuse)
+    with pytest.raises(SaveError, match=r"could not be written to .* \(Permission denied\); make room"):
+        usual(tmp_path)

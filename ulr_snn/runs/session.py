@@ -1,0 +1,269 @@
+"""The training loop: epochs of steps, each validated and saved."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulr_snn.errors import UsageError
+from ulr_snn.estimators.base import Attachment, Estimate, in_sum, offers
+from ulr_snn.kernels.precision import reduced_precision
+from ulr_snn.losses.metrics import Tally, scores
+from ulr_snn.model.reading import read
+from ulr_snn.runs.directory import peak_memory_bytes, versions
+from ulr_snn.runs.keeping import Keeper, Place, check_weights
+from ulr_snn.runs.order import State, begun, repeats, restore, set_epoch, start_workers, states
+from ulr_snn.runs.progress import progress_bar, report
+from ulr_snn.runs.steps import Stepper
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run was asked for, see `train`."""
+
+    device: torch.device
+    accumulate: int
+    clip: float | None
+    max_steps: int | None
+    autocast: torch.dtype | None
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Epoch:
+    """An epoch under way. order: states of all generators at its start; passes: forward passes before it.
+
+    batches: batches so far; lr: learning rate of the last step; trained: True if no batch is left.
+    """
+
+    number: int
+    tally: Tally
+    order: State
+    passes: int
+    lr: float
+    batches: int = 0
+    seconds: float = 0.0
+    trained: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self) | {"tally": self.tally.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tally.load_state_dict(state["tally"])
+        vars(self).update(state, tally=self.tally)
+
+
+@dataclass
+class Session:
+    """The state of a training run. steps: optimizer steps, or batches with `Online`.
+
+    epoch: epochs so far, without the one that is under way; best: the epoch with the best validation; stopped: a
+    callback has ended the training; generators: their states after the last step, where later code may draw from them.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any]
+    attached: Attachment
+    stepper: Stepper
+    settings: Settings
+    keeper: Keeper
+    callbacks: Iterable[Any] = ()
+    epoch: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    stopped: int | None = None
+    under_way: Epoch | None = None
+    between: bool = True
+    generators: State | None = None
+
+    def __post_init__(self) -> None:
+        if self.attached.online and self.settings.accumulate > 1:
+            raise UsageError(
+                f"train got accumulate={self.settings.accumulate} with an update at every time step; use accumulate=1"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return self.settings.max_steps is not None and self.steps >= self.settings.max_steps
+
+    @property
+    def place(self) -> Place:
+        """Where the training is."""
+        return self.epoch, self.under_way.batches if self.under_way is not None else 0, self.steps
+
+    def run(self, epochs: int, validate: Callable[[], dict[str, Any]] | None, progress: bool) -> None:
+        """Runs the remaining epochs. What has been trained is saved if an error ends the training between two steps."""
+        if (checkpoint := self.keeper.resumed) is not None:
+            checkpoint.load_weights(self.model)
+            self.load_state_dict(checkpoint.state)
+            self.keeper.saved = self.place
+        try:
+            while self.epoch < epochs and not self.finished and self.stopped != epochs:
+                self.run_epoch(epochs, validate, progress)
+        except BaseException as error:
+            if self.between:
+                self.keeper.save_after(error, self.place, self.model, self.state_dict)
+            raise
+
+    def run_epoch(self, epochs: int, validate: Callable[[], dict[str, Any]] | None, progress: bool) -> None:
+        """Runs an epoch or its rest, validates and saves the model, and calls the callbacks."""
+        if self.under_way is None:
+            passes, tally = self.attached.forward_passes, Tally(self.settings.metrics)
+            self.under_way = Epoch(self.epoch + 1, tally, states(self.loader), passes, self.stepper.lr)
+        epoch = self.under_way
+        if not epoch.trained:
+            self.train_epoch(epoch, epochs, progress)
+            check_weights(self.model, self.place)
+            epoch.trained = True
+        entry = self.entry(epoch)
+        self.generators = states(self.loader)
+        if validate is not None:
+            measured = validate()
+            entry |= {f"val_{name}": measured[name] for name in ("loss", "accuracy", *self.settings.metrics)}
+        if progress:
+            report(entry, epochs, self.settings.metrics)
+        stops = [callback(entry, self.model) is True for callback in self.callbacks]
+        self.stepper.end_epoch(entry.get("val_loss", entry["train_loss"]))
+        self.epoch, self.seconds = epoch.number, self.seconds + epoch.seconds
+        self.history.append(entry)
+        self.see_best(entry)
+        self.stopped = epochs if any(stops) else None
+        self.under_way = self.generators = None
+        self.keeper.save(self.place, self.model, self.state_dict())
+        self.keeper.end_if_asked(self.place)
+
+    def train_epoch(self, epoch: Epoch, epochs: int, progress: bool) -> None:
+        """Makes the steps of an epoch that are left."""
+        self.stepper.zero_grad()
+        waiting, before = 0, epoch.seconds
+        started = perf_counter()
+        set_epoch(self.loader, epoch.number)
+        with progress_bar(self.loader, f"epoch {epoch.number}/{epochs}", progress) as shown:
+            for batch in begun(self.loader, shown, epoch.order, epoch.batches):
+                self.between = False
+                with reduced_precision(self.settings.device, self.settings.autocast):
+                    estimate = self.estimate(*read(batch, self.model, self.settings.device))
+                epoch.batches += 1
+                if not estimate.skipped:
+                    waiting += 1
+                    outputs = estimate.packed.mean(0)
+                    epoch.tally.add(estimate.loss, outputs, estimate.batch, scores(outputs, estimate.batch))
+                    shown.set_postfix(epoch.tally.running(), refresh=False)
+                if waiting == self.settings.accumulate:
+                    waiting = self.end_step(epoch, waiting)
+                epoch.seconds = before + perf_counter() - started
+                if waiting == 0:
+                    self.end_between_steps()
+                if self.finished:
+                    break
+            if waiting:
+                self.end_step(epoch, waiting)
+                self.between = True
+        if not epoch.tally.samples:
+            raise UsageError(
+                f"epoch {epoch.number} made no step: the loader gave no batch (a generator can be used only once), or "
+                "no loss was finite and on_nonfinite left every batch out"
+            )
+
+    def end_between_steps(self) -> None:
+        """Saves the training if it is time, and ends it if a signal asks for it."""
+        self.between = True
+        if self.keeper.due(self.steps):
+            self.keeper.save(self.place, self.model, self.state_dict())
+            self.keeper.end_if_asked(self.place)
+
+    def entry(self, epoch: Epoch) -> dict[str, Any]:
+        """Returns the history entry of an epoch."""
+        means = {f"train_{name}": value for name, value in epoch.tally.means().items()}
+        passes = self.attached.forward_passes - epoch.passes
+        return {"epoch": epoch.number, **means, "seconds": epoch.seconds, "forward_passes": passes, "lr": epoch.lr}
+
+    def see_best(self, entry: dict[str, Any]) -> None:
+        """Saves the weights if no epoch before has validated better: by accuracy where it is known, else by loss."""
+        name = "val_loss" if entry.get("val_accuracy") is None else "val_accuracy"
+        value = entry.get(name)
+        if value is None or math.isnan(value):
+            return
+        before = self.best["value"] if self.best is not None and self.best["metric"] == name else None
+        if before is None or (value > before if name == "val_accuracy" else value < before):
+            self.best = {"epoch": entry["epoch"], "metric": name, "value": value}
+            if self.keeper.run is not None:
+                self.keeper.run.save_best(self.model)
+
+    def estimate(self, x: Any, targets: Any, lengths: Tensor | None) -> Estimate:
+        """Adds the gradient of a batch (or makes all updates of online learning), and returns its estimate."""
+        estimates = []
+        for estimate in self.attached.steps(x, targets, lengths=lengths):
+            if estimate.skipped:
+                self.stepper.shrink()
+            elif self.attached.online:
+                self.stepper.step(1, self.steps + 1)
+            estimates.append(estimate)
+        return in_sum(estimates)
+
+    def end_step(self, epoch: Epoch, batches: int) -> int:
+        """Makes a step on the mean gradient of the batches, and a step of the schedule. Returns 0 waiting batches."""
+        epoch.lr = self.stepper.lr
+        if self.attached.online or self.stepper.step(batches, self.steps + 1):
+            self.stepper.advance()
+            self.steps += 1
+        return 0
+
+    def finish(self, seed: int, validated: bool) -> dict[str, Any]:
+        """Returns the figures of the whole run, and writes them to the run directory."""
+        last = self.history[-1] if validated and self.history else {}
+        figures = {
+            **{f"test_{name}": last.get(f"val_{name}") for name in ("accuracy", *self.settings.metrics)},
+            "best": self.best,
+            "epochs": self.epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.settings.device),
+            "forward_passes": self.attached.forward_passes,
+            "seed": seed,
+            "device": str(self.settings.device),
+            "versions": versions(),
+        }
+        if self.keeper.run is not None:
+            self.keeper.run.finish(figures, self.history)
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("epoch", "steps", "seconds", "history", "best", "stopped")
+        return {name: getattr(self, name) for name in names} | {
+            "under_way": None if self.under_way is None else self.under_way.state_dict(),
+            "attached": self.attached.state_dict(),
+            "stepper": self.stepper.state_dict(),
+            "callbacks": [each.state_dict() if offers(each, "state_dict") else None for each in self.callbacks],
+            "generators": self.generators or states(self.loader),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("epoch", "steps", "seconds", "history", "best", "stopped"):
+            setattr(self, name, state[name])
+        self.attached.load_state_dict(state["attached"])
+        self.stepper.load_state_dict(state["stepper"])
+        for each, found in zip(self.callbacks, state["callbacks"], strict=False):
+            if found is not None and offers(each, "load_state_dict"):
+                each.load_state_dict(found)
+        if self.epoch:
+            start_workers(self.loader)
+        restore(state["generators"], self.loader)
+        if state["under_way"] is None:
+            return
+        if not (repeats(self.loader) or state["under_way"]["trained"]):
+            warnings.warn(
+                f"{type(self.loader).__name__} cannot be begun in the midst of epoch {self.epoch + 1}: it goes on from "
+                f"the epoch's first batch, with the weights after step {self.steps}",
+                stacklevel=5,
+            )
+            return
+        self.under_way = Epoch(self.epoch + 1, Tally(self.settings.metrics), {}, 0, 0.0)
+        self.under_way.load_state_dict(state["under_way"])

@@ -1,0 +1,140 @@
+"""Optimizer steps: the mean gradient of some batches, its bound, and what happens if it is not finite."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ulr_snn.errors import UsageError
+from ulr_snn.estimators.base import Attachment
+from ulr_snn.model.mode import all_finite
+
+RECOVERY = 100  # good steps after which on_nonfinite="shrink" doubles the steps again
+
+
+@dataclass
+class Stepper:
+    """Makes the optimizer steps of a training. clip: bound of the gradient norm.
+
+    size: factor of the learning rates, below 1 after steps that were not finite, with on_nonfinite="shrink"; good:
+    steps since then.
+    """
+
+    model: nn.Module
+    attached: Attachment
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    clip: float | None
+    size: float = 1.0
+    good: int = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def zero_grad(self) -> None:
+        """Clears the gradients of all parameters, also of parameters that the optimizer leaves out."""
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+
+    def step(self, batches: int, number: int) -> bool:
+        """Makes an optimizer step on the mean gradient of the batches. Returns False if it left the step out.
+
+        number: of the step, in errors. Raises FloatingPointError if the gradient is not finite, unless the attachment's
+        on_nonfinite says otherwise.
+        """
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        if batches > 1:
+            for p in parameters:
+                p.grad /= batches
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm)) or all(map(all_finite, gradients))  # a norm may overflow
+        if finite:
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            with self.learning_rates():
+                self.optimizer.step()
+            self.grow()
+        else:
+            self.refuse(number)
+        self.zero_grad()
+        return finite
+
+    def refuse(self, number: int) -> None:
+        """Leaves a step out. Raises FloatingPointError with on_nonfinite="stop"."""
+        if self.attached.on_nonfinite == "stop":
+            found = ((name, q.grad) for name, q in self.model.named_parameters() if q.grad is not None)
+            name, gradient = next((name, g) for name, g in found if not all_finite(g))
+            raise FloatingPointError(
+                f"the gradient of {name} is not finite at step {number} ({part_of(gradient)}), with a finite loss; "
+                "look for roots, logarithms and divisions at zero in the loss, lower the learning rate, or use "
+                "on_nonfinite='skip' or 'shrink'"
+            )
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Halves the steps to come, after one that was not finite, with on_nonfinite="shrink"."""
+        if self.attached.on_nonfinite == "shrink":
+            self.size, self.good = self.size / 2, 0
+
+    def grow(self) -> None:
+        """Doubles the steps to come after many good ones, up to their usual size."""
+        if self.size < 1:
+            self.good += 1
+            if self.good >= RECOVERY:
+                self.size, self.good = self.size * 2, 0
+
+    def advance(self) -> None:
+        """Makes a step of the schedule."""
+        if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+
+    def end_epoch(self, loss: float) -> None:
+        """Tells a schedule that follows the loss of an epoch."""
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(loss)
+
+    @contextmanager
+    def learning_rates(self) -> Iterator[None]:
+        """Multiplies the learning rates by `size`, and those of the default optimizer by the attachment's factors,
+        inside the context."""
+        factors = self.attached.learning_rates()
+        if not factors and self.size == 1:
+            yield
+            return
+        names = {id(q): name for name, q in self.model.named_parameters()}
+        groups, rates = self.optimizer.param_groups, [group["lr"] for group in self.optimizer.param_groups]
+        try:
+            for group in groups:  # with factors, each group has one parameter
+                group["lr"] *= self.size * (factors.get(names[id(group["params"][0])], 1.0) if factors else 1.0)
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule, "size": self.size, "good": self.good}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.schedule is not None and state["schedule"] is not None:
+                self.schedule.load_state_dict(state["schedule"])
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"the state of the optimizer or schedule is of another one: {error}") from error
+        self.size, self.good = state["size"], state["good"]
+
+
+def part_of(tensor: Tensor) -> str:
+    """Returns how many values of a tensor are NaN and infinite, in words."""
+    nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    return f"{nan} NaN and {infinite} infinite of {tensor.numel()} values"
