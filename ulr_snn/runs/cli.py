@@ -6,9 +6,13 @@ parsed before torch is imported, which takes seconds.
 
 import argparse
 import os
+import platform
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
 import ulr_snn
@@ -23,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        from ulr_snn.runs.commands import run
-
+        if getattr(args, "resume", False) and args.run_dir is None:
+            args.parser.error("--resume needs the --run-dir of the run that is to go on")
+        with _ended_by_interrupt(argv is None):
+            from ulr_snn.runs.commands import run
         run(args)
     except OwnError as raised:
         own = raised.error
@@ -37,6 +43,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own is not None:  # here, where no other exception is added to its traceback
         raise own
     return 0
+
+
+@contextmanager
+def _ended_by_interrupt(whole: bool) -> Iterator[None]:
+    """Ends the process at once at Ctrl-C inside the context, where libraries load that may swallow KeyboardInterrupt.
+
+    whole: the process runs this command alone. Otherwise nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not whole or before is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        os.write(2, b"ulr-snn: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, code: int) -> int:
@@ -57,9 +85,20 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(f"{message} (see {self.prog} --help)", 2))
 
 
+class _Versions(argparse.Action):
+    """Prints the versions on which a result depends, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        others = f"torch {version('torch')}, numpy {version('numpy')}, Python {platform.python_version()}"
+        print(f"ulr-snn {ulr_snn.__version__} ({others})")
+        raise SystemExit(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
-    parser.add_argument("--version", action="version", version=f"ulr-snn {ulr_snn.__version__}")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of this, torch, NumPy, Python")
     commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
