@@ -1,6 +1,7 @@
 """The command line: its verbs on real data, and wrong uses told in one line."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,15 +118,22 @@ def test_a_failed_comparison_leaves_nothing(here, capsys, needs_data_and_runs):
     assert not list((here / "runs").iterdir())
 
 
-@pytest.mark.parametrize("folder, told", [("file", "cannot be made"), ("file/below", "cannot"), ("old", "holds a")])
+@pytest.mark.parametrize(
+    "folder, told",
+    [("file", "cannot be made"), ("file/below", "cannot be made"), ("old", "holds a"), ("locked", "cannot be written")],
+)
 def test_a_comparison_has_its_folder_before_it_trains(here, capsys, monkeypatch, needs_data_and_runs, folder, told):
     (here / "file").write_text("mine")
     (here / "old").mkdir()
     (here / "old" / "compare.json").write_text("{}")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode)
+    )  # also by root
     monkeypatch.setattr(ulr_snn, "compare", lambda *_, **__: pytest.fail("trained"))
     assert told in fails(capsys, "compare", "digits", *QUICK, "--run-dir", folder)
     assert (here / "file").read_text() == "mine" and (here / "old" / "compare.json").read_text() == "{}"
-    assert {path.name for path in here.iterdir()} == {"file", "old"}
+    assert {path.name for path in here.iterdir()} <= {"file", "old", "locked"}
 
 
 def test_diagnose_prints_a_table_and_draws_it(here, capsys, needs_data_and_runs):

@@ -213,11 +213,13 @@ def _emptied(folder: Path) -> Iterator[None]:
 
 
 def _made(folder: Path) -> Path:
-    """Makes and returns the folder of a comparison. Raises UsageError for a file, or a folder that holds one."""
+    """Makes and returns the folder of a comparison. Raises UsageError if it cannot be written, or holds one already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--run-dir '{folder}' cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--run-dir '{folder}' cannot be written: give write access, or name another")
     if (folder / "compare.json").exists():
         raise UsageError(f"--run-dir '{folder}' holds a comparison already: name another")
     return folder
