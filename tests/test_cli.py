@@ -1,9 +1,13 @@
 """The command line: its verbs on real data, and wrong uses told in one line."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
@@ -125,6 +129,24 @@ def test_a_failed_comparison_leaves_nothing(here, capsys, needs_data_and_runs):
     assert not list((here / "runs").iterdir())
 
 
+@pytest.mark.parametrize(
+    "folder, told",
+    [("file", "cannot be made"), ("file/below", "cannot be made"), ("old", "holds a"), ("locked", "cannot be written")],
+)
+def test_a_comparison_has_its_folder_before_it_trains(here, capsys, monkeypatch, needs_data_and_runs, folder, told):
+    (here / "file").write_text("mine")
+    (here / "old").mkdir()
+    (here / "old" / "compare.json").write_text("{}")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode)
+    )  # also by root
+    monkeypatch.setattr(ulr_snn, "compare", lambda *_, **__: pytest.fail("trained"))
+    assert told in fails(capsys, "compare", "digits", *QUICK, "--run-dir", folder)
+    assert (here / "file").read_text() == "mine" and (here / "old" / "compare.json").read_text() == "{}"
+    assert {path.name for path in here.iterdir()} <= {"file", "old", "locked"}
+
+
 def test_diagnose_prints_a_table_and_draws_it(here, capsys, needs_data_and_runs):
     options = ["--draws", "4", "--picture", "diagnosis.png", "--batch-size", "8"]
     assert main(["diagnose", "digits", *options]) == 0
@@ -197,11 +219,59 @@ def test_failed_run_leaves_no_run_directory(here, capsys, monkeypatch, needs_dat
     assert list((here / "runs").iterdir()) == []
 
 
-def test_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "ulr_snn", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+@pytest.mark.parametrize(
+    "arguments, code, told",
+    [
+        (
+            ("--version",),
+            0,
+            f"ulr-snn {ulr_snn.__version__} (torch {version('torch')}, numpy {version('numpy')}, Python ",
+        ),
+        (("--help",), 0, "usage: ulr-snn"),
+        (("train", "--help"), 0, "usage: ulr-snn train"),
+        (("teach",), 2, "ulr-snn: "),
+        (("train", "digits", "--wrong"), 2, "ulr-snn: "),
+        (("train", "digits", "--epochs", "-1"), 2, "ulr-snn: "),
+        (("train", "digits", "--lr", "nan"), 2, "ulr-snn: "),
+        (("train", "digits", "--resume"), 2, "ulr-snn: "),
+        (("diagnose", "digits", "--draws", "3"), 2, "ulr-snn: "),
+    ],
+)
+def test_answers_that_need_no_torch_come_at_once(arguments, code, told):
+    """torch alone would take longer. `python -m ulr_snn` is the command line, too."""
+    seconds = []
+    for _ in range(3):
+        start = perf_counter()
+        done = subprocess.run([sys.executable, "-m", "ulr_snn", *arguments], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(perf_counter() - start)
+        assert done.returncode == code and (done.stderr if code else done.stdout).startswith(told)
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1
+    alone = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from ulr_snn.runs.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", alone, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and (done.stderr if code else done.stdout).startswith(told), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process")
+@pytest.mark.parametrize("loading", ["pass", "raise ImportError('torch is half loaded')"])
+def test_an_interrupt_while_torch_loads_is_one_line(tmp_path, loading):
+    """Here loading swallows the interrupt, or makes another error of it, as extension modules do."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('loading', flush=True)\n"
+        f"try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    {loading}\n"
     )
-    assert done.stdout == f"ulr-snn {ulr_snn.__version__}\n"
+    code = (
+        f"import signal, sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
+        "from ulr_snn.runs.cli import main\nraise SystemExit(main())"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, "plan", "digits"], **pipes) as process:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "ulr-snn: interrupted\n")
+    assert process.returncode == 130
 
 
 @pytest.mark.slow

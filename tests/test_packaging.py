@@ -155,6 +155,7 @@ ORDER = [
     "runs.progress",
     "runs.optim",
     "runs.order",
+    "runs.callbacks",
     "runs.plots",
     "runs.checkpoints",
     "runs.directory",
@@ -185,6 +186,7 @@ LAZY = (
     "safetensors",
     "scipy",
     "sklearn",
+    "tensorboard",
     "tonic",
     "tqdm",
     "triton",
@@ -288,6 +290,72 @@ def test_all_public_names_exist():
     assert len(set(ulr_snn.__all__)) == len(ulr_snn.__all__)
     for name in ulr_snn.__all__:
         assert hasattr(ulr_snn, name), name
+
+
+def test_the_package_loads_what_type_checkers_see():
+    """The names stand three times: in SOURCES for Python, under TYPE_CHECKING, and in `__all__`."""
+    shown = {
+        (node.module.removeprefix("ulr_snn").lstrip("."), alias.name)
+        for node in ast.walk(SOURCES["ulr_snn"])
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("ulr_snn")
+        for alias in node.names
+    }
+    loaded = {(source, name) for source, names in ulr_snn.SOURCES.items() for name in names}
+    assert shown - {("", "data")} == loaded
+    assert sorted(name for _, name in shown) == sorted(ulr_snn.__all__)
+    assert set(ulr_snn.__all__) <= set(dir(ulr_snn))
+
+
+def test_the_package_loads_without_torch():
+    """Neither it, nor what the command line needs to parse its options, nor `dir` and probes of editors."""
+    code = """
+import sys
+import ulr_snn, ulr_snn.errors.arguments, ulr_snn.runs.cli
+assert {"train", "LIF", "data"} <= set(dir(ulr_snn)) and ulr_snn.__version__
+assert not hasattr(ulr_snn, "__wrapped__")
+assert sys.modules.keys().isdisjoint({"torch", "numpy", "numba", "tqdm"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_verbs_are_functions_in_every_order_of_imports():
+    """Python's import sets a submodule as an attribute of its package, which would hide the function of its name."""
+    code = """
+import importlib, sys, types
+import torch
+VERBS = ("train", "evaluate", "compare", "plan", "diagnose")
+WAYS = {
+    "attribute": "import ulr_snn; ulr_snn.{verb}",
+    "name": "from ulr_snn import {verb}; assert callable({verb})",
+    "module": "import ulr_snn.{verb}",
+    "as": "import ulr_snn.{verb} as found; assert callable(found)",
+    "of module": "from ulr_snn.{verb} import {verb}; assert callable({verb})",
+    "by name": "importlib.import_module('ulr_snn.{verb}')",
+    "another name": "from ulr_snn import LIF",
+    "below": "from ulr_snn.runs.directory import RunDirectory",
+    "star": "from ulr_snn import *; assert callable({verb})",
+}
+def check(*ways):
+    package = sys.modules["ulr_snn"]
+    for verb in VERBS:
+        found = getattr(package, verb)
+        assert isinstance(found, types.FunctionType) and found.__name__ == verb, (ways, verb)
+        module = sys.modules["ulr_snn." + verb]
+        assert isinstance(module, types.ModuleType) and getattr(module, verb) is found, (ways, verb)
+    assert isinstance(package.data, types.ModuleType) and package.UsageError is package.errors.UsageError
+for i, first in enumerate(("name", "module", "of module", "below")):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ulr_snn"]:
+        del sys.modules[name]
+    names, verb = {"importlib": importlib}, VERBS[i]
+    exec(WAYS[first].format(verb=verb), names)
+    for second in WAYS:
+        exec(WAYS[second].format(verb=verb), names)
+        check(first, second, verb)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_ci_runs_what_the_readme_says():

@@ -72,10 +72,12 @@ class Tally:
         for name, metric in self.own.items():
             metric.add(name, outputs, batch)
 
-    def running(self) -> dict[str, float | None]:
-        """Returns the means of loss and accuracy so far."""
-        accuracy = None if self.correct is None or not self.labelled else self.correct / self.labelled
-        return {"loss": self.loss / max(1, self.samples), "accuracy": accuracy}
+    def running(self) -> dict[str, float]:
+        """Returns the means of the loss and, if targets are class indices, of the accuracy so far."""
+        found = {"loss": self.loss / max(1, self.samples)}
+        if self.correct is not None and self.labelled:
+            found["accuracy"] = self.correct / self.labelled
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         names = ("samples", "loss", "correct", "labelled")
@@ -91,7 +93,9 @@ class Tally:
 
     def means(self) -> dict[str, Any]:
         """Returns the means of loss, accuracy (None if targets are no class indices) and metrics."""
-        return self.running() | {name: metric.value() for name, metric in self.own.items()}
+        found = self.running()
+        own = {name: metric.value() for name, metric in self.own.items()}
+        return {"loss": found["loss"], "accuracy": found.get("accuracy")} | own
 
 
 class OwnMetric:

@@ -1,1 +1,1 @@
-"""Run directories, the command line, and pictures."""
+"""Run directories, the command line, callbacks, progress, and pictures."""

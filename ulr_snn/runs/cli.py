@@ -7,9 +7,14 @@ are parsed before torch is imported, which takes seconds.
 
 import argparse
 import os
+import platform
+import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
 import ulr_snn
@@ -24,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        from ulr_snn.runs.commands import run
-
+        if (getattr(args, "resume", False) or getattr(args, "changed", False)) and args.run_dir is None:
+            args.parser.error("--resume needs the --run-dir of the run that is to go on")
+        with _ended_by_interrupt(argv is None):
+            from ulr_snn.runs.commands import run
         run(args)
     except OwnError as raised:
         own = raised.error
@@ -46,7 +53,29 @@ def _advised(error: BaseException) -> str:
     """Returns the sentence of an error, with the options of this command line in place of arguments of Python's."""
     text = ". ".join([str(error), *getattr(error, "__notes__", [])])
     text = text.replace("resume='changed'", "--changed").replace("resume=True and run_dir=", "--resume --run-dir ")
-    return text.replace("run_dir", "--run-dir")
+    return re.sub(r"(?<![/\w-])run_dir(?=[ ,:;])", "--run-dir", text)
+
+
+@contextmanager
+def _ended_by_interrupt(whole: bool) -> Iterator[None]:
+    """Ends the process at once at Ctrl-C inside the context, where libraries load that may swallow KeyboardInterrupt.
+
+    whole: the process runs this command alone. Otherwise nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not whole or before is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        os.write(2, b"ulr-snn: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, code: int) -> int:
@@ -67,9 +96,20 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(f"{message} (see {self.prog} --help)", 2))
 
 
+class _Versions(argparse.Action):
+    """Prints the versions on which a result depends, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        others = f"torch {version('torch')}, numpy {version('numpy')}, Python {platform.python_version()}"
+        print(f"ulr-snn {ulr_snn.__version__} ({others})")
+        raise SystemExit(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
-    parser.add_argument("--version", action="version", version=f"ulr-snn {ulr_snn.__version__}")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of this, torch, NumPy, Python")
     commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")

@@ -33,8 +33,6 @@ def run(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     """Trains a network in a run directory, and prints its test accuracy."""
-    if (args.resume or args.changed) and args.run_dir is None:
-        raise UsageError("--resume needs the --run-dir of the run that is to go on")
     config = {name: getattr(args, name) for name in RECORDED}
     if args.resume and not args.changed:
         _check_same_run(args.run_dir, config)
@@ -91,7 +89,7 @@ def evaluate(args: Namespace) -> None:
 def compare(args: Namespace) -> None:
     """Trains a network by several methods, prints the table, and writes it with its picture."""
     train_set, test_set = _load(args.data, args.data_root, args.download)
-    folder = args.run_dir or _next_free(Path("runs"), f"compare-{args.data}")
+    folder = _made(args.run_dir) if args.run_dir else _next_free(Path("runs"), f"compare-{args.data}")
     with _emptied(folder):
         found = ulr_snn.compare(
             _build_model(vars(args), train_set),
@@ -105,7 +103,6 @@ def compare(args: Namespace) -> None:
             max_steps=args.max_steps,
             progress=args.progress,
         )
-        folder.mkdir(parents=True, exist_ok=True)
         found.save(folder / "compare.json")
         found.plot(folder / "compare.png")
     print(f"{found}\n\nsee {folder}")
@@ -214,6 +211,19 @@ def _emptied(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
+
+
+def _made(folder: Path) -> Path:
+    """Makes and returns the folder of a comparison. Raises UsageError if it cannot be written, or holds one already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir '{folder}' cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--run-dir '{folder}' cannot be written: give write access, or name another")
+    if (folder / "compare.json").exists():
+        raise UsageError(f"--run-dir '{folder}' holds a comparison already: name another")
+    return folder
 
 
 def _next_free(parent: Path, name: str) -> Path:

@@ -1,19 +1,34 @@
-"""Progress of a training on stderr: a bar, and a line for each epoch."""
+"""Progress of a training: bars in terminals and notebooks, plain lines in logs, and a line for each epoch."""
 
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
+MINUTE = 60.0
+
+
+def _tqdm() -> Any:
+    """Returns the class of bars for this terminal or notebook."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a notebook without ipywidgets, where lines are as good
+        from tqdm.auto import tqdm
+    return tqdm
+
+
+def _in_notebook() -> bool:
+    from tqdm.notebook import tqdm_notebook
+
+    return issubclass(_tqdm(), tqdm_notebook)
+
 
 def say(text: str) -> None:
-    """Writes a line to stderr, above a progress bar if there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)
+    """Writes a line above a progress bar if there is one: to stderr, in notebooks to the cell's output."""
+    _tqdm().write(text, file=sys.stdout if _in_notebook() else sys.stderr)
 
 
 def report(entry: dict[str, Any], epochs: int, metrics: Iterable[str] = ()) -> None:
-    """Writes a line on an epoch to stderr. metrics: names of the user's metrics."""
+    """Writes a line on an epoch. metrics: names of the user's metrics."""
     figures = [f"loss {entry['train_loss']:.4g}"]
     if entry["train_accuracy"] is not None:
         figures.append(f"accuracy {entry['train_accuracy']:.2%}")
@@ -28,8 +43,23 @@ def report(entry: dict[str, Any], epochs: int, metrics: Iterable[str] = ()) -> N
     say(f"epoch {entry['epoch']}/{epochs}: {', '.join(figures)}, {entry['seconds']:.1f} s")
 
 
-def progress_bar(items: Iterable[Any], label: str, shown: bool) -> Any:
-    """Returns the items under a progress bar."""
-    from tqdm import tqdm
+class Lines:
+    """A file that takes what a progress bar draws, and writes it to stderr as lines."""
 
-    return tqdm(items, label, leave=False, disable=None if shown else True)
+    def write(self, drawn: str) -> None:
+        if line := drawn.strip():
+            print(line, file=sys.stderr)
+
+
+def progress_bar(items: Iterable[Any], label: str, shown: bool, every: float = MINUTE) -> Any:
+    """Returns the items under a progress bar, which in a log is a line now and then. every: seconds between lines."""
+    options: dict[str, Any] = {"desc": label, "leave": False, "disable": not shown}
+    in_log = shown and not _in_notebook() and not sys.stderr.isatty()
+    if in_log:
+        options |= {"file": Lines(), "mininterval": every, "miniters": 1, "delay": every}
+    bar = _tqdm()(items, **options)
+    if in_log:
+        bar.bar_format = "{desc}, step {n_fmt}/{total_fmt}{postfix}, " + (
+            "{remaining} left" if bar.total else "{elapsed}"
+        )
+    return bar

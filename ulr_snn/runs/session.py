@@ -111,6 +111,10 @@ class Session:
             if self.between:
                 self.keeper.save_after(error, self.place, self.model, self.state_dict)
             raise
+        finally:
+            for callback in self.callbacks:
+                if offers(callback, "close"):
+                    callback.close()
 
     def run_epoch(self, epochs: int, validate: Callable[[], dict[str, Any]] | None, progress: bool) -> None:
         """Runs an epoch or its rest, validates and saves the model, and calls the callbacks."""
