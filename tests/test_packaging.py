@@ -160,6 +160,8 @@ ORDER = [
     "compare",
     "plan",
     "diagnose",
+    "runs.recording",
+    "runs.pictures",
     "ulr_snn",
     "runs.commands",
     "runs.cli",
