@@ -162,6 +162,8 @@ ORDER = [
     "diagnose",
     "runs.recording",
     "runs.pictures",
+    "runs.measure",
+    "runs.report",
     "ulr_snn",
     "runs.commands",
     "runs.cli",
@@ -173,6 +175,7 @@ LINES, BODY = 400, 60  # of a file and of a function, at most, kernels aside
 LAZY = (
     "aedat",
     "h5py",
+    "jinja2",
     "matplotlib",
     "numba",
     "requests",

@@ -1,4 +1,4 @@
-"""The command line: `ulr-snn train|evaluate|compare|plan|diagnose`, also as `python -m ulr_snn`.
+"""The command line: `ulr-snn train|evaluate|compare|plan|diagnose|report`, also as `python -m ulr_snn`.
 
 A wrong use ends with one line on stderr and exit code 2, an interruption with 130, a diverged run with 1. Arguments are
 parsed before torch is imported, which takes seconds.
@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
     parser.add_argument("--version", action="version", version=f"ulr-snn {ulr_snn.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose")
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose|report")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
     train.set_defaults(command="train", parser=train)
@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--draws", type=typed(Draws), default=32, metavar="N", help="steps of each estimator")
     diagnose.add_argument("--picture", type=Path, metavar="PNG", help="draws the table into this file")
     diagnose.add_argument("--threads", type=typed(Count), metavar="N", help="CPU threads (default: PyTorch's)")
+
+    report = commands.add_parser("report", help="write the report of a run, one HTML file")
+    report.set_defaults(command="report", parser=report)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    report.add_argument("--files-only", action="store_true", help="without running the network on test data")
+    _add_data_root(report)
+    _add_machine(report)
     return parser
 
 

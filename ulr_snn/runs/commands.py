@@ -131,7 +131,28 @@ def diagnose(args: Namespace) -> None:
         found.plot(args.picture)
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "plan": plan, "diagnose": diagnose}
+def report(args: Namespace) -> None:
+    """Writes the report of a run, and prints its path."""
+    from ulr_snn.runs.report import readable, write_report
+
+    with readable(args.run_dir):
+        config = {} if args.files_only else directory.read_config(args.run_dir)
+    known: dict[str, Any] = {}
+    if set(RECORDED) <= set(config):  # the run was started by the command line, so its network and data are known
+        _, test_set = _load(config["data"], args.data_root or config["data_root"])
+        known = {"model": _build_model(config, test_set), "estimator": _estimator(config), "device": args.device}
+        known["loader"] = data.loader(test_set, batch_size=config["batch_size"])
+    print(write_report(args.run_dir, out=args.out, **known))
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+    "plan": plan,
+    "diagnose": diagnose,
+    "report": report,
+}
 
 
 # --- parts of the commands
