@@ -10,7 +10,7 @@ import pytest
 
 import ulr_snn
 from ulr_snn import data, losses, peers
-from ulr_snn.runs import callbacks
+from ulr_snn.runs import callbacks, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +26,7 @@ def public_names() -> set[str]:
     names = {f"ulr_snn.{name}" for name in ulr_snn.__all__}
     names |= {f"ulr_snn.data.{name}" for name in exported(data) if not isinstance(getattr(data, name), ModuleType)}
     names |= {f"ulr_snn.peers.{name}" for name in exported(peers) if is_own(getattr(peers, name), peers)}
+    names |= {f"ulr_snn.runs.pictures.{name}" for name in pictures.__all__} | {"ulr_snn.runs.report.write_report"}
     names |= {f"ulr_snn.losses.{loss.value.__name__}" for loss in losses.LOSSES.values()}
     names |= {
         f"ulr_snn.runs.callbacks.{name}" for name in exported(callbacks) if is_own(vars(callbacks)[name], callbacks)

@@ -33,7 +33,7 @@ def test_axes_show_percent_and_whole_epochs():
 
     figure = Figure()
     axes = figure.subplots()
-    plots._draw(axes, [EPOCH, {**EPOCH, "epoch": 2, "val_accuracy": None}], "accuracy")
+    plots.draw_curve(axes, [EPOCH, {**EPOCH, "epoch": 2, "val_accuracy": None}], "accuracy")
     train, val = axes.lines
     assert list(train.get_ydata()) == [40, 40] and list(val.get_xdata()) == [1]
     assert axes.get_ylabel() == "accuracy (%)"

@@ -25,12 +25,14 @@ class Sums:
 
 
 class Activity(dict[str, Tensor]):
-    """The counts of a pass, "spikes" and "operations", each [rows]. They are complete when `counting` ends."""
+    """The counts of a pass, "spikes" and "operations", each [rows]. They are complete when `counting` ends. of_modules:
+    the same by (name, id of the module)."""
 
     def __init__(self, steps: int, rows: int, lengths: Tensor | None) -> None:
         super().__init__()
         self.size, self.rows, self.lengths = steps, rows, lengths
         self.sums: dict[tuple[str, int], Sums] = {}
+        self.of_modules: dict[tuple[str, int], Tensor] = {}
 
     def see(self, name: str, module: nn.Module, sequence: Tensor) -> None:
         """Adds a tensor [T, rows, ...], [T * rows, ...] or [rows, ...] of a module."""
@@ -47,15 +49,17 @@ class Activity(dict[str, Tensor]):
         own = None
         if self.lengths is not None:
             own = torch.arange(self.size, device=self.lengths.device)[:, None] < self.lengths
-        for (name, _), sums in self.sums.items():
+        for (name, module), sums in self.sums.items():
             by_step = len(sums.steps) >= self.size > 1 or not sums.whole
             if by_step and len(sums.steps) == self.size:
                 calls = [torch.stack(sums.steps)]  # [T, rows]
             else:
                 calls = [call[None] for call in sums.steps] if by_step else sums.whole
-            for call in calls:
-                kept = call * own if own is not None and len(call) == self.size else call
-                self[name] = self[name] + kept.sum(0) if name in self else kept.sum(0)
+            kept = [call * own if own is not None and len(call) == self.size else call for call in calls]
+            if kept:
+                counted = torch.cat(kept).sum(0)
+                self.of_modules[name, module] = counted
+                self[name] = self[name] + counted if name in self else counted
 
 
 @contextmanager

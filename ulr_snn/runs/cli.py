@@ -1,4 +1,4 @@
-"""The command line: `ulr-snn train|evaluate|compare|plan|diagnose`, also as `python -m ulr_snn`.
+"""The command line: `ulr-snn train|evaluate|compare|plan|diagnose|report`, also as `python -m ulr_snn`.
 
 A wrong use ends with one line on stderr and exit code 2. A run that diverged, found no room on the disk or lost a
 process of its loader ends with one line and 1, one that Ctrl-C or SIGTERM ended with one line and 130 or 143. Arguments
@@ -110,7 +110,7 @@ class _Versions(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
     parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of this, torch, NumPy, Python")
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose")
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose|report")
 
     train = commands.add_parser("train", help="train a network and evaluate it on the test set")
     train.set_defaults(command="train", parser=train)
@@ -164,6 +164,14 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--draws", type=typed(Draws), default=32, metavar="N", help="steps of each estimator")
     diagnose.add_argument("--picture", type=Path, metavar="PNG", help="draws the table into this file")
     diagnose.add_argument("--threads", type=typed(Count), metavar="N", help="CPU threads (default: PyTorch's)")
+
+    report = commands.add_parser("report", help="write the report of a run, one HTML file")
+    report.set_defaults(command="report", parser=report)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    report.add_argument("--files-only", action="store_true", help="without running the network on test data")
+    _add_data_root(report)
+    _add_machine(report)
     return parser
 
 

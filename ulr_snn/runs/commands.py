@@ -22,6 +22,7 @@ from ulr_snn.runs.models import reference
 
 # Arguments recorded in a checkpoint, so that `evaluate` can build the same data and model.
 RECORDED = ("data", "data_root", "model", "batch_size", "lr", "seed", "credit", "copies")
+OPEN = ("data_root", "epochs", "max_steps", "device")  # a run may go on elsewhere, and for longer
 
 
 def run(args: Namespace) -> None:
@@ -33,7 +34,7 @@ def run(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     """Trains a network in a run directory, and prints its test accuracy."""
-    config = {name: getattr(args, name) for name in RECORDED}
+    config = {name: getattr(args, name) for name in dict.fromkeys(RECORDED + OPEN)}
     if args.resume and not args.changed:
         _check_same_run(args.run_dir, config)
     train_set, test_set = _load(args.data, args.data_root, args.download)
@@ -129,7 +130,27 @@ def diagnose(args: Namespace) -> None:
         found.plot(args.picture)
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "plan": plan, "diagnose": diagnose}
+def report(args: Namespace) -> None:
+    """Writes the report of a run, and prints its path."""
+    from ulr_snn.runs.report import write_report
+
+    config = {} if args.files_only else directory.read_config(args.run_dir)
+    known: dict[str, Any] = {}
+    if set(RECORDED) <= set(config):  # the run was started by the command line, so its network and data are known
+        _, test_set = _load(config["data"], args.data_root or config["data_root"])
+        known = {"model": _build_model(config, test_set), "estimator": _estimator(config), "device": args.device}
+        known["loader"] = data.loader(test_set, batch_size=config["batch_size"])
+    print(write_report(args.run_dir, out=args.out, **known))
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+    "plan": plan,
+    "diagnose": diagnose,
+    "report": report,
+}
 
 
 # --- parts of the commands
@@ -182,11 +203,11 @@ def _estimator(config: Mapping[str, Any]) -> ulr_snn.ULR:
 
 
 def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Raises UsageError unless a resumed run has the options of its start; its data may have moved."""
+    """Raises UsageError unless a resumed run has the options of its start; others of its options are open."""
     if not run_dir.exists() or not any(run_dir.glob("checkpoint-*")):
         return
     for name, before in directory.read_config(run_dir).items():
-        if name != "data_root" and config.get(name) != before:
+        if name not in OPEN and config.get(name) != before:
             option = name if name == "data" else "--" + name.replace("_", "-")
             raise UsageError(
                 f"the run in '{run_dir}' was started with {option} {before}, not {config.get(name)}: "

@@ -1,4 +1,4 @@
-"""Pictures of runs. Only this file imports matplotlib, without pyplot, which has global state."""
+"""Pictures of runs. As in `pictures.py`, matplotlib is used without pyplot, which has global state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _CURVES = (("train", "#0072B2", "o"), ("val", "#D55E00", "s"))
 _SCALE = {"loss": 1.0, "accuracy": 100.0}
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,7 +28,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a PNG file. Raises UsageError for a path that cannot be written."""
     try:
         figure.savefig(path, format="png")
@@ -44,15 +45,21 @@ def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     """
     if not history:
         raise UsageError("there is no epoch to draw: train for at least one")
-    names = [key.removeprefix("train_") for key in history[-1] if key.startswith("train_")]
-    drawn = [name for name in names if any(isinstance(entry.get(f"train_{name}"), float) for entry in history)]
-    figure = _figure(4.5 * len(drawn), 3.6)
+    drawn = quantities(history)
+    figure = new_figure(4.5 * len(drawn), 3.6)
     for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        _draw(axes, history, name)
-    _save(figure, path)
+        draw_curve(axes, history, name)
+    save(figure, path)
 
 
-def _draw(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> None:
+def quantities(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of all quantities that a history has as numbers: "loss", "accuracy" if known, metrics."""
+    names = [key.removeprefix("train_") for key in history[-1] if key.startswith("train_")]
+    return [name for name in names if any(isinstance(entry.get(f"train_{name}"), float) for entry in history)]
+
+
+def draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str) -> None:
+    """Draws a quantity of training and validation by epoch. quantity: as "loss" for `train_loss` and `val_loss`."""
     from matplotlib.ticker import MaxNLocator
 
     for name, colour, marker in _CURVES:
@@ -86,7 +93,7 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     bars = [("time a step (ms)", [1e3 * row["seconds_a_step"] for row in rows])]
     if all(row["peak_memory_bytes"] is not None for row in rows):
         bars.append(("peak memory (MiB)", [row["peak_memory_bytes"] / 2**20 for row in rows]))
-    figure = _figure(5.5 + 3.2 * len(bars), 3.6)
+    figure = new_figure(5.5 + 3.2 * len(bars), 3.6)
     curves, *others = figure.subplots(1, 1 + len(bars), width_ratios=[1.7] + [1] * len(bars))
     for row, label, colour, marker in zip(rows, labels, colours, "osD^v<>Xph" * len(rows), strict=False):
         values = [_SCALE[quantity] * entry[f"val_{quantity}"] for entry in row["history"]]
@@ -104,7 +111,7 @@ def save_comparison(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 ROUNDING = 1e-12  # a relative variance below is that of rounding: the estimator draws nothing
@@ -121,7 +128,7 @@ def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         "step_cosine": "cosine of a step (bias and noise)",
         "variance": "relative variance of a step",
     }
-    figure = _figure(4 * len(panels), 1.6 + 0.16 * len(layers) * (len(estimators) + 1))
+    figure = new_figure(4 * len(panels), 1.6 + 0.16 * len(layers) * (len(estimators) + 1))
     height = 0.8 / len(estimators)
     for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for i, estimator in enumerate(estimators):
@@ -141,4 +148,4 @@ def save_diagnosis(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
             axes.set_xscale("log")
     figure.axes[0].invert_yaxis()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    _save(figure, path)
+    save(figure, path)

@@ -247,6 +247,7 @@ class Session:
             "stepper": self.stepper.state_dict(),
             "callbacks": [each.state_dict() if offers(each, "state_dict") else None for each in self.callbacks],
             "generators": self.generators or states(self.loader),
+            "versions": versions(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
