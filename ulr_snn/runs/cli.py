@@ -112,21 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of this, torch, NumPy, Python")
     commands = parser.add_subparsers(required=True, metavar="train|evaluate|compare|plan|diagnose|report")
 
-    train = commands.add_parser("train", help="train a network and evaluate it on the test set")
-    train.set_defaults(command="train", parser=train)
-    _add_task(train)
-    train.add_argument("--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of ulr_snn.train)")
-    train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
-    train.add_argument("--changed", action="store_true", help="go on with other options than those of its start")
-    train.add_argument(
-        "--save-every",
-        type=typed(Interval),
-        metavar="N",
-        help="checkpoints after so many steps, or 30s, 10m, 2h (default: 10m), and after every epoch",
-    )
-    _add_length(train)
-    _add_machine(train)
+    _add_train(commands.add_parser("train", help="train a network and evaluate it on the test set"))
 
     evaluate = commands.add_parser("evaluate", help="evaluate a trained network on the test set")
     evaluate.set_defaults(command="evaluate", parser=evaluate)
@@ -173,6 +159,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_root(report)
     _add_machine(report)
     return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="train", parser=parser)
+    _add_task(parser)
+    parser.add_argument(
+        "--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of train)"
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    parser.add_argument("--changed", action="store_true", help="go on with other options than those of its start")
+    parser.add_argument(
+        "--save-every",
+        type=typed(Interval),
+        metavar="N",
+        help="checkpoints after so many steps, or 30s, 10m, 2h (default: 10m), and after every epoch",
+    )
+    _add_length(parser)
+    _add_machine(parser)
 
 
 def _add_length(parser: argparse.ArgumentParser) -> None:

@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
 
     return {
         "ulr_snn": importlib.metadata.version("ulr-snn"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class would not load again
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }

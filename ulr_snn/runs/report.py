@@ -115,8 +115,8 @@ def read_run(run_dir: Any, model: nn.Module | None) -> Run:
         metrics = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:
         raise UsageError(f"'{file}' is damaged ({error}); resume the run, which writes it anew") from error
-    history = list(metrics.get("history", state["history"]))
-    return Run(path.resolve().name, checkpoint.config, metrics, history, state["epoch"], state["versions"])
+    history = list(metrics.get("history", state.get("history", [])))
+    return Run(path.resolve().name, checkpoint.config, metrics, history, state.get("epoch"), state.get("versions", {}))
 
 
 def page(run: Run, found: Measurement | None) -> str:
