@@ -109,3 +109,20 @@ say("epoch 1")
         assert (done.stdout, done.stderr) == ("epoch 1\n", "widget\n")
     else:
         assert done.stdout == "" and done.stderr.splitlines()[-2:] == ["epoch 1/2, step 3/3, 00:00 left", "epoch 1"]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_loader_draws_its_order_once(shown):
+    begun = []
+
+    class Loader:
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            begun.append(1)
+            return iter([1, 2])
+
+    with progress_bar(Loader(), "epoch", shown) as bar:
+        assert list(bar) == [1, 2] and bar.total == 2
+    assert begun == [1]

@@ -324,13 +324,64 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert checkpoints(tmp_path)[-1].state["epoch"] == 1
 
 
+class Spoiled(nn.Module):
+    """A net whose second layer gets NaN at time step 3 of the last sample, once the batch is spoiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fire, self.second = nn.Linear(8, 6), ulr_snn.LIF(), nn.Linear(6, 4)
+        self.again, self.last = ulr_snn.LIF(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drive = self.second(self.fire(self.first(x)))
+        bad = torch.zeros_like(drive)
+        if (x > 1.5).any():
+            bad[3, -1] = torch.nan
+        return self.last(self.again(drive + bad))
+
+
+def test_a_loss_that_is_not_finite_is_told_with_step_layer_and_sample():
+    loader = batches()
+    loader[4] = (loader[4][0] * 2, loader[4][1])
+    with pytest.raises(FloatingPointError, match="at step 5") as raised:
+        ulr_snn.train(Spoiled(), loader, 1, loss="ce_rate", progress=False)
+    assert "the membranes of layer 'again' are the first that are not finite" in raised.value.__notes__[0]
+    assert "at time step 3 of sample 15" in raised.value.__notes__[0]
+
+
+def test_a_loss_alone_that_is_not_finite_is_told():
+    with pytest.raises(FloatingPointError) as raised:
+        ulr_snn.train(net(), batches(), 1, loss=lambda o, y: o.flatten(1).sum(1) * torch.nan, progress=False)
+    assert "so look at the loss" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("kind, threshold", [("silent", 1e6), ("saturated", 1e-6)])
+def test_layers_that_say_nothing_are_reported_in_the_first_epoch(kind, threshold, capsys):
+    model = nn.Sequential(
+        nn.Linear(8, 8), ulr_snn.LIF(), nn.Linear(8, 6), ulr_snn.LIF(threshold=threshold), nn.Linear(6, 2)
+    )
+    if kind == "saturated":
+        nn.init.ones_(model[2].bias)
+        nn.init.zeros_(model[2].weight)
+    result = ulr_snn.train(model, batches(), 2, lr=1e-6)
+    assert result.history[0][kind] == ["3"] and kind not in result.history[1]
+    assert (
+        f"note: layer '3' {'never fires' if kind == 'silent' else 'fires at every time step'}"
+        in capsys.readouterr().err
+    )
+
+
+def test_layers_that_fire_are_not_reported():
+    assert not {"silent", "saturated"} & set(ulr_snn.train(net(), batches(), 1, progress=False).history[0])
+
+
 # -- settings ------------------------------------------------------------------------------------------------
 
 CHANGES = {
     "lr": ({"lr": 0.02}, "optimizer"),
     "estimator": ({"estimator": ULR(copies=4)}, "estimator"),
     "seed": ({"seed": 3}, "seed 0, not 3"),
-    "loss": ({"loss": "mse_count"}, "loss"),
+    "loss": ({"loss": "ce_rate"}, "loss"),
     "accumulate": ({"accumulate": 2}, "accumulate 1, not 2"),
     "clip": ({"clip": 1.0}, "clip None, not 1.0"),
     "optimizer": ({"optimizer": torch.optim.SGD}, "optimizer .*Adam.*, not .*SGD"),

@@ -102,7 +102,7 @@ def train(
     given = locals().copy()
     check_loaders(loader, val_loader, epochs if max_steps is None and not callbacks else 1)
     interface, estimator = Interface.of(time_first, layout, output), or_default(estimator)
-    settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics))
+    settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics), estimator)
     model.to(settings.device)
     moving = make_optimizer(model, optimizer, lr)
     started = described(model, loader, moving, given | {"estimator": estimator, "layout": interface.layout})

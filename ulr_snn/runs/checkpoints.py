@@ -173,6 +173,8 @@ def _refusals(target: Path, intact: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # which torch raises in the midst of other code
+            raise
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise SaveError(
             f"{target.name} could not be written to '{target.parent}' ({reason}){intact}; make room or give write "

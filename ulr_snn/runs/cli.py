@@ -164,9 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="train", parser=parser)
     _add_task(parser)
-    parser.add_argument(
-        "--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of train)"
-    )
+    parser.add_argument("--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of train)")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     parser.add_argument("--changed", action="store_true", help="go on with other options than those of its start")

@@ -95,7 +95,10 @@ class Keeper:
             return
         if place != self.saved:
             try:
-                self.save(place, model, state())
+                try:
+                    self.save(place, model, state())
+                except RuntimeError:  # torch notices only now that a process of the loader has ended
+                    self.save(place, model, state())
             except (SaveError, UsageError, FloatingPointError) as second:
                 error.add_note(f"the training could not be saved: {second}")
                 return

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from ulr_snn.errors import LoaderError
 
 State = dict[str, Any]
+SEEK = "look for what it lacks, such as memory, or use num_workers=0"
 
 
 def states(loader: Iterable[Any]) -> State:
@@ -133,8 +134,14 @@ def fetched(batches: Iterator[Any]) -> Iterator[Any]:
     """Gives batches. Raises LoaderError if a process that fetches them has ended."""
     try:
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+    except (ConnectionError, EOFError) as error:  # where torch has not noticed yet
+        raise LoaderError(f"the loader lost a process ({type(error).__name__}); {SEEK}") from error
+
+
+def of_loader(error: BaseException) -> BaseException:
+    """Returns a LoaderError for what torch raises in the midst of other code if a loader's process ends, and other
+    errors as they are."""
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         reason = str(error).partition("\n")[0]
-        raise LoaderError(f"the loader lost a process ({reason}); look for what it lacks, such as memory") from error
+        return LoaderError(f"the loader lost a process ({reason}); {SEEK}")
+    return error

@@ -2,8 +2,11 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from ulr_snn.runs.optim import loader_length
+from ulr_snn.runs.quiet import REMEDIES, advice
 
 MINUTE = 60.0
 
@@ -41,6 +44,8 @@ def report(entry: dict[str, Any], epochs: int, metrics: Iterable[str] = ()) -> N
             if isinstance(value := entry.get(f"{kind}_{name}"), float):
                 figures.append(f"{label}{name} {value:.4g}")
     say(f"epoch {entry['epoch']}/{epochs}: {', '.join(figures)}, {entry['seconds']:.1f} s")
+    for sentence in advice({kind: entry[kind] for kind in REMEDIES if kind in entry}):
+        say(f"note: {sentence}")
 
 
 class Lines:
@@ -51,13 +56,18 @@ class Lines:
             print(line, file=sys.stderr)
 
 
+def _lazily(items: Iterable[Any]) -> Iterator[Any]:
+    """Gives items. Unlike tqdm.auto, it begins with the first one, so that a loader draws its order once."""
+    yield from items
+
+
 def progress_bar(items: Iterable[Any], label: str, shown: bool, every: float = MINUTE) -> Any:
     """Returns the items under a progress bar, which in a log is a line now and then. every: seconds between lines."""
     options: dict[str, Any] = {"desc": label, "leave": False, "disable": not shown}
     in_log = shown and not _in_notebook() and not sys.stderr.isatty()
     if in_log:
         options |= {"file": Lines(), "mininterval": every, "miniters": 1, "delay": every}
-    bar = _tqdm()(items, **options)
+    bar = _tqdm()(_lazily(items), total=loader_length(items), **options)
     if in_log:
         bar.bar_format = "{desc}, step {n_fmt}/{total_fmt}{postfix}, " + (
             "{remaining} left" if bar.total else "{elapsed}"

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
-from ulr_snn.estimators.base import Attachment, Estimate, in_sum, offers
+from ulr_snn.estimators.base import Attachment, Estimate, Estimator, in_sum, offers
 from ulr_snn.kernels.precision import reduced_precision
 from ulr_snn.losses.metrics import Tally, scores
 from ulr_snn.model.reading import read
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.keeping import Keeper, Place, check_weights
-from ulr_snn.runs.order import State, begun, repeats, restore, set_epoch, start_workers, states
+from ulr_snn.runs.order import State, begun, of_loader, repeats, restore, set_epoch, start_workers, states
 from ulr_snn.runs.progress import progress_bar, report
+from ulr_snn.runs.quiet import first_not_finite, quiet_layers
 from ulr_snn.runs.steps import Stepper
 
 
@@ -32,13 +33,15 @@ class Settings:
     max_steps: int | None
     autocast: torch.dtype | None
     metrics: dict[str, Any]
+    estimator: Estimator
 
 
 @dataclass
 class Epoch:
     """An epoch under way. order: states of all generators at its start; passes: forward passes before it.
 
-    batches: batches so far; lr: learning rate of the last step; trained: True if no batch is left.
+    batches: batches so far; lr: learning rate of the last step; trained: True if no batch is left; quiet: layers that
+    never fire or always do at the end of the first epoch, see `quiet_layers`.
     """
 
     number: int
@@ -49,6 +52,7 @@ class Epoch:
     batches: int = 0
     seconds: float = 0.0
     trained: bool = False
+    quiet: dict[str, list[str]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self) | {"tally": self.tally.state_dict()}
@@ -63,7 +67,8 @@ class Session:
     """The state of a training run. steps: optimizer steps, or batches with `Online`.
 
     epoch: epochs so far, without the one that is under way; best: the epoch with the best validation; stopped: a
-    callback has ended the training; generators: their states after the last step, where later code may draw from them.
+    callback has ended the training; batch: the last one of an epoch under way; generators: their states after the last
+    step, where later code may draw from them.
     """
 
     model: nn.Module
@@ -82,6 +87,7 @@ class Session:
     under_way: Epoch | None = None
     between: bool = True
     generators: State | None = None
+    batch: Any = None
 
     def __post_init__(self) -> None:
         if self.attached.online and self.settings.accumulate > 1:
@@ -107,10 +113,18 @@ class Session:
         try:
             while self.epoch < epochs and not self.finished and self.stopped != epochs:
                 self.run_epoch(epochs, validate, progress)
-        except BaseException as error:
+        except FloatingPointError as lost:
+            if self.batch is not None:
+                parts = self.batch, self.settings.estimator, self.attached.interface
+                lost.add_note(first_not_finite(self.model, *parts))
+            raise
+        except BaseException as raised:
+            error = of_loader(raised)
             if self.between:
                 self.keeper.save_after(error, self.place, self.model, self.state_dict)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         finally:
             for callback in self.callbacks:
                 if offers(callback, "close"):
@@ -125,7 +139,9 @@ class Session:
         if not epoch.trained:
             self.train_epoch(epoch, epochs, progress)
             check_weights(self.model, self.place)
-            epoch.trained = True
+            if epoch.number == 1:
+                epoch.quiet = quiet_layers(self.model, self.batch, self.settings.estimator, self.attached.interface)
+            epoch.trained, self.batch = True, None
         entry = self.entry(epoch)
         self.generators = states(self.loader)
         if validate is not None:
@@ -151,7 +167,7 @@ class Session:
         set_epoch(self.loader, epoch.number)
         with progress_bar(self.loader, f"epoch {epoch.number}/{epochs}", progress) as shown:
             for batch in begun(self.loader, shown, epoch.order, epoch.batches):
-                self.between = False
+                self.between, self.batch = False, batch
                 with reduced_precision(self.settings.device, self.settings.autocast):
                     estimate = self.estimate(*read(batch, self.model, self.settings.device))
                 epoch.batches += 1
@@ -187,7 +203,8 @@ class Session:
         """Returns the history entry of an epoch."""
         means = {f"train_{name}": value for name, value in epoch.tally.means().items()}
         passes = self.attached.forward_passes - epoch.passes
-        return {"epoch": epoch.number, **means, "seconds": epoch.seconds, "forward_passes": passes, "lr": epoch.lr}
+        counts = {"seconds": epoch.seconds, "forward_passes": passes, "lr": epoch.lr}
+        return {"epoch": epoch.number, **means, **counts, **epoch.quiet}
 
     def see_best(self, entry: dict[str, Any]) -> None:
         """Saves the weights if no epoch before has validated better: by accuracy where it is known, else by loss."""
