@@ -41,8 +41,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def modules() -> set[str]:
-    return {str(file.relative_to(ROOT)) for file in (ROOT / "ulr_snn").rglob("*.py")} | {"ulr_snn/py.typed"}
+def packaged() -> set[str]:
+    """Returns the files of the package: modules, py.typed, and data."""
+    files = [file.relative_to(ROOT) for file in (ROOT / "ulr_snn").rglob("*") if file.is_file()]
+    return {str(file) for file in files if "__pycache__" not in file.parts}
 
 
 @pytest.mark.slow
@@ -52,7 +54,7 @@ def test_the_wheel_holds_the_package_alone(built):
         metadata = Parser().parsestr(wheel.read(f"{NAME}.dist-info/METADATA").decode())
         scripts = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode()
     about = {name for name in names if name.startswith(f"{NAME}.dist-info/")}
-    assert names - about == modules()
+    assert names - about == packaged() and "ulr_snn/py.typed" in names
     assert f"{NAME}.dist-info/licenses/LICENSE" in about
     assert metadata["Version"] == ulr_snn.__version__ and metadata["Requires-Python"] == PROJECT["requires-python"]
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
@@ -65,7 +67,7 @@ def test_the_source_distribution_holds_what_a_wheel_is_made_of(built):
     with tarfile.open(built / f"{NAME}.tar.gz") as archive:
         names = {member.name.removeprefix(f"{NAME}/") for member in archive.getmembers() if member.isfile()}
     made = {name for name in names if re.match(r"PKG-INFO|setup\.cfg|ulr_snn\.egg-info/", name)}
-    assert names - made == modules() | {"LICENSE", "README.md", "pyproject.toml", "MANIFEST.in"}
+    assert names - made == packaged() | {"LICENSE", "README.md", "pyproject.toml", "MANIFEST.in"}
 
 
 @pytest.mark.slow

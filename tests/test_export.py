@@ -55,9 +55,8 @@ def torchscript(model: nn.Module, x: Tensor) -> Run:
     return torch.jit.trace(model, x)
 
 
-def exported(model: nn.Module, x: Tensor, strict: bool = False) -> Run:
-    program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},), strict=strict)
-    return program.module()
+def exported(model: nn.Module, x: Tensor) -> Run:
+    return torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},)).module()
 
 
 def compiled(model: nn.Module, x: Tensor) -> Run:
@@ -88,7 +87,7 @@ WAYS = [
     (averaged, torchscript),
     (averaged, exported),
     *(pytest.param(everything, way, marks=pytest.mark.slow) for way in (exported, compiled, onnx)),
-    *(pytest.param(averaged, way, marks=pytest.mark.slow) for way in (compiled, onnx, onnx_of_torchscript)),
+    *(pytest.param(averaged, way, marks=pytest.mark.slow) for way in (compiled, onnx_of_torchscript)),
 ]
 
 
@@ -124,12 +123,6 @@ def test_time_cannot_be_a_dynamic_axis():
         torch.export.export(averaged(), (events(),), dynamic_shapes=({0: torch.export.Dim("steps")},))
 
 
-@pytest.mark.slow
-def test_a_strict_export_is_possible():
-    model = everything()
-    outputs_agree(model, exported(model, events(), strict=True), events(seed=1))
-
-
 def test_a_trained_model_exports_with_deterministic_firing():
     model = train(epochs=1).model
     x = batches(32, 16, seed=3)[0][0]
@@ -141,7 +134,7 @@ def test_a_trained_model_exports_with_deterministic_firing():
 
 @pytest.mark.slow
 def test_a_program_on_disk_needs_no_ulr_snn(tmp_path: Path):
-    model = everything()
+    model = averaged()
     torch.export.save(torch.export.export(model, (events(),)), tmp_path / "model.pt2")
     torch.save({"x": events(seed=4), "y": model(events(seed=4)).detach()}, tmp_path / "case.pt")
     code = """
