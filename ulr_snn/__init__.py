@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; SOURCES says the same to Python
     from ulr_snn import data
+    from ulr_snn.adapters.nir.export import to_nir
+    from ulr_snn.adapters.nir.reader import from_nir
     from ulr_snn.compare import Comparison, compare
     from ulr_snn.credit.kinds import Auto, Feedback, Global, Residual
     from ulr_snn.diagnose import Diagnosis, diagnose
@@ -67,13 +69,17 @@ __all__ = [
     "data",
     "diagnose",
     "evaluate",
+    "from_nir",
     "plan",
+    "to_nir",
     "train",
 ]
 
 # The modules of the package, and what each adds to its names.
 SOURCES: dict[str, tuple[str, ...]] = {
     "data": (),
+    "adapters.nir.export": ("to_nir",),
+    "adapters.nir.reader": ("from_nir",),
     "compare": ("Comparison", "compare"),
     "credit.kinds": ("Auto", "Feedback", "Global", "Residual"),
     "diagnose": ("Diagnosis", "diagnose"),

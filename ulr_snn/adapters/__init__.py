@@ -1,6 +1,6 @@
 """Adapters of the spiking modules of other libraries.
 
-Each file here except `base.py` and `blackbox.py` is the adapter of the library that it is named after. `register` adds
+Each file here except those in `_OWN` is the adapter of the library that it is named after. `register` adds
 an adapter from outside. A library is imported only if a model contains a module of it.
 """
 
@@ -16,7 +16,7 @@ from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.adapters.blackbox import BlackBox, State, copies_of_state, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
 
-_OWN = ("base", "blackbox")  # files that hold no adapter
+_OWN = ("base", "blackbox", "nir")  # files that hold no adapter
 _adapters: dict[str, Adapter | None] = {m.name: None for m in iter_modules(__path__) if m.name not in _OWN}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.kernels.pool import empty, lean
+from ulr_snn.kernels.pool import empty, lean, traced
 from ulr_snn.kernels.state import RESETS, Draw, State
 from ulr_snn.kernels.weight_cache import once
 
@@ -35,8 +35,8 @@ def _installed(name: str) -> bool:
 
 def choice(like: Tensor) -> tuple[str, str]:
     """Returns the code that scans tensors like this one, "cpu" (numba), "gpu" (Triton) or "reference", and why."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # it is documented, but not exported
-        return "reference", "torch.jit.trace follows plain torch only"
+    if traced():
+        return "reference", "a model that is exported, traced or compiled runs in plain torch"
     if like.dtype != torch.float32:
         return "reference", f"no kernel for {str(like.dtype).removeprefix('torch.')}"
     if like.device.type == "cpu":
@@ -112,6 +112,8 @@ def scan(
 
 def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths: Tensor | None) -> None:
     """Raises UsageError unless recurrent weights, noise and lengths fit a current [T, B, ...]."""
+    if traced():  # a size is no number
+        return
     features, (steps, rows) = tuple(current.shape[2:]), current.shape[:2]
     if weight is not None and (len(features) != 1 or tuple(weight.shape) != features * 2):
         raise UsageError(

@@ -77,9 +77,14 @@ _current: ContextVar[Pool | None] = ContextVar("pool", default=None)
 _ALONE = _references([(np.empty(0), 0)], 0)  # the count of an array that only the pool's list refers to
 
 
+def traced() -> bool:
+    """Returns whether torch now records operations, to export, trace or compile a model. It does not see kernels."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]  # not exported
+
+
 def in_step() -> bool:
     """Returns whether a step of a pool is running."""
-    return _current.get() is not None
+    return not traced() and _current.get() is not None
 
 
 def lean() -> bool:

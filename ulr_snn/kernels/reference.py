@@ -42,7 +42,7 @@ def scan(
     if state is not None:
         membrane, spike = state.membrane.clone(), state.spikes.clone()
     spikes, drives, fed_back = [], [], []
-    for t, total in enumerate(current):
+    for t, total in enumerate(current.unbind()):
         if recurrent is not None:
             fed_back.append(recurrent(spike))
             total = total + fed_back[-1]

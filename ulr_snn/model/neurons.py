@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Count, Flag, Leak, Threshold, checked, one_of
 from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.pool import traced
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.kernels.reference import leaky_drive, scan
 from ulr_snn.kernels.sparse import product
@@ -38,6 +39,8 @@ def check_sequence(module: nn.Module, current: Tensor) -> None:
 
 def check_features(module: nn.Module, current: Tensor, *names: str) -> None:
     """Raises UsageError unless these tensors of the module broadcast against the features of a current [T, B, ...]."""
+    if traced():  # a size is no number
+        return
     features = current.shape[2:]
     for name in names:
         shape = getattr(module, name).shape
@@ -345,7 +348,7 @@ class TimeAverage(Timed):
         if self.lengths is None:
             if sequence.dtype == torch.float16:  # its sum may overflow
                 return sequence.mean(0)
-            return sequence.sum(0) / len(sequence)  # the gradient of mean() takes the memory of a whole sequence
+            return sequence.sum(0) / sequence.shape[0]  # the gradient of mean() takes the memory of a whole sequence
         mask = step_mask(self.lengths, sequence)
         return (sequence * mask).sum(0) / self.lengths.to(sequence.dtype).view(mask.shape[1:])
 
