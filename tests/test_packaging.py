@@ -24,6 +24,7 @@ ORDER = [
     "kernels.limits",
     "kernels.pool",
     "kernels.precision",
+    "kernels.ranks",
     "kernels.state",
     "kernels.triton",
     "kernels.gpu",
