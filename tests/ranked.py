@@ -1,15 +1,21 @@
 """Cases of training on shares of joined batches, which `test_ranks.py` runs in two processes and in one."""
 
 import os
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+import ulr_snn
 from tests.helpers import nets
 from ulr_snn import (
     LIF,
@@ -29,8 +35,11 @@ from ulr_snn import (
     Sobol,
     TimeAverage,
     WeightNoise,
+    attach,
 )
 from ulr_snn.credit.feedback import FeedbackLimits
+from ulr_snn.kernels import ranks
+from ulr_snn.memory.over_ranks import CopiesOverRanks
 from ulr_snn.model.interface import Interface
 from ulr_snn.peers import EvolutionStrategies, ExpectedGradientBPTT, FeedbackAlignment, SurrogateBPTT
 
@@ -160,15 +169,16 @@ CASES = {
     "alignment": Case(recurrent, FeedbackAlignment()),
     "evolution": Case(recurrent, EvolutionStrategies(copies=4)),
 }
-SLOW = {name: Case(library(name), ULR(), scale=8.0, steps=3) for name in ("snntorch", "norse", "spikingjelly")}
+LIBRARIES = {name: Case(library(name), ULR(), scale=8.0, steps=3) for name in ("snntorch", "norse", "spikingjelly")}
 
 
 @dataclass
 class Outcome:
-    """gradients: of each update; parameters: at the end; state: of the attachment at the end."""
+    """gradients: of each update; parameters, buffers: of the model, and state: of the attachment, at the end."""
 
     gradients: list[list[Tensor | None]]
     parameters: list[Tensor]
+    buffers: list[Tensor]
     state: dict[str, Any]
 
 
@@ -191,19 +201,226 @@ def outcome(case: Case, size: int, rank: int) -> Outcome:
                 optimizer.step()
                 optimizer.zero_grad()
             attached.learning_rates()
-    return Outcome(gradients, [q.detach() for q in model.parameters()], attached.state_dict())
+    return Outcome(gradients, [q.detach() for q in model.parameters()], list(model.buffers()), attached.state_dict())
+
+
+# -- other scenes, each of which returns what a rank found -------------------------------------------------
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [q.grad.clone() for q in model.parameters()]
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The class and the text of what a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def wrapped(size: int, rank: int) -> Any:
+    """Steps of a model in DistributedDataParallel, which runs by itself, with a graph, before each."""
+    case, own, found = CASES["global"], part(size, rank), []
+    model = case.make()
+    outer = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    with attach(outer, case.estimator, seed=SEED, total_steps=10) as ulr:
+        for step in range(3):
+            x, y, _ = case.batch(step)
+            model.zero_grad()
+            outer(x[:, own])
+            ulr.backward(x[:, own], y[own])
+            found.append(gradients_of(model))
+    return found, getattr(outer, "require_backward_grad_sync", True)
+
+
+def accumulated(size: int, rank: int) -> Any:
+    """Two steps whose gradients add up, and what is left of them after averaging by hand."""
+    case, own = CASES["default"], part(size, rank)
+    model = case.make()
+    with attach(model, seed=SEED) as ulr:
+        for step in range(2):
+            x, y, _ = case.batch(step)
+            ulr.backward(x[:, own], y[own])
+    found = gradients_of(model)
+    for q in model.parameters() if size > 1 else ():
+        dist.all_reduce(q.grad)
+        q.grad /= size
+    return found, gradients_of(model)
+
+
+def normed(size: int, rank: int) -> Any:
+    """Batch norm right after the events, with the same samples on both ranks in another order, so that statistics of a
+    share are those of the joined batch; and in evaluation mode with any samples."""
+    found = []
+    for training in (True, False):
+        x, y, _ = CASES["convolutional"].batch(0)
+        if training:
+            x, y = torch.cat([x[:, :3], x[:, [2, 0, 1]]], 1), torch.cat([y[:3], y[:3]])
+        torch.manual_seed(1)
+        model = convolutional(norm=True).double()
+        model[0][1].train(training)
+        half = len(y) // 2
+        own = slice(None) if size == 1 else slice(half * rank, half if rank == 0 else None)
+        with attach(model, seed=SEED) as ulr:
+            ulr.backward(x[:, own], y[own])
+        found += [gradients_of(model), list(model.buffers())]
+    return found
+
+
+def not_finite(size: int, rank: int) -> Any:
+    """A loss that is not finite for the last sample of the second step, which is on the last rank."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        found = nn.functional.cross_entropy(outputs.sum(0), targets, reduction="none")
+        return torch.where(broken & (torch.arange(len(found)) == len(found) - 1) & (rank == size - 1), torch.nan, found)
+
+    case, own, found = CASES["default"], part(size, rank), []
+    for estimator in (ULR(on_nonfinite="skip"), ULR(), SurrogateBPTT()):
+        model = case.make()
+        with attach(model, estimator, loss, seed=SEED) as ulr:
+            for step in range(3):
+                x, y, _ = case.batch(step)
+                broken = step == 1
+                found.append(error_of(lambda x=x, y=y, ulr=ulr: ulr.backward(x[:, own], y[own])))
+            found.append(gradients_of(model))
+    return found
+
+
+def different_start(size: int, rank: int) -> Any:
+    """Ranks that begin with other weights and another seed."""
+    case, own = CASES["default"], part(size, rank)
+    model = case.make()
+    if rank:
+        nn.init.ones_(model[0].weight)
+    with attach(model, seed=SEED + rank) as ulr:
+        x, y, _ = case.batch(0)
+        ulr.backward(x[:, own], y[own])
+    return gradients_of(model), [q.detach() for q in model.parameters()]
+
+
+def refused(size: int, rank: int) -> Any:
+    """Batches that do not fit together, or are wrong on one rank; the step after each goes well."""
+    case, found = CASES["default"], []
+    model = case.make()
+    with attach(model, seed=SEED) as ulr:
+        x, y, _ = case.batch(0)
+        for events, targets in ((x[: STEPS - rank], y), (x, y + 100 * rank), (x, y)):
+            found.append(error_of(lambda events=events, targets=targets: ulr.backward(events, targets)))
+    spread = ULR(credit="global", copies=2, noise={"0": WeightNoise()}, memory=CopiesOverRanks())
+    found.append(error_of(lambda: attach(boxed().double(), spread).backward(x, y)))
+    cut = averaging()
+    torch.distributed.fsdp.fully_shard(cut)
+    found.append(error_of(lambda: attach(cut)))
+    return found
+
+
+def spread(size: int, rank: int) -> Any:
+    """Copies over ranks, of noise on all weights: gradients, and what travelled."""
+    noise = {name: WeightNoise() for name in ("0", "2", "5")}
+    estimator = ULR(credit="global", copies=8, noise=noise, memory=CopiesOverRanks() if size > 1 else "auto")
+    model = CASES["weights"].make()
+    optimizer, found = torch.optim.Adam(model.parameters(), 1e-2), []
+    with attach(model, estimator, "mse", seed=SEED) as ulr:
+        for step in range(3):
+            x, y, _ = CASES["weights"].batch(step)
+            optimizer.zero_grad()
+            with talk() as sizes:
+                ulr.backward(x, nn.functional.one_hot(y, CLASSES).double())
+            found.append(gradients_of(model))
+            optimizer.step()
+    return found, ulr.forward_passes, sizes
+
+
+@contextmanager
+def talk() -> Iterator[list[int]]:
+    """The numbers that all-reduces send within the context."""
+    usual, sizes = dist.all_reduce, []
+
+    def counted(tensor: Tensor, *options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return usual(tensor, *options)
+
+    dist.all_reduce = counted
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = usual
+
+
+def traffic(size: int, rank: int) -> Any:
+    """Numbers that the all-reduces of a later step send, and of a step of one rank alone."""
+    case, own = CASES["default"], part(size, rank)
+    model, (x, y, _) = case.make(), case.batch(0)
+    with attach(model, seed=SEED) as ulr:
+        for _ in range(2):
+            with talk() as sizes:
+                ulr.backward(x[:, own], y[own])
+    with ranks.alone(), talk() as none, attach(model, seed=SEED) as ulr:
+        ulr.backward(x[:, own], y[own])
+    return sizes, none, sum(q.numel() for q in model.parameters()), len(list(model.parameters()))
+
+
+def on_one_rank(size: int, rank: int) -> Any:
+    """One rank asks for a plan, a diagnosis and an evaluation, while the other does not."""
+    if rank == 0:
+        model, (x, y, _) = CASES["default"].make(), CASES["default"].batch(0)
+        ulr_snn.plan(model, (x, y))
+        ulr_snn.diagnose(model, (x, y), steps=2, reference_draws=4)
+        ulr_snn.evaluate(model, [(x, y)])
+    return ranks.gathered(rank), ranks.totals([rank, 1.0]), ranks.agree([rank == 1, False])
+
+
+def loaded(size: int, rank: int) -> Any:
+    """Batches of a shared loader, and of a loader that ends early or raises on one rank."""
+    generator = torch.Generator().manual_seed(0)
+    loader = ranks.shared(DataLoader(range(21), batch_size=4, shuffle=True, generator=generator))
+    epochs = [[batch.tolist() for batch in loader] for _ in range(2)]
+    early = list(ranks.together(range(3 + rank)))
+
+    def broken() -> Iterator[int]:
+        yield 0
+        if rank:
+            raise OSError("no such recording")
+        yield 1
+
+    return epochs, len(loader), early, error_of(lambda: list(ranks.together(broken())))
+
+
+def deserted(size: int, rank: int) -> Any:
+    """The last rank leaves in a step."""
+    case, own = CASES["default"], part(size, rank)
+
+    def leaving(outputs: Tensor, targets: Tensor) -> Tensor:
+        if rank == size - 1:
+            os._exit(0)
+        return nn.functional.cross_entropy(outputs.sum(0), targets, reduction="none")
+
+    x, y, _ = case.batch(0)
+    return error_of(lambda: attach(case.make(), loss=leaving, seed=SEED).backward(x[:, own], y[own]))
+
+
+SCENES = {
+    scene.__name__: scene
+    for scene in (
+        *(wrapped, accumulated, normed, not_finite, different_start, refused, spread, traffic, on_one_rank, loaded),
+        deserted,  # the last one
+    )
+}
 
 
 def run(rank: int, size: int, port: int, names: list[str], path: str) -> None:
-    """Runs cases as one rank of several, and saves their outcomes by name; an exception stands for an outcome."""
+    """Runs cases and scenes as one rank of several, and saves each outcome, or the text of an exception."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=30))
-    found: dict[str, Any] = {}
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
     for name in names:
+        scene = SCENES[name] if name in SCENES else partial(outcome, (CASES | LIBRARIES)[name])
         try:
-            found[name] = outcome((CASES | SLOW)[name], size, rank)
+            found = scene(size, rank)
         except Exception:
-            import traceback; traceback.print_exc(); found[name]=None
-    torch.save(found, f"{path}/{rank}.pt")
+            found = traceback.format_exc()
+        torch.save(found, f"{path}/{name}.{rank}")
     dist.destroy_process_group()

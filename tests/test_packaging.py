@@ -118,6 +118,7 @@ ORDER = [
     "memory.whole",
     "memory.chunks",
     "memory.one_step",
+    "memory.over_ranks",
     "estimators.attachment",
     "estimators.ulr",
     "estimators.online",

@@ -78,6 +78,8 @@ class LearnedAttachment(Attachment):
     ) -> Iterator[Estimate]:
         known = self.structure
         with self._ready(), ranks.joint(self.model, gradients=not self.online):
+            if not self._begun:
+                self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
             step = self.prepared(x, targets, loss, lengths)
             self._meet(step.batch)
             share = ranks.share()
@@ -98,10 +100,10 @@ class LearnedAttachment(Attachment):
             yield estimate
 
     def _meet(self, batch: Batch) -> None:
-        """Joins the batches of all ranks, if there are several."""
-        ranks.meet(batch.samples, batch.steps, batch.lengths is not None, self.learner.step)
-        if not self._begun:
-            self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
+        """Joins the batches of all ranks, if there are several. If the model is new to one, all observe it again."""
+        known, padded = self.structure is not None, batch.lengths is not None
+        if not ranks.meet(batch.samples, batch.steps, padded, self.learner.step, known):
+            self.learner.observe_again()
 
     def _warn(self, step: Step) -> None:
         """Gives each warning about the model and the loss once."""

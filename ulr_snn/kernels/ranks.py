@@ -69,10 +69,10 @@ class Share:
 
 
 class _Joint:
-    """A joint step of all ranks. share: None until the ranks have met."""
+    """A joint step of all ranks. share: None until the ranks have met; gradients: they are averaged at the end."""
 
-    def __init__(self, share: Share | None) -> None:
-        self.share = share
+    def __init__(self, share: Share | None, gradients: bool) -> None:
+        self.share, self.gradients = share, gradients
 
 
 _joint: ContextVar[_Joint | None] = ContextVar("joint", default=None)
@@ -131,11 +131,9 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RankError(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} lost the others: one has stopped, see its error, or gave "
-            f"no answer in time ({reason})"
-        ) from error
+        own, world = dist.get_rank(), dist.get_world_size()
+        words = f"rank {own} of {world} lost the others: one has stopped or does not answer; see its own error"
+        raise RankError(words) from error
 
 
 def _device() -> torch.device:
@@ -290,8 +288,8 @@ def unwrapped(model: Any) -> Any:
 @torch.no_grad()
 def same_start(model: nn.Module, seed: int) -> int:
     """Gives all ranks the parameters and buffers of rank 0, as DistributedDataParallel does, and returns the seed of
-    rank 0. Outside of a joint step it does nothing."""
-    if share() is None:
+    rank 0. Outside of `joint` it does nothing."""
+    if _joint.get() is None:
         return seed
     tensors = [x for x in (*model.parameters(), *model.buffers()) if not x.is_meta]
     for kind in dict.fromkeys((x.dtype, x.device) for x in tensors):
@@ -324,7 +322,7 @@ def joint(model: nn.Module, met: Share | None = None, gradients: bool = True) ->
     if count() == 1:
         yield
         return
-    running = _Joint(met)
+    running = _Joint(met, gradients)
     token = _joint.set(running)
     parameters = [q for q in model.parameters() if q.requires_grad] if gradients else []
     before = [q.grad for q in parameters]
@@ -332,7 +330,7 @@ def joint(model: nn.Module, met: Share | None = None, gradients: bool = True) ->
         q.grad = None
     try:
         yield
-        if gradients:
+        if running.gradients:
             _average_gradients(parameters, _running_statistics(model))
         for q, old in zip(parameters, before, strict=True):
             if old is not None:
@@ -342,7 +340,7 @@ def joint(model: nn.Module, met: Share | None = None, gradients: bool = True) ->
             q.grad = old
         if running.share is None and isinstance(error, Exception) and not isinstance(error, RankError):
             with suppress(RankError):
-                _exchanged(False, 0, 0, False, 0)
+                _exchanged([False, 0, 0, False, 0, False])
         raise
     finally:
         _joint.reset(token)
@@ -370,25 +368,26 @@ def _average_gradients(parameters: list[nn.Parameter], statistics: list[Tensor])
         buffer.copy_(value)
 
 
-def _exchanged(well: bool, samples: int, steps: int, padded: bool, step: int) -> list[list[int]]:
-    """Returns what every rank tells at the beginning of a step."""
-    own = torch.tensor([well, samples, steps, padded, step], dtype=torch.int64, device=_device())
+def _exchanged(numbers: list[int]) -> list[list[int]]:
+    """Returns the numbers of every rank: no error so far, and the arguments of `meet`."""
+    own = torch.tensor(numbers, dtype=torch.int64, device=_device())
     found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     with _talking():
         dist.all_gather(found, own)
     return torch.stack(found).tolist()
 
 
-def meet(samples: int, steps: int, padded: bool, step: int) -> None:
-    """Exchanges the sizes of the ranks' shares. Outside of `joint` it does nothing.
+def meet(samples: int, steps: int, padded: bool, step: int, known: bool = True) -> bool:
+    """Exchanges the sizes of the ranks' shares. Outside of `joint` it does nothing. Returns whether all ranks `know`.
 
-    samples, steps: size of the own batch; padded: it has lengths; step: number of steps so far. Raises UsageError if
-    the ranks' batches do not fit together, and RankError if a rank has none because of an error.
+    samples, steps: size of the own batch; padded: it has lengths; step: number of steps so far; known: the model has
+    been observed. Raises UsageError if the ranks' batches do not fit together, and RankError if a rank has none because
+    of an error.
     """
     running = _joint.get()
     if running is None:
-        return
-    rows = _exchanged(True, samples, steps, padded, step)
+        return known
+    rows = _exchanged([True, samples, steps, padded, step, known])
     sizes, own = tuple(row[1] for row in rows), rank()
     running.share = Share(own, sizes, sum(sizes[:own]), any(row[3] for row in rows))
     failed = [number for number, row in enumerate(rows) if not row[0]]
@@ -396,6 +395,7 @@ def meet(samples: int, steps: int, padded: bool, step: int) -> None:
         raise RankError(f"rank {failed[0]} of {len(rows)} stopped at an error before the step, see its own message")
     check_alike([row[2] for row in rows], "got batches of {} and {} time steps; pad them to one length, with lengths")
     check_alike([row[4] for row in rows], "have made {} and {} steps; load the same state on all ranks")
+    return all(row[5] for row in rows)
 
 
 def check_alike(numbers: Sequence[int], words: str) -> None:
@@ -419,6 +419,28 @@ def of_first(samples: int) -> Iterator[None]:
         yield
     finally:
         running.share = whole
+
+
+@contextmanager
+def one_batch() -> Iterator[tuple[int, int]]:
+    """Within this context, all ranks work on the same batch, whose gradient each makes by itself. Yields the rank and
+    the number of ranks. Raises UsageError if the ranks' batches have other sizes."""
+    running = _joint.get()
+    if running is None or running.share is None:
+        yield 0, 1
+        return
+    whole = running.share
+    check_alike(whole.sizes, "got {} and {} samples; give all ranks the same batch")
+    running.share, running.gradients = None, False
+    try:
+        yield whole.rank, len(whole.sizes)
+    finally:
+        running.share = whole
+
+
+def put_together(values: Tensor) -> Tensor:
+    """Returns the sum of values of which each is zero on all ranks but one. All ranks must call it."""
+    return values if count() == 1 else _all_reduced([values], dist.ReduceOp.SUM)[0]
 
 
 # -- indices of samples ------------------------------------------------------------------------------------

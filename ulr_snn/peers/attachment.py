@@ -46,10 +46,10 @@ class PeerAttachment(Attachment):
     def begun(self, x: Any, targets: Any, loss: LossSpec | None, lengths: Tensor | None) -> tuple[BoundModel, Batch]:
         """Returns the bound model, and the batch of this step as the model sees it."""
         objective = resolve(loss if loss is not None else self.loss)
-        bound, batch = self.binder.bound(Batch.of(self.model, x, targets, lengths, objective, self.interface))
-        ranks.meet(batch.samples, batch.steps, batch.lengths is not None, self.step)
         if not self._begun:
             self.seed, self._begun = ranks.same_start(self.model, self.seed), True
+        bound, batch = self.binder.bound(Batch.of(self.model, x, targets, lengths, objective, self.interface))
+        ranks.meet(batch.samples, batch.steps, batch.lengths is not None, self.step)
         return bound, batch
 
     def counted(self, losses: Tensor, passes: int) -> None:
