@@ -1,5 +1,6 @@
 """Cases of training on shares of joined batches, which `test_ranks.py` runs in two processes and in one."""
 
+import importlib
 import os
 import traceback
 import warnings
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ulr_snn
-from tests.helpers import nets
+from benchmarks.missing_operators import declare_operators
+from tests.helpers import errors, nets
 from ulr_snn import (
     LIF,
     ULR,
@@ -153,7 +155,7 @@ CASES = {
     "currents": Case(boxed, ULR(credit=Feedback(refresh=2, limits=LIMITS), noise={"1": CurrentNoise()}), lengths=True),
     "weights": Case(boxed, ULR(credit="global", copies=4, noise={"2": WeightNoise()})),
     "weights by sample": Case(averaging, ULR(noise={"2": WeightNoise(per_sample=True)})),
-    "least variance": Case(averaging, ULR(noise={"outputs": None}), "zero_one"),
+    "least variance": Case(spiking, ULR(credit="auto", noise={"outputs": None}), errors),
     "output noise": Case(averaging, ULR(noise={"outputs": OutputNoise()}), "zero_one"),
     "flips": Case(spiking, ULR(), "latency"),
     "weighted loss": Case(averaging, ULR(), WEIGHTED),
@@ -301,12 +303,12 @@ def different_start(size: int, rank: int) -> Any:
 
 
 def refused(size: int, rank: int) -> Any:
-    """Batches that do not fit together, or are wrong on one rank; the step after each goes well."""
+    """Batches that do not fit together, or are wrong on one rank; the step after them goes well."""
     case, found = CASES["default"], []
     model = case.make()
     with attach(model, seed=SEED) as ulr:
         x, y, _ = case.batch(0)
-        for events, targets in ((x[: STEPS - rank], y), (x, y + 100 * rank), (x, y)):
+        for events, targets in ((x[: STEPS - rank], y), (x / (1 - rank), y), (x, y)):
             found.append(error_of(lambda events=events, targets=targets: ulr.backward(events, targets)))
     spread = ULR(credit="global", copies=2, noise={"0": WeightNoise()}, memory=CopiesOverRanks())
     found.append(error_of(lambda: attach(boxed().double(), spread).backward(x, y)))
@@ -367,7 +369,7 @@ def on_one_rank(size: int, rank: int) -> Any:
     if rank == 0:
         model, (x, y, _) = CASES["default"].make(), CASES["default"].batch(0)
         ulr_snn.plan(model, (x, y))
-        ulr_snn.diagnose(model, (x, y), steps=2, reference_draws=4)
+        ulr_snn.diagnose(model, (x, y), {"ulr": ULR()}, draws=4, reference_draws=4, warm_up=1)
         ulr_snn.evaluate(model, [(x, y)])
     return ranks.gathered(rank), ranks.totals([rank, 1.0]), ranks.agree([rank == 1, False])
 
@@ -401,6 +403,72 @@ def deserted(size: int, rank: int) -> Any:
     return error_of(lambda: attach(case.make(), loss=leaving, seed=SEED).backward(x[:, own], y[own]))
 
 
+def task() -> tuple[Tensor, Tensor]:
+    """Three joined batches of 8 samples, with the batch first."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * (torch.rand(24, STEPS, PIXELS, generator=generator) < 0.5).double()
+    return x, torch.randint(CLASSES, (24,), generator=generator)
+
+
+def loop(model: nn.Module, loader: Any, optimizer: Any) -> list[Tensor]:
+    """Trains by a loop of one's own, and returns the parameters."""
+    with attach(model, seed=SEED, total_steps=3, time_first=False) as ulr:
+        for x, y in loader:
+            optimizer.zero_grad()
+            ulr.backward(x, y)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    return [q.detach() for q in model.parameters()]
+
+
+def accelerated(size: int, rank: int) -> Any:
+    """Accelerate's model, optimizer and loader. Ranks take turns at the loader's batches."""
+    declare_operators("accelerate")
+    model = CASES["default"].make()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    loader = DataLoader(TensorDataset(*task()), batch_size=8 // size)
+    if size > 1:
+        accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    return loop(model, loader, optimizer)
+
+
+def lightning(size: int, rank: int) -> Any:
+    """Lightning's strategy "ddp" with manual optimisation. The sampler gives every rank every second sample."""
+    declare_operators("lightning")
+    model, (x, y) = CASES["default"].make(), task()
+    if size == 1:
+        order = torch.arange(24).view(3, 4, 2).transpose(1, 2).flatten()
+        loader = DataLoader(TensorDataset(x[order], y[order]), batch_size=8)
+        return loop(model, loader, torch.optim.Adam(model.parameters(), 1e-2))
+    library = importlib.import_module("lightning")
+
+    class Module(library.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = model, False
+
+        def on_fit_start(self) -> None:
+            self.ulr = attach(self.net, seed=SEED, total_steps=3, time_first=False)
+
+        def training_step(self, batch: Any, _: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.ulr.backward(*batch)
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), 1e-2)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    options = {"accelerator": "cpu", "devices": size, "strategy": "ddp", "enable_progress_bar": False, **quiet}
+    trainer = library.Trainer(max_epochs=1, use_distributed_sampler=False, **options)
+    data = TensorDataset(x, y)
+    trainer.fit(Module(), DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False)))
+    return [q.detach() for q in model.parameters()]
+
+
 SCENES = {
     scene.__name__: scene
     for scene in (
@@ -408,19 +476,24 @@ SCENES = {
         deserted,  # the last one
     )
 }
+LOOPS = {"accelerated": accelerated, "lightning": lightning}
 
 
 def run(rank: int, size: int, port: int, names: list[str], path: str) -> None:
     """Runs cases and scenes as one rank of several, and saves each outcome, or the text of an exception."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
     for name in names:
-        scene = SCENES[name] if name in SCENES else partial(outcome, (CASES | LIBRARIES)[name])
+        scenes = SCENES | LOOPS
+        scene = scenes[name] if name in scenes else partial(outcome, (CASES | LIBRARIES)[name])
         try:
             found = scene(size, rank)
         except Exception:
             found = traceback.format_exc()
         torch.save(found, f"{path}/{name}.{rank}")
+        if isinstance(found, str) and found.startswith("Traceback"):
+            os._exit(0)  # the ranks are no longer in step
     dist.destroy_process_group()

@@ -103,7 +103,8 @@ class Learner:
 
     def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
         """Measures step sizes and the noise of layers that began at rest. whole: the pass is over all time steps."""
-        if not ranks.everywhere(bool(torch.isfinite(p.loss).all()))[0]:
+        first = self.step_sizes is not None and self.step_sizes.summed is None
+        if not (first or self.measures) or not ranks.everywhere(bool(torch.isfinite(p.loss).all()))[0]:
             return
         if self.step_sizes is not None:
             self.step_sizes.measure(model, p, self.step, whole)

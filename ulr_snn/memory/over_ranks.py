@@ -62,8 +62,8 @@ class CopiesOverRanks:
         others = [name for name, q in step.parameters.items() if q.requires_grad]
         if weights is None or others or not step.structure.credit.by_losses or sampling.adaptive or sampling.by_layer:
             raise UsageError(
-                "CopiesOverRanks is for credit 'global' with WeightNoise on all trainable parameters and a fixed number of "
-                f"copies{', but another noise trains ' + others[0] if others else ''}"
+                "CopiesOverRanks is for credit 'global' with WeightNoise on all trainable parameters and a number of "
+                f"copies{', but another noise trains ' if others else ''}{''.join(others[:1])}"
             )
         if step.copies() < size * sampling.group:
             raise UsageError(
