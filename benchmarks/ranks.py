@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks.nets import CASES
 from benchmarks.speed import HERE, about, batches_of, likelihood_ratio, write
@@ -84,7 +84,7 @@ def measured(name: str, size: int, threads: int, rounds: int) -> tuple[list[floa
         port = probe.getsockname()[1]
         probe.close()
         path = f"{folder}/found"
-        multiprocessing.spawn(measure, (size, threads, name, rounds, port, path), nprocs=size)
+        spawn(measure, (size, threads, name, rounds, port, path), nprocs=size)
         return json.loads(Path(path).read_text())
 
 
