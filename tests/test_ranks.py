@@ -19,6 +19,7 @@ from tests.helpers import beside_torchvision, library_of
 from ulr_snn import UsageError, attach
 from ulr_snn.estimators.base import Attachment
 from ulr_snn.kernels import ranks
+from ulr_snn.runs import order
 
 FAST = [
     *("default", "single precision", "convolutional", "learned maps", "from outputs", "residual", "adaptive"),
@@ -227,17 +228,15 @@ def test_one_process_talks_to_nobody() -> None:
     assert ranks.agree([True, False]) == [True, False] and ranks.gathered("x") == ["x"]
 
 
-def test_samplers_learn_the_epoch() -> None:
+def test_shares_tell_their_sampler_the_epoch_and_show_its_generator() -> None:
     sampler = DistributedSampler(range(8), num_replicas=2, rank=0)
-    plain, shares = (
-        DataLoader(range(8), 2, sampler=sampler),
-        ranks.Shares(DataLoader(range(8), 2, sampler=sampler).batch_sampler),
-    )
-    ranks.set_epoch(plain, 3)
-    assert sampler.epoch == 3
-    ranks.set_epoch(DataLoader(range(8), batch_sampler=shares), 4)
+    shares = ranks.Shares(DataLoader(range(8), 2, sampler=sampler).batch_sampler)
+    order.set_epoch(DataLoader(range(8), batch_sampler=shares), 5)
     assert sampler.epoch == 4
-    ranks.set_epoch([1, 2], 5)  # a list has no samplers
+    generator = torch.Generator()
+    shuffled = DataLoader(range(8), 2, shuffle=True, generator=generator)
+    held = order.held(DataLoader(range(8), batch_sampler=ranks.Shares(shuffled.batch_sampler)))
+    assert list(held.values()) == [generator]  # a checkpoint has it
 
 
 def test_models_on_several_devices_are_refused() -> None:

@@ -81,7 +81,7 @@ class LearnedAttachment(Attachment):
             if not self._begun:
                 self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
             step = self.prepared(x, targets, loss, lengths)
-            self._meet(step.batch)
+            self._meet(step)
             share = ranks.share()
             estimates = self.memory.estimates(step)
         self.forward_passes = self.learner.forward_passes
@@ -99,10 +99,11 @@ class LearnedAttachment(Attachment):
                 return
             yield estimate
 
-    def _meet(self, batch: Batch) -> None:
+    def _meet(self, step: Step) -> None:
         """Joins the batches of all ranks, if there are several. If the model is new to one, all observe it again."""
+        batch, layers = step.batch, [name for name, _ in step.bound.layers]
         known, padded = self.structure is not None, batch.lengths is not None
-        if not ranks.meet(batch.samples, batch.steps, padded, self.learner.step, known):
+        if not ranks.meet(batch.samples, batch.steps, padded, self.learner.step, known, layers):
             self.learner.observe_again()
 
     def _warn(self, step: Step) -> None:

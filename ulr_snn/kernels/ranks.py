@@ -13,6 +13,7 @@ ranks get the same bits, so that what they decide and learn stays equal. Without
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from ulr_snn.errors import UsageError
 
@@ -189,7 +190,7 @@ def barrier() -> None:
 # -- data --------------------------------------------------------------------------------------------------
 
 
-class Shares:
+class Shares(Sampler[list[Any]]):
     """A batch sampler that gives each rank its own share of every batch of another batch sampler, in order.
 
     All ranks draw the same batches from it, so its order must follow a generator with the same seed on all ranks. A
@@ -213,7 +214,9 @@ class Shares:
         return whole - (0 < len(sampler) % size < count())
 
     def set_epoch(self, epoch: int) -> None:
-        set_epoch(self.batches, epoch)
+        for sampler in (self.batches, getattr(self.batches, "sampler", None)):
+            if callable(told := getattr(sampler, "set_epoch", None)):
+                told(epoch)
 
 
 OPTIONS = (
@@ -231,15 +234,6 @@ def shared(loader: DataLoader[Any]) -> DataLoader[Any]:
         raise UsageError("the loader makes no batches of samples, so that it has none to share; give each rank its own")
     options = {name: getattr(loader, name) for name in OPTIONS}
     return DataLoader(loader.dataset, batch_sampler=Shares(loader.batch_sampler), **options)
-
-
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tells the loader's samplers that have `set_epoch`, such as DistributedSampler, the number of the epoch."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
-    for holder in {id(holder): holder for holder in holders}.values():
-        if callable(told := getattr(holder, "set_epoch", None)):
-            told(epoch)
 
 
 def together(batches: Iterable[Item]) -> Iterator[Item]:
@@ -340,7 +334,7 @@ def joint(model: nn.Module, met: Share | None = None, gradients: bool = True) ->
             q.grad = old
         if running.share is None and isinstance(error, Exception) and not isinstance(error, RankError):
             with suppress(RankError):
-                _exchanged([False, 0, 0, False, 0, False])
+                _exchanged([False, 0, 0, False, 0, False, 0])
         raise
     finally:
         _joint.reset(token)
@@ -377,17 +371,17 @@ def _exchanged(numbers: list[int]) -> list[list[int]]:
     return torch.stack(found).tolist()
 
 
-def meet(samples: int, steps: int, padded: bool, step: int, known: bool = True) -> bool:
+def meet(samples: int, steps: int, padded: bool, step: int, known: bool = True, layers: Iterable[str] = ()) -> bool:
     """Exchanges the sizes of the ranks' shares. Outside of `joint` it does nothing. Returns whether all ranks `know`.
 
     samples, steps: size of the own batch; padded: it has lengths; step: number of steps so far; known: the model has
-    been observed. Raises UsageError if the ranks' batches do not fit together, and RankError if a rank has none because
-    of an error.
+    been observed; layers: names of the layers that get noise. Raises UsageError if the ranks' batches or layers do not
+    fit together, and RankError if a rank has no batch because of an error.
     """
     running = _joint.get()
     if running is None:
         return known
-    rows = _exchanged([True, samples, steps, padded, step, known])
+    rows = _exchanged([True, samples, steps, padded, step, known, zlib.crc32(" ".join(layers).encode())])
     sizes, own = tuple(row[1] for row in rows), rank()
     running.share = Share(own, sizes, sum(sizes[:own]), any(row[3] for row in rows))
     failed = [number for number, row in enumerate(rows) if not row[0]]
@@ -395,6 +389,7 @@ def meet(samples: int, steps: int, padded: bool, step: int, known: bool = True) 
         raise RankError(f"rank {failed[0]} of {len(rows)} stopped at an error before the step, see its own message")
     check_alike([row[2] for row in rows], "got batches of {} and {} time steps; pad them to one length, with lengths")
     check_alike([row[4] for row in rows], "have made {} and {} steps; load the same state on all ranks")
+    check_alike([row[6] for row in rows], "find other layers that need noise in the model; name them by noise=")
     return all(row[5] for row in rows)
 
 
