@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -15,6 +15,7 @@ from ulr_snn.errors.arguments import Draws, Fraction, Natural, Whole, checked
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR, or_default
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import Model, mode_of
@@ -185,7 +186,10 @@ def measured(
     model = copy.deepcopy(model)
     x, targets, lengths = read(batch, model)
     found = Moments()
-    with mode_of(model, training=True), estimator.attach(model, loss, seed, interface, progress=progress) as attached:
+    with ExitStack() as stack:
+        stack.enter_context(ranks.alone())  # one rank may ask
+        stack.enter_context(mode_of(model, training=True))
+        attached = stack.enter_context(estimator.attach(model, loss, seed, interface, progress=progress))
         for step in range(warm_up + steps):
             model.zero_grad()
             if step == warm_up:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ulr_snn.kernels import ranks
+
 
 def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | None) -> Tensor:
     """Returns baselines [copies, B, ...] for losses [K, B, ...], independent of the copies' own draws. The baseline is
@@ -19,7 +21,8 @@ def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | Non
 
 def moving(mean: Tensor | None, losses: Tensor) -> Tensor:
     """Returns the exponential moving average of the losses after one more step."""
-    return losses.mean() if mean is None else mean.lerp(losses.mean(), 0.05)
+    now = ranks.mean(losses)
+    return now if mean is None else mean.lerp(now, 0.05)
 
 
 def to_go(losses: Tensor) -> Tensor:

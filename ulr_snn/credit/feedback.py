@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.response import learned
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import widened
 
 RIDGE = 1e-3  # ridge, as a share of the mean eigenvalue
@@ -162,11 +163,11 @@ class LearnedFeedback:
         white = [(zs / powers[site].sqrt()[:, None, None]).transpose(0, 1).flatten(1) for site, zs in z.items()]
         stable = 0.5 / largest_eigenvalue(white)
         for site, zs in z.items():
-            functions, samples, neurons = zs.shape
+            functions, samples, neurons = len(zs), ranks.joined(zs.shape[1]), zs.shape[2]
             if site not in self.outputs:
                 self.outputs[site] = zs.new_zeros(self.functions, neurons, unexplained.shape[1])
             step = min(stable, self.rate * samples / (neurons * functions))
-            moved = torch.einsum("rbn,bo->rno", zs, unexplained) / samples
+            moved = ranks.sums(torch.einsum("rbn,bo->rno", zs, unexplained))[0] / samples
             self.outputs[site] += step * moved / powers[site][:, None, None]
 
     def refresh_layer(self, paths: dict[str, Path], spikes: dict[str, Tensor], change: Tensor) -> tuple[float, float]:
@@ -193,7 +194,9 @@ class LearnedFeedback:
             if i < len(paths):
                 left -= path.forward(move, spikes[name])
         after = total_square(last - length * effect)
-        stale, varied, after, all_of_last = torch.stack([stale, varied, after, all_of_last]).tolist()
+        # The same numbers on all ranks, because they decide when the next regression is due.
+        found = ranks.averaged([torch.stack([stale, varied, after, all_of_last])])[0]
+        stale, varied, after, all_of_last = found.tolist()
         if not math.isfinite(stale + varied + after + all_of_last):
             return 1.0, 0.0
         return stale / varied if varied > 0 else 1.0, after / all_of_last if all_of_last > 0 else 0.0
@@ -226,7 +229,7 @@ def edge(site: str, target: str) -> str:
 
 def mean_square(z: Tensor) -> Tensor:
     """Returns v [R] of z [R, B, N]; 1 where the copies drew the same, so that nothing is learned there."""
-    power = z.square().mean((1, 2))
+    (power,) = ranks.averaged([z.square().mean((1, 2))])
     return torch.where(power > 0, power, 1.0)
 
 
@@ -278,14 +281,21 @@ def largest_eigenvalue(blocks: list[Tensor], iterations: int = 6) -> float:
     eigenvalue is about D / S; in small layers it shows how correlated the innovations are. The method is power
     iteration from the row sums.
     """
-    samples = len(blocks[0])
+    samples = ranks.joined(len(blocks[0]))
+
+    def norm(row: Tensor) -> Tensor:
+        return ranks.sums(row.square().sum())[0].sqrt()
+
     row = torch.stack([block.sum(1) for block in blocks]).sum(0)
-    row = row + row.abs().mean() + 1.0  # not zero, and not orthogonal to all features
+    row = row + ranks.mean(row.abs()) + 1.0  # not zero, and not orthogonal to all features
+    size = norm(row)
     value = 0.0
     for _ in range(iterations):
-        row = row / row.norm()
-        row = torch.stack([block @ (block.T @ row) for block in blocks]).sum(0) / samples
-        value = row.norm().item()
+        row = row / size
+        features = ranks.sums(*[block.T @ row for block in blocks])
+        row = torch.stack([block @ each for block, each in zip(blocks, features, strict=True)]).sum(0) / samples
+        size = norm(row)
+        value = size.item()
         if value == 0.0:  # no copies differ: any step is stable and has no effect
             return 1.0
     return value

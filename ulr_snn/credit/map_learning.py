@@ -10,6 +10,7 @@ from torch import Tensor
 from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, RegressionSchedule, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.structure import Structure
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.neurons import shaped
 
@@ -121,12 +122,16 @@ def affordable_rows(path: Path, large: bool, limits: FeedbackLimits) -> int:
 
 def contrast(passes: list[Tensor], batch: int | None, valid: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
     """Returns differences of all passes [T, rows, ...] at rows (t, b): half-differences of the copies of pairs, with
-    `batch` samples per copy, or deviations of samples from their mean if batch is None."""
+    `batch` samples per copy, or deviations of samples from their mean if batch is None. rows: rows of the ranks' joined
+    batch; the other arguments are this rank's."""
+    mine, places = ranks.own(rows[1])
+    times = rows[0][mine]
     if batch is not None:
-        return half_differences(passes, batch, 1)[rows]
+        return ranks.filled(half_differences(passes, batch, 1)[times, places], mine)
     sequence = joined(passes)
     mean = means(sequence, valid)
-    return sequence[rows] - (mean[rows[0], 0] if len(mean) == len(sequence) else mean[0, rows[1]])
+    found = sequence[times, places] - (mean[times, 0] if len(mean) == len(sequence) else mean[0, places])
+    return ranks.filled(found, mine)
 
 
 def joined(passes: list[Tensor]) -> Tensor:
@@ -150,8 +155,9 @@ def deviations(rows: Tensor, valid: Tensor) -> Tensor:
 
 def means(rows: Tensor, valid: Tensor) -> Tensor:
     """Returns the mean over valid [T, B] rows of [T, B, ...]: [T, 1, ...], or over time [1, 1, ...] if B is 1."""
-    dim = 1 if rows.shape[1] > 1 else 0
-    if valid.all():
+    dim = 1 if ranks.joined(rows.shape[1]) > 1 else 0
+    if ranks.share() is None and valid.all():
         return rows.mean(dim, keepdim=True)
     weight = shaped(valid.to(rows.dtype), rows)
-    return (rows * weight).sum(dim, keepdim=True) / weight.sum(dim, keepdim=True).clamp(min=1)
+    total, count = ranks.sums((rows * weight).sum(dim, keepdim=True), weight.sum(dim, keepdim=True))
+    return total / count.clamp(min=1)

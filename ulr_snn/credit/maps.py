@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.dispatch import turned
 from ulr_snn.kernels.pool import blocks, by_blocks, fits
 
@@ -188,7 +189,7 @@ def _seen(x: Tensor, spikes: Tensor, place: list[int]) -> list[tuple[int, int]]:
     (gradient,) = torch.autograd.grad(x, spikes, probe, retain_graph=True, allow_unused=True)
     if gradient is None:  # the spikes are of another time step
         gradient = torch.zeros_like(spikes)
-    strength = gradient.abs().flatten(0, -len(place) - 1).amax(0)
+    strength = ranks.greatest(gradient.abs().flatten(0, -len(place) - 1).amax(0))
     seen = (strength > 1e-2 * strength.max()).nonzero()
     if not len(seen):
         return [(0, width - 1) for width in strength.shape]

@@ -13,6 +13,7 @@ from ulr_snn.credit.map_learning import MapLearning, contrast, deviations, half_
 from ulr_snn.credit.recurrence import Recurrence, StepRecurrence, recurrence_of
 from ulr_snn.credit.response import Response
 from ulr_snn.credit.structure import Structure
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.passes import Pass
 from ulr_snn.sites.records import CurrentRecord, Record
@@ -89,7 +90,7 @@ class Prediction:
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
         valid = joined([p.records[0].valid_steps() for p in passes])  # [T, rows]
         batch = passes[0].loss.shape[1]
-        for regression in self.maps.regressions(list(sites), valid, batch, step):
+        for regression in self.maps.regressions(list(sites), ranks.all_rows(valid), ranks.joined(batch), step):
             records, size = sites[regression.target], len(valid) - regression.before
             currents = [r.fed_back if regression.before else r.current for r in records]
             current = [c[regression.before :] for c in currents if c is not None]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulr_snn.kernels import ranks
 from ulr_snn.model.neurons import shaped
 from ulr_snn.sites.records import CurrentRecord
 
@@ -54,9 +55,10 @@ def learned(kernel: Tensor | None, passes: int, spikes: Tensor, z: Tensor, valid
     zero on padding; valid: [T, B]; passes: number of earlier passes."""
     steps = len(z)
     own = shaped(valid.to(z.dtype), z)
-    now = z.new_zeros(LAGS, *z.shape[2:])
+    now, counts = z.new_zeros(LAGS, *z.shape[2:]), z.new_ones(LAGS)
     for k in range(min(LAGS, steps)):
         pairs = own[k:] * z[: steps - k]
-        count = valid[k:].sum().clamp(min=1)
-        now[k] = (spikes[k:] * pairs).sum((0, 1)) / count
+        now[k], counts[k] = (spikes[k:] * pairs).sum((0, 1)), valid[k:].sum()
+    now, counts = ranks.sums(now, counts)
+    now /= counts.clamp(min=1).view(-1, *[1] * (now.ndim - 1))
     return now if kernel is None else torch.lerp(kernel, now, max(1 / (passes + 1), 1 / WINDOW))

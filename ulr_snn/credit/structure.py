@@ -12,6 +12,7 @@ from ulr_snn.credit.feedback import time_basis
 from ulr_snn.credit.kinds import Auto, CreditKind, Learned
 from ulr_snn.credit.maps import Full, Path, window
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.evaluation import LossTreatment
 from ulr_snn.losses.named import NamedLoss, Objective
 from ulr_snn.model.graph import leaves, passes_through
@@ -165,7 +166,8 @@ def output_functions(p: Pass, credit: CreditKind) -> int | None:
     error = p.error
     if error is None or not isinstance(credit, Learned):
         return 1
-    varies = bool((error - error[:1]).abs().max() > 1e-6 * error.abs().max())
+    change, size = ranks.greatest(torch.stack([(error - error[:1]).abs().max(), error.abs().max()]))
+    varies = bool(change > 1e-6 * size)
     return credit.time_functions if varies else 1
 
 
@@ -193,7 +195,7 @@ def flippable(objective: Objective, p: Pass) -> frozenset[int]:
     outputs = p.outputs
     if outputs.ndim != 3 or not outputs.requires_grad or outputs.shape[0] * outputs.shape[2] > FLIPS:
         return frozenset()  # without a graph, outputs are no spikes but what a simulator made of them
-    if bool(((outputs != 0) & (outputs != 1)).any()):
+    if ranks.anywhere(bool(((outputs != 0) & (outputs != 1)).any()))[0]:
         return frozenset()
     return frozenset(i for i, (_, loss) in enumerate(objective.losses) if isinstance(loss, NamedLoss) or loss.reads_one)
 

@@ -14,6 +14,7 @@ from ulr_snn.estimators.base import Attachment, Estimate, in_sum
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.learner import Learner
 from ulr_snn.estimators.observe import warnings_of
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.pool import Pool
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.memory.step import Memory, Step
@@ -30,6 +31,8 @@ class LearnedAttachment(Attachment):
 
     learner: state that steps change; memory: what a step keeps; binder: binds the model.
     """
+
+    over_ranks = True
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class LearnedAttachment(Attachment):
         self._bound: BoundModel | None = None
         self._loss: LossSpec | None = None  # of the last step
         self._warned: set[str] = set()
+        self._begun = False  # the ranks of a distributed run have one model and one seed
 
     @property
     def bound(self) -> BoundModel | None:
@@ -73,23 +77,34 @@ class LearnedAttachment(Attachment):
         self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None
     ) -> Iterator[Estimate]:
         known = self.structure
-        with self._ready():
+        with self._ready(), ranks.joint(self.model, gradients=not self.online):
+            if not self._begun:
+                self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
             step = self.prepared(x, targets, loss, lengths)
+            self._meet(step)
+            share = ranks.share()
             estimates = self.memory.estimates(step)
         self.forward_passes = self.learner.forward_passes
         if self.structure is not known:
             self._warn(step)
-        return self._each(estimates) if self.online else iter(estimates)
+        return self._each(estimates, share) if self.online else iter(estimates)
 
-    def _each(self, estimates: Iterable[Estimate]) -> Iterator[Estimate]:
+    def _each(self, estimates: Iterable[Estimate], share: ranks.Share | None) -> Iterator[Estimate]:
         """Yields estimates that are made one by one, between updates of the caller."""
         going = iter(estimates)
         while True:
-            with self._ready():
+            with self._ready(), ranks.joint(self.model, share):
                 estimate = next(going, None)
             if estimate is None:
                 return
             yield estimate
+
+    def _meet(self, step: Step) -> None:
+        """Joins the batches of all ranks, if there are several. If the model is new to one, all observe it again."""
+        batch, layers = step.batch, [name for name, _ in step.bound.layers]
+        known, padded = self.structure is not None, batch.lengths is not None
+        if not ranks.meet(batch.samples, batch.steps, padded, self.learner.step, known, layers):
+            self.learner.observe_again()
 
     def _warn(self, step: Step) -> None:
         """Gives each warning about the model and the loss once."""
@@ -141,6 +156,7 @@ class LearnedAttachment(Attachment):
             self.learner.chosen = self.structure.weights  # the choice of weight noise stays
         self.learner.observe_again()
         self.pool.clear()
+        super().close()
 
     @contextmanager
     def _ready(self) -> Iterator[None]:

@@ -6,7 +6,10 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.interface import Interface
@@ -44,17 +47,26 @@ class Estimate:
 class Attachment:
     """An estimator that is attached to a model and adds gradients to `.grad`; the base of all attachments.
 
-    online: `steps` gives an estimate for every time step, each meant for an update;
+    online: `steps` gives an estimate for every time step, each meant for an update; over_ranks: `.grad` is the gradient
+    of the joined batch of all ranks of torch.distributed;
     on_nonfinite: what a loss or gradient that is not finite does to a training, as in `ULR`;
     forward_passes: number of forward passes of a sample so far.
+    Raises UsageError under torch.distributed without `over_ranks`.
     """
 
     online = False
+    over_ranks = False
     on_nonfinite = "stop"
 
     def __init__(self, model: nn.Module, loss: LossSpec, interface: Interface) -> None:
+        if ranks.count() > 1 and not self.over_ranks:
+            raise UsageError(
+                f"{type(self).__name__} does not average its gradients over the {ranks.count()} ranks of this run; use "
+                "one process, or set over_ranks = True in a class that does"
+            )
         self.model, self.loss, self.interface = model, loss, Interface.of(interface)
         self.forward_passes = 0
+        self.wrapper: DistributedDataParallel | None = None  # of the model
 
     def __enter__(self) -> Self:
         return self
@@ -89,8 +101,15 @@ class Attachment:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.forward_passes = state["forward_passes"]
 
+    def averages_for(self, wrapper: nn.Module) -> None:
+        """Keeps a DistributedDataParallel from averaging gradients by itself, until `close`."""
+        if isinstance(wrapper, DistributedDataParallel):
+            self.wrapper, wrapper.require_backward_grad_sync = wrapper, False
+
     def close(self) -> None:
         """Frees the memory kept between steps."""
+        if self.wrapper is not None:
+            self.wrapper.require_backward_grad_sync = True
 
 
 def in_sum(estimates: list[Estimate]) -> Estimate:

@@ -16,6 +16,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.observe import observed
 from ulr_snn.estimators.step_sizes import StepSizes
+from ulr_snn.kernels import ranks
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.forward import Forward
 from ulr_snn.model.neurons import spread_without_padding
@@ -102,7 +103,8 @@ class Learner:
 
     def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
         """Measures step sizes and the noise of layers that began at rest. whole: the pass is over all time steps."""
-        if not torch.isfinite(p.loss).all():
+        first = self.step_sizes is not None and self.step_sizes.summed is None
+        if not (first or self.measures) or not ranks.everywhere(bool(torch.isfinite(p.loss).all()))[0]:
             return
         if self.step_sizes is not None:
             self.step_sizes.measure(model, p, self.step, whole)

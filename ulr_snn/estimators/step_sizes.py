@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.model.passes import Pass
 
@@ -122,7 +123,7 @@ def times_summed(evaluation: LossEvaluation) -> float:
     found = [1.0]
     for i, (error, weight) in enumerate(zip(evaluation.errors, evaluation.weights, strict=True)):
         if error is not None and error.ndim >= 3 and weight:
-            asked = error.abs().flatten(2).sum(2).mean().item() / abs(weight)
+            asked = ranks.mean(error.abs().flatten(2).sum(2)).item() / abs(weight)
             found.append(len(error) * (1.0 if i in evaluation.treatment.smoothed else min(1.0, asked)))
     return max(found)
 
@@ -130,7 +131,8 @@ def times_summed(evaluation: LossEvaluation) -> float:
 def linear(values: Tensor, parameters: dict[str, nn.Parameter], found: dict[str, Tensor]) -> bool:
     """True if Σ parameter · derivative = Σ values up to LINEAR, as for values of a single linear readout."""
     total = sum(float((parameters[name].detach() * g).sum()) for name, g in found.items())
-    return abs(total - float(values.detach().sum())) <= LINEAR * float(values.detach().abs().sum())
+    given, size = ranks.averaged([values.detach().sum(), values.detach().abs().sum()])
+    return abs(total - float(given)) <= LINEAR * float(size)
 
 
 def reach(found: dict[str, Tensor]) -> dict[str, float]:
@@ -139,8 +141,9 @@ def reach(found: dict[str, Tensor]) -> dict[str, float]:
 
 
 def derivatives(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the derivatives of the sum of the values in each parameter that they depend on."""
+    """Returns the derivatives of the sum of the values in each parameter that they depend on, averaged over ranks."""
     if not parameters:
         return {}
     found = torch.autograd.grad(values.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
-    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    reached = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    return dict(zip(reached, ranks.averaged(list(reached.values())), strict=True))

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+from torch import nn
+
 from ulr_snn.credit.kinds import CreditKind, Global, credit_of
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Count, Flag, Whole, checked, one_of, where
@@ -17,7 +19,7 @@ from ulr_snn.memory.one_step import OneTimeStep
 from ulr_snn.memory.step import Memory
 from ulr_snn.memory.whole import CopiesInTurn
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import Model, trainable
+from ulr_snn.model.mode import check_model, trainable
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.kinds import CurrentNoise, OutputNoise, WeightNoise
 from ulr_snn.sampling.kinds import Adaptive, Sampling, sampling_of
@@ -180,7 +182,7 @@ def or_default(estimator: Estimator | None) -> Estimator:
 
 @checked
 def attach(
-    model: Model,
+    model: nn.Module,
     estimator: Estimator | None = None,
     loss: LossSpec = "ce_count",
     seed: Whole = 0,
@@ -196,8 +198,15 @@ def attach(
     the training, over which the firing noise is annealed. None keeps the noise at the geometric mean of its first and
     last level. time_first, layout, output: see `train`. Raises UsageError, here or in the first `backward`, if no
     module can get noise.
+
+    Under torch.distributed, every rank calls `backward` on its own share of a joined batch, and gets the gradient of
+    the joined batch; see docs/distributed.md. The model may be in a DistributedDataParallel, which averages no
+    gradients by itself until the attachment is closed.
     """
+    wrapper, model = model, check_model(model)
     if any(True for _ in model.parameters()):  # a model of neurons alone may be measured
         trainable(model)
     interface = Interface.of(time_first, layout, output)
-    return or_default(estimator).attach(model, loss, seed, interface, total_steps)
+    attachment = or_default(estimator).attach(model, loss, seed, interface, total_steps)
+    attachment.averages_for(wrapper)
+    return attachment

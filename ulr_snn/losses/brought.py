@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import accepts, shown
+from ulr_snn.kernels import ranks
 from ulr_snn.model.targets import Targets
 from ulr_snn.model.view import AS_IS, View
 
@@ -155,9 +156,12 @@ class Brought:
             value = value * mask.reshape(*mask.shape[:2], *[1] * (value.ndim - 2))
         sums = value.movedim(batch, 0).flatten(1).sum(1) if value.ndim > 1 else value
         if self.reduction == "sum":
-            return sums * len(sums)
+            return sums * ranks.joined(len(sums))
         weights = None if targets is None else self._weights(targets, mask if batch else None)
         if weights is not None:
+            if ranks.share() is not None:  # once, because all calls of a step see the same targets
+                each = weights / len(sums)
+                weights = ranks.once(id(self.loss), lambda: ranks.averaged([each])[0]) * len(sums)
             return sums * len(sums) / weights.clamp(min=torch.finfo(sums.dtype).tiny)
         each = value.numel() / len(sums)
         if batch and mask is not None:

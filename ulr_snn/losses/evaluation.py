@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.losses.named import Objective, total
 from ulr_snn.model.targets import Targets
@@ -71,7 +72,8 @@ class LossEvaluation:
 
     def without_gradient(self, flat: bool) -> frozenset[int]:
         """Returns the indices of losses without a gradient. flat: a gradient that is zero everywhere counts as none."""
-        return frozenset(i for i, e in enumerate(self.errors) if e is None or (flat and not e.any()))
+        found = ranks.everywhere(*(e is None or (flat and not bool(e.any())) for e in self.errors))
+        return frozenset(i for i, none in enumerate(found) if none)
 
 
 def added(tensors: list[Tensor]) -> Tensor:
@@ -165,7 +167,7 @@ def smoothed(
     steps = len(outputs) if axis else 1
     rows = outputs.shape[axis]
     own = steps if mask is None else mask.sum(0, keepdim=True)  # number of steps of each row, without padding
-    spread = site.relative * total(outputs, mask).std().nan_to_num().item() or 1.0
+    spread = site.relative * ranks.std(total(outputs, mask), 1).nan_to_num().item() or 1.0
     scale = site.scale or spread / steps**0.5  # scale of each step's noise
     unit = scale * (steps**0.5 / own if axis and of_totals else 1)  # factor of z
     value, error = outputs.new_zeros(rows), torch.zeros_like(outputs)

@@ -15,6 +15,7 @@ from ulr_snn.credit.formula import Contribution, Formula, enter
 from ulr_snn.credit.map_learning import MapLearning, RegressionBatch, means
 from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.credit.prediction import Prediction
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.stateless import run
 from ulr_snn.memory.chunk import Chunk, ChunkSite, Fired, LayerStates
 from ulr_snn.memory.split import Split
@@ -183,18 +184,21 @@ class RegressionRows:
     def learn(self, maps: MapLearning) -> None:
         """Fits the regression to the collected batch, and drops the batch."""
         if self.current is not None:
-            maps.learn(self.regression, self.spikes, self.current)
+            current, *spikes = ranks.sums(self.current, *self.spikes.values())  # each rank has put its own rows
+            maps.learn(self.regression, dict(zip(self.spikes, spikes, strict=True)), current)
         self.spikes, self.current = {}, None
 
     def _put(self, found: Tensor | None, sequence: Tensor, first: int, valid: Tensor) -> Tensor:
         """Stores how rows (t, b) of a sequence [t, B, ...] deviate from the mean over valid samples. first: its t."""
         times, samples = self.regression.rows
         if found is None:
-            found = sequence.new_empty(len(times), *sequence.shape[2:])
+            found = sequence.new_zeros(len(times), *sequence.shape[2:])
         steps = range(max(first, 0), min(first + len(sequence), len(valid)))
-        here = (times >= steps.start) & (times < steps.stop)
-        t, sequence = times[here] - steps.start, sequence[steps.start - first : steps.stop - first]
-        found[here] = sequence[t, samples[here]] - means(sequence, valid[steps.start : steps.stop])[t, 0]
+        mine, places = ranks.own(samples)
+        here = (times[mine] >= steps.start) & (times[mine] < steps.stop)
+        t, sequence = times[mine][here] - steps.start, sequence[steps.start - first : steps.stop - first]
+        now = sequence[t, places[here]] - means(sequence, valid[steps.start : steps.stop])[t, 0]
+        found[torch.arange(len(times), device=times.device)[mine][here]] = now
         return found
 
 

@@ -10,6 +10,7 @@ from ulr_snn.credit.baseline import moving
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.estimators.step_sizes import times_summed
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.weight_cache import weight_cache
 from ulr_snn.memory.chunked import ChunkedRun
 from ulr_snn.memory.split import Split, neurons_of
@@ -52,15 +53,15 @@ class Chunks:
 
         None means the whole sequence. Raises UsageError if chunks are asked for and impossible.
         """
-        limits, batch = self.limits, step.batch
-        if not self.asked and batch.steps * batch.samples < limits.short:
+        limits, batch, samples = self.limits, step.batch, ranks.largest(step.batch.samples)
+        if not self.asked and batch.steps * samples < limits.short:
             return None
         neurons = self.neurons(step)
-        if not self.asked and limits.kept * batch.steps * batch.samples * neurons <= limits.whole:
+        if not self.asked and limits.kept * batch.steps * samples * neurons <= limits.whole:
             return None
         if not self.possible(step):
             return None
-        size = self.chunk_steps(step) * batch.samples
+        size = self.chunk_steps(step) * samples
         steps = min(batch.steps, max(1, size // 4))
         return slice(0, steps), slice(0, max(2, size // steps))
 
@@ -82,11 +83,11 @@ class Chunks:
         If `asked`, a chunk has half as many spikes as there are weights, within bounds: weight gradients take as much
         memory. Else its spikes take at least the memory of the weights: adding to weight gradients takes that time.
         """
-        limits, batch = self.limits, step.batch
+        limits, batch, samples = self.limits, step.batch, ranks.largest(step.batch.samples)
         least, most = limits.together
         weights = sum(q.numel() for q in step.model.parameters())
         spikes = min(max(least, weights // 2), most) if self.asked else max(limits.roomy, 4 * weights // limits.kept)
-        return min(batch.steps, max(limits.least, spikes // (batch.samples * max(1, self.neurons(step)))))
+        return min(batch.steps, max(limits.least, spikes // (samples * max(1, self.neurons(step)))))
 
     def possible(self, step: Step) -> bool:
         """True if chunks are possible, as far as is known. Raises UsageError if they are asked for and impossible."""
@@ -107,7 +108,7 @@ class Chunks:
             return "it is for credit 'feedback' with one copy"
         if any(site is not None for site in config.noise.values()):
             return "noise comes elsewhere than on firing"
-        if step.batch.samples < 2:
+        if ranks.joined(step.batch.samples) < 2:
             return "the batch has a single sample"
         if not step.bound.call.plain:
             return "the model is not called with one sequence, or not all of its result is read"
@@ -150,7 +151,7 @@ class TimeChunks(Chunks):
         return [WholeSequence().step(step) if estimate is None else estimate]
 
     def possible(self, step: Step) -> bool:
-        if step.batch.samples < 2 and step.learner.step:
+        if ranks.joined(step.batch.samples) < 2 and step.learner.step:
             return False  # the last batch of an epoch may hold what is left over
         return super().possible(step)
 
@@ -171,20 +172,22 @@ class TimeChunks(Chunks):
         sizes = learner.step_sizes
         at_start = sizes is not None and sizes.summed is None  # False in a resumed training
         remembered = learner.driven, learner.chosen  # from a checkpoint
-        p = self.sample(step, first)
-        if unknown and not self.possible(step):
-            learner.observe_again()  # the whole sequence shows more, such as the noise of less variance
-            learner.driven, learner.chosen = remembered
-            return None
-        if p is not None:
-            learner.measure(step.model, p, whole=False)
+        with ranks.of_first(first[1].stop):
+            p = self.sample(step, first)
+            if unknown and not self.possible(step):
+                learner.observe_again()  # the whole sequence shows more, such as the noise of less variance
+                learner.driven, learner.chosen = remembered
+                return None
+            if p is not None:
+                learner.measure(step.model, p, whole=False)
         del p  # with its graph
         forward = step.forward()
         noise = forward.noise(batch.samples, [0], batch.frames.device)
         states = self.limits.states if self.asked else batch.steps
         run = ChunkedRun(step.bound, learner.level, noise, batch, self.chunk_steps(step), states)
         sites = [name for name, _ in step.bound.layers]
-        regressions = list(learner.prediction.maps.regressions(sites, batch.valid, batch.samples, learner.step))
+        rows = ranks.all_rows(batch.valid), ranks.joined(batch.samples)
+        regressions = list(learner.prediction.maps.regressions(sites, *rows, learner.step))
         seen, learned = run.forward(regressions)
         outputs = run.finished(seen)
         evaluation = forward.evaluate(batch, outputs, {}, [0])
@@ -194,8 +197,8 @@ class TimeChunks(Chunks):
         losses = evaluation.loss[None]
         stats = {"copies": 1, "step": learner.step, "chunks": len(run.chunks)}
         if step.usable(losses):
-            for rows in learned:
-                rows.learn(learner.prediction.maps)
+            for collected in learned:
+                collected.learn(learner.prediction.maps)
             if evaluation.error is not None:
                 self._backward(step, run, seen, outputs, evaluation.error)
             learner.level.store_distances(run.farthest)

@@ -17,6 +17,7 @@ and for an affine map F between two layers, with n_t = beta n_{t-1} + 1,
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from ulr_snn.credit.base import Credit
 from ulr_snn.credit.formula import enter
 from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.estimators.base import Estimate
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import widened
 from ulr_snn.kernels.state import State
 from ulr_snn.losses.evaluation import evaluate_losses
@@ -162,9 +164,8 @@ class OnlineRun:
         self.farthest: dict[str, Tensor] = {}  # `Fired.farthest` so far
         self.membrane: Tensor | None = None  # of the readout
         sites = [name for name, _ in step.bound.layers]
-        regressions = self.learner.prediction.maps.regressions(
-            sites, self.batch.valid, self.batch.samples, self.learner.step
-        )
+        rows = ranks.all_rows(self.batch.valid), ranks.joined(self.batch.samples)
+        regressions = self.learner.prediction.maps.regressions(sites, *rows, self.learner.step)
         self.learned = [RegressionRows(regression) for regression in regressions if not regression.before]
         self.learner.step += 1
         self.usable = True  # False after a loss that is not finite
@@ -268,13 +269,14 @@ class OneTimeStep(Chunks):
         """Prepares the batch of a step, and returns its run before the first time step."""
         self.possible(step)
         learner, unknown, first = step.learner, step.learner.structure is None, self.first(step)
-        p = None if first is None else self.sample(step, first)
-        if unknown:
-            self.possible(step)
-            if p is not None and not learner.feedback.layers and step.usable(p.loss):
-                learner.prediction.learn_layers([p], learner.step)
-        if p is not None:
-            learner.measure(step.model, p, whole=False)
+        with nullcontext() if first is None else ranks.of_first(first[1].stop):
+            p = None if first is None else self.sample(step, first)
+            if unknown:
+                self.possible(step)
+                if p is not None and not learner.feedback.layers and step.usable(p.loss):
+                    learner.prediction.learn_layers([p], learner.step)
+            if p is not None:
+                learner.measure(step.model, p, whole=False)
         step.count(1)
         learner.times = step.batch.steps
         return OnlineRun(step)

@@ -15,6 +15,7 @@ from ulr_snn.errors import NotFiniteError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.learner import Learner
+from ulr_snn.kernels import ranks
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.forward import Forward, PassLog
@@ -117,7 +118,7 @@ class Step:
     def usable(self, losses: Tensor, updated: bool = False) -> bool:
         """True if the losses are finite. Raises FloatingPointError if not, unless on_nonfinite is "skip". updated:
         weights may have changed since the step began."""
-        finite = bool(torch.isfinite(losses).all())
+        (finite,) = ranks.everywhere(bool(torch.isfinite(losses).all()))
         if not finite and self.config.on_nonfinite == "stop":
             if self.learner.step <= 1 and not updated:
                 raise NotFiniteError
@@ -128,8 +129,8 @@ class Step:
         return finite
 
     def count(self, passes: int) -> None:
-        """Counts forward passes of the whole batch."""
-        self.learner.forward_passes += passes * self.batch.samples
+        """Counts forward passes of the whole batch, on all ranks."""
+        self.learner.forward_passes += passes * ranks.joined(self.batch.samples)
 
     def finish(self, passes: list[Pass], copies: int, add: Callable[[Formula], None]) -> Estimate:
         """Counts the step, adds its gradient, and updates the learner.

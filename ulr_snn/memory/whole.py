@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ulr_snn.credit.formula import Contribution, Formula, enter
 from ulr_snn.estimators.base import Estimate
+from ulr_snn.kernels import ranks
 from ulr_snn.memory.step import Step
 from ulr_snn.model.passes import Group, Pass
 from ulr_snn.sites.weights import SOURCE
@@ -112,7 +113,8 @@ def halves(
     named = step.model.named_parameters()
     parameters = [q for name, q in named if q.requires_grad and name in reached]
     found = [half_of(step, formula, group, noisy, parameters, half) for half in (0, 1)]
-    return list(zip(*found, strict=True))
+    both = ranks.averaged([*found[0], *found[1]])
+    return list(zip(both[: len(found[0])], both[len(found[0]) :], strict=True))
 
 
 def half_of(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Rule, shown
+from ulr_snn.kernels import ranks
 
 
 @contextmanager
@@ -27,8 +28,9 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def check_model(model: Any) -> nn.Module:
-    """Returns the model. Raises UsageError for anything but a model, such as its class, and for parameters without
-    finite values."""
+    """Returns the model, without its DistributedDataParallel. Raises UsageError for anything but a model, such as its
+    class, for a model that is cut into parts, and for parameters without finite values."""
+    model = ranks.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{shown(model)} is no torch module; give a model, as in Net()")
     for name, q in model.named_parameters():

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Count, Flag, Leak, Threshold, checked, one_of
-from ulr_snn.kernels import dispatch
+from ulr_snn.kernels import dispatch, ranks
 from ulr_snn.kernels.pool import traced
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.kernels.reference import leaky_drive, scan
@@ -385,7 +385,7 @@ def shaped(rows: Tensor, like: Tensor) -> Tensor:
 def spread_without_padding(sequence: Tensor, mask: Tensor | None) -> float:
     """Returns the standard deviation of a whole sequence [T, B, ...] without padding."""
     own = sequence if mask is None else sequence[mask.bool().expand_as(sequence)]
-    return own.std(correction=0).item()
+    return ranks.std(own).item()
 
 
 def output_mask(lengths: Tensor | None, outputs: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulr_snn.kernels import ranks
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.call import copied
 from ulr_snn.model.forward import Forward
@@ -21,9 +22,12 @@ def driven_by_events(forward: Forward, batch: Batch, p: Pass) -> set[str]:
     The events are exchanged for the batch's own events at other times, in other samples."""
     forward.log.extra += 1
     others = batch.x.roll((1, 1), (0, 1))
-    if torch.equal(others, batch.x):
-        return {r.site for r in p.records}  # equal events tell nothing
-    return replayed(forward, batch, p, others)[1]
+    sites = [r.site for r in p.records]
+    if ranks.everywhere(torch.equal(others, batch.x))[0]:
+        return set(sites)  # equal events tell nothing
+    changed = replayed(forward, batch, p, others)[1]
+    found = ranks.anywhere(*(site in changed for site in sites))
+    return {site for site, driven in zip(sites, found, strict=True) if driven}
 
 
 def sites_without_effect(forward: Forward, batch: Batch, p: Pass, sites: Collection[str]) -> set[str]:
@@ -33,7 +37,7 @@ def sites_without_effect(forward: Forward, batch: Batch, p: Pass, sites: Collect
     for site in sites:
         forward.log.extra += 1
         outputs, changed = replayed(forward, batch, p, copied(batch.x), flipped=site)
-        if torch.equal(outputs, p.outputs) and changed <= {site}:
+        if ranks.everywhere(torch.equal(outputs, p.outputs) and changed <= {site})[0]:
             found.add(site)
     return found
 

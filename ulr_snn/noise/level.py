@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulr_snn.kernels import ranks
 from ulr_snn.noise.firing import Firing
 from ulr_snn.noise.kinds import CurrentNoise
 from ulr_snn.noise.secant import between
@@ -65,8 +66,10 @@ class NoiseLevel:
 
     def store_distances(self, found: dict[str, Tensor]) -> None:
         """Stores the measured distances by site. It ignores distances that are not finite."""
-        if self.firing.secants:
-            self.farthest |= {site: distance for site, distance in found.items() if distance.isfinite()}
+        if self.firing.secants and found:
+            largest = ranks.greatest(torch.stack(list(found.values()))).unbind()
+            pairs = zip(found, largest, strict=True)
+            self.farthest |= {site: distance for site, distance in pairs if distance.isfinite()}
 
     def is_calibrated(self, site: str) -> bool:
         """Returns whether the scale of this site needs no calibration, or has been calibrated."""

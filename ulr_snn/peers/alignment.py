@@ -17,7 +17,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.call import check_outputs
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.peers.attachment import PeerAttachment
+from ulr_snn.peers.attachment import PeerAttachment, averaged
 from ulr_snn.peers.surrogate import SurrogateBPTT, check_gradient
 from ulr_snn.sites.binding import bind_sites, check_layers, spiking_layers
 
@@ -56,6 +56,8 @@ class _Layer:
 class AlignmentAttachment(PeerAttachment):
     """Adds gradients by feedback alignment to `.grad`. The model is bound only inside `backward`."""
 
+    over_ranks = True
+
     def __init__(
         self, model: nn.Module, peer: FeedbackAlignment, loss: LossSpec, seed: int, interface: Interface
     ) -> None:
@@ -67,6 +69,7 @@ class AlignmentAttachment(PeerAttachment):
             if not isinstance(neuron, LIF):
                 raise UsageError(f"{name} is no LIF or RecurrentLIF; FeedbackAlignment knows only these")
 
+    @averaged
     def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
         bound, batch = self.begun(x, targets, loss, lengths)

@@ -23,7 +23,7 @@ from ulr_snn.model.runner import Runner
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.peers.attachment import PeerAttachment
+from ulr_snn.peers.attachment import PeerAttachment, averaged
 from ulr_snn.sites.weights import WeightSites
 
 
@@ -69,18 +69,22 @@ class EvolutionStrategies:
 class EvolutionAttachment(PeerAttachment):
     """Adds gradients by evolution strategies to `.grad`, from forward passes only."""
 
+    over_ranks = True
+
     def __init__(
         self, model: nn.Module, peer: EvolutionStrategies, loss: LossSpec, seed: int, interface: Interface
     ) -> None:
         super().__init__(model, peer, loss, interface)
-        names = [name for name, q in model.named_parameters() if q.requires_grad]
+        names, self.seed = [name for name, q in model.named_parameters() if q.requires_grad], seed
         self.sites = WeightSites(dict.fromkeys(names, peer.noise), seed, peer.antithetic)
         self.mean_loss: Tensor | None = None
 
+    @averaged
     @torch.no_grad()
     def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs one forward pass for each copy and adds to every trainable `.grad`; see `Attachment.backward`."""
         bound, batch = self.begun(x, targets, loss, lengths)
+        self.sites.seed = self.seed
         runner = Runner(bound, NoiseLevel(Logistic()))
         values, all_outputs, state = [], [], generator_state()
         for copy in range(self.peer.copies):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import LIF, spread_without_padding, step_mask
@@ -72,7 +73,8 @@ class ExpectedAttachment(SurrogateAttachment):
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:
         progress = min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
         self.level.progress = progress if self.fixed_progress is None else self.fixed_progress
-        sample = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        first = ranks.first_sample()
+        sample = torch.arange(first, first + x.shape[1], dtype=torch.int32, device=x.device)
         noise = Noise(self.seed, self.step, sample, torch.zeros_like(sample))
         return [_Stochastic(name, index, self.level, noise) for index, (name, _) in enumerate(layers)]
 

@@ -21,7 +21,7 @@ from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import check_outputs
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
-from ulr_snn.peers.attachment import PeerAttachment
+from ulr_snn.peers.attachment import PeerAttachment, averaged
 from ulr_snn.sites.binding import Layers, bind_sites, check_layers, spiking_layers
 
 
@@ -171,6 +171,8 @@ def check_gradient(value: Tensor, peer: Any) -> None:
 class SurrogateAttachment(PeerAttachment):
     """Adds surrogate gradients to `.grad`. The model is bound only inside `backward`."""
 
+    over_ranks = True
+
     def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, interface: Interface) -> None:
         super().__init__(model, peer, loss, interface)
         self._bound: BoundModel | None = None  # of the last step
@@ -195,6 +197,7 @@ class SurrogateAttachment(PeerAttachment):
                 "another library"
             )
 
+    @averaged
     def backward(self, x: Any, targets: Any, loss: LossSpec | None = None, lengths: Tensor | None = None) -> Estimate:
         """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
         bound, batch = self.begun(x, targets, loss, lengths)

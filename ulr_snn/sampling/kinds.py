@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Count, Flag, Positive, check_fields, whole
+from ulr_snn.kernels import ranks
 from ulr_snn.model.passes import Group, Pass
 from ulr_snn.noise.random import Noise
 from ulr_snn.sampling.adaptive import CopyBudget, FixedCopies
@@ -295,5 +296,6 @@ def sampling_of(
 def rows_of(copies: list[int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the sample and the copy of each row [copies * batch] of a pass, int32."""
     copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
-    sample = torch.arange(batch, dtype=torch.int32, device=device).repeat(len(copies))
+    first = ranks.first_sample()
+    sample = torch.arange(first, first + batch, dtype=torch.int32, device=device).repeat(len(copies))
     return sample, copy

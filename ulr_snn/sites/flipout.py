@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import Conv1d, Conv2d, Conv3d, _ConvNd
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.model.neurons import SpikingNeuron
 
 MODULES = (nn.Linear, Conv1d, Conv2d, Conv3d)
@@ -61,9 +62,11 @@ def check_by_sample(model: nn.Module, parameter: str) -> None:
 
 
 def flips(zeta: Tensor, rows: int, generator: torch.Generator) -> Flips:
-    """Returns a draw ζ with random signs for each row."""
+    """Returns a draw ζ with random signs for each row. The signs of all ranks' rows are drawn, the own ones kept."""
     sizes = (len(zeta), zeta.shape[1] if zeta.ndim > 1 else 1)
-    drawn = [torch.randint(0, 2, (rows, n), generator=generator, dtype=torch.int8) * 2 - 1 for n in sizes]
+    every, first = ranks.joined(rows), ranks.first_sample()
+    drawn = [torch.randint(0, 2, (every, n), generator=generator, dtype=torch.int8) * 2 - 1 for n in sizes]
+    drawn = [signs[first : first + rows] for signs in drawn]
     return Flips(zeta, *(signs.to(zeta.device, zeta.dtype) for signs in drawn))
 
 

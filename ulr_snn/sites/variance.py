@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.sites.flipout import check_by_sample
 from ulr_snn.sites.records import Record
@@ -23,14 +24,14 @@ BY_SAMPLE = WeightNoise(per_sample=True)
 def of_firing(record: Record, parameters: Mapping[str, nn.Parameter]) -> float:
     """Returns the cost of the site's own noise with respect to these parameters."""
     score, wanted = record.score(), list(parameters.values())
-    count = min(SAMPLES, score.shape[1])
-    total = 0.0
-    for row in range(count):
+    first, total = ranks.first_sample(), 0.0
+    for row in range(max(0, min(SAMPLES - first, score.shape[1]))):
         own = torch.zeros_like(score)
         own[:, row] = score[:, row]
-        found = torch.autograd.grad(record.x, wanted, own, retain_graph=True, allow_unused=True)
-        total += sum(float(g.square().sum()) for g in found if g is not None)
-    return total / count
+        gradients = torch.autograd.grad(record.x, wanted, own, retain_graph=True, allow_unused=True)
+        total += sum(float(g.square().sum()) for g in gradients if g is not None)
+    (found,) = ranks.sums(torch.tensor(total, dtype=torch.float64, device=score.device))
+    return float(found) / min(SAMPLES, ranks.joined(score.shape[1]))
 
 
 def of_weights(noise: WeightNoise, parameters: Mapping[str, Tensor]) -> float:

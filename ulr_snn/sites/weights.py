@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.noise.kinds import CurrentNoise, WeightNoise
 from ulr_snn.sites.binding import inside
 from ulr_snn.sites.flipout import Flips, check_by_sample, disturbed_by_row, flips
@@ -131,7 +132,7 @@ def choose(
         unchanged = outcome() if unchanged is None else unchanged
         q = trainable[name]
         with replaced_parameters(model, {name: q.detach() + FAR * scale_of(WeightNoise(), q)}):
-            if not torch.equal(outcome(), unchanged):
+            if ranks.anywhere(not torch.equal(outcome(), unchanged))[0]:
                 found[name] = WeightNoise()
     return found
 
