@@ -185,7 +185,7 @@ def test_all_that_a_step_changes_is_saved(case, tmp_path):
     straight = run(kind(), None, **options)
     with pytest.raises(Stop):
         run(Cut(plain(), 16, shuffle=True, generator=seeded(), collate_fn=stacked), tmp_path, **options)
-    assert checkpoints(tmp_path)[-1].state["under_way"] is not None
+    assert checkpoints(tmp_path)[-1].state["ranks"][0]["under_way"] is not None
     resumed = run(kind(), tmp_path, resume=True, **options)
     if case in ("weight noise", "online"):  # which observe the model anew, by a pass more
         assert resumed[0][-1].pop("forward_passes") == straight[0][-1].pop("forward_passes") + 16

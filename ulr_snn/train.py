@@ -27,6 +27,7 @@ from ulr_snn.errors.arguments import (
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import or_default
 from ulr_snn.evaluate import evaluate
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import Autocast
 from ulr_snn.losses.metrics import check_metrics
 from ulr_snn.losses.named import LossSpec
@@ -112,8 +113,9 @@ def train(
     keeper = Keeper.of(run_dir, resume, save_every, started)
     with mode_of(model, training=True), attached, keeper.in_use():
         stepper = Stepper(model, attached, moving, schedule, clip)
-        session = Session(model, loader, attached, stepper, settings, keeper, callbacks)
-        session.run(epochs, validation(model, val_loader, loss, interface, settings), bool(progress))
+        first = ranks.rank() == 0
+        session = Session(model, loader, attached, stepper, settings, keeper, callbacks if first else ())
+        session.run(epochs, validation(model, val_loader, loss, interface, settings), bool(progress) and first)
         figures = session.finish(seed, val_loader is not None)
     return Result(model, estimator, figures, session.history)
 

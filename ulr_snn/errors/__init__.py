@@ -32,6 +32,10 @@ class LoaderError(RuntimeError):
     """A process that fetches batches has ended."""
 
 
+class RankError(RuntimeError):
+    """Another process of the run has stopped, so that this one cannot go on."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a training, which was saved after its step."""
 

@@ -29,13 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import RankError, UsageError
 
 Item = TypeVar("Item")
-
-
-class RankError(RuntimeError):
-    """Another rank of the run has stopped, so that this rank cannot go on."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import accepts, shown
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.brought import of_torchmetrics
 from ulr_snn.losses.named import total
 from ulr_snn.model.batch import Batch
@@ -71,6 +72,22 @@ class Tally:
             self.labelled += len(scored[1])
         for name, metric in self.own.items():
             metric.add(name, outputs, batch)
+
+    def joined(self) -> "Tally":
+        """Returns the tally over the batches of all ranks, for metrics that are functions. All ranks must call it; an
+        object of torchmetrics does so by itself."""
+        if ranks.count() == 1:
+            return self
+        found = copy.copy(self)
+        own = [number for metric in self.own.values() for number in (metric.sum, metric.samples)]
+        counts = self.samples, self.loss, self.correct or 0, self.labelled, self.correct is not None, *own
+        samples, found.loss, correct, labelled, known, *of_metrics = ranks.totals([float(count) for count in counts])
+        found.samples, found.labelled = int(samples), int(labelled)
+        found.correct = int(correct) if known else None
+        found.own = {name: copy.copy(metric) for name, metric in self.own.items()}
+        for i, metric in enumerate(found.own.values()):
+            metric.sum, metric.samples = of_metrics[2 * i], int(of_metrics[2 * i + 1])
+        return found
 
     def running(self) -> dict[str, float]:
         """Returns the means of the loss and, if targets are class indices, of the accuracy so far."""

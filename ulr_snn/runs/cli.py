@@ -18,7 +18,7 @@ from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
 import ulr_snn
-from ulr_snn.errors import LoaderError, OwnError, SaveError, Terminated, UsageError
+from ulr_snn.errors import LoaderError, OwnError, RankError, SaveError, Terminated, UsageError
 from ulr_snn.errors.arguments import Count, Draws, Interval, Positive, Whole, typed
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_advised(error) or "interrupted", 130)
     except Terminated as error:
         return _fail(_advised(error), 143)
-    except (FloatingPointError, SaveError, LoaderError) as error:  # of which a traceback would not tell more
+    except (FloatingPointError, SaveError, LoaderError, RankError) as error:  # of which a traceback would not tell more
         return _fail(_advised(error), 2 if isinstance(error, UsageError) else 1)
     except (UsageError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         return _fail(_advised(error), 2)

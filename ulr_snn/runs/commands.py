@@ -17,6 +17,8 @@ from torch import nn
 import ulr_snn
 from ulr_snn import data
 from ulr_snn.errors import OwnError, UsageError
+from ulr_snn.kernels import ranks
+from ulr_snn.model.mode import pick_device
 from ulr_snn.runs import directory
 from ulr_snn.runs.models import reference
 
@@ -39,10 +41,11 @@ def train(args: Namespace) -> None:
         _check_same_run(args.run_dir, config)
     train_set, test_set = _load(args.data, args.data_root, args.download)
     model = _build_model(config, train_set)
-    with _run_directory(args, config) as run:
+    with ranks.launched(pick_device(args.device)) as rank, _run_directory(args, config) as run:
+        loader = data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed)
         result = ulr_snn.train(
             model,
-            data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed),
+            ranks.shared(loader),
             epochs=args.epochs,
             val_loader=data.loader(test_set, batch_size=args.batch_size),
             estimator=_estimator(config),
@@ -56,10 +59,11 @@ def train(args: Namespace) -> None:
             progress=args.progress,
         )
     metrics = result.metrics
-    print(
-        f"test accuracy {100 * metrics['test_accuracy']:.2f} % after {metrics['epochs']} epochs, "
-        f"{metrics['seconds']:.1f} s of training; see {run.path}"
-    )
+    if rank == 0:
+        print(
+            f"test accuracy {100 * metrics['test_accuracy']:.2f} % after {metrics['epochs']} epochs, "
+            f"{metrics['seconds']:.1f} s of training; see {run.path}"
+        )
 
 
 def evaluate(args: Namespace) -> None:
@@ -218,7 +222,8 @@ def _check_same_run(run_dir: Path, config: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _run_directory(args: Namespace, config: Mapping[str, Any]) -> Iterator[directory.RunDirectory]:
     """Makes the run directory, by default the next free one, and removes it if nothing was saved."""
-    path = args.run_dir or _next_free(Path("runs"), args.data)
+    own = args.run_dir or (_next_free(Path("runs"), args.data) if ranks.rank() == 0 else Path())
+    path = ranks.gathered(own)[0]
     run = directory.RunDirectory(path, resume=args.resume or args.changed, config=config)
     with _emptied(run.path):
         yield run

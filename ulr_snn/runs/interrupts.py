@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from ulr_snn.errors import Interrupted, Terminated
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Interrupts:
     """Notes SIGINT and SIGTERM inside its context, in the main thread. A second one ends the process as usual.
@@ -20,7 +22,7 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM) if self.watch else ():
+        for number in SIGNALS if self.watch else ():
             before = signal.getsignal(number)
             if before not in (signal.SIG_IGN, None):  # None: a handler that is no Python function
                 self._before[number] = before
@@ -35,7 +37,7 @@ class Interrupts:
         for number, before in self._before.items():
             signal.signal(number, before)
         known = (signal.SIG_DFL, signal.default_int_handler)
-        if self.asked is not None and self._before[self.asked] not in known:
+        if self.asked is not None and self._before.get(self.asked, signal.SIG_DFL) not in known:
             signal.raise_signal(self.asked)  # for the handler that was there
         if self.asked is not None and error is None:  # the training was over before it could be interrupted
             raise self.error(f"{self.asked.name} came at the end of the training, which is saved")

@@ -1,7 +1,7 @@
 """When a training is saved, and how it ends early: by the clock, at Ctrl-C or SIGTERM, after an error."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from os import PathLike
@@ -11,10 +11,11 @@ from typing import Any, Self
 from torch import nn
 
 from ulr_snn.errors import LoaderError, SaveError, UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import not_finite
 from ulr_snn.runs.checkpoints import Checkpoint
 from ulr_snn.runs.directory import RunDirectory
-from ulr_snn.runs.interrupts import Interrupts
+from ulr_snn.runs.interrupts import SIGNALS, Interrupts
 from ulr_snn.runs.settings import check_same
 
 EVERY = timedelta(minutes=10)
@@ -55,12 +56,15 @@ class Keeper:
     @contextmanager
     def in_use(self) -> Iterator[Self]:
         """Holds the run directory, and notes interrupts."""
-        if self.run is None:
-            self.interrupts = Interrupts(watch=False)
+        lock = self.run.in_use() if self.run is not None and self.writes else nullcontext()
+        with lock, Interrupts(watch=self.run is not None) as self.interrupts:
+            ranks.barrier()  # the run is not begun by others before the first has the directory
             yield self
-            return
-        with self.run.in_use(), Interrupts(watch=True) as self.interrupts:
-            yield self
+
+    @property
+    def writes(self) -> bool:
+        """True if this process writes the run directory: the first rank does."""
+        return self.run is not None and ranks.rank() == 0
 
     @property
     def resumed(self) -> Checkpoint | None:
@@ -73,25 +77,32 @@ class Keeper:
         return checkpoint
 
     def due(self, steps: int) -> bool:
-        """True if a checkpoint is due after so many steps, or an interrupt asks for one."""
+        """True if a checkpoint is due after so many steps, or an interrupt asks for one, on any rank."""
         if self.run is None:
             return False
         if isinstance(self.every, timedelta):
-            return self.interrupts.asked is not None or monotonic() - self.clock >= self.every.total_seconds()
-        return self.interrupts.asked is not None or steps - self.saved[2] >= int(self.every)
+            late = monotonic() - self.clock >= self.every.total_seconds()
+        else:
+            late = steps - self.saved[2] >= int(self.every)
+        late, *asked = ranks.agree([late, *(self.interrupts.asked == each for each in SIGNALS)])
+        self.interrupts.asked = next((each for each, by in zip(SIGNALS, asked, strict=True) if by), None)
+        return late or any(asked)
 
     def save(self, place: Place, model: nn.Module, state: dict[str, Any]) -> None:
         """Saves the training. Raises FloatingPointError for weights that are not finite, which are not saved."""
         check_weights(model, place)
-        if self.run is not None:
+        if self.run is not None and self.writes:
             self.run.save_checkpoint(model, state | {"settings": dict(self.settings)})
-            self.saved, self.clock = place, monotonic()
+        self.saved, self.clock = place, monotonic()
 
     def save_after(
         self, error: BaseException, place: Place, model: nn.Module, state: Callable[[], dict[str, Any]]
     ) -> None:
-        """Saves a training that an error ends between two steps, and says so in a note of the error."""
-        if self.run is None or isinstance(error, SaveError) or place[2] == 0:
+        """Saves a training that an error ends between two steps, and says so in a note of the error.
+
+        With several ranks, which may not all have the error, it stays as it was saved before.
+        """
+        if self.run is None or isinstance(error, SaveError) or place[2] == 0 or ranks.count() > 1:
             return
         if place != self.saved:
             try:

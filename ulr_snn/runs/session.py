@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Attachment, Estimate, Estimator, in_sum, offers
+from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import reduced_precision
 from ulr_snn.losses.metrics import Tally, scores
 from ulr_snn.model.reading import read
@@ -21,6 +22,15 @@ from ulr_snn.runs.order import State, begun, of_loader, repeats, restore, set_ep
 from ulr_snn.runs.progress import progress_bar, report
 from ulr_snn.runs.quiet import first_not_finite, quiet_layers
 from ulr_snn.runs.steps import Stepper
+
+PLAIN = (
+    "epoch",
+    "steps",
+    "seconds",
+    "history",
+    "best",
+    "stopped",
+)  # attributes of a session that are saved as they are
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Session:
         self.epoch, self.seconds = epoch.number, self.seconds + epoch.seconds
         self.history.append(entry)
         self.see_best(entry)
-        self.stopped = epochs if any(stops) else None
+        self.stopped = epochs if any(ranks.agree([any(stops)])) else None
         self.under_way = self.generators = None
         self.keeper.save(self.place, self.model, self.state_dict())
         self.keeper.end_if_asked(self.place)
@@ -166,7 +176,7 @@ class Session:
         started = perf_counter()
         set_epoch(self.loader, epoch.number)
         with progress_bar(self.loader, f"epoch {epoch.number}/{epochs}", progress) as shown:
-            for batch in begun(self.loader, shown, epoch.order, epoch.batches):
+            for batch in ranks.together(begun(self.loader, shown, epoch.order, epoch.batches)):
                 self.between, self.batch = False, batch
                 with reduced_precision(self.settings.device, self.settings.autocast):
                     estimate = self.estimate(*read(batch, self.model, self.settings.device))
@@ -201,7 +211,7 @@ class Session:
 
     def entry(self, epoch: Epoch) -> dict[str, Any]:
         """Returns the history entry of an epoch."""
-        means = {f"train_{name}": value for name, value in epoch.tally.means().items()}
+        means = {f"train_{name}": value for name, value in epoch.tally.joined().means().items()}
         passes = self.attached.forward_passes - epoch.passes
         counts = {"seconds": epoch.seconds, "forward_passes": passes, "lr": epoch.lr}
         return {"epoch": epoch.number, **means, **counts, **epoch.quiet}
@@ -215,7 +225,7 @@ class Session:
         before = self.best["value"] if self.best is not None and self.best["metric"] == name else None
         if before is None or (value > before if name == "val_accuracy" else value < before):
             self.best = {"epoch": entry["epoch"], "metric": name, "value": value}
-            if self.keeper.run is not None:
+            if self.keeper.run is not None and self.keeper.writes:
                 self.keeper.run.save_best(self.model)
 
     def estimate(self, x: Any, targets: Any, lengths: Tensor | None) -> Estimate:
@@ -252,23 +262,25 @@ class Session:
             "device": str(self.settings.device),
             "versions": versions(),
         }
-        if self.keeper.run is not None:
+        if self.keeper.run is not None and self.keeper.writes:
             self.keeper.run.finish(figures, self.history)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("epoch", "steps", "seconds", "history", "best", "stopped")
-        return {name: getattr(self, name) for name in names} | {
+        own = {
             "under_way": None if self.under_way is None else self.under_way.state_dict(),
+            "generators": self.generators or states(self.loader),
+        }
+        return {name: getattr(self, name) for name in PLAIN} | {
             "attached": self.attached.state_dict(),
             "stepper": self.stepper.state_dict(),
             "callbacks": [each.state_dict() if offers(each, "state_dict") else None for each in self.callbacks],
-            "generators": self.generators or states(self.loader),
+            "ranks": ranks.gathered(own),
             "versions": versions(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("epoch", "steps", "seconds", "history", "best", "stopped"):
+        for name in PLAIN:
             setattr(self, name, state[name])
         self.attached.load_state_dict(state["attached"])
         self.stepper.load_state_dict(state["stepper"])
@@ -277,10 +289,12 @@ class Session:
                 each.load_state_dict(found)
         if self.epoch:
             start_workers(self.loader)
-        restore(state["generators"], self.loader)
-        if state["under_way"] is None:
+        own = state["ranks"][ranks.rank() % len(state["ranks"])]
+        restore(own["generators"], self.loader)
+        if own["under_way"] is None:
             return
-        if not (repeats(self.loader) or state["under_way"]["trained"]):
+        cut_alike = repeats(self.loader) and len(state["ranks"]) == ranks.count()
+        if not (cut_alike or own["under_way"]["trained"]):
             warnings.warn(
                 f"{type(self.loader).__name__} cannot be begun in the midst of epoch {self.epoch + 1}: it goes on from "
                 f"the epoch's first batch, with the weights after step {self.steps}",
@@ -288,4 +302,4 @@ class Session:
             )
             return
         self.under_way = Epoch(self.epoch + 1, Tally(self.settings.metrics), {}, 0, 0.0)
-        self.under_way.load_state_dict(state["under_way"])
+        self.under_way.load_state_dict(own["under_way"])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.runs.optim import loader_length
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -24,6 +25,7 @@ def described(
         "model": in_words(model),
         "batches an epoch": loader_length(loader),
         "batch size": getattr(loader, "batch_size", None),
+        "processes": ranks.count(),
         "optimizer": f"{type(optimizer).__name__} {' '.join(sorted({in_words(group) for group in groups}))}",
         **{name: in_words(arguments[name]) for name in COMPARED},
     }
