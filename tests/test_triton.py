@@ -35,19 +35,17 @@ uniform = kernels.uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PLACE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
+PLACE = "cpu" if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
 FIRING = {"logistic": Logistic(), "gaussian": Gaussian()}
 LAWS = [None, *FIRING]
 SHAPES = [(6, 3, 70), (1, 1, 1), (4, 2, 3, 4, 5), (3, 1, 300), (2, 3, 64)]  # 300: more than one program a row
 TIE = 1e-5  # nearer than this to the uniform, rounding decides
 
 
-@pytest.fixture
-def place() -> torch.device:
+@pytest.fixture(params=[PLACE])
+def place(request: pytest.FixtureRequest) -> torch.device:
     """Where the tensors are that the kernels get."""
-    if PLACE is None:
-        pytest.skip("no GPU; test_everything_here_in_the_interpreter runs this one")
-    return torch.device(PLACE)
+    return torch.device(request.param)
 
 
 outside = pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
