@@ -1,13 +1,14 @@
 """How much memory a training step takes: likelihood ratios against surrogate-gradient BPTT in three libraries.
 
-    python -m benchmarks.memory [--cases dense recurrent] [--steps 100 500 1000] [--repeats 5]
+    python -m benchmarks.memory [--cases dense recurrent] [--steps 100 500 1000] [--repeats 5] [--device cuda]
 
-Of every figure a fresh process: the peak of what is resident (VmHWM) after three steps at T time steps, less that after
-three steps at T = 1, less what the batch of uint8 events itself has more; median over repeats. Above weights, their
-gradients and the optimizer's state, therefore; what the feedback takes counts, as far as it grows with T at all. Where
-every time step is an update ("ulr stream") there are as many steps as make UPDATES, at every T: what Python's own pools
-of objects touch grows a little over the first thousands. The C library and MKL are told to give back what is freed (see
-ALLOCATOR): what the first holds on to else grows with the number of updates, and the second keeps its last scratch.
+Of every figure a fresh process: the peak of what is resident (VmHWM; on a GPU, of what torch has allocated there) after
+three steps at T time steps, less that after three steps at T = 1, less what the batch of uint8 events itself has more;
+median over repeats. Above weights, their gradients and the optimizer's state, therefore; what the feedback takes
+counts, as far as it grows with T at all. Where every time step is an update ("ulr stream") there are as many steps as
+make UPDATES, at every T: what Python's own pools of objects touch grows a little over the first thousands. The C
+library and MKL are told to give back what is freed (see ALLOCATOR): what the first holds on to else grows with the
+number of updates, and the second keeps its last scratch.
 Rows go to results/memory.csv.
 """
 
@@ -37,26 +38,28 @@ ALLOCATOR = {
 }
 
 
-def peak() -> int:
-    """Of what this process had resident, in bytes."""
+def peak(device: str = "cpu") -> int:
+    """Of what this process had resident, or allocated on a GPU, in bytes."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def measure(name: str, method: str, steps: int, updates: int) -> dict[str, float]:
+def measure(name: str, method: str, steps: int, updates: int, device: str = "cpu") -> dict[str, float]:
     """In this process: peaks after steps at T = 1 and at T, in bytes, and the batch."""
     torch.set_num_threads(2)
     case = CASES[name].at(steps=steps)
     found = {}
     for label, now in (("first", case.at(steps=1)), ("peak", case)):
-        x, y = events_of(now, "cpu")
+        x, y = events_of(now, device)
         library, _, kind = method.partition(" ")
         step = None  # the first model goes, with all that is its own
         gc.collect()
-        step = likelihood_ratio(now, "cpu", kind) if library == "ulr" else bptt(now, "cpu", library)
+        step = likelihood_ratio(now, device, kind) if library == "ulr" else bptt(now, device, library)
         for _ in range(-(-updates // steps) if label == "peak" and method == "ulr stream" else 3):
             step(x, y)
-        found[label] = peak()
+        found[label] = peak(device)
         found[f"{label}_batch"] = x.numel()
     return found
 
@@ -69,9 +72,9 @@ def in_fresh_process(benchmark: str, *what: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def fresh(name: str, method: str, steps: int, updates: int = UPDATES) -> float:
+def fresh(name: str, method: str, steps: int, updates: int = UPDATES, device: str = "cpu") -> float:
     """MB above what a step at T = 1 takes, and above the batch."""
-    found = in_fresh_process("memory", name, method, str(steps), str(updates))
+    found = in_fresh_process("memory", name, method, str(steps), str(updates), device)
     return (found["peak"] - found["first"] - (found["peak_batch"] - found["first_batch"])) / MB
 
 
@@ -82,20 +85,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        name, method, *numbers = arguments.one
-        print(json.dumps(measure(name, method, *map(int, numbers))))
+        name, method, steps, updates, device = arguments.one
+        print(json.dumps(measure(name, method, int(steps), int(updates), device)))
         return
     for name in arguments.cases:
         for steps in arguments.steps:
             rows: list[dict[str, Any]] = []
             for method in arguments.methods:
-                found = sorted(fresh(name, method, steps) for _ in range(arguments.repeats))
+                found = sorted(fresh(name, method, steps, device=arguments.device) for _ in range(arguments.repeats))
                 rows.append({"case": name, "method": method, "steps": steps, "batch": CASES[name].batch,
                              "width": CASES[name].width, "mb": round(median(found), 1), "mb_low": round(found[0], 1),
-                             "mb_high": round(found[-1], 1), **about(method.split()[0], "cpu")})  # fmt: skip
+                             "mb_high": round(found[-1], 1), **about(method.split()[0], arguments.device)})  # fmt: skip
                 print(f"{name:10} T={steps:<5} {method:20} {median(found):8.1f} MB ({found[0]:.1f} to {found[-1]:.1f})",
                       flush=True)  # fmt: skip
             write(arguments.results / "memory.csv", rows)

@@ -3,7 +3,6 @@
     python -m benchmarks.speed [--cases dense recurrent conv] [--compiled] [--device cpu]
     python -m benchmarks.speed --sweep steps | width | batch [--sizes ...]     # cases at growing sizes
     python -m benchmarks.speed --cases published --libraries spikingjelly      # each method takes 4 GB
-    python -m benchmarks.speed --roofline                        # what the machine could do, and what a step asks of it
 
 Every method sees the same uint8 events and does a whole step: conversion, passes, gradient, Adam. Methods take turns in
 one process; of each round the mean time of a step counts, over rounds the median, with the first and third quartile. A
@@ -19,7 +18,7 @@ import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -166,64 +165,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-# -- roofline ----------------------------------------------------------------------------------------------
-
-
-def ceilings() -> tuple[float, float]:
-    """Multiply-adds and bytes a second of this machine: of a square product, and of a copy that no cache holds."""
-    a, big = torch.randn(1024, 1024), torch.ones(1 << 25)
-    target = torch.zeros_like(big)
-    products = min(timed(lambda: a @ a) for _ in range(20))
-    copies = min(timed(lambda: target.copy_(big)) for _ in range(10))
-    return 1024**3 / products, 2 * 4 * len(big) / copies
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def demand(case: Case) -> tuple[float, float]:
-    """Multiply-adds and bytes that a step cannot do without: products of the first layer with its events (forward and
-    weights), dense ones of all later layers (forward, weights, credit); current, drive, spikes, slope and credit of
-    every neuron at every time step, each written and read once."""
-    rows, n = case.steps * case.batch, case.width
-    if case.kind == "conv":
-        first, second, last = 50 * 12 * 17 * 17, 108 * 24 * 9 * 9, 24 * 9 * 9 * n
-        products, neurons = rows * (2 * first + 3 * second + 3 * last), 12 * 17 * 17 + 24 * 9 * 9 + n
-    else:
-        products = rows * 2 * case.density * case.inputs * n
-        products += rows * 3 * n * n * {"dense": 1, "recurrent": 1, "wide": 0}[case.kind]
-        neurons = n * {"dense": 2, "recurrent": 1, "wide": 1}[case.kind]
-    return products, 2 * 5 * 4 * rows * neurons
-
-
-def roofline(cases: list[Case]) -> list[dict[str, Any]]:
-    macs, moved = ceilings()
-    rows = []
-    for case in cases:
-        batches = batches_of(case, "cpu")
-        step = likelihood_ratio(case, "cpu")
-        for _ in range(WARM_UP):
-            step(*next(batches))
-        ms = 1e3 * median(timed(lambda step=step, batch=batch: step(*batch)) for batch in islice(batches, 24))
-        products, size = demand(case)
-        bound = 1e3 * (products / macs + size / moved)
-        rows.append({"case": case.name, "products": products, "bytes": size, "machine_products_a_second": macs,
-                     "machine_bytes_a_second": moved, "bound_ms": round(bound, 2), "ms": round(ms, 2),
-                     "fraction": round(bound / ms, 3), **about("ulr", "cpu")})  # fmt: skip
-        print(f"{case.name}: {products / 1e6:.0f} M multiply-adds at {macs / 1e9:.0f} G/s, {size / 1e6:.0f} MB at "
-              f"{moved / 1e9:.1f} GB/s: {bound:.1f} ms; a step takes {ms:.1f} ms, {bound / ms:.0%}")  # fmt: skip
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["dense", "recurrent", "conv"])
     parser.add_argument("--sweep", choices=SWEEPS)
     parser.add_argument("--sizes", nargs="+", type=int, help="of the sweep, in place of all")
-    parser.add_argument("--roofline", action="store_true")
     parser.add_argument("--libraries", nargs="+", choices=NETS, default=list(NETS), help="peers; each takes its memory")
     parser.add_argument("--compiled", action="store_true", help="the peers by torch.compile as well")
     parser.add_argument("--device", default="cpu")
@@ -235,9 +181,6 @@ def main() -> None:
         parser.error("--sizes are those of a --sweep; name one")
     torch.set_num_threads(arguments.threads)
     cases = [CASES[name] for name in arguments.cases]
-    if arguments.roofline:
-        write(arguments.results / "roofline.csv", roofline(cases))
-        return
     rounds = arguments.rounds or (3 if arguments.sweep else ROUNDS)
     if arguments.sweep:
         sizes = arguments.sizes or SWEEPS[arguments.sweep]

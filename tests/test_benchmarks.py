@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import ulr_snn
-from benchmarks import copies, memory, pictures, references, speed, streaming
+from benchmarks import copies, memory, pictures, references, roofline, speed, streaming
 from benchmarks.correction import Corrected
 from benchmarks.nets import ours
 from benchmarks.search import Block, key, search
@@ -191,11 +193,11 @@ def test_attacks_stay_within_their_strength_and_lower_accuracy():
 
 
 @pytest.mark.parametrize("name", ["dense", "recurrent", "conv"])
-def test_speed_is_measured_in_turn(name, monkeypatch, capsys):
+def test_speed_is_measured_in_turn(name, monkeypatch, capsys, device):
     pytest.importorskip("snntorch", reason="snntorch is what likelihood ratios are measured against here")
     monkeypatch.setattr(speed, "WARM_UP", 1)
     case = speed.CASES[name].at(steps=3, batch=4, width=8)
-    rows = speed.rows_of(case, "cpu", compiled=False, rounds=2, libraries=["snntorch"])
+    rows = speed.rows_of(case, str(device), compiled=False, rounds=2, libraries=["snntorch"])
     loop = ["snntorch BPTT, own loop"] * (name == "recurrent")
     assert [row["method"] for row in rows] == ["ulr", "snntorch BPTT", *loop]
     assert 1 in [row["ratio"] for row in rows[1:]] and 0 < rows[0]["ms_low"] <= rows[0]["ms"] <= rows[0]["ms_high"]
@@ -213,6 +215,56 @@ def test_a_loop_over_time_is_the_same_net(name):
         outputs.append(nets["snntorch"](case)(x))
     torch.testing.assert_close(*outputs)
     assert outputs[0].std() > 0
+
+
+def gpu_script(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DEVICE": "cpu", "OUT": str(folder), "WORKERS": "0"} | settings
+    return subprocess.run(["benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_goes_on_after_a_part_that_fails(tmp_path):
+    done = gpu_script(tmp_path, TESTS="tests/no_such_file.py")
+    assert done.returncode == 1
+    summary = done.stdout.partition("== summary")[2].splitlines()[1:]
+    assert [line.partition(",")[0] for line in summary] == [
+        "tests: failed with exit code 4",
+        "speed: ok",
+        "memory: ok",
+        "roofline: ok",
+    ]
+    for name in ("speed", "memory", "roofline", "roofline_kernels"):
+        with (tmp_path / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows and all(row["machine"] and row["torch"] and row["library"] and row["date"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_parts(tmp_path):
+    done = gpu_script(tmp_path, PARTS="tests", TESTS="tests/test_bits.py")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"tests: ok, \d+ s; \d+ (skipped|passed)", done.stdout)
+    assert [file.name for file in tmp_path.iterdir()] == ["gpu_tests.log"]
+    absent = gpu_script(tmp_path, DEVICE="cuda", PARTS="roofline", CUDA_VISIBLE_DEVICES="")
+    assert absent.returncode == 2 and absent.stderr.strip().endswith("DEVICE=cpu tries the script at tiny sizes")
+
+
+@pytest.mark.parametrize("name", roofline.KERNELS)
+def test_a_kernel_is_measured_against_what_the_machine_can_do(name, device):
+    if device.type == "cpu":
+        pytest.importorskip("numba", reason="the kernels on a CPU are made by numba")
+    (row,) = roofline.rows_of_kernels([name], str(device), roofline.TINY)
+    numbers = 3 * 2 * 8
+    assert row["bytes"] == 4 * numbers * {"leaky filter": 2, "scan": 3}.get(name, 4) + 4 * 8 * 8 * ("rec" in name)
+    assert row["products"] <= numbers * 8 and (row["products"] > 0) == name.startswith("recurrent")
+    assert row["ms"] > 0 and row["machine_bytes_a_second"] > 0 and row["device"] == str(device)
+
+
+def test_a_step_is_measured_against_what_the_machine_can_do(device, monkeypatch):
+    monkeypatch.setattr(roofline, "WARM_UP", 1)
+    case = speed.CASES["recurrent"].at(steps=3, batch=4, width=8)
+    (row,) = roofline.rows_of_steps([case], str(device), roofline.TINY)
+    assert row["case"] == "recurrent" and row["ms"] > 0 and row["machine_products_a_second"] > 0
 
 
 def test_pictures_of_speed_and_memory(tmp_path):
@@ -243,8 +295,8 @@ def test_the_peers_nets_have_the_same_shapes_and_gradients(name, library):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_memory_is_measured_in_a_fresh_process():
-    assert abs(memory.fresh("recurrent", "ulr replay", 20)) < 200  # MB
+def test_memory_is_measured_in_a_fresh_process(device):
+    assert abs(memory.fresh("recurrent", "ulr replay", 20, device=str(device))) < 200  # MB
 
 
 def test_the_zoo_trains_both_ways_and_sums_up(tmp_path):

@@ -1,6 +1,7 @@
 """plan says how every parameter gets its gradient, and leaves no trace."""
 
 import copy
+import importlib
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import ulr_snn
 from tests.helpers import averaging, errors
 from ulr_snn import LIF, ULR, Fold, Gaussian, Logistic, RecurrentLIF, TimeAverage, UsageError, attach, plan
+from ulr_snn.kernels.limits import limits
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import bind
 
@@ -96,6 +98,14 @@ def test_recurrent():
         "3.bias": "exact, through the outputs",
     }
     assert ("1.beta", "1", "credit at site 1") in found.rows
+
+
+def test_it_says_which_code_runs_recurrent_layers_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("ulr_snn.plan"), "choice", lambda like: ("gpu", "asked for"))
+    said = "recurrent layers of more than 5 neurons: step by step, in plain torch"
+    assert said not in str(plan(recurrent(), data()))
+    monkeypatch.setattr(limits, "recurrent", 5)
+    assert said in str(plan(recurrent(), data()))
 
 
 def test_weights_with_two_sources_name_both():

@@ -17,7 +17,7 @@ from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.observe import without_gradient
 from ulr_snn.estimators.ulr import or_default
-from ulr_snn.kernels.dispatch import choice
+from ulr_snn.kernels.dispatch import choice, in_one_kernel
 from ulr_snn.kernels.limits import limits
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.memory.step import Step
@@ -25,7 +25,7 @@ from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import Model
-from ulr_snn.model.neurons import SpikingNeuron
+from ulr_snn.model.neurons import LIF, SpikingNeuron
 from ulr_snn.model.reading import read
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import check_layers, user_modules
@@ -197,6 +197,9 @@ def _engine(step: Step, kept: str) -> list[str]:
     by = {"cpu": "fused, by numba", "gpu": "fused, by Triton", "reference": "in plain torch"}[kind]
     scans = any(isinstance(neuron, SpikingNeuron) or neuron.scans for _, neuron in step.bound.layers)
     found = [f"scans over time of ulr_snn's neurons: {by} ({why})"] if scans else []
+    weights: list[Any] = [n.recurrent.weight for _, n in step.bound.layers if isinstance(n, LIF) and n.recurrent]
+    if kind == "gpu" and not all(map(in_one_kernel, weights)):
+        found.append(f"recurrent layers of more than {limits.recurrent} neurons: step by step, in plain torch")
     if isinstance(x, Events):
         found.append("events are sparse: a linear layer or convolution costs in proportion to those that it reads")
     if kind == "cpu":

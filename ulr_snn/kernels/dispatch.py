@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty, lean, traced
 from ulr_snn.kernels.state import RESETS, Draw, State
 from ulr_snn.kernels.weight_cache import once
@@ -67,6 +68,11 @@ def _gpu(like: Tensor) -> ModuleType | None:
     return gpu
 
 
+def in_one_kernel(weight: Tensor | None) -> bool:
+    """Returns whether a GPU runs a layer with these recurrent weights [N, N], if it has any, by one kernel."""
+    return weight is None or len(weight) <= limits.recurrent
+
+
 def scan(
     current: Tensor,
     weight: Tensor | None,
@@ -82,11 +88,9 @@ def scan(
     recurrent [N, N]; lengths [B]: number of steps of each row, without padding; known: given spikes, which are not
     drawn. Raises UsageError for shapes that do not fit, since kernels check no bounds."""
     check_fit(current, weight, draw, lengths)
-    gpu = _gpu(current)
-    if gpu is not None:
-        alone = weight is None and known is None
-        return gpu.scan(current, beta, threshold, reset, draw, lengths, state) if alone else None
-    cpu = kernels(current)
+    gpu, cpu = _gpu(current), kernels(current)
+    if gpu is not None and known is None and in_one_kernel(weight):
+        return gpu.scan(current, weight, beta, threshold, reset, draw, lengths, state)
     if cpu is None or (weight is not None and weight.dtype != current.dtype):
         return None
     features, (steps, rows) = current.shape[2:], current.shape[:2]
@@ -207,12 +211,9 @@ def credit(
     """Returns `credit.recurrence.Recurrence.credit` for standardised drives x. later: g [B, ...] of the step after the
     last; it is overwritten with that of the first. totals: whether to return totals. overwrite: whether a may be
     overwritten. weight: C [N, N] of the recurrent current. over: distances [K] of the secants that replace p'."""
-    gpu = _gpu(a)
-    if gpu is not None:
-        if weight is not None or over is not None:
-            return None
-        return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals)
-    cpu = kernels(a)
+    gpu, cpu = _gpu(a), kernels(a)
+    if gpu is not None and in_one_kernel(weight):
+        return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals, weight, over)
     if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
     total = empty(*(a.shape if totals else (0, 0, 0)))

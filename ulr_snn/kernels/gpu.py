@@ -8,25 +8,23 @@ from ulr_snn.kernels.state import Draw, State
 
 def scan(
     current: Tensor,
+    weight: Tensor | None,
     beta: Tensor,
     threshold: Tensor,
     reset: str,
     draw: Draw | None,
     lengths: Tensor | None,
     state: State | None,
-) -> tuple[Tensor | None, Tensor | None, None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Does what `dispatch.scan` does, by Triton."""
     before = None if state is None else (state.membrane, state.spikes)
-    given = current, beta, threshold, reset
-    if draw is None:
-        found = triton.lif_forward(*given, state=before, lengths=lengths)
-    else:
-        drawn = draw.scale, draw.law, draw.words, draw.mirrored
-        found = triton.lif_forward(*given, *drawn, before, lengths)
+    drawn = (1.0, None, None, None) if draw is None else (draw.scale, draw.law, draw.words, draw.mirrored)
+    given = beta, threshold, reset, *drawn, before, lengths
+    found = triton.lif_forward(current, *given) if weight is None else triton.recurrent_forward(current, weight, *given)
     if state is not None:
         state.membrane.copy_(found.state[0])
         state.spikes.copy_(found.state[1])
-    return found.spikes, found.x, None
+    return found.spikes, found.x, found.fed_back
 
 
 def credit(
@@ -41,12 +39,16 @@ def credit(
     reset: str,
     later: Tensor,
     totals: bool,
+    weight: Tensor | None,
+    over: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """Does what `dispatch.credit` does, by Triton."""
-    total, currents, carry = triton.reverse_filter(
-        a, beta, threshold, reset, x=x, scale=scale, law=law, spikes=spikes, later=later, lengths=lengths,
-        with_total=totals,
-    )  # fmt: skip
+    given = beta, threshold, reset
+    if weight is None:
+        found = triton.reverse_filter(a, *given, None, x, scale, law, spikes, None, later, lengths, totals, over)
+    else:
+        found = triton.recurrent_reverse(a, weight, *given, x, scale, law, spikes, later, lengths, totals, over)
+    total, currents, carry = found
     later.copy_(carry)
     return total, currents
 

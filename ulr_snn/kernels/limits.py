@@ -1,4 +1,4 @@
-"""The sizes from which other code is faster on a CPU."""
+"""The sizes from which other code is faster."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ class KernelLimits:
     density: share of non-zero inputs beyond which a dense product is faster.
     fewest: least number of inputs for which sparse layers pay.
     share: share of a dense convolution's multiply-adds beyond which the dense one is faster.
+    recurrent: largest number of neurons of a recurrent layer that a GPU runs by one kernel. A wider layer runs step by
+        step, since the kernel uses few of the GPU's processors.
     """
 
     block: int = 1 << 22
@@ -19,6 +21,7 @@ class KernelLimits:
     density: float = 0.1
     fewest: int = 1 << 16
     share: float = 0.1
+    recurrent: int = 1024
 
 
 limits = KernelLimits()
