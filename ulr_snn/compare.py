@@ -90,7 +90,7 @@ def compare(
 
     Figures are those of the validation data after the last epoch. Peak memory is the memory added by the training
     (CUDA: allocated; Linux: resident in this process; elsewhere unknown). A warm-up step of each method comes first. A
-    diverged training has a row without a loss. At the end the model has its first weights again.
+    diverged training has a row without a loss. At the end the model has its first weights and `.grad` again.
 
     methods: "ulr" (`ULR()`), "surrogate" (surrogate-gradient BPTT; models of other libraries keep their surrogate),
     other names in `ulr_snn.peers.METHODS`, or names with estimators, as in {"ulr": ULR(copies=2)}.
@@ -102,6 +102,7 @@ def compare(
         raise UsageError("compare got run_dir, resume or an optimizer of its own; every training starts anew")
     device = pick_device(device)
     weights = copy.deepcopy(model.to(device).state_dict())
+    gradients = [q.grad for q in model.parameters()]
     rows = []
     options |= {"loss": loss, "device": device, "seed": seed, "time_first": time_first}
     whole = options | {"val_loader": val_loader, "progress": progress}
@@ -125,6 +126,8 @@ def compare(
                 row["peak_memory_bytes"] = memory.bytes
     finally:
         model.load_state_dict(weights)
+        for q, gradient in zip(model.parameters(), gradients, strict=True):
+            q.grad = gradient
     return Comparison(rows, versions())
 
 
@@ -165,9 +168,9 @@ def same_draws(loader: Iterable[Any], seed: int) -> Iterator[None]:
     """Seeds torch's global generators inside the context, and restores them and the loader's generators after it."""
     on_cuda = torch.cuda.is_initialized()
     before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed % 2**64)
     if on_cuda:  # else torch.manual_seed would keep the seed for later
-        torch.cuda.manual_seed_all(seed)
+        torch.cuda.manual_seed_all(seed % 2**64)
     owners = [loader, getattr(loader, "sampler", None)]
     generators = [found for owner in owners if (found := getattr(owner, "generator", None)) is not None]
     states = [generator.get_state() for generator in generators]

@@ -17,6 +17,7 @@ from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
+from ulr_snn.model.call import same_generators
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import Model, mode_of
 from ulr_snn.model.reading import read
@@ -92,6 +93,8 @@ class Diagnosis:
 
 
 @checked
+@torch.inference_mode(False)
+@same_generators()
 def diagnose(
     model: Model,
     batch: Any,

@@ -32,6 +32,7 @@ Mode = Annotated[str, one_of("deterministic", "stochastic")]
 
 
 @checked
+@torch.inference_mode(False)  # tensors of inference mode have no graphs, which binding reads
 @torch.no_grad()
 def evaluate(
     model: Model,

@@ -24,7 +24,7 @@ from ulr_snn.memory.step import Step
 from ulr_snn.model.call import coupled_modules, no_side_effects
 from ulr_snn.model.events import Events
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import Model
+from ulr_snn.model.mode import Model, check_tracked
 from ulr_snn.model.neurons import LIF, SpikingNeuron
 from ulr_snn.model.reading import read
 from ulr_snn.noise.level import NoiseLevel
@@ -62,6 +62,7 @@ class Plan:
 
 
 @checked
+@torch.inference_mode(False)
 def plan(
     model: Model,
     example_batch: Any,
@@ -76,6 +77,7 @@ def plan(
     example_batch: as from the loader. time_first, layout, output: see `train`. Raises UsageError wherever `train` does:
     no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
+    check_tracked(model)
     device = next(model.parameters(), torch.empty(0)).device
     x, targets, lengths = read(example_batch, model, device)
     interface = Interface.of(time_first, layout, output)

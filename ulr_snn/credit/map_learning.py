@@ -92,7 +92,7 @@ class MapLearning:
 
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, large: bool) -> tuple[Tensor, Tensor]:
         """Returns random rows (t, b) without padding, as many as a step can afford. Rows of a sample are adjacent."""
-        size, generator = int(valid.sum()), torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        size, generator = int(valid.sum()), torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**64)
         count = min([size, *(affordable_rows(path, large, self.limits) for path in paths.values())])
         if 4 * count < size:  # long sequences: without a list of all rows, and without the few repeated draws
             rows = torch.randint(size, (count,), generator=generator).unique()

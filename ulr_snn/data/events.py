@@ -279,7 +279,7 @@ def loader(
     """
     if pin_memory is None:
         pin_memory = torch.cuda.is_available() and not sparse
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**64)
     sampler = None
     if isinstance(dataset, EventDataset) and dataset.augments:
         indices = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)

@@ -294,8 +294,16 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
+def _after_fork() -> None:
+    """Lets a forked child go on without its parent's threads, which it lacks. OpenMP would wait for its threads for
+    ever, so the child's torch has one thread, as in the workers of a DataLoader."""
+    _workers.cache_clear()
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # a child process lacks the parent's threads
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:

@@ -54,6 +54,7 @@ class Batch:
             raise UsageError("a static input has no time steps, but the batch has lengths; leave lengths out")
         x_given = x
         x, inputs, own_lengths = one_tensor(x, targets, interface, takes(model))
+        x = tracked(x)
         if own_lengths is not None and isinstance(targets, list) and targets is not x_given:
             targets = of_sequences(targets, interface.layout, own_lengths)
         lengths = own_lengths if lengths is None else lengths_of(lengths)
@@ -70,7 +71,7 @@ class Batch:
         check_values(values, dtype, tree, objective)
         device = reference.device if reference is not None else x.device
         lengths = None if lengths is None else lengths.to(device)
-        placed = Targets.of(tree, interface.layout, steps, samples).moved(lambda leaf: leaf.tensor.to(device))
+        placed = Targets.of(tree, interface.layout, steps, samples).moved(lambda leaf: tracked(leaf.tensor).to(device))
         return cls(frames.to(device), dtype, placed, lengths, objective, interface, inputs)
 
     @property
@@ -154,3 +155,8 @@ def check_values(events: Tensor, dtype: torch.dtype, targets: Any, objective: Ob
             raise UsageError("the targets are on the meta device, without values; give tensors with values")
         if tensor.is_floating_point() and not objective.brought and not torch.isfinite(tensor).all():
             raise UsageError("the targets contain NaN or infinite values; leave these samples out, or mask them")
+
+
+def tracked(x: Tensor) -> Tensor:
+    """Returns the tensor, or a copy of a tensor of inference mode, which autograd refuses."""
+    return x.clone() if x.is_inference() else x

@@ -49,19 +49,27 @@ def set_generator_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 
 @contextmanager
+def same_generators() -> Iterator[None]:
+    """Restores torch's global generators afterwards."""
+    state = generator_state()
+    try:
+        yield
+    finally:
+        set_generator_state(state)
+
+
+@contextmanager
 def no_side_effects(model: nn.Module) -> Iterator[None]:
     """Restores running statistics, the state of modules of the user's own classes, and the generators afterwards."""
     norms = [m for m in coupled_modules(model) if isinstance(m, _BatchNorm)]
     kept = [dict(norm._buffers) for norm in norms]
-    state = generator_state()
     try:
         for norm, buffers in zip(norms, kept, strict=True):
             # An earlier pass's graph may still hold the originals.
             norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-        with copies_of_state(model, user_modules(model)):
+        with same_generators(), copies_of_state(model, user_modules(model)):
             yield
     finally:
-        set_generator_state(state)
         for norm, buffers in zip(norms, kept, strict=True):
             norm._buffers.update(buffers)
 

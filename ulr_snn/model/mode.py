@@ -61,9 +61,16 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     found = [q for q in model.parameters() if q.requires_grad]
     if not found:
         raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
-    if torch.is_inference_mode_enabled() or any(q.is_inference() for q in found):
+    if torch.is_inference_mode_enabled():
         raise UsageError("a model cannot learn in torch.inference_mode(); make and train it outside of it")
+    check_tracked(model)
     return found
+
+
+def check_tracked(model: nn.Module) -> None:
+    """Raises UsageError for a model with parameters that were made in inference mode."""
+    if any(q.is_inference() for q in model.parameters()):
+        raise UsageError("a model made in torch.inference_mode() cannot learn; make it outside of it")
 
 
 def pick_device(device: Any) -> torch.device:

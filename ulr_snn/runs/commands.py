@@ -43,6 +43,8 @@ def train(args: Namespace) -> None:
     model = _build_model(config, train_set)
     with ranks.launched(pick_device(args.device)) as rank, _run_directory(args, config) as run:
         loader = data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed)
+        if rank:
+            torch.manual_seed(args.seed + rank)  # so that ranks drop other neurons
         result = ulr_snn.train(
             model,
             ranks.shared(loader),

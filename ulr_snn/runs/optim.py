@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import shown
+from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import trainable
 
 DEFAULT_LR = 1e-2
@@ -115,8 +116,10 @@ def loader_length(loader: Iterable[Any]) -> int | None:
 
 def total_steps(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> int | None:
     """Returns the number of optimizer steps of the run; None if neither the loader nor `max_steps` tells."""
-    batches = loader_length(loader)
-    if batches is None:
+    lengths = ranks.gathered(loader_length(loader))
+    known = [length for length in lengths if length is not None]
+    if len(known) < len(lengths):
         return max_steps
+    batches = min(known)  # an epoch ends when one rank has no batch left
     steps = epochs * -(-batches // accumulate)
     return steps if max_steps is None else min(steps, max_steps)

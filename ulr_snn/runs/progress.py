@@ -1,22 +1,27 @@
 """Progress of a training: bars in terminals and notebooks, plain lines in logs, and a line for each epoch."""
 
+import importlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from threading import Lock
 from typing import Any
 
 from ulr_snn.runs.optim import loader_length
 from ulr_snn.runs.quiet import REMEDIES, advice
 
 MINUTE = 60.0
+_importing = Lock()
 
 
 def _tqdm() -> Any:
     """Returns the class of bars for this terminal or notebook."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a notebook without ipywidgets, where lines are as good
-        from tqdm.auto import tqdm
-    return tqdm
+    with _importing:
+        if "tqdm.auto" not in sys.modules:  # warnings are caught once, since other threads see it
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a notebook without ipywidgets, where lines are as good
+                importlib.import_module("tqdm.auto")
+    return sys.modules["tqdm.auto"].tqdm
 
 
 def _in_notebook() -> bool:
@@ -67,7 +72,8 @@ def progress_bar(items: Iterable[Any], label: str, shown: bool, every: float = M
     in_log = shown and not _in_notebook() and not sys.stderr.isatty()
     if in_log:
         options |= {"file": Lines(), "mininterval": every, "miniters": 1, "delay": every}
-    bar = _tqdm()(_lazily(items), total=loader_length(items), **options)
+    kind = type("Bar", (_tqdm(),), {"monitor_interval": 0})  # the monitor is a thread that outlives the training
+    bar = kind(_lazily(items), total=loader_length(items), **options)
     if in_log:
         bar.bar_format = "{desc}, step {n_fmt}/{total_fmt}{postfix}, " + (
             "{remaining} left" if bar.total else "{elapsed}"

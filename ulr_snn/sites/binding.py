@@ -1,5 +1,6 @@
 """Functions that find the firing sites of a model and bind them to it."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -195,6 +196,17 @@ def never_fires(neuron: SpikingNeuron | StepNeuron) -> bool:
 
 _turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # not attributes, since models are copied and saved
 _turns_made = Lock()
+
+
+def _after_fork() -> None:
+    """Frees all locks in a forked child, which lacks the threads that held them."""
+    global _turns_made
+    _turns.clear()
+    _turns_made = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def turn(model: nn.Module) -> Any:
