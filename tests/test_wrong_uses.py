@@ -90,6 +90,17 @@ class Changed(nn.Module):
         return self.change(self.net(x.expand(STEPS, *x.shape) if self.static else x))
 
 
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def generator():
     return (batch for batch in ONE * 4)
 
@@ -231,6 +242,10 @@ WRONG = {
     "a leak for other neurons": (lambda _: step(net(nn.Linear(2, 3), LIF(beta=torch.rand(7)))), "beta"),
     "a threshold for others": (lambda _: step(net(nn.Linear(2, 3), LIF(threshold=torch.rand(7) + 1))), "threshold"),
     "results complex": (lambda _: step(Changed(lambda o: torch.complex(o, o))), "complex"),
+    "results complex over time": (
+        lambda _: step(nn.Sequential(*net()[:2], nn.Linear(3, 2), Applied(lambda o: torch.complex(o, o)))),
+        "complex",
+    ),
     "results whole": (lambda _: step(Changed(lambda o: (10 * o).long())), "int64"),
     "results on meta": (lambda _: step(Changed(lambda o: o.to("meta"))), "meta"),
     "results NaN": (lambda _: train(Changed(lambda o: o * NAN)), "step 1"),
@@ -361,6 +376,13 @@ RIGHT = {
     ),
     "tensors without axes": lambda m: train(m, epochs=torch.tensor(1), lr=torch.tensor(0.01), resume=np.bool_(False)),
     "large and negative seeds": lambda m: [train(m, seed=seed) for seed in (2**70, -3)],
+    "large seeds with learned maps": lambda m: step(m, seed=2**70, estimator=ULR(credit="feedback", maps="learned")),
+    "large seeds to compare": lambda m: compare(m, methods=["ulr"], seed=2**70),
+    "large and negative seeds of data": lambda _: [
+        (data.loader([(X[:, 0], 0)], seed=seed), data.load("dynamics/sine", seed=seed, samples=4))
+        for seed in (2**70, 2**63 + 1, -(2**70), -3)
+    ],
+    "a negative seed of a split": lambda _: data.split(data.load("digits")[1], 0.5, seed=-3),
     "a whole learning rate": lambda m: train(m, lr=1),
     "no progress": lambda m: train(m, progress=None),
     "callbacks of an iterator": lambda m: train(m, callbacks=iter([lambda entry, model: None, print])),
@@ -377,6 +399,9 @@ RIGHT = {
     "lengths in a list": lambda m: step(m, lengths=[4, 2, 1]),
     "lengths of whole floats": lambda m: step(m, lengths=torch.tensor([4.0, 2.0, 1.0])),
     "a threshold of shape [1, N]": lambda _: step(net(nn.Linear(2, 3), LIF(threshold=torch.ones(1, 3)))),
+    "complex numbers between layers": lambda _: step(
+        nn.Sequential(nn.Linear(2, 3), Applied(torch.fft.fft), Applied(torch.abs), *net()[1:])
+    ),
     "a mask that is infinite": lambda _: step(net(nn.Linear(2, 3), with_buffer(-INF))),
     "neurons that never fire": lambda _: evaluate(net(nn.Linear(2, 3), LIF(threshold=INF))),
     "a leak of 0 and of 1": lambda _: [LIF(beta=0), LIF(beta=1), LIF(beta=torch.tensor([0.0, 1.0])), LIF(beta=[0.5])],
@@ -488,6 +513,20 @@ COMMANDS = {
     "seed": ((*TRAIN, "--seed", "0.5"), "--seed"),
     "batch size": (("plan", "digits", "--batch-size", "0"), "--batch-size"),
     "threads": ((*TRAIN, "--threads", "-1"), "--threads"),
+    "too many threads": ((*TRAIN, "--threads", "100000"), "--threads: must be a whole number, at least 1, at most "),
+    "too many threads of diagnose": (("diagnose", "digits", "--threads", "100000"), "--threads"),
+    "a run directory without a name": ((*TRAIN, "--run-dir", ""), "--run-dir: must be a path, not ''"),
+    "a run directory of a long name": ((*TRAIN, "--run-dir", "x" * 300), "--run-dir: must be a path, not 'xxx"),
+    "a run directory with a null": ((*TRAIN, "--run-dir", "a\0b"), "--run-dir"),
+    "a checkpoint without a name": (("evaluate", ""), "RUN_DIR"),
+    "a comparison without a name": (("compare", "digits", "--run-dir", ""), "--run-dir"),
+    "data without a folder": (("train", "nmnist", "--data-root", ""), "--data-root"),
+    "a picture in no folder": (("diagnose", "digits", "--draws", "4", "--picture", "no/x.png"), "no/x.png"),
+    "a signal": (("train", "dynamics/sine", *TRAIN[2:]), "dynamics/sine is a signal"),
+    "a factory of no arguments": ((*TRAIN, "--model", "nets:net"), "does not take (sample_shape, classes)"),
+    "a factory of three": ((*TRAIN, "--model", "nets:three"), "does not take (sample_shape, classes)"),
+    "a file of factories": ((*TRAIN, "--model", "../nets:net"), "--model takes module:factory"),
+    "a relative module": ((*TRAIN, "--model", "..:net"), "--model takes module:factory"),
     "draws": (("diagnose", "digits", "--draws", "3"), "--draws: must be a whole number, at least 4, not '3'"),
     "device": ((*TRAIN, "--device", "meta"), "meta"),
     "resume": ((*TRAIN, "--resume"), "--run-dir"),
@@ -500,6 +539,8 @@ from torch import nn
 from ulr_snn import LIF
 def net():
     return nn.Sequential(nn.Flatten(2), nn.Linear(512, 4), LIF(), nn.Linear(4, 10))
+def three(shape, classes, width):
+    return net()
 def spoilt(shape, classes):
     model = net()
     model[1].weight.data.fill_(float("nan"))

@@ -17,7 +17,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
     The order comes from raw bits of PCG64, a stream that never changes. The shuffles of NumPy, torch and scikit-learn
     may change between their versions.
     """
-    draws = np.random.PCG64(seed).random_raw(len(labels))
+    draws = np.random.PCG64(seed % 2**64).random_raw(len(labels))
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -56,7 +56,7 @@ def balanced(dataset: Recordings, per_class: Count, seed: Whole = 0) -> EventDat
             f"per_class={per_class!r} recordings of every class are not there; give an integer from 1 to the size of "
             f"the smallest class, {sizes.min()}"
         )
-    draws = np.random.PCG64(seed).random_raw(len(labels))
+    draws = np.random.PCG64(seed % 2**64).random_raw(len(labels))
     order = np.lexsort((draws, labels))
     starts = np.cumsum(sizes) - sizes
     return dataset.subset(np.sort(np.concatenate([order[start : start + per_class] for start in starts])))

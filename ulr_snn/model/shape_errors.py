@@ -19,8 +19,8 @@ CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # with the number of 
 @contextmanager
 def shape_advice(model: nn.Module) -> Iterator[None]:
     """Raises UsageError if a module of torch refuses its input, with advice if nn.Flatten(2) or Fold would fix it, or
-    if it is the (spikes, state) of a layer. Other errors stay as they are. So do errors of shape in models with layers of
-    other libraries, because it is not known whether these models are meant to take all time steps at once."""
+    if it is the (spikes, state) of a layer. Other errors stay as they are. So do errors of shape in models with layers
+    of other libraries, because it is not known whether these models are meant to take all time steps at once."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
