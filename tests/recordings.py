@@ -93,6 +93,33 @@ def write_h5(path: Path, samples: list[tuple[list[float], list[int]]], labels: l
 
 # ---- whole data sets of a few recordings
 
+# One file of the training set of each.
+FILES = {
+    "nmnist": "NMNIST/Train/3/00001.bin",
+    "shd": "SHD/shd_train.h5",
+    "ssc": "SSC/ssc_train.h5",
+    "dvsgesture": "DVSGesture/ibmGestureTrain/user01_led/10.npy",
+    "cifar10dvs": "CIFAR10DVS/truck/cifar10_truck_0.aedat4",
+    "ncaltech101": "NCALTECH101/Caltech101/accordion/image_0000.bin",
+    "ncars": "NCARS/train/cars/obj_000000_td.dat",
+    "asldvs": "ASLDVS/k/k_0000.mat",
+    "smnist": "smnist/train-images-idx3-ubyte",
+}
+LIBRARIES = {"nmnist": "tonic", "shd": "h5py", "ssc": "h5py", "cifar10dvs": "aedat", "asldvs": "scipy",
+             "dvsgesture": "numpy", "ncars": "numpy", "smnist": "numpy", "ncaltech101": "tonic"}  # fmt: skip
+
+
+def nmnist(root: Path) -> None:
+    for split in ("Train", "Test"):
+        for digit in "37":
+            events = [(3, 4, 0, 1), (33, 33, 1_000, 0), (5, int(digit), 299_999, 1)]
+            write_bin(root / f"NMNIST/{split}/{digit}/00001.bin", events)
+
+
+def shd(root: Path) -> None:
+    for split in ("train", "test"):
+        write_h5(root / f"SHD/shd_{split}.h5", [([0.0, 0.5], [3, 90]), ([0.25], [3])], [1, 0], 10)
+
 
 def ssc(root: Path) -> None:
     for split, label in (("train", 34), ("valid", 1), ("test", 2)):

@@ -337,7 +337,8 @@ ulr_snn.train(model, [batch], 1, device="cpu", progress=False)
 ulr_snn.evaluate(model, [batch])
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    more = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=more)
     assert done.returncode == 0, done.stderr
 
 

@@ -114,7 +114,7 @@ def test_backward_under_no_grad_and_with_int32_labels() -> None:
 
 def test_empty_batches_and_outputs_without_features_are_refused() -> None:
     model = nn.Sequential(nn.Linear(5, 8), LIF(), nn.Linear(8, 3))
-    with pytest.raises(UsageError, match="without a step or a sample"):
+    with pytest.raises(UsageError, match="without a step, a sample or a feature"):
         ulr_snn.attach(model).backward(torch.zeros(6, 0, 5), torch.zeros(0, dtype=torch.long))
 
     class Flat(nn.Sequential):

@@ -30,6 +30,13 @@ def made(count: int, seed: int = 0, events: int = 200) -> list[tuple[np.ndarray,
     return found
 
 
+def floats(*times: float, x: float = 0.0) -> list[tuple[np.ndarray, int]]:
+    """A recording with these times, all of whose numbers are floats."""
+    events = np.zeros(len(times), [(name, float) for name in "xytp"])
+    events["t"], events["x"] = times, x
+    return [(events, 0)]
+
+
 def opened(parts, folder, **options):
     return data.from_tonic(parts, cache_dir=folder, **{"sensor_size": SENSOR, "time_bins": 10, "bin_us": 100} | options)
 
@@ -270,6 +277,15 @@ def test_names_are_numbered_in_alphabetical_order(tmp_path):
     ([(np.zeros(3, np.dtype([("t", int)])), 0)], "need t and x"),
     ([(made(1)[0][0], -1)], "label -1"),
     ([(made(1)[0][0], 0.5)], "label 0.5"),
+    ([(made(1)[0][0], 10**9)], "label 1000000000.*0 to 9999"),
+    ([(made(1)[0][0], float("inf"))], "label inf"),
+    ([(made(1)[0][0], np.eye(3)[0])], "label array"),
+    (floats(1.0, np.nan), "recording 0 .* no numbers of microseconds"),
+    (floats(1.0, 1e30), "no numbers of microseconds"),
+    (floats(-1.0, np.inf), "before time 0"),
+    (floats(1.0, x=np.nan), "x=nan"),
+    (floats(1.0, x=9.3e18), "x=9.3e"),
+    ([(np.zeros(3, [("t", "U3"), ("x", int)]), 0)], "no numbers of microseconds"),
     ([(made(1)[0][0], 0), (made(1)[0][0], "a")], "label 'a'"),
 ])  # fmt: skip
 def test_what_is_no_set_of_events_is_told(parts, complaint, tmp_path):
@@ -280,6 +296,10 @@ def test_what_is_no_set_of_events_is_told(parts, complaint, tmp_path):
 @pytest.mark.parametrize("options, complaint", [
     ({"sensor_size": (5, 5, 2)}, "x=5, outside the sensor"),
     ({"clock_us": 0}, "clock_us"),
+    ({"clock_us": float("inf")}, "clock_us"),
+    ({"align": "no"}, "align"),
+    ({"classes": 2.5}, "classes"),
+    ({"seed": 0.5}, "seed"),
     ({"classes": 2}, "label 2"),
     ({"time_bins": 0}, "time_bins"),
 ])  # fmt: skip

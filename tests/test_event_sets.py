@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from tests import recordings
+from tests.recordings import FILES, LIBRARIES
 from ulr_snn import data
 from ulr_snn.errors import UsageError
 from ulr_snn.runs.cli import main
 
-LIBRARIES = {"ssc": "h5py", "cifar10dvs": "aedat", "asldvs": "scipy", "dvsgesture": "numpy", "ncars": "numpy",
-             "smnist": "numpy", "ncaltech101": "tonic"}  # fmt: skip
 SHAPES = {
     "ssc": (50, 700, 35),
     "dvsgesture": (60, 2, 128, 128, 11),
@@ -23,22 +22,11 @@ SHAPES = {
     "asldvs": (20, 2, 180, 240, 24),
     "smnist": (784, 99, 10),
 }
-# A damaged file of each data set, in its training set.
-FILES = {
-    "ssc": "SSC/ssc_train.h5",
-    "dvsgesture": "DVSGesture/ibmGestureTrain/user01_led/10.npy",
-    "cifar10dvs": "CIFAR10DVS/truck/cifar10_truck_0.aedat4",
-    "ncaltech101": "NCALTECH101/Caltech101/accordion/image_0000.bin",
-    "ncars": "NCARS/train/cars/obj_000000_td.dat",
-    "asldvs": "ASLDVS/k/k_0000.mat",
-    "smnist": "smnist/train-images-idx3-ubyte",
-}
 
 
 @pytest.fixture(params=SHAPES)
 def name(request):
-    for library in {"tonic", LIBRARIES[request.param]} if request.param == "cifar10dvs" else {LIBRARIES[request.param]}:
-        pytest.importorskip(library)
+    pytest.importorskip(LIBRARIES[request.param])
     return request.param
 
 

@@ -23,6 +23,7 @@ from ulr_snn import (
     Adaptive,
     CurrentNoise,
     Feedback,
+    Fold,
     Gaussian,
     Global,
     Independent,
@@ -65,15 +66,39 @@ def holding(value: float, layer: int) -> nn.Module:
     return model
 
 
-class Changed(nn.Module):
-    """A net whose result is changed."""
+def with_buffer(value: float) -> nn.Module:
+    neuron = LIF()
+    neuron.register_buffer("mask", torch.tensor([0.0, value]))
+    return neuron
 
-    def __init__(self, change) -> None:
+
+def at(tensor: Tensor, index: tuple[int, ...], value: float) -> Tensor:
+    """Returns the tensor with another value at one place."""
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+class Changed(nn.Module):
+    """A net whose result is changed. static: it repeats its input over time."""
+
+    def __init__(self, change, static: bool = False) -> None:
         super().__init__()
-        self.net, self.change = net(), change
+        self.net, self.change, self.static = net(), change, static
 
     def forward(self, x: Tensor):
-        return self.change(self.net(x))
+        return self.change(self.net(x.expand(STEPS, *x.shape) if self.static else x))
+
+
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def generator():
@@ -200,7 +225,10 @@ WRONG = {
     # models
     "model None": (lambda _: train(None), "give a model"),
     "a class for a model": (lambda _: train(LIF), "give a model"),
-    "weights NaN": (lambda _: train(holding(NAN, 0)), "0.weight"),
+    "weights NaN": (
+        lambda _: train(holding(NAN, 0)),
+        "0.weight of the model holds NaN or infinite values, 1 of 6, the",
+    ),
     "weights infinite": (lambda _: train(holding(INF, 3)), "3.weight"),
     "weights NaN to attach": (lambda _: step(holding(NAN, 0)), "0.weight"),
     "weights NaN to evaluate": (lambda _: evaluate(holding(NAN, 0)), "0.weight"),
@@ -214,6 +242,10 @@ WRONG = {
     "a leak for other neurons": (lambda _: step(net(nn.Linear(2, 3), LIF(beta=torch.rand(7)))), "beta"),
     "a threshold for others": (lambda _: step(net(nn.Linear(2, 3), LIF(threshold=torch.rand(7) + 1))), "threshold"),
     "results complex": (lambda _: step(Changed(lambda o: torch.complex(o, o))), "complex"),
+    "results complex over time": (
+        lambda _: step(nn.Sequential(*net()[:2], nn.Linear(3, 2), Applied(lambda o: torch.complex(o, o)))),
+        "complex",
+    ),
     "results whole": (lambda _: step(Changed(lambda o: (10 * o).long())), "int64"),
     "results on meta": (lambda _: step(Changed(lambda o: o.to("meta"))), "meta"),
     "results NaN": (lambda _: train(Changed(lambda o: o * NAN)), "step 1"),
@@ -231,11 +263,62 @@ WRONG = {
     "events too large": (lambda model: step(model, torch.full((4, 3, 2), 1e300, dtype=torch.float64)), "too large"),
     "events nested": (lambda model: step(model, torch.nested.nested_tensor([X[0], X[1]])), "nested"),
     "events of other features": (lambda model: step(model, torch.rand(4, 3, 5)), "5 features"),
+    "events that another layer refuses": (
+        lambda _: step(nn.Sequential(Fold(nn.Unflatten(-1, (1, 2)), nn.Flatten()), *net()), torch.rand(4, 3, 5)),
+        "0.0 (Unflatten) got an input (12, 5), which it does not take; unflatten: Provided",
+    ),
+    "events without a feature": (lambda model: step(model, torch.rand(4, 3, 0)), "a feature"),
     "lengths of half steps": (lambda model: step(model, lengths=torch.tensor([4.0, 2.5, 1.0])), "whole numbers"),
     "lengths NaN": (lambda model: step(model, lengths=torch.tensor([4.0, NAN, 1.0])), "whole numbers"),
     "lengths bool": (lambda model: step(model, lengths=torch.tensor([True] * 3)), "lengths"),
     "targets complex": (lambda model: step(model, y=Y.to(torch.complex64)), "complex64"),
-    "targets NaN": (lambda model: step(model, y=torch.full((3, 2), NAN), loss="mse"), "targets"),
+    "events NaN": (lambda model: step(model, at(X, (2, 1, 0), NAN)), "first at time step 2 of sample 1"),
+    "events NaN, one step": (lambda model: step(model, at(X, (0, 2, 1), NAN)[:1]), "first at time step 0 of sample 2"),
+    "events NaN, sparse": (lambda model: step(model, at(X, (2, 1, 0), INF).to_sparse()), "time step 2 of sample 1"),
+    "events NaN, batch first": (
+        lambda model: step(model, at(X, (2, 1, 0), NAN).transpose(0, 1), layout="BT"),
+        "time step 2 of sample 1",
+    ),
+    "events NaN to evaluate": (lambda model: evaluate(model, [(at(X, (3, 0, 1), NAN), Y)]), "time step 3 of sample 0"),
+    "events NaN to train": (lambda model: train(model, [(at(X, (3, 0, 1), NAN), Y)]), "time step 3 of sample 0"),
+    "events NaN, static": (
+        lambda _: step(Changed(lambda o: o, static=True), at(X[0], (1, 0), NAN), layout="B"),
+        "first in sample 1; clean",
+    ),
+    "events NaN, two inputs": (
+        lambda _: step(TwoInputs(), (X, at(X, (1, 2, 0), NAN))),
+        "first at time step 1 of sample 2, in the input 1",
+    ),
+    "events NaN, inputs by name": (
+        lambda _: step(TwoInputs(), {"x": at(X, (1, 2, 0), NAN), "other": X[0]}),
+        "first at time step 1 of sample 2, in the input 'x'",
+    ),
+    "events NaN, an input without time": (
+        lambda _: step(TwoInputs(), {"x": X, "other": at(X[0], (2, 1), NAN)}),
+        "first in sample 2, in the input 'other'",
+    ),
+    "events too large, placed": (
+        lambda model: step(model, at(X.double(), (1, 1, 1), 1e300)),
+        "time step 1 of sample 1",
+    ),
+    "events too large for half": (
+        lambda _: step(net().half(), at(X, (1, 0, 1), 1e6)),
+        "too large for torch.float16, the type of the model, first at time step 1 of sample 0",
+    ),
+    "targets NaN": (
+        lambda model: step(model, y=at(torch.zeros(3, 2), (1, 0), NAN), loss="mse"),
+        "the targets contain NaN or infinite values, first in sample 1",
+    ),
+    "targets NaN over time": (
+        lambda _: step(
+            nn.Sequential(*net()[:2], nn.Linear(3, 2)), y=at(torch.zeros(4, 3, 2), (3, 1, 0), NAN), loss="mse"
+        ),
+        "first at time step 3 of sample 1",
+    ),
+    "a buffer NaN": (
+        lambda _: step(net(nn.Linear(2, 3), with_buffer(NAN))),
+        "the buffer 1.mask of the model holds NaN",
+    ),
     "targets on meta": (lambda model: step(model, y=Y.to("meta")), "meta"),
     "targets in words": (lambda model: train(model, [(X, ["a", "b", "b"])]), "'a'"),
     "a generator for validation": (lambda model: train(model, val_loader=generator(), epochs=2), "val_loader"),
@@ -293,6 +376,13 @@ RIGHT = {
     ),
     "tensors without axes": lambda m: train(m, epochs=torch.tensor(1), lr=torch.tensor(0.01), resume=np.bool_(False)),
     "large and negative seeds": lambda m: [train(m, seed=seed) for seed in (2**70, -3)],
+    "large seeds with learned maps": lambda m: step(m, seed=2**70, estimator=ULR(credit="feedback", maps="learned")),
+    "large seeds to compare": lambda m: compare(m, methods=["ulr"], seed=2**70),
+    "large and negative seeds of data": lambda _: [
+        (data.loader([(X[:, 0], 0)], seed=seed), data.load("dynamics/sine", seed=seed, samples=4))
+        for seed in (2**70, 2**63 + 1, -(2**70), -3)
+    ],
+    "a negative seed of a split": lambda _: data.split(data.load("digits")[1], 0.5, seed=-3),
     "a whole learning rate": lambda m: train(m, lr=1),
     "no progress": lambda m: train(m, progress=None),
     "callbacks of an iterator": lambda m: train(m, callbacks=iter([lambda entry, model: None, print])),
@@ -309,6 +399,10 @@ RIGHT = {
     "lengths in a list": lambda m: step(m, lengths=[4, 2, 1]),
     "lengths of whole floats": lambda m: step(m, lengths=torch.tensor([4.0, 2.0, 1.0])),
     "a threshold of shape [1, N]": lambda _: step(net(nn.Linear(2, 3), LIF(threshold=torch.ones(1, 3)))),
+    "complex numbers between layers": lambda _: step(
+        nn.Sequential(nn.Linear(2, 3), Applied(torch.fft.fft), Applied(torch.abs), *net()[1:])
+    ),
+    "a mask that is infinite": lambda _: step(net(nn.Linear(2, 3), with_buffer(-INF))),
     "neurons that never fire": lambda _: evaluate(net(nn.Linear(2, 3), LIF(threshold=INF))),
     "a leak of 0 and of 1": lambda _: [LIF(beta=0), LIF(beta=1), LIF(beta=torch.tensor([0.0, 1.0])), LIF(beta=[0.5])],
     "whole results, global credit": lambda _: step(Changed(lambda o: (9 * o).long()), estimator=ULR(credit="global")),
@@ -419,6 +513,20 @@ COMMANDS = {
     "seed": ((*TRAIN, "--seed", "0.5"), "--seed"),
     "batch size": (("plan", "digits", "--batch-size", "0"), "--batch-size"),
     "threads": ((*TRAIN, "--threads", "-1"), "--threads"),
+    "too many threads": ((*TRAIN, "--threads", "100000"), "--threads: must be a whole number, at least 1, at most "),
+    "too many threads of diagnose": (("diagnose", "digits", "--threads", "100000"), "--threads"),
+    "a run directory without a name": ((*TRAIN, "--run-dir", ""), "--run-dir: must be a path, not ''"),
+    "a run directory of a long name": ((*TRAIN, "--run-dir", "x" * 300), "--run-dir: must be a path, not 'xxx"),
+    "a run directory with a null": ((*TRAIN, "--run-dir", "a\0b"), "--run-dir"),
+    "a checkpoint without a name": (("evaluate", ""), "RUN_DIR"),
+    "a comparison without a name": (("compare", "digits", "--run-dir", ""), "--run-dir"),
+    "data without a folder": (("train", "nmnist", "--data-root", ""), "--data-root"),
+    "a picture in no folder": (("diagnose", "digits", "--draws", "4", "--picture", "no/x.png"), "no/x.png"),
+    "a signal": (("train", "dynamics/sine", *TRAIN[2:]), "dynamics/sine is a signal"),
+    "a factory of no arguments": ((*TRAIN, "--model", "nets:net"), "does not take (sample_shape, classes)"),
+    "a factory of three": ((*TRAIN, "--model", "nets:three"), "does not take (sample_shape, classes)"),
+    "a file of factories": ((*TRAIN, "--model", "../nets:net"), "--model takes module:factory"),
+    "a relative module": ((*TRAIN, "--model", "..:net"), "--model takes module:factory"),
     "draws": (("diagnose", "digits", "--draws", "3"), "--draws: must be a whole number, at least 4, not '3'"),
     "device": ((*TRAIN, "--device", "meta"), "meta"),
     "resume": ((*TRAIN, "--resume"), "--run-dir"),
@@ -431,6 +539,8 @@ from torch import nn
 from ulr_snn import LIF
 def net():
     return nn.Sequential(nn.Flatten(2), nn.Linear(512, 4), LIF(), nn.Linear(4, 10))
+def three(shape, classes, width):
+    return net()
 def spoilt(shape, classes):
     model = net()
     model[1].weight.data.fill_(float("nan"))

@@ -10,6 +10,7 @@ from torch import Tensor
 from ulr_snn.credit.feedback import FeedbackLimits, LearnedFeedback, RegressionSchedule, edge
 from ulr_snn.credit.maps import Path
 from ulr_snn.credit.structure import Structure
+from ulr_snn.errors.arguments import seed_of
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.neurons import shaped
@@ -92,7 +93,7 @@ class MapLearning:
 
     def _rows(self, paths: dict[str, Path], valid: Tensor, step: int, large: bool) -> tuple[Tensor, Tensor]:
         """Returns random rows (t, b) without padding, as many as a step can afford. Rows of a sample are adjacent."""
-        size, generator = int(valid.sum()), torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**64)
+        size, generator = int(valid.sum()), torch.Generator().manual_seed(seed_of(self.seed * 1_000_003 + step))
         count = min([size, *(affordable_rows(path, large, self.limits) for path in paths.values())])
         if 4 * count < size:  # long sequences: without a list of all rows, and without the few repeated draws
             rows = torch.randint(size, (count,), generator=generator).unique()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, cast
 
+from ulr_snn.data import child
 from ulr_snn.data.augment import Augmentation, Transform, bind
 from ulr_snn.data.binning import (
     MAX_CELLS,
@@ -118,7 +119,10 @@ def _binned(name: str, found: Recorded, clock: Clock, options: Options) -> tuple
 def _cached(
     name: str, key: str, found: Source | Recorded, build: Callable[[], BinnedSplits | Chunks], options: Options
 ) -> tuple[BinnedSplits, MakeDataset]:
-    splits = cached(options.cache_dir, name, key, found.fingerprint, build, options.stream)
+    try:
+        splits = cached(options.cache_dir, name, key, found.fingerprint, build, options.stream)
+    finally:
+        child.close()
 
     def dataset(rows: Rows, augmented: bool) -> EventDataset:
         return EventDataset(cast(Binned, rows), splits.sample_shape, splits.classes, options.binary)

@@ -158,7 +158,7 @@ def bin_events(owner: np.ndarray, chunk: Recordings, lengths: np.ndarray, featur
         )
     row = longest * features
     bins = chunk.time.astype(np.int64) // bin_us
-    inside = bins < lengths[owner]
+    inside = (bins >= 0) & (bins < lengths[owner])
     key = (owner * row + bins * features + chunk.feature)[inside]
     occupied, counts = np.unique(key, return_counts=True)
     records = np.empty(len(occupied), CELL)

@@ -7,6 +7,7 @@ archive of the other arrays. It is written chunk by chunk, so that a data set ma
 import hashlib
 import io
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ FORMAT = 2
 MARK = b"ulr-snn2"
 HEADER = 16
 SPLITS = ("train", "validation", "test")
+ABANDONED = 3_600  # seconds without a write, after which a file was left by a process that has been killed
 MEMORY_SHARE = 0.5  # a file that is larger than this share of the machine's memory stays on disk
 
 
@@ -139,6 +141,10 @@ def _write(path: Path, fingerprint: str, chunks: Chunks, stream: bool | None) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file is written under another name and then moved in one step, so that readers see a complete file or none.
     temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
+    for left in path.parent.glob(f"{path.stem}-*.tmp"):
+        with suppress(OSError):  # another process has removed it
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     try:
         with temporary.open("x+b") as file:
             file.write(bytes(HEADER))

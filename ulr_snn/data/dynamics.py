@@ -156,6 +156,11 @@ def clock(steps: int) -> np.ndarray:
     return np.where(place.astype(int)[:, None] == np.arange(CHANNELS), bump[:, None], 0.0)
 
 
+def _words(seed: int) -> list[int]:
+    """Returns a seed in words of 32 bits, a single one for the seeds that fit."""
+    return [seed] if 0 <= seed < 2**32 else [seed % 2**32, seed // 2**32 % 2**32]
+
+
 def windows(
     name: str, seconds: float = 1.0, dt: float = 0.005, seed: int = 0, samples: int = 256
 ) -> tuple[SignalDataset, SignalDataset]:
@@ -175,7 +180,7 @@ def windows(
     drive, signal, noise = clock(steps), trial(name, dt), SYSTEMS[name].noise
 
     def part(number: int, count: int) -> SignalDataset:
-        random = np.random.RandomState([seed, number])  # its draws are the same in all versions of NumPy
+        random = np.random.RandomState([*_words(seed), number])  # its draws are the same in all versions of NumPy
         places = (np.arange(round(seconds / dt))[:, None] + random.randint(steps, size=count)) % steps
         targets = signal[places]
         targets = targets + noise * random.standard_normal(targets.shape)

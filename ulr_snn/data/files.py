@@ -16,6 +16,8 @@ from ulr_snn.errors import UsageError
 
 CHUNK = 2_000  # number of recordings whose raw events are in memory at a time
 CHUNK_EVENTS = 2**22  # a chunk ends once it has so many events
+LONGEST_US = 2**31  # no recording lasts as long: half an hour
+MOST_CLASSES = 10_000
 ENVIRONMENT = "ULR_SNN_DATA"
 
 File = tuple[Path, int]  # a recording and its label
@@ -61,7 +63,8 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 def damaged(file: Path, what: str) -> UsageError:
     """Returns the error that a file is not what its name says."""
-    return UsageError(f"{file} {what}: it is damaged or of another format; copy it anew")
+    words = " ".join(what.split())  # libraries write several lines
+    return UsageError(f"{file} {words[:300]}: it is damaged or of another format; copy it anew")
 
 
 def needs(module: str, what: str) -> ModuleType:
@@ -108,15 +111,15 @@ def read_files(files: Sequence[File], read_file: ReadFile, sample_shape: tuple[i
     labels: list[int] = []
     for number, (file, label) in enumerate(files):
         try:
-            x, y, t, p = (np.asarray(column).astype(np.int64).ravel() for column in read_file(file))
+            x, y, t, p = (np.asarray(column).ravel() for column in read_file(file))
         except UsageError:
             raise
         except Exception as error:  # the readers of other libraries raise anything for a damaged file
             raise damaged(file, f"cannot be read ({type(error).__name__}: {error})") from error
+        if not len(x) == len(y) == len(t) == len(p):
+            raise damaged(file, f"has {len(x)} x, {len(y)} y, {len(t)} times and {len(p)} polarities")
         features.append(flat(file, x, y, p, sample_shape))
-        if t.min(initial=0) < 0:
-            raise damaged(file, "has an event before time 0")
-        times.append(t)
+        times.append(whole_us(file, t))
         labels.append(label)
         if len(labels) == CHUNK or sum(map(len, times)) >= CHUNK_EVENTS or number == len(files) - 1:
             sizes = [len(time) for time in times]
@@ -124,11 +127,36 @@ def read_files(files: Sequence[File], read_file: ReadFile, sample_shape: tuple[i
             times, features, labels = [], [], []
 
 
+def aligned(t: np.ndarray, unit: float = 1) -> np.ndarray:
+    """Returns times from the first event on, in microseconds. unit: microseconds in one unit of `t`."""
+    with np.errstate(invalid="ignore", over="ignore"):  # of times that are not finite, which `whole_us` refuses
+        t = t if unit == 1 else t * float(unit)
+        return t - t.min() if t.size else t
+
+
+def whole_us(file: Path, t: np.ndarray) -> np.ndarray:
+    """Returns times in whole microseconds, int64, truncated.
+
+    Raises UsageError, with the file's name, for times that are negative, not finite or beyond half an hour.
+    """
+    if t.dtype.kind not in "iuf" or (len(t) and not (t.min() >= 0 and t.max() < LONGEST_US)):  # NaN is neither
+        worst = t.dtype if t.dtype.kind not in "iuf" else f"{t.min():g} to {t.max():g} us"
+        raise damaged(file, f"has times of {worst}, which are negative, not finite or beyond half an hour")
+    return t.astype(np.int64)
+
+
 def flat(file: Path, x: np.ndarray, y: np.ndarray, p: np.ndarray, sample_shape: tuple[int, ...]) -> np.ndarray:
     """Returns `(p * height + y) * width + x`. Raises UsageError for an event outside the sensor."""
     channels, height, width = sample_shape
-    for axis, values, size in (("x", x, width), ("y", y, height), ("polarity", p, channels)):
-        if len(values) and not 0 <= values.min() <= values.max() < size:
-            place = int(values.max() if values.max() >= size else values.min())
+    feature = np.zeros(len(x), np.int64)
+    for axis, values, size in (("polarity", p, channels), ("y", y, height), ("x", x, width)):
+        if values.dtype.kind not in "biuf":
+            raise damaged(file, f"has a column {axis} of type {values.dtype}")
+        if len(values) and not (values.min() >= 0 and values.max() < size):  # NaN is neither
+            place = values.max() if values.max() >= size else values.min()
             raise damaged(file, f"has an event at {axis}={place}, outside the {width}x{height} pixels of the sensor")
-    return (p * height + y) * width + x
+        places = values.astype(np.int64)
+        if not np.array_equal(places, values):
+            raise damaged(file, f"has an event between two places of {axis}")
+        feature = feature * size + places
+    return feature

@@ -12,33 +12,36 @@ from ulr_snn.data.assemble import Augment, Clock, Options, assemble
 from ulr_snn.data.binning import Recordings, TimeBins
 from ulr_snn.data.entry import Raw, Recorded
 from ulr_snn.data.events import EventDataset
-from ulr_snn.data.files import CHUNK, CHUNK_EVENTS, fingerprint, offsets
+from ulr_snn.data.files import CHUNK, CHUNK_EVENTS, MOST_CLASSES, fingerprint, offsets
 from ulr_snn.data.registry import ENTRIES
 from ulr_snn.data.view import Polarity, View
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import Count, Flag, Positive, Whole, checked
 
+LATEST = 2**62  # microseconds that int64 holds
 Sensor = tuple[int, int, int]  # width, height and polarities, as in tonic; units lie along the width
 
 
+@checked
 def from_tonic(
     dataset: Any,
     *,
     sensor_size: Sensor | None = None,
     time_bins: TimeBins | None = None,
     bin_us: int | None = None,
-    clock_us: float = 1.0,
-    align: bool | None = None,
-    classes: int | None = None,
-    binary: bool = False,
+    clock_us: Positive = 1.0,
+    align: Flag | None = None,
+    classes: Count | None = None,
+    binary: Flag = False,
     cache_dir: str | os.PathLike[str] | None = None,
     crop: tuple[int, int] | None = None,
     downsample: int = 1,
     polarity: Polarity = "both",
     augment: Augment | None = None,
     validation: float | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-    stream: bool | None = None,
+    per_class: Count | None = None,
+    seed: Whole = 0,
+    stream: Flag | None = None,
 ) -> EventDataset | tuple[EventDataset, ...]:
     """Returns a tonic data set, or any sequence of recordings, as `load` returns those that it knows.
 
@@ -97,8 +100,6 @@ class _Reader:
     """Reads sequences of recordings. The arguments are those of `from_tonic`."""
 
     def __init__(self, sensor_size: Sensor | None, clock_us: float, align: bool, classes: int | None) -> None:
-        if not clock_us > 0:
-            raise UsageError(f"clock_us={clock_us!r} is not a unit of time; give microseconds")
         self.sensor_size = sensor_size
         self.clock_us = clock_us
         self.align = align
@@ -148,12 +149,15 @@ class _Reader:
     def times(self, events: np.ndarray, where: str) -> np.ndarray:
         """Returns the times of events in whole microseconds, int64."""
         t = events["t"]
-        if self.align and len(t):
-            t = t - t.min()
-        found = (t * self.clock_us).astype(np.int64) if self.clock_us != 1 else t.astype(np.int64)
-        if found.min(initial=0) < 0:
-            raise UsageError(f"{where} has an event before time 0; use align=True")
-        return found
+        if len(t) and t.dtype.kind in "iuf":
+            with np.errstate(invalid="ignore", over="ignore"):  # of times that are refused below
+                t = t - t.min() if self.align else t
+                t = t * self.clock_us if self.clock_us != 1 else t
+            if t.min() < 0:
+                raise UsageError(f"{where} has an event before time 0; use align=True")
+        if t.dtype.kind not in "iuf" or not t.max(initial=0) < LATEST:  # NaN is not
+            raise UsageError(f"{where} has times that are no numbers of microseconds; clean them, or give clock_us=")
+        return t.astype(np.int64)
 
 
 def _recording(part: Any, index: int, where: str) -> tuple[np.ndarray, Any]:
@@ -171,27 +175,26 @@ def _features(events: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndar
     for field, size in (("p", channels), ("y", height), ("x", width)):
         if size == 1 and field != "x":  # tonic gives units a polarity of 1
             continue
-        values = (
-            events[field].astype(np.int64) if field in (events.dtype.names or ()) else np.zeros(len(events), np.int64)
-        )
+        values = events[field] if field in (events.dtype.names or ()) else np.zeros(len(events), np.int64)
         if field == "p" and size == 2:
-            values = (values > 0).astype(np.int64)  # some sensors write -1 and 1
-        if len(values) and not 0 <= values.min() <= values.max() < size:
+            values = values > 0  # some sensors write -1 and 1
+        if len(values) and not (values.min() >= 0 and values.max() < size):  # NaN is neither
             raise UsageError(
                 f"{where} has an event at {field}={values.max() if values.max() >= size else values.min()}, outside "
                 f"the sensor of (width, height, polarities) = ({width}, {height}, {channels}); give sensor_size="
             )
-        feature = feature * size + values
+        feature = feature * size + values.astype(np.int64)
     return feature
 
 
 def _class_index(label: Any, where: str, classes: int | None) -> int:
     try:
         found = int(label)
-    except (TypeError, ValueError):
-        found = -1
-    if found < 0 or found != label or (classes is not None and found >= classes):
-        limit = "from 0 on" if classes is None else f"from 0 to {classes - 1}"
+        known = bool(found == label)
+    except (TypeError, ValueError, OverflowError):
+        found, known = -1, False
+    if not known or not 0 <= found < (classes or MOST_CLASSES):
+        limit = f"from 0 to {(classes or MOST_CLASSES) - 1}"
         raise UsageError(f"{where} has the label {label!r}; labels are all names, or all class indices {limit}")
     return found
 

@@ -2,28 +2,40 @@
 
 Subsets are supported, and nothing is downloaded. `tonic.io.read_mnist_file` reads N-MNIST's files, since
 `tonic.datasets.NMNIST` starts a download unless it counts 10,000 files a split. h5py reads SHD's files, since
-`tonic.datasets.SHD` opens the file again for every sample. tonic takes seconds to import, so tonic and h5py are
-imported only to read recordings, not if the recordings come from the cache.
+`tonic.datasets.SHD` opens the file again for every sample, in a process of its own, since HDF5 loops without end for
+some damaged files. tonic takes seconds to import, so tonic and h5py are imported only to read recordings, not if the
+recordings come from the cache.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
+from ulr_snn.data import child
 from ulr_snn.data.binning import Recordings
 from ulr_snn.data.entry import Entry, Raw, Recorded, Root
-from ulr_snn.data.files import CHUNK, damaged, find_folder, fingerprint, missing, needs, offsets
+from ulr_snn.data.files import (
+    CHUNK,
+    MOST_CLASSES,
+    damaged,
+    find_folder,
+    fingerprint,
+    flat,
+    missing,
+    needs,
+    offsets,
+    whole_us,
+)
 from ulr_snn.errors import UsageError
 
 NMNIST_SHAPE = (2, 34, 34)  # channel 1 is ON
 NMNIST_CLASSES = 10
 NMNIST_FOLDERS = {"train": "Train", "test": "Test"}
-NMNIST_EVENT_BYTES = 5
+EVENT_BYTES = 5
+EVENT_FIELDS = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
+OVERFLOW, MOST_OVERFLOWS = 240, 1_024  # the y that adds 8,192 us to all later times; these are 8 s
 SHD_FILES = {"train": "shd_train.h5", "test": "shd_test.h5"}
 SSC_FILES = {"train": "ssc_train.h5", "validation": "ssc_valid.h5", "test": "ssc_test.h5"}
 SHD_UNITS = (128, 700)
@@ -51,28 +63,33 @@ def read_nmnist(files: list[Path]) -> Iterator[Recordings]:
 
     Raises UsageError, with the file's name, if a file is empty, cut short, or has events outside 34x34 pixels.
     """
-    tonic_io = needs("tonic.io", "N-MNIST")
-    fields = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
     for start in range(0, len(files), CHUNK):
         part = files[start : start + CHUNK]
-        events = [_read_nmnist_file(tonic_io, file, fields) for file in part]
+        events = [read_bin(file, "N-MNIST") for file in part]
+        features = [
+            flat(file, event["x"], event["y"], event["p"], NMNIST_SHAPE)
+            for file, event in zip(part, events, strict=True)
+        ]
         yield Recordings(
             time=np.concatenate([event["t"] for event in events]),
-            feature=np.concatenate([(event["p"] * 34 + event["y"]) * 34 + event["x"] for event in events]),
+            feature=np.concatenate(features),
             offsets=offsets([len(event) for event in events]),
             labels=np.array([int(file.parent.name) for file in part]),
         )
 
 
-def _read_nmnist_file(tonic_io: ModuleType, file: Path, fields: np.dtype) -> np.ndarray:
-    size = os.stat(file).st_size
-    if size == 0 or size % NMNIST_EVENT_BYTES:
-        raise damaged(file, f"has {size} bytes, not a positive multiple of {NMNIST_EVENT_BYTES}")
-    events = tonic_io.read_mnist_file(os.fspath(file), dtype=fields)
-    for axis, pixels in (("x", NMNIST_SHAPE[2]), ("y", NMNIST_SHAPE[1])):
-        largest = events[axis].max(initial=0)
-        if largest >= pixels:
-            raise damaged(file, f"has an event at {axis}={largest}, outside N-MNIST's 34x34 pixels")
+def read_bin(file: Path, what: str) -> np.ndarray:
+    """Returns the events of a file in N-MNIST's format, with fields x, y, t and p. Raises UsageError, with the file's
+    name, if the file is empty, cut short, or full of overflows of its clock, for which tonic takes quadratic time.
+
+    what: the data set, for the error if tonic is missing.
+    """
+    content = np.fromfile(file, np.uint8)
+    if len(content) == 0 or len(content) % EVENT_BYTES:
+        raise damaged(file, f"has {len(content)} bytes, not a positive multiple of {EVENT_BYTES}")
+    if (overflows := int((content[1::EVENT_BYTES] == OVERFLOW).sum())) > MOST_OVERFLOWS:
+        raise damaged(file, f"has {overflows:,} overflows of its clock, more than {MOST_OVERFLOWS:,}")
+    events: np.ndarray = needs("tonic.io", what).read_mnist_file(os.fspath(file), dtype=EVENT_FIELDS)
     return events
 
 
@@ -92,53 +109,38 @@ def shd_shape(files: dict[str, Path]) -> tuple[int, int]:
     size that holds all units that fire: 128 (spoken-digits) or 700 (SHD). Classes are the names in `extra/keys`, else
     1 + the largest label. Raises UsageError for units beyond 700, labels without a name, and damaged files.
     """
+    needs("h5py", "SHD")
     largest, classes = 0, 0
     for file in files.values():
-        with _opened(file) as content:
-            labels = content["labels"][:]
-            for start in range(0, len(labels), CHUNK):
-                part = content["spikes/units"][start : start + CHUNK]
-                largest = max(largest, *(int(units.max(initial=0)) for units in part))
-            names = len(content["extra/keys"]) if "extra/keys" in content else int(labels.max(initial=0)) + 1
-            if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < names:
-                raise damaged(file, f"has {len(labels)} labels, but not one or more from 0..{names - 1}")
-        if largest >= SHD_UNITS[-1]:
-            raise damaged(file, f"has a spike of unit {largest}, but SHD has {SHD_UNITS[-1]} units")
-        classes = max(classes, names)
+        labels, names = child.read("shd_labels", file)
+        if labels.ndim != 1 or labels.dtype.kind not in "iuf" or not np.array_equal(labels, np.floor(labels)):
+            raise damaged(
+                file, f"has labels of shape {labels.shape} and type {labels.dtype}, which are no class indices"
+            )
+        names = int(labels.max(initial=0)) + 1 if names is None else names
+        if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < names <= MOST_CLASSES:
+            raise damaged(file, f"has {len(labels)} labels, but not one or more from 0..{min(names, MOST_CLASSES) - 1}")
+        if not 0 <= (unit := child.read("shd_largest_unit", file, CHUNK)) < SHD_UNITS[-1]:
+            raise damaged(file, f"has a spike of unit {unit}, but SHD has {SHD_UNITS[-1]} units")
+        largest, classes = max(largest, unit), max(classes, names)
     return min(units for units in SHD_UNITS if units > largest), classes
 
 
 def read_shd(file: Path) -> Iterator[Recordings]:
     """Yields raw spikes of an SHD file, time in whole microseconds (truncated, as in tonic), feature = unit.
 
-    Raises UsageError, with the file's name, for times or units that are negative, not finite or differ in number.
+    Raises UsageError, with the file's name, for times or units that are negative, not finite or differ in number, and
+    for times beyond half an hour.
     """
-    with _opened(file) as content:
-        labels = content["labels"][:].astype(np.int64)
-        for start in range(0, len(labels), CHUNK):
-            part = slice(start, start + CHUNK)
-            times, units = content["spikes/times"][part], content["spikes/units"][part]
-            sizes = [len(sample) for sample in times]
-            if sizes != [len(sample) for sample in units] or len(sizes) != len(labels[part]):
-                raise damaged(file, "has other numbers of times, units and labels")
-            seconds = np.concatenate(times).astype(np.float64)
-            feature = np.concatenate(units).astype(np.int64)
-            if not np.all((seconds >= 0) & np.isfinite(seconds) & (feature >= 0)):
-                raise damaged(file, "has spikes whose time or unit is negative or not finite")
-            yield Recordings((seconds * 1e6).astype(np.int64), feature, offsets(sizes), labels[part])
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """Opens the HDF5 file for reading. Errors of h5py and NumPy in its contents become a UsageError."""
-    h5py = needs("h5py", "SHD")
-    try:
-        with h5py.File(file, "r") as content:
-            yield content
-    except UsageError:
-        raise
-    except (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise damaged(file, f"cannot be read as recordings in SHD's format ({error})") from error
+    labels = child.read("shd_labels", file)[0].astype(np.int64)
+    for start in range(0, len(labels), CHUNK):
+        part = labels[start : start + CHUNK]
+        (times, sizes), (units, others) = child.read("shd_spikes", file, start, start + CHUNK)
+        if sizes != others or len(sizes) != len(part):
+            raise damaged(file, "has other numbers of times, units and labels")
+        one = np.zeros(len(units), np.int64)
+        feature = flat(file, units, one, one, (1, 1, SHD_UNITS[-1]))
+        yield Recordings(whole_us(file, times), feature, offsets(sizes), part)
 
 
 def _find_nmnist(root: Root) -> Recorded:

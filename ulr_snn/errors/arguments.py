@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, wraps
 from numbers import Integral, Real
-from os import PathLike, fspath
+from os import PathLike, cpu_count, fspath, lstat
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args
 
@@ -83,16 +83,19 @@ def plain(value: Any) -> Any:
     return value.item() if single else value
 
 
-def whole(least: float = -math.inf, words: str = "", multiple: int = 1) -> Rule:
-    """Returns the rule of whole numbers from `least` on. A bool is none."""
+def whole(least: float = -math.inf, words: str = "", multiple: int = 1, most: float = math.inf) -> Rule:
+    """Returns the rule of whole numbers from `least` to `most`. A bool is none."""
 
     def read(value: Any) -> int:
         value = plain(value)
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least or value % multiple:
+        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+            raise ValueError
+        if value % multiple:
             raise ValueError
         return int(value)
 
-    return Rule(words or ("a whole number" if least == -math.inf else f"a whole number, at least {least}"), read)
+    limits = ("" if least == -math.inf else f", at least {least}") + ("" if most == math.inf else f", at most {most}")
+    return Rule(words or f"a whole number{limits}", read)
 
 
 def number(words: str, test: Callable[[Any], bool]) -> Rule:
@@ -132,6 +135,25 @@ def flag(value: Any) -> bool:
     if not isinstance(value, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
+
+
+def seed_of(value: Any) -> int:
+    """Returns a whole number as torch's generators take it: its lowest 64 bits, if it has more."""
+    value = whole().read(value)
+    return value if -(2**63) <= value < 2**64 else value % 2**64
+
+
+def path(value: Any) -> Any:
+    """Returns a path as it is. Raises ValueError for a text that no file system takes."""
+    if not isinstance(value, str | PathLike) or not isinstance(text := fspath(value), str) or text == "":
+        raise ValueError
+    try:
+        lstat(text)  # which raises ValueError for a null character
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError:  # a name that is too long
+        raise ValueError from None
+    return value
 
 
 def interval(value: Any) -> int | timedelta:
@@ -190,7 +212,8 @@ POSITIVE = number("positive and finite", lambda value: value > 0)
 
 Count = Annotated[int, whole(1)]
 Natural = Annotated[int, whole(0)]
-Whole = Annotated[int, whole()]
+Whole = Annotated[int, Rule("a whole number", seed_of)]
+Threads = Annotated[int, whole(1, most=max(64, 4 * (cpu_count() or 1)))]  # more only take memory, until there is none
 Draws = Annotated[int, whole(4)]
 Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, number("a number, at least 0", lambda value: value >= 0)]
@@ -213,10 +236,7 @@ Callbacks = Annotated[
     Iterable[Callable[[dict[str, Any], "nn.Module"], Any]],
     Rule("a list of functions of a history entry and the model", _callbacks),
 ]
-FilePath = Annotated[
-    str | PathLike[str],
-    where("a path", lambda value: isinstance(value, str | PathLike) and isinstance(fspath(value), str) and value != ""),
-]
+FilePath = Annotated[str | PathLike[str], Rule("a path", path)]
 
 
 # -- checks ------------------------------------------------------------------------------------------------
@@ -280,6 +300,6 @@ def typed(annotation: Any) -> Callable[[str], Any]:
         try:
             return rule.read(kind(text) if isinstance(kind, type) else text)
         except ValueError:
-            raise ArgumentTypeError(f"must be {rule.words}, not {text!r}") from None
+            raise ArgumentTypeError(f"must be {rule.words}, not {shown(text)}") from None
 
     return read

@@ -13,9 +13,9 @@ from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
 from ulr_snn.model.interface import USUAL, Interface
 from ulr_snn.model.reading import lengths_of, one_tensor, takes
-from ulr_snn.model.targets import Targets, as_tensors, check_samples, of_sequences
-from ulr_snn.model.trees import tensors
-from ulr_snn.model.view import AS_IS, View
+from ulr_snn.model.targets import Leaf, Targets, as_tensors, check_samples, of_sequences
+from ulr_snn.model.trees import items, mapped
+from ulr_snn.model.view import AS_IS, Index, View
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,12 @@ class Batch:
         reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
         dtype = reference.dtype if reference is not None else torch.get_default_dtype()
         frames = EventList.of(x) if x.layout is torch.sparse_coo else x
-        values = frames.values if isinstance(frames, EventList) else frames
-        check_values(values, dtype, tree, objective)
+        check_events(frames, dtype, inputs, interface.layout == "B")
+        placed = Targets.of(tree, interface.layout, steps, samples)
+        check_targets(placed, objective)
         device = reference.device if reference is not None else x.device
         lengths = None if lengths is None else lengths.to(device)
-        placed = Targets.of(tree, interface.layout, steps, samples).moved(lambda leaf: tracked(leaf.tensor).to(device))
+        placed = placed.moved(lambda leaf: tracked(leaf.tensor).to(device))
         return cls(frames.to(device), dtype, placed, lengths, objective, interface, inputs)
 
     @property
@@ -141,22 +142,68 @@ class Batch:
         return replace(self, frames=self.frames[first], targets=self.targets.part(steps, samples), lengths=lengths)
 
 
-def check_values(events: Tensor, dtype: torch.dtype, targets: Any, objective: Objective) -> None:
-    """Raises UsageError for complex events or events that are not finite in the model's type, for targets without
-    values, and for targets that are not finite unless the loss is the user's own."""
-    if events.is_complex():
-        raise UsageError("events are complex numbers; give real ones, such as real and imaginary parts as two features")
-    if events.is_floating_point() and not torch.isfinite(events).all():
-        raise UsageError("events contain NaN or infinite values; clean the recordings first")
-    if events.dtype == torch.float64 != dtype and not torch.isfinite(events.to(dtype)).all():
-        raise UsageError(f"events are too large for {dtype}, the type of the model; scale them down")
-    for tensor in tensors(targets):
-        if tensor.is_meta:
-            raise UsageError("the targets are on the meta device, without values; give tensors with values")
-        if tensor.is_floating_point() and not objective.brought and not torch.isfinite(tensor).all():
-            raise UsageError("the targets contain NaN or infinite values; leave these samples out, or mask them")
-
-
 def tracked(x: Tensor) -> Tensor:
     """Returns the tensor, or a copy of a tensor of inference mode, which autograd refuses."""
     return x.clone() if x.is_inference() else x
+
+
+def check_events(frames: Frames, dtype: torch.dtype, inputs: View, static: bool) -> None:
+    """Raises UsageError for complex events, and for events that are not finite in the model's type. inputs: the form of
+    several inputs; static: the frames are a single one."""
+    events = frames.values if isinstance(frames, EventList) else frames
+    if events.is_complex():
+        raise UsageError("events are complex numbers; give real ones, such as real and imaginary parts as two features")
+    if events.is_floating_point() and not (finite := torch.isfinite(events)).all():
+        place = _event(frames, finite, inputs, static)
+        raise UsageError(f"events contain NaN or infinite values, first {place}; clean the recordings")
+    kind = torch.finfo(events.dtype) if events.is_floating_point() else None
+    most = kind.max if kind is not None else 1 if events.dtype == torch.bool else torch.iinfo(events.dtype).max
+    if most > torch.finfo(dtype).max and not (finite := torch.isfinite(events.to(dtype))).all():
+        place = _event(frames, finite, inputs, static)
+        raise UsageError(f"events are too large for {dtype}, the type of the model, first {place}; scale them down")
+
+
+def check_targets(targets: Targets, objective: Objective) -> None:
+    """Raises UsageError for targets without values, and for targets that are not finite unless the loss is the user's
+    own."""
+    alone = isinstance(targets.tree, Leaf)
+    for key, part in [("", targets.tree)] if alone else items(targets.tree):
+        leaves: list[Leaf] = []
+        mapped(part, leaves.append, Leaf)
+        for leaf in leaves:
+            if leaf.tensor.is_meta:
+                raise UsageError("the targets are on the meta device, without values; give tensors with values")
+            if objective.brought or not leaf.tensor.is_floating_point():
+                continue
+            if not (finite := torch.isfinite(leaf.tensor)).all():
+                place = _place(_first(~finite), leaf.over_time)
+                name = "targets" if alone else f"targets {key!r}"
+                raise UsageError(
+                    f"the {name} contain NaN or infinite values, first {place}; leave them out, or mask them"
+                )
+
+
+def _first(bad: Tensor) -> list[int]:
+    """Returns the index of the first True."""
+    return [int(index) for index in bad.nonzero()[0]]
+
+
+def _place(index: list[int], over_time: bool) -> str:
+    """Describes an index [t, b, ...], or [b, ...]."""
+    return f"at time step {index[0]} of sample {index[1]}" if over_time else f"in sample {index[0]}"
+
+
+def _event(frames: Frames, finite: Tensor, inputs: View, static: bool) -> str:
+    """Describes the place of the first event that is not finite. Several inputs are one tensor here, see `View`."""
+    if isinstance(frames, EventList):
+        place = int(frames.places[~finite][0])
+        index = [int(at) for at in torch.unravel_index(torch.tensor(place), frames.shape)]
+    else:
+        index = _first(~finite)
+    if len(inputs.slots) < 2:
+        return _place(index[static:], not static)
+    ends = torch.tensor([slot.shape.numel() for slot in inputs.slots]).cumsum(0)
+    number = int((ends <= index[2]).sum())
+    over_time = inputs.slots[number].over_time and not static
+    name = next((key for key, leaf in items(inputs.tree) if leaf == Index(number)), number)
+    return f"{_place(index[not over_time :], over_time)}, in the input {name!r}"

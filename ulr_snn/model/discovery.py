@@ -151,7 +151,7 @@ class Watch:
 
     def fires_by_its_own_gradient(self) -> bool:
         """Returns whether the graph leads through the module, and its outputs for varied inputs are 0 or one value."""
-        if self.cuts or not self.outputs or not self.calls:
+        if self.cuts or not self.outputs or not self.calls or any(output.is_complex() for output in self.outputs):
             return False
         values = torch.cat([output.detach().flatten() for output in self.outputs]).unique()
         inputs = torch.cat([current_in(call).flatten() for call in self.calls]).unique()

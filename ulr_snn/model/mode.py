@@ -29,7 +29,8 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
 
 def check_model(model: Any) -> nn.Module:
     """Returns the model, without its DistributedDataParallel. Raises UsageError for anything but a model, such as its
-    class, for a model that is cut into parts, and for parameters without finite values."""
+    class, for a model that is cut into parts, for parameters without finite values, and for NaN in buffers, which may
+    be infinite (a threshold, a mask)."""
     model = ranks.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{shown(model)} is no torch module; give a model, as in Net()")
@@ -39,7 +40,15 @@ def check_model(model: Any) -> nn.Module:
         if q.is_meta:
             raise UsageError(f"{name} of the model is on the meta device, without values; move it by model.to_empty()")
         if not all_finite(q):
-            raise UsageError(f"{name} of the model holds NaN or infinite values; load or draw its weights anew")
+            bad = (~torch.isfinite(q.detach())).nonzero()
+            raise UsageError(
+                f"{name} of the model holds NaN or infinite values, {len(bad):,} of {q.numel():,}, the first at "
+                f"{bad[0].tolist()}; load or draw its weights anew"
+            )
+    for name, buffer in model.named_buffers():
+        valued = not (buffer.is_meta or isinstance(buffer, nn.parameter.UninitializedBuffer))
+        if valued and buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise UsageError(f"the buffer {name} of the model holds NaN; load the model anew, or reset it")
     return model
 
 

@@ -153,8 +153,10 @@ def time_first(x: Tensor, interface: Interface) -> Tensor:
         x = (x.to_dense() if x.layout is torch.sparse_coo else x)[None]
     elif layout == "BT":
         x = x.transpose(0, 1)
-    if not (x.shape[0] and x.shape[1]):
-        raise UsageError(f"events have shape {tuple(x.shape)}, without a step or a sample; leave empty batches out")
+    if not all(x.shape):
+        raise UsageError(
+            f"events have shape {tuple(x.shape)}, without a step, a sample or a feature; leave empty batches out"
+        )
     return x
 
 

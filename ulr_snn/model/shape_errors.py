@@ -18,9 +18,9 @@ CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # with the number of 
 
 @contextmanager
 def shape_advice(model: nn.Module) -> Iterator[None]:
-    """Raises UsageError if a module of torch refuses a sequence [T, B, ...] that nn.Flatten(2) or Fold would fix, or
-    the (spikes, state) of a layer. Other errors stay as they are. So do errors of shape in models with layers of other
-    libraries, because it is not known whether these models are meant to take all time steps at once."""
+    """Raises UsageError if a module of torch refuses its input, with advice if nn.Flatten(2) or Fold would fix it, or
+    if it is the (spikes, state) of a layer. Other errors stay as they are. So do errors of shape in models with layers
+    of other libraries, because it is not known whether these models are meant to take all time steps at once."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
@@ -35,6 +35,8 @@ def shape_advice(model: nn.Module) -> Iterator[None]:
             advice, got = found, f"a sequence of samples of shape {tuple(x.shape[2:])}"
         elif isinstance(x, Tensor) and own and (sizes := misfit(module, x)):
             got, advice = f"{sizes[0]} features of an input {tuple(x.shape)}", f"give it {sizes[1]}"
+        elif isinstance(x, Tensor) and own:
+            got, advice = f"an input {tuple(x.shape)}, which it does not take", " ".join(str(error).split())[:150]
         else:
             raise
         name = next((name for name, other in model.named_modules() if other is module), "") or "the model"
@@ -69,7 +71,7 @@ def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
     while traceback is not None:
         frame = traceback.tb_frame
         owner, where = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
-        if type(owner) in (nn.Linear, *CONVOLUTIONS) and where.startswith("torch.nn.modules"):
+        if where.startswith("torch.nn.modules") and type(owner).__module__.startswith("torch.nn.modules"):
             module, x = owner, frame.f_locals.get("input", x if owner is module else None)
         elif not where.startswith(("torch", "ulr_snn.credit.pooling")):  # the error came from other code
             module = x = None

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import ulr_snn
 from ulr_snn.errors import LoaderError, OwnError, RankError, SaveError, Terminated, UsageError
-from ulr_snn.errors.arguments import Count, Draws, Interval, Positive, Whole, typed
+from ulr_snn.errors.arguments import Count, Draws, FilePath, Interval, Positive, Threads, Whole, typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +107,10 @@ class _Versions(argparse.Action):
         raise SystemExit(0)
 
 
+def _path(text: str) -> Path:
+    return Path(typed(FilePath)(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ulr-snn", description="Trains spiking neural networks by likelihood ratios.")
     parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of this, torch, NumPy, Python")
@@ -116,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="evaluate a trained network on the test set")
     evaluate.set_defaults(command="evaluate", parser=evaluate)
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
+    evaluate.add_argument("run_dir", type=_path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
     evaluate.add_argument("--mode", choices=("deterministic", "stochastic"), default="deterministic")
     evaluate.add_argument(
         "--copies", type=typed(Count), default=1, metavar="K", help="runs of each sample, with stochastic firing"
@@ -134,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--lr", type=typed(Positive), nargs="+", metavar="X", help="learning rates, each a training of its own"
     )
-    compare.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/compare-DATA-NNN")
+    compare.add_argument("--run-dir", type=_path, metavar="DIR", help="default: the next free runs/compare-DATA-NNN")
     _add_length(compare)
     _add_machine(compare)
 
@@ -146,15 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     diagnose = commands.add_parser("diagnose", help="measure bias and noise of the estimators' gradients of one batch")
     diagnose.set_defaults(command="diagnose", parser=diagnose)
     _add_task(diagnose, estimator=False)
-    diagnose.add_argument("--checkpoint", type=Path, metavar="RUN_DIR", help="weights of a run, in place of new ones")
+    diagnose.add_argument("--checkpoint", type=_path, metavar="RUN_DIR", help="weights of a run, in place of new ones")
     diagnose.add_argument("--draws", type=typed(Draws), default=32, metavar="N", help="steps of each estimator")
-    diagnose.add_argument("--picture", type=Path, metavar="PNG", help="draws the table into this file")
-    diagnose.add_argument("--threads", type=typed(Count), metavar="N", help="CPU threads (default: PyTorch's)")
+    diagnose.add_argument("--picture", type=_path, metavar="PNG", help="draws the table into this file")
+    diagnose.add_argument("--threads", type=typed(Threads), metavar="N", help="CPU threads (default: PyTorch's)")
 
     report = commands.add_parser("report", help="write the report of a run, one HTML file")
     report.set_defaults(command="report", parser=report)
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    report.add_argument("run_dir", type=_path, metavar="RUN_DIR", help="what `ulr-snn train` wrote")
+    report.add_argument("--out", type=_path, metavar="FILE", help="default: RUN_DIR/report.html")
     report.add_argument("--files-only", action="store_true", help="without running the network on test data")
     _add_data_root(report)
     _add_machine(report)
@@ -165,7 +169,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="train", parser=parser)
     _add_task(parser)
     parser.add_argument("--lr", type=typed(Positive), metavar="X", help="learning rate (default: that of train)")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: the next free runs/DATA-NNN")
+    parser.add_argument("--run-dir", type=_path, metavar="DIR", help="default: the next free runs/DATA-NNN")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     parser.add_argument("--changed", action="store_true", help="go on with other options than those of its start")
     parser.add_argument(
@@ -197,9 +201,11 @@ def _add_task(parser: argparse.ArgumentParser, estimator: bool = True) -> None:
 
 
 def _add_data_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-root", type=os.path.abspath, metavar="DIR", help="where the recordings lie")
+    parser.add_argument(
+        "--data-root", type=lambda text: os.path.abspath(_path(text)), metavar="DIR", help="where the recordings lie"
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
-    parser.add_argument("--threads", type=typed(Count), metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--threads", type=typed(Threads), metavar="N", help="CPU threads (default: PyTorch's)")

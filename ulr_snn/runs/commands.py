@@ -17,6 +17,7 @@ from torch import nn
 import ulr_snn
 from ulr_snn import data
 from ulr_snn.errors import OwnError, UsageError
+from ulr_snn.errors.arguments import accepts
 from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import pick_device
 from ulr_snn.runs import directory
@@ -125,6 +126,8 @@ def plan(args: Namespace) -> None:
 
 def diagnose(args: Namespace) -> None:
     """Prints bias and noise of the estimators' gradients of one batch."""
+    if args.picture is not None and not args.picture.parent.is_dir():
+        raise UsageError(f"--picture '{args.picture}' cannot be written: name a file in a folder that exists")
     train_set, _ = _load(args.data, args.data_root, args.download)
     model = _build_model(vars(args), train_set)
     batch = next(iter(data.loader(train_set, batch_size=args.batch_size, shuffle=True, seed=args.seed)))
@@ -164,7 +167,10 @@ COMMANDS = {
 
 def _load(name: str, root: str | None, download: bool = False) -> tuple[data.EventDataset, ...]:
     """Loads the training and the test recordings as the data set's reference network takes them."""
-    return data.load(name, root, download=download, **reference(name).options)
+    found = data.load(name, root, download=download, **reference(name).options)
+    if not isinstance(found[0], data.EventDataset):
+        raise UsageError(f"{name} is a signal without classes; train on it in Python, as docs/data.md shows")
+    return found
 
 
 def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
@@ -173,6 +179,8 @@ def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
     if config["model"] is None:
         return reference(config["data"]).model(dataset.sample_shape, dataset.classes)
     factory = _import_factory(config["model"])
+    if not accepts(factory, 2):
+        raise UsageError(f"--model {config['model']} does not take (sample_shape, classes)")
     try:
         model = factory(dataset.sample_shape, dataset.classes)
     except UsageError:  # of a layer of this library
@@ -186,7 +194,7 @@ def _build_model(config: Mapping[str, Any], dataset: Any) -> nn.Module:
 
 def _import_factory(spec: str) -> Any:
     module_name, separator, factory_name = spec.partition(":")
-    if not (module_name and separator and factory_name):
+    if not (all(map(str.isidentifier, module_name.split("."))) and separator and factory_name):
         raise UsageError(f"--model takes module:factory, as in my_nets:conv_net, not '{spec}'")
     if os.getcwd() not in sys.path:  # unlike `python -m`, an installed script starts without it
         sys.path.insert(0, os.getcwd())

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ulr_snn.data import child
 from ulr_snn.data.entry import Entry, Recorded, Root
-from ulr_snn.data.files import damaged, find_folder, held_out, needs, recorded
+from ulr_snn.data.files import aligned, damaged, find_folder, held_out, needs, recorded
 
 SAMPLE_SHAPE = (2, 180, 240)
 LETTERS = "abcdefghiklmnopqrstuvwxy"
@@ -29,11 +30,9 @@ def find(root: Root) -> Recorded:
 
 def read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns x, y (downwards), time from the first event in microseconds, and polarity of a recording's events."""
-    events = needs("scipy.io", "ASL-DVS").loadmat(str(file))
-    t = events["ts"].astype(np.int64).ravel()
-    height = SAMPLE_SHAPE[1]
-    y = height - 1 - events["y"].astype(np.int64)
-    return events["x"], y, t - t.min(initial=t[0] if len(t) else 0), events["pol"]
+    needs("scipy.io", "ASL-DVS")
+    x, y, t, p = child.read("mat", file)
+    return x, SAMPLE_SHAPE[1] - 1 - y.astype(np.float64), aligned(t), p
 
 
 def download(root: Path) -> None:

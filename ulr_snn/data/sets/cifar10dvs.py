@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ulr_snn.data import child
 from ulr_snn.data.entry import Entry, Recorded, Root
-from ulr_snn.data.files import find_folder, held_out, needs, recorded
+from ulr_snn.data.files import aligned, find_folder, held_out, needs, recorded
 
 SAMPLE_SHAPE = (2, 128, 128)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -24,10 +25,9 @@ def find(root: Root) -> Recorded:
 
 def read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns x, y, time from the first event in microseconds, and polarity of a recording's events."""
-    needs("aedat", "CIFAR10-DVS")  # which tonic imports to read the format, but does not install
-    events = needs("tonic.io", "CIFAR10-DVS").read_aedat4(str(file))
-    t = events["t"].astype(np.int64)
-    return events["x"], events["y"], t - t.min(initial=t[0] if len(t) else 0), events["on"]
+    needs("aedat", "CIFAR10-DVS")
+    x, y, t, p = child.read("aedat4", file)
+    return x, y, aligned(t.astype(np.int64)), p
 
 
 def download(root: Path) -> None:

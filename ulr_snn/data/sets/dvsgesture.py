@@ -4,12 +4,14 @@
 in milliseconds.
 """
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from ulr_snn.data.entry import Entry, Recorded, Root
-from ulr_snn.data.files import File, damaged, find_folder, missing, needs, recorded
+from ulr_snn.data.files import File, aligned, damaged, find_folder, missing, needs, recorded
 
 SAMPLE_SHAPE = (2, 128, 128)
 CLASSES = 11
@@ -37,12 +39,15 @@ def _files(folder: Path) -> list[File]:
 
 def read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns x, y, time from the first event in microseconds, and polarity of a recording's events."""
-    events = np.load(file, allow_pickle=False)
-    if events.ndim != 2 or events.shape[1] != 4:
-        raise damaged(file, f"has an array of shape {events.shape}, not [events, 4]")
-    x, y, p, t = events.T
-    t = t * MILLISECOND
-    return x, y, t - t.min(initial=t[0] if len(t) else 0), p
+    with file.open("rb") as content:
+        version = npy.read_magic(content)
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = header(content)
+        size = content.tell() + prod(shape) * dtype.itemsize
+        if len(shape) != 2 or shape[1] != 4 or size != file.stat().st_size:  # before memory is taken for it
+            raise damaged(file, f"has {file.stat().st_size} bytes and an array of shape {shape}, not [events, 4]")
+    x, y, p, t = np.load(file, allow_pickle=False).T
+    return x, y, aligned(t.astype(np.float64), MILLISECOND), p
 
 
 def download(root: Path) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ulr_snn.data.entry import Entry, Recorded, Root
-from ulr_snn.data.files import damaged, find_folder, held_out, needs, recorded
+from ulr_snn.data.files import find_folder, held_out, needs, recorded
+from ulr_snn.data.tonic import read_bin
 
 SAMPLE_SHAPE = (2, 180, 240)
 TEST_SHARE = 0.2
-EVENT_BYTES = 5
-FIELDS = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
 
 
 def find(root: Root) -> Recorded:
@@ -28,10 +27,7 @@ def find(root: Root) -> Recorded:
 
 def read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns x, y, time in microseconds and polarity of a recording's events, x and y from their smallest on."""
-    size = file.stat().st_size
-    if size == 0 or size % EVENT_BYTES:
-        raise damaged(file, f"has {size} bytes, not a positive multiple of {EVENT_BYTES}")
-    events = needs("tonic.io", "N-Caltech101").read_mnist_file(str(file), dtype=FIELDS)
+    events = read_bin(file, "N-Caltech101")
     x, y = (events[axis] - events[axis].min(initial=255) for axis in ("x", "y"))
     return x, y, events["t"], events["p"]
 
