@@ -8,13 +8,6 @@ class UsageError(ValueError):
 class NotFiniteError(UsageError, FloatingPointError):
     """A loss that is not finite before a weight has changed, so that no learning rate is to blame."""
 
-    def __init__(
-        self,
-        message: str = "the loss is not finite at step 1, before a weight has changed; look for NaN or "
-        "infinite values in the model's outputs, and in the loss",
-    ) -> None:
-        super().__init__(message)
-
 
 class OwnError(Exception):
     """Carries an exception of the user's code past the handlers of wrong uses, so that it keeps its traceback."""

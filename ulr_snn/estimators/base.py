@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import NotFiniteError, UsageError
 from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.batch import Batch
@@ -121,6 +121,18 @@ def in_sum(estimates: list[Estimate]) -> Estimate:
     stats = {name: value for name, value in estimates[-1].stats.items() if name != "time"}
     skipped = any(estimate.skipped for estimate in estimates)
     return Estimate(loss, packed, stats | ({"skipped": True} if skipped else {}), estimates[0].batch)
+
+
+def refuse(losses: Tensor, step: int, unchanged: bool, advice: str) -> NoReturn:
+    """Raises FloatingPointError for losses [K, B] or [B] that are not finite. unchanged: no weight has changed yet."""
+    bad = (~torch.isfinite(losses)).reshape(-1, losses.shape[-1]).any(0).nonzero()
+    whose = f"sample {int(bad[0])}" if len(bad) else "a sample of another process"
+    if unchanged:
+        raise NotFiniteError(
+            f"the loss of {whose} is not finite at step {step}, before a weight has changed; look for NaN or infinite "
+            "values in the model's outputs, and in the loss"
+        )
+    raise FloatingPointError(f"the loss of {whose} is not finite at step {step}; {advice}")
 
 
 def offers(value: object, method: str) -> bool:

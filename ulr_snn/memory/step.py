@@ -11,8 +11,7 @@ from ulr_snn.credit.formula import Formula
 from ulr_snn.credit.kinds import Global
 from ulr_snn.credit.linked import Linked
 from ulr_snn.credit.structure import Structure
-from ulr_snn.errors import NotFiniteError
-from ulr_snn.estimators.base import Estimate
+from ulr_snn.estimators.base import Estimate, refuse
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.learner import Learner
 from ulr_snn.kernels import ranks
@@ -116,16 +115,12 @@ class Step:
         return max(count, 2) if pair else count
 
     def usable(self, losses: Tensor, updated: bool = False) -> bool:
-        """True if the losses are finite. Raises FloatingPointError if not, unless on_nonfinite is "skip". updated:
+        """True if the losses are finite. Raises FloatingPointError if not, if on_nonfinite is "stop". updated:
         weights may have changed since the step began."""
         (finite,) = ranks.everywhere(bool(torch.isfinite(losses).all()))
         if not finite and self.config.on_nonfinite == "stop":
-            if self.learner.step <= 1 and not updated:
-                raise NotFiniteError
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.learner.step}; lower the learning rate, or use "
-                "on_nonfinite='skip'"
-            )
+            unchanged = self.learner.step <= 1 and not updated
+            refuse(losses, self.learner.step, unchanged, "lower the learning rate, or use on_nonfinite='skip'")
         return finite
 
     def count(self, passes: int) -> None:

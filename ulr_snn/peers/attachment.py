@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.errors import NotFiniteError
-from ulr_snn.estimators.base import Attachment, Estimate
+from ulr_snn.estimators.base import Attachment, Estimate, refuse
 from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
@@ -57,9 +56,7 @@ class PeerAttachment(Attachment):
         self.step += 1
         self.forward_passes += ranks.joined(passes)
         if not ranks.everywhere(bool(torch.isfinite(losses).all()))[0]:
-            if self.step == 1:
-                raise NotFiniteError
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; lower the rate, or clip")
+            refuse(losses, self.step, self.step == 1, "lower the rate, or clip")
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"step": self.step}
