@@ -40,8 +40,9 @@ class Interrupts:
         if self.asked is not None and self._before.get(self.asked, signal.SIG_DFL) not in known:
             signal.raise_signal(self.asked)  # for the handler that was there
         if self.asked is not None and error is None:  # the training was over before it could be interrupted
-            raise self.error(f"{self.asked.name} came at the end of the training, which is saved")
+            raise ended_by(self.asked, f"{self.asked.name} came at the end of the training, which is saved")
 
-    def error(self, message: str) -> Interrupted | Terminated:
-        """Returns the exception that ends the training."""
-        return Terminated(message) if self.asked == signal.SIGTERM else Interrupted(message)
+
+def ended_by(number: signal.Signals, message: str) -> Interrupted | Terminated:
+    """Returns the exception that ends a training after a signal."""
+    return Terminated(message) if number == signal.SIGTERM else Interrupted(message)

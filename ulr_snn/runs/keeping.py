@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from os import PathLike
+from signal import Signals
 from time import monotonic
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import not_finite
 from ulr_snn.runs.checkpoints import Checkpoint
 from ulr_snn.runs.directory import RunDirectory
-from ulr_snn.runs.interrupts import SIGNALS, Interrupts
+from ulr_snn.runs.interrupts import SIGNALS, Interrupts, ended_by
 from ulr_snn.runs.settings import check_same
 
 EVERY = timedelta(minutes=10)
@@ -29,7 +30,8 @@ class Keeper:
     """Saves a training, if it has a run directory.
 
     every: optimizer steps or time between two checkpoints, besides those of every epoch. settings: see `described`.
-    changed: whether a run may go on with other settings. saved: the place of the newest checkpoint.
+    changed: whether a run may go on with other settings. saved: the place of the newest checkpoint. ending: the signal
+    after which the training ends, to whichever rank it came.
     """
 
     run: RunDirectory | None
@@ -38,6 +40,7 @@ class Keeper:
     changed: bool = False
     saved: Place = (0, 0, 0)
     clock: float = field(default_factory=monotonic)
+    ending: Signals | None = None
 
     @classmethod
     def of(
@@ -85,7 +88,7 @@ class Keeper:
         else:
             late = steps - self.saved[2] >= int(self.every)
         late, *asked = ranks.agree([late, *(self.interrupts.asked == each for each in SIGNALS)])
-        self.interrupts.asked = next((each for each, by in zip(SIGNALS, asked, strict=True) if by), None)
+        self.ending = next((each for each, by in zip(SIGNALS, asked, strict=True) if by), None)
         return late or any(asked)
 
     def save(self, place: Place, model: nn.Module, state: dict[str, Any]) -> None:
@@ -113,8 +116,9 @@ class Keeper:
             except (SaveError, UsageError, FloatingPointError) as second:
                 error.add_note(f"the training could not be saved: {second}")
                 return
-        if isinstance(error, LoaderError):
-            self.end_if_asked(place)  # Ctrl-C ends the loader's processes, too
+        if isinstance(error, LoaderError):  # Ctrl-C ends the loader's processes, too
+            self.ending = self.interrupts.asked
+            self.end_if_asked(place)
         error.add_note(f"the training is saved up to step {place[2]}: {self.advice}")
 
     @property
@@ -123,12 +127,10 @@ class Keeper:
         return f"go on with resume=True and run_dir='{self.run.path}'" if self.run is not None else ""
 
     def end_if_asked(self, place: Place) -> None:
-        """Raises `Interrupted` or `Terminated` after a signal."""
-        if self.interrupts.asked is not None:
-            number, step = place[0] + 1, place[2]
-            raise self.interrupts.error(
-                f"interrupted in epoch {number} after step {step}, which is saved: {self.advice}"
-            )
+        """Raises `Interrupted` or `Terminated` after a signal that `due` has seen."""
+        if self.ending is not None:
+            where = f"interrupted in epoch {place[0] + 1} after step {place[2]}, which is saved"
+            raise ended_by(self.ending, f"{where}: {self.advice}")
 
 
 def check_weights(model: nn.Module, place: Place) -> None:

@@ -1,5 +1,6 @@
 """What is wrong inside a network: layers that never fire or always do, and where values are first not finite."""
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,19 +24,32 @@ REMEDIES = {
 }
 
 
-@torch.no_grad()
 def quiet_layers(model: nn.Module, batch: Any, estimator: Estimator, interface: Interface) -> dict[str, list[str]]:
     """Returns the layers that never fire in a batch ("silent") and those that always do ("saturated"), with
     deterministic firing. batch: as from a loader. A kind without any layer has no key."""
+    try:
+        fired = firing(model, batch, estimator, interface)
+    except UsageError:  # nothing spikes, and all noise is on weights
+        return {}
+    except Exception as error:  # of the model's own code in evaluation mode, which must not end a training
+        warnings.warn(f"silent layers could not be looked for, because the model fails: {error}", stacklevel=2)
+        return {}
+    silent = [name for name, calls in fired.items() if calls and not any(some for some, _ in calls)]
+    saturated = [name for name, calls in fired.items() if calls and all(every for _, every in calls)]
+    return {kind: names for kind, names in (("silent", silent), ("saturated", saturated)) if names}
+
+
+@torch.no_grad()
+def firing(
+    model: nn.Module, batch: Any, estimator: Estimator, interface: Interface
+) -> dict[str, list[tuple[bool, bool]]]:
+    """Returns for each call of each layer that can fire whether some neuron fired, and whether all did."""
     device = next(model.parameters()).device
     x, targets, lengths = read(batch, model, device)
     given = Batch.of(model, x, targets, lengths, ANY_TARGETS, interface)
     fired: dict[str, list[tuple[bool, bool]]] = {}
     with turn(model), mode_of(model, training=False), no_side_effects(model), ExitStack() as stack:
-        try:
-            bound = bound_to_record(model, given, estimator)
-        except UsageError:  # nothing spikes, and all noise is on weights
-            return {}
+        bound = bound_to_record(model, given, estimator)
         for name, neuron in bound.layers:
             if never_fires(neuron):
                 continue
@@ -48,9 +62,7 @@ def quiet_layers(model: nn.Module, batch: Any, estimator: Estimator, interface: 
             module = neuron if isinstance(neuron, SpikingNeuron) else neuron.module
             stack.callback(module.register_forward_hook(see).remove)
         bound.call.outputs(bound.model, copied(bound.adapted(given).x))
-    silent = [name for name, calls in fired.items() if calls and not any(some for some, _ in calls)]
-    saturated = [name for name, calls in fired.items() if calls and all(every for _, every in calls)]
-    return {kind: names for kind, names in (("silent", silent), ("saturated", saturated)) if names}
+    return fired
 
 
 def advice(quiet: dict[str, list[str]]) -> list[str]:
@@ -65,6 +77,8 @@ def first_not_finite(model: nn.Module, batch: Any, estimator: Estimator, interfa
         recording = record(model, batch, estimator=estimator, layout=layout, output=output)
     except UsageError as error:
         return str(error)
+    except Exception as error:  # of the model's own code
+        return f"a pass without noise fails: {error}"
     values = [(f"the membranes of layer {n!r}", q.membranes) for n, q in recording.layers.items()]
     for name, value in [*values, ("the outputs", recording.outputs)]:
         place = None if value is None else place_of(value, recording.lengths)

@@ -161,11 +161,12 @@ class Session:
             report(entry, epochs, self.settings.metrics)
         stops = [callback(entry, self.model) is True for callback in self.callbacks]
         self.stepper.end_epoch(entry.get("val_loss", entry["train_loss"]))
-        self.epoch, self.seconds = epoch.number, self.seconds + epoch.seconds
-        self.history.append(entry)
+        (stop,) = ranks.agree([any(stops)])
         self.see_best(entry)
-        self.stopped = epochs if any(ranks.agree([any(stops)])) else None
+        self.epoch, self.seconds, self.stopped = epoch.number, self.seconds + epoch.seconds, epochs if stop else None
+        self.history.append(entry)
         self.under_way = self.generators = None
+        self.keeper.due(self.steps)  # the ranks agree on whether to end
         self.keeper.save(self.place, self.model, self.state_dict())
         self.keeper.end_if_asked(self.place)
 
