@@ -15,8 +15,8 @@ from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import mode_of
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.model.reading import read
-from ulr_snn.runs.recording import ANY_TARGETS, bound_to_record, record
-from ulr_snn.sites.binding import never_fires, turn
+from ulr_snn.runs.recording import ANY_TARGETS, bound_to_record, record, watching
+from ulr_snn.sites.binding import bind_sites, never_fires, turn
 
 REMEDIES = {
     "silent": "never fires: give it larger weights or a lower threshold",
@@ -39,6 +39,13 @@ def quiet_layers(model: nn.Module, batch: Any, estimator: Estimator, interface: 
     return {kind: names for kind, names in (("silent", silent), ("saturated", saturated)) if names}
 
 
+class Dropped(list[Tensor]):
+    """A list that keeps nothing."""
+
+    def append(self, _: Tensor) -> None:
+        pass
+
+
 @torch.no_grad()
 def firing(
     model: nn.Module, batch: Any, estimator: Estimator, interface: Interface
@@ -50,18 +57,24 @@ def firing(
     fired: dict[str, list[tuple[bool, bool]]] = {}
     with turn(model), mode_of(model, training=False), no_side_effects(model), ExitStack() as stack:
         bound = bound_to_record(model, given, estimator)
-        for name, neuron in bound.layers:
+        seen = bound.adapted(given)
+        sites = []
+        for index, (name, neuron) in enumerate(bound.layers):
+            sites.append(site := watching(name, index, neuron, seen.steps, seen.lengths))
+            if site is not None:
+                site.drives = Dropped()
             if never_fires(neuron):
                 continue
-            seen = fired[name] = []
+            calls = fired[name] = []
 
-            def see(_: nn.Module, __: Any, output: Any, seen: list[tuple[bool, bool]] = seen) -> None:
+            def see(_: nn.Module, __: Any, output: Any, calls: list[tuple[bool, bool]] = calls) -> None:
                 spikes = output[0] if isinstance(output, tuple | list) else output
-                seen.append((bool((spikes != 0).any()), bool((spikes != 0).all())))
+                calls.append((bool((spikes != 0).any()), bool((spikes != 0).all())))
 
             module = neuron if isinstance(neuron, SpikingNeuron) else neuron.module
             stack.callback(module.register_forward_hook(see).remove)
-        bound.call.outputs(bound.model, copied(bound.adapted(given).x))
+        stack.enter_context(bind_sites(bound.model, sites, seen.lengths, bound.layers))
+        bound.call.outputs(bound.model, copied(seen.x))
     return fired
 
 
