@@ -131,6 +131,7 @@ def test_the_table_pairs_seeds(tmp_path):
     assert "| +1.00 | -1.48 to +3.48 |" in table
 
 
+@pytest.mark.slow
 def test_a_quick_run_makes_every_row_once(tmp_path):
     command = [sys.executable, "-m", "benchmarks.accuracy", "--quick", "--tasks", "digits", "--workers", "1"]
     command += ["--methods", "bptt-tuned", "ulr", "logistic", "--results", str(tmp_path)]

@@ -154,6 +154,7 @@ def test_steps_are_measured_by_more_than_a_few_time_steps(memory, monkeypatch):
     assert steps.stop >= 32 and samples.stop >= 4
 
 
+@pytest.mark.slow
 def test_a_step_keeps_no_more_states_than_it_may(monkeypatch):
     """All that are alive while a chunk has its graph, of 23 chunks of one time step."""
     seen, original = [], chunked.ChunkedRun._contributions

@@ -47,6 +47,7 @@ def test_fine_tuning_leaves_the_frozen_part_as_it_is():
     assert changed == {"5.weight", "5.bias"}
 
 
+@pytest.mark.slow
 def test_a_part_marked_ulr_learns_by_noise_on_its_parameters():
     model = net()
     found = plan(model, data(), ULR(flow={"5": "ulr"}))
