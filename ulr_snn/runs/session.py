@@ -136,6 +136,8 @@ class Session:
                 raise
             raise error from raised
         finally:
+            if not self.between:  # a step was not finished
+                self.stepper.zero_grad()
             for callback in self.callbacks:
                 if offers(callback, "close"):
                     callback.close()
