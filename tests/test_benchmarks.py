@@ -219,7 +219,8 @@ def test_a_loop_over_time_is_the_same_net(name):
 
 
 def gpu_script(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"DEVICE": "cpu", "OUT": str(folder), "WORKERS": "0"} | settings
+    usual = {"DEVICE": "cpu", "OUT": str(folder), "WORKERS": "0", "PYTHON": sys.executable}
+    environment = os.environ | usual | settings
     return subprocess.run(["benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -66,3 +66,20 @@ def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(tmp_path):
     code, out, err = ended(started(tmp_path, 2, "--resume", "--epochs", "400", "--max-steps", str(steps + 8)))
     assert code == 0 and out.count("test accuracy") == 1, err
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == steps + 8
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
+    run = started(tmp_path, 1, "--epochs", "400", "--save-every", "1")
+    end = time.monotonic() + 200
+    while len(list(tmp_path.glob("checkpoint-*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    run.send_signal(number)
+    found, out, err = ended(run)
+    lines = [line for line in err.splitlines() if line.startswith("ulr-snn: ")]
+    assert found == code and out == "" and "Traceback" not in err
+    assert len(lines) == 1 and f"which is saved: go on with --resume --run-dir '{tmp_path}'" in lines[0]
+    steps = int(newest(tmp_path).name[-4:])
+    assert f"after step {steps}," in lines[0]
+    assert ended(started(tmp_path, 1, "--resume", "--epochs", "400", "--max-steps", str(steps + 2)))[0] == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == steps + 2
