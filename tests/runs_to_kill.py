@@ -63,7 +63,12 @@ def train_one(folder: str | Path | None, resume: bool | str = False, **options: 
     random.seed(7)
     generator = torch.Generator().manual_seed(4)
     loader = DataLoader(Noisy(), 16, shuffle=True, generator=generator, collate_fn=stacked)
-    given = {"val_loader": DataLoader(plain(), 48, collate_fn=stacked), "save_every": 2, "device": "cpu", **options}
+    given = {
+        "val_loader": DataLoader(plain(), 48, collate_fn=stacked),
+        "save_every": None if folder is None else 2,
+        "device": "cpu",
+        **options,
+    }
     return ulr_snn.train(
         OverTime(), loader, EPOCHS, time_first=False, run_dir=folder, resume=resume, progress=False, **given
     )

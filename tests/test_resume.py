@@ -126,6 +126,7 @@ def run(loader, folder, resume: bool | str = False, at: int = 0, estimator=None,
     estimator = estimator or ULR(copies=2)
     settings = {"estimator": estimator, "time_first": False, "progress": False, "device": "cpu", "save_every": 2}
     settings |= {"loss": Stopping(at)} | options
+    settings["save_every"] = settings["save_every"] if folder is not None else None
     random_layer = [] if isinstance(estimator, Online) else [nn.Dropout(0.2)]
     model = nn.Sequential(nn.Linear(8, 12), ulr_snn.LIF(), *random_layer, nn.Linear(12, 2))
     result = ulr_snn.train(model, loader, 2, run_dir=folder, resume=resume, **settings)
@@ -187,7 +188,7 @@ def test_all_that_a_step_changes_is_saved(case, tmp_path):
         run(Cut(plain(), 16, shuffle=True, generator=seeded(), collate_fn=stacked), tmp_path, **options)
     assert checkpoints(tmp_path)[-1].state["ranks"][0]["under_way"] is not None
     resumed = run(kind(), tmp_path, resume=True, **options)
-    if case in ("weight noise", "online"):  # which observe the model anew, by a pass more
+    if case == "online":  # which observes the model anew, by a pass more
         assert resumed[0][-1].pop("forward_passes") == straight[0][-1].pop("forward_passes") + 16
     assert same(resumed, straight)
 
@@ -267,6 +268,7 @@ def test_an_error_of_a_callback_costs_no_step(tmp_path):
     with pytest.raises(Stop) as raised:
         run(LOADERS["shuffled by torch"](), tmp_path, callbacks=[failing], save_every="10m")
     assert "saved up to step 12" in raised.value.__notes__[0]
+    assert not list(tmp_path.glob("try*"))
     before = len(list(tmp_path.glob("checkpoint-*")))
     assert same(run(LOADERS["shuffled by torch"](), tmp_path, resume=True), straight) and before == 2
 
@@ -415,8 +417,10 @@ def test_changed_settings_are_taken_where_asked_for(tmp_path):
     assert len(usual(tmp_path, "changed", 2, lr=0.02, estimator=ULR(copies=4), clip=1.0).history) == 2
     with pytest.raises(UsageError, match=r"clip 1\.0, not None"):
         usual(tmp_path, True, 3, lr=0.02, estimator=ULR(copies=4))
-    with pytest.raises(UsageError, match="state of the optimizer or schedule is of another one"):
-        usual(tmp_path, "changed", 3, optimizer=torch.optim.SGD)
+    slow = usual(tmp_path, "changed", 3, optimizer=lambda q: torch.optim.SGD(q, 0.3), scheduler=None)
+    assert slow.history[-1]["lr"] == 0.3
+    assert usual(tmp_path, "changed", 4, lr=0.5, scheduler=None).history[-1]["lr"] == 0.5
+    assert 0 < usual(tmp_path, "changed", 6, lr=0.5).history[-1]["lr"] < 0.5  # the cosine of six epochs
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -527,6 +531,57 @@ def test_callbacks_that_remember_are_saved(tmp_path):
     assert len(usual(tmp_path, True, 5, callbacks=[Patience()]).history) == 3
     assert len(usual(tmp_path, True, 5, callbacks=[Patience()]).history) == 3  # it has been stopped
     assert len(usual(tmp_path, True, 6, callbacks=[Patience()]).history) == 6
+
+
+def test_a_callback_that_fails_leaves_others_as_if_they_had_not_seen_the_epoch(tmp_path):
+    def stops(resume):
+        again = [*[failing] * (not resume)]
+        return usual(tmp_path, resume, 9, val_loader=batches(32, seed=1), callbacks=[Patience(), *again])
+
+    with pytest.raises(Stop):
+        stops(False)
+    assert len(stops(True).history) == 3
+
+
+class Named(nn.Module):
+    """A model whose neurons are those of another library, and that draws dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        snn = pytest.importorskip("snntorch")
+        torch.manual_seed(0)
+        self.first, self.fire, self.drop = nn.Linear(8, 16), snn.Leaky(beta=0.8), nn.Dropout(0.2)
+        self.second, self.again, self.last = nn.Linear(16, 8), snn.Leaky(beta=0.8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, outputs = self.fire.init_leaky(), self.again.init_leaky(), []
+        for step in x:
+            spikes, first = self.fire(self.first(step), first)
+            spikes, second = self.again(self.second(self.drop(spikes)), second)
+            outputs.append(self.last(spikes))
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("cut", [4, 5, 7])
+def test_a_model_of_another_library_takes_the_same_steps_after_any_step(cut, tmp_path):
+    def steps(folder, resume=False, **options):
+        torch.manual_seed(3)
+        result = ulr_snn.train(Named(), batches(), 2, run_dir=folder, resume=resume, progress=False, **options)
+        return figures(result)[1]
+
+    def cut_off(outputs, targets):
+        if next(count) == cut:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(outputs, targets)
+
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs.sum(0), targets, reduction="none")
+
+    cut_off.__qualname__ = loss.__qualname__
+    straight, count = steps(None, loss=loss), iter(range(1000))
+    with pytest.raises(Terminated):
+        steps(tmp_path, loss=cut_off)
+    assert same(steps(tmp_path, True, loss=loss), straight)
 
 
 # -- kills ---------------------------------------------------------------------------------------------------

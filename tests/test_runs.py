@@ -98,10 +98,12 @@ def test_failed_save_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, m
 
     nn.init.zeros_(model.weight)
     error = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else SaveError
+    if part == "safetensors.torch.save_model" and isinstance(failure, RuntimeError):
+        error = UsageError  # of weights that it cannot hold
     with monkeypatch.context() as patch, pytest.raises(error) as raised:
         patch.setattr(part, fail)
         run.save_checkpoint(model, {"epoch": 2})
-    assert error is KeyboardInterrupt or "checkpoint-0001 before it is whole; make room" in str(raised.value)
+    assert error is not SaveError or "checkpoint-0001 before it is whole; make room" in str(raised.value)
     assert names(tmp_path) == before
     assert runs.load_checkpoint(tmp_path, model)["epoch"] == 1
     assert torch.equal(model.weight, weight)

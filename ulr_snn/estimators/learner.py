@@ -54,6 +54,7 @@ class Learner:
         self.step_sizes = StepSizes() if rates else None
         self.times = 1
         self._prediction: Prediction | None = None
+        self.resumed = False  # True until the first pass after a checkpoint is loaded
         self.driven: set[str] | None = None  # sites that read the input not only by spikes; None if not known
         self.chosen: dict[str, WeightNoise] | None = None  # weight noise from a checkpoint
 
@@ -150,6 +151,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.observe_again()  # with the state's choices
+        self.resumed = state["step"] > 0
         self.step, self.forward_passes = state["step"], state["forward_passes"]
         state = {"mean_gradientless": state.get("mean_blind"), **state}  # the name of earlier versions
         for name in ("mean_loss", "mean_gradientless"):

@@ -17,6 +17,7 @@ from ulr_snn.estimators.learner import Learner
 from ulr_snn.kernels import ranks
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
+from ulr_snn.model.call import no_side_effects
 from ulr_snn.model.forward import Forward, PassLog
 from ulr_snn.model.passes import Pass
 from ulr_snn.sites.weights import WeightSites
@@ -45,6 +46,11 @@ class Step:
     def begin(self) -> tuple[Forward, list[Pass]]:
         """Returns what runs the step's passes, and the passes that have run: one in the first step, to observe."""
         if self.learner.structure is not None:
+            return self.forward(), []
+        if self.learner.resumed:  # the uninterrupted training took this step without observing
+            self.learner.resumed = False
+            with no_side_effects(self.bound.model):
+                self.first_pass()
             return self.forward(), []
         first, p = self.first_pass()
         p.records[:] = [record for record in p.records if record.site not in self.structure.noiseless]

@@ -146,7 +146,13 @@ def save_weights(model: nn.Module, file: Path) -> None:
     """Writes the weights and buffers of a model."""
     from safetensors.torch import save_model
 
-    save_model(model, str(file))  # unlike save_file, it knows tied weights
+    try:
+        save_model(model, str(file))  # unlike save_file, it knows tied weights
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the weights of {type(model).__name__} cannot be saved ({str(error).strip().partition(chr(10))[0]}); keep "
+            "only tensors in its state_dict, each with memory of its own"
+        ) from error
 
 
 def write_atomically(target: Path, write: Callable[[Path], Any], intact: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from ulr_snn.errors import LoaderError, SaveError, UsageError
+from ulr_snn.errors import Interrupted, LoaderError, SaveError, Terminated, UsageError
 from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import not_finite
 from ulr_snn.runs.checkpoints import Checkpoint
@@ -31,7 +31,8 @@ class Keeper:
 
     every: optimizer steps or time between two checkpoints, besides those of every epoch. settings: see `described`.
     changed: whether a run may go on with other settings. saved: the place of the newest checkpoint. ending: the signal
-    after which the training ends, to whichever rank it came.
+    after which the training ends, to whichever rank it came. steps_anew: the optimizer or schedule is another one than
+    at the run's start.
     """
 
     run: RunDirectory | None
@@ -41,6 +42,7 @@ class Keeper:
     saved: Place = (0, 0, 0)
     clock: float = field(default_factory=monotonic)
     ending: Signals | None = None
+    steps_anew: bool = False
 
     @classmethod
     def of(
@@ -53,6 +55,8 @@ class Keeper:
         """Returns the keeper by the arguments of `train`. Raises UsageError for a run that cannot begin or go on."""
         if resume and run_dir is None:
             raise UsageError("train got resume without run_dir; name the directory of the run that is to go on")
+        if every is not None and run_dir is None:
+            raise UsageError("train got save_every without run_dir; name the directory that checkpoints go to")
         run = RunDirectory(run_dir, resume=bool(resume)) if isinstance(run_dir, str | PathLike) else run_dir
         return cls(run, EVERY if every is None else every, settings, changed=resume == "changed")
 
@@ -75,9 +79,18 @@ class Keeper:
         if self.run is None or not self.run.resume:
             return None
         checkpoint = self.run.newest
-        if checkpoint is not None and not self.changed:
-            check_same(checkpoint.state["settings"], self.settings, self.run.path)
+        if checkpoint is None:
+            return None
+        before = checkpoint.state["settings"]
+        self.steps_anew = any(before[name] != self.settings[name] for name in ("optimizer", "scheduler"))
+        if not self.changed:
+            check_same(before, self.settings, self.run.path)
         return checkpoint
+
+    def try_out(self, model: nn.Module) -> None:
+        """Raises an error now if the weights cannot be saved later."""
+        if self.run is not None and self.writes:
+            self.run.try_out(model)
 
     def due(self, steps: int) -> bool:
         """True if a checkpoint is due after so many steps, or an interrupt asks for one, on any rank."""
@@ -105,7 +118,8 @@ class Keeper:
 
         With several ranks, which may not all have the error, it stays as it was saved before.
         """
-        if self.run is None or isinstance(error, SaveError) or place[2] == 0 or ranks.count() > 1:
+        over = isinstance(error, SaveError | Interrupted | Terminated)  # which have said it
+        if self.run is None or over or place[2] == 0 or ranks.count() > 1:
             return
         if place != self.saved:
             try:

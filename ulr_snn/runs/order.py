@@ -114,20 +114,23 @@ def start_workers(loader: Any) -> None:
         iter(loader)
 
 
-def begun(loader: Any, batches: Iterable[Any], start: State, done: int) -> Iterator[Any]:
-    """Returns the rest of an epoch after its first batches. batches: the loader, under a progress bar.
+def begun(loader: Any, batches: Iterable[Any], start: State, done: int) -> tuple[Iterator[Any], Any]:
+    """Returns the rest of an epoch after its first batches, and the last of these; None if there was none.
+
+    batches: the loader, under a progress bar.
 
     start: the states at the start of the epoch; all generators go on from where they are afterwards.
     """
     if not done:
-        return fetched(iter(batches))
+        return fetched(iter(batches)), None
     now = states(loader)
     restore(start, loader)
     rest = fetched(iter(batches))
+    last = None
     for _ in range(done):
-        next(rest, None)
+        last = next(rest, None)
     restore(now, loader)
-    return rest
+    return rest, last
 
 
 def fetched(batches: Iterator[Any]) -> Iterator[Any]:

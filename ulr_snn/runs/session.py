@@ -21,6 +21,7 @@ from ulr_snn.runs.keeping import Keeper, Place, check_weights
 from ulr_snn.runs.order import State, begun, of_loader, repeats, restore, set_epoch, start_workers, states
 from ulr_snn.runs.progress import progress_bar, report
 from ulr_snn.runs.quiet import first_not_finite, quiet_layers
+from ulr_snn.runs.settings import settings_of
 from ulr_snn.runs.steps import Stepper
 
 PLAIN = (
@@ -77,8 +78,8 @@ class Session:
     """The state of a training run. steps: optimizer steps, or batches with `Online`.
 
     epoch: epochs so far, without the one that is under way; best: the epoch with the best validation; stopped: a
-    callback has ended the training; batch: the last one of an epoch under way; generators: their states after the last
-    step, where later code may draw from them.
+    callback has ended the training; batch: the last one of an epoch under way; told: states of the callbacks before
+    they saw it; generators: their states after the last step, where later code may draw from them.
     """
 
     model: nn.Module
@@ -98,6 +99,7 @@ class Session:
     between: bool = True
     generators: State | None = None
     batch: Any = None
+    told: list[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.attached.online and self.settings.accumulate > 1:
@@ -116,6 +118,7 @@ class Session:
 
     def run(self, epochs: int, validate: Callable[[], dict[str, Any]] | None, progress: bool) -> None:
         """Runs the remaining epochs. What has been trained is saved if an error ends the training between two steps."""
+        self.keeper.try_out(self.model)
         if (checkpoint := self.keeper.resumed) is not None:
             checkpoint.load_weights(self.model)
             self.load_state_dict(checkpoint.state)
@@ -126,7 +129,8 @@ class Session:
         except FloatingPointError as lost:
             if self.batch is not None:
                 parts = self.batch, self.settings.estimator, self.attached.interface
-                lost.add_note(first_not_finite(self.model, *parts))
+                if place := first_not_finite(self.model, *parts):
+                    lost.add_note(place)
             raise
         except BaseException as raised:
             error = of_loader(raised)
@@ -161,13 +165,14 @@ class Session:
             entry |= {f"val_{name}": measured[name] for name in ("loss", "accuracy", *self.settings.metrics)}
         if progress:
             report(entry, epochs, self.settings.metrics)
+        self.told = self.remembered()  # before they see this epoch, which a resumed run shows again
         stops = [callback(entry, self.model) is True for callback in self.callbacks]
         self.stepper.end_epoch(entry.get("val_loss", entry["train_loss"]))
         (stop,) = ranks.agree([any(stops)])
         self.see_best(entry)
         self.epoch, self.seconds, self.stopped = epoch.number, self.seconds + epoch.seconds, epochs if stop else None
         self.history.append(entry)
-        self.under_way = self.generators = None
+        self.under_way = self.generators = self.told = None
         self.keeper.due(self.steps)  # the ranks agree on whether to end
         self.keeper.save(self.place, self.model, self.state_dict())
         self.keeper.end_if_asked(self.place)
@@ -179,7 +184,8 @@ class Session:
         started = perf_counter()
         set_epoch(self.loader, epoch.number)
         with progress_bar(self.loader, f"epoch {epoch.number}/{epochs}", progress) as shown:
-            for batch in ranks.together(begun(self.loader, shown, epoch.order, epoch.batches)):
+            rest, self.batch = begun(self.loader, shown, epoch.order, epoch.batches)
+            for batch in ranks.together(rest):
                 self.between, self.batch = False, batch
                 with reduced_precision(self.settings.device, self.settings.autocast):
                     estimate = self.estimate(*read(batch, self.model, self.settings.device))
@@ -277,19 +283,26 @@ class Session:
         return {name: getattr(self, name) for name in PLAIN} | {
             "attached": self.attached.state_dict(),
             "stepper": self.stepper.state_dict(),
-            "callbacks": [each.state_dict() if offers(each, "state_dict") else None for each in self.callbacks],
+            "callbacks": self.remembered() if self.told is None else self.told,
             "ranks": ranks.gathered(own),
             "versions": versions(),
         }
+
+    def remembered(self) -> list[Any]:
+        """Returns the states of the callbacks that have one, each with what it was made with."""
+        return [[settings_of(each), each.state_dict()] for each in self.callbacks if offers(each, "state_dict")]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in PLAIN:
             setattr(self, name, state[name])
         self.attached.load_state_dict(state["attached"])
-        self.stepper.load_state_dict(state["stepper"])
-        for each, found in zip(self.callbacks, state["callbacks"], strict=False):
+        self.stepper.load_state_dict(state["stepper"], anew=self.keeper.steps_anew)
+        kept = list(state["callbacks"])
+        for each in self.callbacks:
+            found = next((pair for pair in kept if pair[0] == settings_of(each)), None)
             if found is not None and offers(each, "load_state_dict"):
-                each.load_state_dict(found)
+                each.load_state_dict(found[1])
+                kept.remove(found)
         if self.epoch:
             start_workers(self.loader)
         own = state["ranks"][ranks.rank() % len(state["ranks"])]

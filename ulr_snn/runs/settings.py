@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,12 @@ def described(
         "optimizer": f"{type(optimizer).__name__} {' '.join(sorted({in_words(group) for group in groups}))}",
         **{name: in_words(arguments[name]) for name in COMPARED},
     }
+
+
+def settings_of(callback: Any) -> str:
+    """Returns the class of a callback, and the arguments that it was made with as far as they are known."""
+    given = [field.name for field in fields(callback) if field.init] if is_dataclass(callback) else []
+    return f"{type(callback).__qualname__} {in_words({name: getattr(callback, name) for name in given})}"
 
 
 def in_words(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Optimizer steps: the mean gradient of some batches, its bound, and what happens if it is not finite."""
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,16 +123,41 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         schedule = None if self.schedule is None else self.schedule.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule, "size": self.size, "good": self.good}
+        kind = type(self.optimizer).__name__
+        return {
+            "kind": kind,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": schedule,
+            "size": self.size,
+            "good": self.good,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+        """Loads a state. anew: the optimizer or schedule has other settings, which stay; of the state they take moments
+        of the same kind of optimizer, and the number of steps."""
+        self.size, self.good = state["size"], state["good"]
+        if anew:
+            self.go_on_anew(state)
+            return
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.schedule is not None and state["schedule"] is not None:
                 self.schedule.load_state_dict(state["schedule"])
         except (ValueError, KeyError) as error:
             raise UsageError(f"the state of the optimizer or schedule is of another one: {error}") from error
-        self.size, self.good = state["size"], state["good"]
+
+    def go_on_anew(self, state: dict[str, Any]) -> None:
+        """Goes on from the state of an optimizer and a schedule with other settings."""
+        if state["kind"] == type(self.optimizer).__name__:
+            own = [{name: q for name, q in group.items() if name != "params"} for group in self.optimizer.param_groups]
+            with suppress(ValueError):  # other groups of parameters begin without moments
+                self.optimizer.load_state_dict(state["optimizer"])
+            for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of steps of a schedule without steps of the optimizer
+            for _ in range((state["schedule"] or {}).get("last_epoch", 0)):
+                self.advance()
 
 
 def part_of(tensor: Tensor) -> str:
