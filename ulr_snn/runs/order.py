@@ -117,7 +117,8 @@ def start_workers(loader: Any) -> None:
 def begun(loader: Any, batches: Iterable[Any], start: State, done: int) -> tuple[Iterator[Any], Any]:
     """Returns the rest of an epoch after its first batches, and the last of these; None if there was none.
 
-    batches: the loader, under a progress bar. start: the states at the start of the epoch; all generators go on from where they are afterwards.
+    batches: the loader, under a progress bar. start: the states at the start of the epoch; all generators go on from
+    where they are afterwards.
     """
     if not done:
         return fetched(iter(batches)), None
