@@ -388,3 +388,11 @@ def test_no_test_file_imports_another():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 line = ast.unparse(node)
                 assert names.isdisjoint(re.findall(r"\w+", line)), f"{name}.py: {line}: share it in a helper module"
+
+
+def test_checked_arguments_have_annotations_that_are_no_text():
+    """`checked` reads annotations, which `from __future__ import annotations` would make text."""
+    for name, tree in SOURCES.items():
+        uses = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"checked", "check_fields"}
+        future = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in ast.walk(tree))
+        assert not (uses and future), name

@@ -256,3 +256,14 @@ def test_matplotlib_stays_as_it_is(tmp_path):
     pictures.animate_events(found.events[:, 0], tmp_path / "events.gif")
     assert dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == loaded
     assert matplotlib.get_backend(auto_select=False) == backend
+
+
+def test_arguments_are_checked(tmp_path):
+    recording = record(averaging(5, 2), currents(6, 4, 5, 2))
+    for wrong in (
+        lambda: pictures.raster(recording, sample=-1),
+        lambda: pictures.membranes(recording, neurons=0),
+        lambda: pictures.animate_events(torch.rand(3, 4, 4), tmp_path / "a.gif", fps=0),
+    ):
+        with pytest.raises(UsageError, match="it must be a whole number"):
+            wrong()

@@ -4,8 +4,6 @@ Functions return a matplotlib Figure, as in `raster(record(model, batch)).savefi
 that matplotlib's backend and settings stay as they are.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -44,7 +42,7 @@ NUMBERS = 20  # most classes whose counts are written into a confusion matrix
 
 
 @checked
-def raster(recording: Recording, sample: Natural = 0) -> Figure:
+def raster(recording: Recording, sample: Natural = 0) -> "Figure":
     """Draws the spikes of a sample: its input, and every layer, over time. Values that are no counts, such as currents,
     are drawn as an image. Raises UsageError for a sample that was not recorded."""
     one = recording.sample(sample)
@@ -66,7 +64,7 @@ def counted(sequence: Tensor) -> bool:
     return bool(((sequence >= 0) & (sequence == sequence.round())).all())
 
 
-def _draw_spikes(axes: Axes, sequence: Tensor, points: float) -> None:
+def _draw_spikes(axes: "Axes", sequence: Tensor, points: float) -> None:
     """Draws [T, ...] over time in a panel of this height. Two polarities have two colours."""
     from matplotlib.ticker import MaxNLocator
 
@@ -96,7 +94,7 @@ def _draw_spikes(axes: Axes, sequence: Tensor, points: float) -> None:
 
 
 @checked
-def membranes(recording: Recording, sample: Natural = 0, neurons: Count = 3) -> Figure:
+def membranes(recording: Recording, sample: Natural = 0, neurons: Count = 3) -> "Figure":
     """Draws membranes of a sample over time: in each layer, of the neurons with the most spikes. Dashed lines are
     thresholds, ticks above are spikes. Raises UsageError if no layer has a known membrane."""
     one = recording.sample(sample)
@@ -129,7 +127,7 @@ def membranes(recording: Recording, sample: Natural = 0, neurons: Count = 3) -> 
 
 
 @checked
-def rates_histogram(rates: Mapping[str, Tensor], bins: Count = 24) -> Figure:
+def rates_histogram(rates: Mapping[str, Tensor], bins: Count = 24) -> "Figure":
     """Draws how many neurons of each layer fire how often. rates: spikes a neuron and time step, [...] by layer, as of
     `Recording.rates`. Neurons that never fire have a bar of their own."""
     if not rates:
@@ -154,7 +152,7 @@ def rates_histogram(rates: Mapping[str, Tensor], bins: Count = 24) -> Figure:
 
 
 @checked
-def confusion(matrix: Tensor) -> Figure:
+def confusion(matrix: Tensor) -> "Figure":
     """Draws a confusion matrix [classes, classes] of counts: rows are labels, columns predictions. Shades are shares of
     the row."""
     matrix = torch.as_tensor(matrix)
@@ -181,7 +179,7 @@ def confusion(matrix: Tensor) -> Figure:
     return figure
 
 
-def event_image(events: Tensor) -> Figure:
+def event_image(events: Tensor) -> "Figure":
     """Draws the events of a sample [T, H, W] or [T, C, H, W], summed over time. Two channels, OFF and ON, have a panel
     each; others are summed."""
     frames = _frames(events)
@@ -240,14 +238,14 @@ def _frames(events: Tensor) -> Tensor:
     return events[:, None] if events.ndim == 3 else events
 
 
-def _frame_figure(frames: Tensor, panels: int = 1) -> Figure:
+def _frame_figure(frames: Tensor, panels: int = 1) -> "Figure":
     """Returns an empty figure for pictures in the shape of a sensor."""
     height, width = frames.shape[-2:]
     side = WIDTH / max(panels, 1.6)
     return new_figure(side * panels, min(max(side * height / width, 1.0), 6.0) + 0.3)
 
 
-def _draw_frame(axes: Axes, image: Any) -> None:
+def _draw_frame(axes: "Axes", image: Any) -> None:
     axes.imshow(image, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color(GREY)
@@ -283,16 +281,16 @@ def _number(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _title(axes: Axes, text: str) -> None:
+def _title(axes: "Axes", text: str) -> None:
     axes.set_title(text, loc="left", fontsize=8.5, parse_math=False)
 
 
-def _plain(axes: Axes) -> None:
+def _plain(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 
 
-def _time_axis(axes: Axes, steps: int) -> None:
+def _time_axis(axes: "Axes", steps: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("time step", fontsize=8.5)
