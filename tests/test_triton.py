@@ -51,6 +51,7 @@ def place(request: pytest.FixtureRequest) -> torch.device:
 outside = pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
 
 
+@pytest.mark.slow
 @outside
 def test_everything_here_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
