@@ -31,8 +31,7 @@ class Keeper:
 
     every: optimizer steps or time between two checkpoints, besides those of every epoch. settings: see `described`.
     changed: whether a run may go on with other settings. saved: the place of the newest checkpoint. ending: the signal
-    after which the training ends, to whichever rank it came. steps_anew: the optimizer or schedule is another one than
-    at the run's start.
+    after which the training ends, to whichever rank it came.
     """
 
     run: RunDirectory | None
@@ -42,7 +41,6 @@ class Keeper:
     saved: Place = (0, 0, 0)
     clock: float = field(default_factory=monotonic)
     ending: Signals | None = None
-    steps_anew: bool = False
 
     @classmethod
     def of(
@@ -63,15 +61,15 @@ class Keeper:
     @contextmanager
     def in_use(self) -> Iterator[Self]:
         """Holds the run directory, and notes interrupts."""
-        lock = self.run.in_use() if self.run is not None and self.writes else nullcontext()
+        lock = nullcontext() if self.written is None else self.written.in_use()
         with lock, Interrupts(watch=self.run is not None) as self.interrupts:
             ranks.barrier()  # the run is not begun by others before the first has the directory
             yield self
 
     @property
-    def writes(self) -> bool:
-        """True if this process writes the run directory: the first rank does."""
-        return self.run is not None and ranks.rank() == 0
+    def written(self) -> RunDirectory | None:
+        """The run directory if this process writes it: the first rank does."""
+        return self.run if ranks.rank() == 0 else None
 
     @property
     def resumed(self) -> Checkpoint | None:
@@ -79,18 +77,9 @@ class Keeper:
         if self.run is None or not self.run.resume:
             return None
         checkpoint = self.run.newest
-        if checkpoint is None:
-            return None
-        before = checkpoint.state["settings"]
-        self.steps_anew = any(before[name] != self.settings[name] for name in ("optimizer", "scheduler"))
-        if not self.changed:
-            check_same(before, self.settings, self.run.path)
+        if checkpoint is not None and not self.changed:
+            check_same(checkpoint.state["settings"], self.settings, self.run.path)
         return checkpoint
-
-    def try_out(self, model: nn.Module) -> None:
-        """Raises an error now if the weights cannot be saved later."""
-        if self.run is not None and self.writes:
-            self.run.try_out(model)
 
     def due(self, steps: int) -> bool:
         """True if a checkpoint is due after so many steps, or an interrupt asks for one, on any rank."""
@@ -107,8 +96,8 @@ class Keeper:
     def save(self, place: Place, model: nn.Module, state: dict[str, Any]) -> None:
         """Saves the training. Raises FloatingPointError for weights that are not finite, which are not saved."""
         check_weights(model, place)
-        if self.run is not None and self.writes:
-            self.run.save_checkpoint(model, state | {"settings": dict(self.settings)})
+        if self.written is not None:
+            self.written.save_checkpoint(model, state | {"settings": dict(self.settings)})
         self.saved, self.clock = place, monotonic()
 
     def save_after(

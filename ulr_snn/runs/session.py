@@ -24,14 +24,7 @@ from ulr_snn.runs.quiet import first_not_finite, quiet_layers
 from ulr_snn.runs.settings import settings_of
 from ulr_snn.runs.steps import Stepper
 
-PLAIN = (
-    "epoch",
-    "steps",
-    "seconds",
-    "history",
-    "best",
-    "stopped",
-)  # attributes of a session that are saved as they are
+PLAIN = ("epoch", "steps", "seconds", "history", "best", "stopped")  # what a checkpoint holds as it is
 
 
 @dataclass(frozen=True)
@@ -67,10 +60,6 @@ class Epoch:
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self) | {"tally": self.tally.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tally.load_state_dict(state["tally"])
-        vars(self).update(state, tally=self.tally)
 
 
 @dataclass
@@ -118,7 +107,8 @@ class Session:
 
     def run(self, epochs: int, validate: Callable[[], dict[str, Any]] | None, progress: bool) -> None:
         """Runs the remaining epochs. What has been trained is saved if an error ends the training between two steps."""
-        self.keeper.try_out(self.model)
+        if (run := self.keeper.written) is not None:
+            run.try_out(self.model)
         if (checkpoint := self.keeper.resumed) is not None:
             checkpoint.load_weights(self.model)
             self.load_state_dict(checkpoint.state)
@@ -173,9 +163,7 @@ class Session:
         self.epoch, self.seconds, self.stopped = epoch.number, self.seconds + epoch.seconds, epochs if stop else None
         self.history.append(entry)
         self.under_way = self.generators = self.told = None
-        self.keeper.due(self.steps)  # the ranks agree on whether to end
-        self.keeper.save(self.place, self.model, self.state_dict())
-        self.keeper.end_if_asked(self.place)
+        self.end_between_steps(save=True)
 
     def train_epoch(self, epoch: Epoch, epochs: int, progress: bool) -> None:
         """Makes the steps of an epoch that are left."""
@@ -196,7 +184,8 @@ class Session:
                     epoch.tally.add(estimate.loss, outputs, estimate.batch, scores(outputs, estimate.batch))
                     shown.set_postfix(epoch.tally.running(), refresh=False)
                 if waiting == self.settings.accumulate:
-                    waiting = self.end_step(epoch, waiting)
+                    self.end_step(epoch, waiting)
+                    waiting = 0
                 epoch.seconds = before + perf_counter() - started
                 if waiting == 0:
                     self.end_between_steps()
@@ -211,10 +200,10 @@ class Session:
                 "no loss was finite and on_nonfinite left every batch out"
             )
 
-    def end_between_steps(self) -> None:
-        """Saves the training if it is time, and ends it if a signal asks for it."""
+    def end_between_steps(self, save: bool = False) -> None:
+        """Saves the training if it is time or asked for, and ends it if a signal asks for it."""
         self.between = True
-        if self.keeper.due(self.steps):
+        if self.keeper.due(self.steps) or save:
             self.keeper.save(self.place, self.model, self.state_dict())
             self.keeper.end_if_asked(self.place)
 
@@ -234,8 +223,8 @@ class Session:
         before = self.best["value"] if self.best is not None and self.best["metric"] == name else None
         if before is None or (value > before if name == "val_accuracy" else value < before):
             self.best = {"epoch": entry["epoch"], "metric": name, "value": value}
-            if self.keeper.run is not None and self.keeper.writes:
-                self.keeper.run.save_best(self.model)
+            if (run := self.keeper.written) is not None:
+                run.save_best(self.model)
 
     def estimate(self, x: Any, targets: Any, lengths: Tensor | None) -> Estimate:
         """Adds the gradient of a batch (or makes all updates of online learning), and returns its estimate."""
@@ -248,13 +237,12 @@ class Session:
             estimates.append(estimate)
         return in_sum(estimates)
 
-    def end_step(self, epoch: Epoch, batches: int) -> int:
-        """Makes a step on the mean gradient of the batches, and a step of the schedule. Returns 0 waiting batches."""
+    def end_step(self, epoch: Epoch, batches: int) -> None:
+        """Makes a step on the mean gradient of the batches, and a step of the schedule."""
         epoch.lr = self.stepper.lr
         if self.attached.online or self.stepper.step(batches, self.steps + 1):
             self.stepper.advance()
             self.steps += 1
-        return 0
 
     def finish(self, seed: int, validated: bool) -> dict[str, Any]:
         """Returns the figures of the whole run, and writes them to the run directory."""
@@ -271,8 +259,8 @@ class Session:
             "device": str(self.settings.device),
             "versions": versions(),
         }
-        if self.keeper.run is not None and self.keeper.writes:
-            self.keeper.run.finish(figures, self.history)
+        if (run := self.keeper.written) is not None:
+            run.finish(figures, self.history)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
@@ -296,7 +284,9 @@ class Session:
         for name in PLAIN:
             setattr(self, name, state[name])
         self.attached.load_state_dict(state["attached"])
-        self.stepper.load_state_dict(state["stepper"], anew=self.keeper.steps_anew)
+        settings = self.keeper.settings
+        anew = any(state["settings"][name] != settings[name] for name in ("optimizer", "scheduler"))
+        self.stepper.load_state_dict(state["stepper"], anew)
         kept = list(state["callbacks"])
         for each in self.callbacks:
             found = next((pair for pair in kept if pair[0] == settings_of(each)), None)
@@ -317,5 +307,6 @@ class Session:
                 stacklevel=5,
             )
             return
-        self.under_way = Epoch(self.epoch + 1, Tally(self.settings.metrics), {}, 0, 0.0)
-        self.under_way.load_state_dict(own["under_way"])
+        tally = Tally(self.settings.metrics)
+        tally.load_state_dict(own["under_way"]["tally"])
+        self.under_way = Epoch(**own["under_way"] | {"tally": tally})
