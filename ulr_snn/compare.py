@@ -22,6 +22,7 @@ from ulr_snn.estimators.online import Online
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.mode import Model, pick_device
+from ulr_snn.runs import order
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.optim import DEFAULT_LR
 from ulr_snn.runs.progress import say
@@ -165,23 +166,15 @@ def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | 
 
 @contextmanager
 def same_draws(loader: Iterable[Any], seed: int) -> Iterator[None]:
-    """Seeds torch's global generators inside the context, and restores them and the loader's generators after it."""
-    on_cuda = torch.cuda.is_initialized()
-    before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
+    """Seeds torch's global generators inside the context, and restores all generators after it."""
+    before = order.states(loader)
     torch.default_generator.manual_seed(seed % 2**64)
-    if on_cuda:  # else torch.manual_seed would keep the seed for later
+    if torch.cuda.is_initialized():  # else torch.manual_seed would keep the seed for later
         torch.cuda.manual_seed_all(seed % 2**64)
-    owners = [loader, getattr(loader, "sampler", None)]
-    generators = [found for owner in owners if (found := getattr(owner, "generator", None)) is not None]
-    states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        torch.set_rng_state(before[0])
-        if on_cuda:
-            torch.cuda.set_rng_state_all(before[1])
+        order.restore(before, loader)
 
 
 class PeakMemory:

@@ -1,6 +1,16 @@
 """The exceptions of the library."""
 
 
+def reason(error: BaseException) -> str:
+    """Returns why something failed: the words of the system, or the first line of the error's text."""
+    return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+
+
+def lost_process(error: BaseException) -> bool:
+    """Returns whether torch raises this error, in the midst of other code, because a loader's process has ended."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
 class UsageError(ValueError):
     """A wrong use: one sentence that says what is wrong, where, and what to do."""
 

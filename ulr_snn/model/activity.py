@@ -3,14 +3,13 @@
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ulr_snn.model.neurons import SpikingNeuron
-from ulr_snn.sites.binding import Layers
+from ulr_snn.sites.binding import Layers, module_of, seeing_spikes
 
 CONNECTIONS = (nn.Linear, _ConvNd)
 
@@ -72,11 +71,9 @@ def counting(
     if not counts:
         yield found
         return
-    neurons = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for _, neuron in layers]
     fan_outs: dict[tuple[int, torch.Size], Tensor | None] = {}
 
-    def spikes(module: nn.Module, _: Any, output: Any) -> None:
-        fired = output[0] if isinstance(output, tuple | list) else output
+    def spikes(_: str, module: nn.Module, fired: Tensor) -> None:
         if "spikes" in counts:
             found.see("spikes", module, fired)
         recurrent = getattr(module, "recurrent", None) if isinstance(module, SpikingNeuron) else None
@@ -92,10 +89,9 @@ def counting(
         if fans is not None:
             found.see("operations", module, inputs[0] * fans)
 
-    with ExitStack() as stack:
-        for neuron in neurons:
-            stack.callback(neuron.register_forward_hook(spikes).remove)
-        inside = {id(m) for n in neurons if isinstance(n, SpikingNeuron) for m in n.modules()}
+    with seeing_spikes(layers, spikes), ExitStack() as stack:
+        own = [module_of(neuron) for _, neuron in layers]
+        inside = {id(m) for n in own if isinstance(n, SpikingNeuron) for m in n.modules()}
         for module in model.modules() if "operations" in counts else ():
             if isinstance(module, CONNECTIONS) and id(module) not in inside:
                 stack.callback(module.register_forward_pre_hook(operations).remove)

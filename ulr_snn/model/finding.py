@@ -17,7 +17,7 @@ from ulr_snn.model.trees import items, tensors
 from ulr_snn.model.view import Slot, View
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
+from ulr_snn.sites.binding import Layers, bind, module_of, spiking_layers, unknown
 from ulr_snn.sites.step import ANY_STEPS
 
 # Errors that modules raise for a wrong shape. Any other error is a mistake in the model itself.
@@ -165,7 +165,7 @@ def tried(model: nn.Module, layers: Layers, call: Call, x: Tensor, check: bool) 
 @contextmanager
 def watching(model: nn.Module, trial: Trial) -> Iterator[None]:
     """Notes the shapes of the inputs of all spiking layers, and of modules of unknown classes."""
-    modules = {name: n if isinstance(n, SpikingNeuron) else n.module for name, n in trial.layers}
+    modules = {name: module_of(neuron) for name, neuron in trial.layers}
     others = set(unknown(model))
     modules |= {name: module for name, module in model.named_modules() if name in others}
 

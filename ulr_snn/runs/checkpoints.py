@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ulr_snn.errors import SaveError, UsageError
+from ulr_snn.errors import SaveError, UsageError, lost_process, reason
 
 _NAME = re.compile(r"checkpoint-(\d{4,})")
 WEIGHTS, STATE, CONFIG, MANIFEST = "model.safetensors", "state.pt", "config.json", "manifest.json"
@@ -136,10 +136,24 @@ def save(path: Path, model: nn.Module, state: Mapping[str, Any], config: Mapping
         for file in folder.iterdir():
             _flush(file)
 
-    intact = f"; {before[-1].folder.name} before it is whole" if before else ""
-    write_atomically(path / f"checkpoint-{number:04d}", write, intact)
+    write_atomically(path / f"checkpoint-{number:04d}", write, left(before))
     for checkpoint in before[: 1 - KEPT]:
         shutil.rmtree(checkpoint.folder)
+
+
+def try_out(path: Path, model: nn.Module) -> None:
+    """Writes the weights into a run directory once, and removes them.
+
+    Raises UsageError for weights that safetensors cannot hold, and SaveError if the disk refuses them.
+    """
+    target = path / "try.safetensors"
+    write_atomically(target, lambda file: save_weights(model, file), left(checkpoints(path)))
+    remove(target)
+
+
+def left(before: list[Checkpoint]) -> str:
+    """Returns what an error says of the checkpoints that are there."""
+    return f"; {before[-1].folder.name} before it is whole" if before else ""
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
@@ -150,8 +164,8 @@ def save_weights(model: nn.Module, file: Path) -> None:
         save_model(model, str(file))  # unlike save_file, it knows tied weights
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"the weights of {type(model).__name__} cannot be saved ({str(error).strip().partition(chr(10))[0]}); keep "
-            "only tensors in its state_dict, each with memory of its own"
+            f"the weights of {type(model).__name__} cannot be saved ({reason(error)}); keep only tensors in its "
+            "state_dict, each with memory of its own"
         ) from error
 
 
@@ -179,12 +193,11 @@ def _refusals(target: Path, intact: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # which torch raises in the midst of other code
+        if lost_process(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise SaveError(
-            f"{target.name} could not be written to '{target.parent}' ({reason}){intact}; make room or give write "
-            "access, and resume the run"
+            f"{target.name} could not be written to '{target.parent}' ({reason(error)}){intact}; make room or give "
+            "write access, and resume the run"
         ) from error
 
 
@@ -193,10 +206,9 @@ def _save_state(state: dict[str, Any], file: Path) -> None:
     try:  # finds a state that cannot be read back now, not when the run is resumed
         torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             "the state of this run cannot be saved for resuming: optimizer, scheduler, estimator and callbacks must "
-            f"keep only tensors and plain Python values in their state_dict ({reason})"
+            f"keep only tensors and plain Python values in their state_dict ({reason(error)})"
         ) from error
 
 

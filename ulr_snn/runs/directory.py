@@ -98,14 +98,6 @@ class RunDirectory:
         (self.path / "metrics.json").unlink(missing_ok=True)
         (self.path / "curves.png").unlink(missing_ok=True)
 
-    def try_out(self, model: nn.Module) -> None:
-        """Writes the weights once and removes them. Raises UsageError for weights that safetensors cannot hold, and
-        SaveError if the disk refuses them."""
-        target, before = self.path / "try.safetensors", checkpoints(self.path)
-        intact = f"; {before[-1].folder.name} before it is whole" if before else ""
-        write_atomically(target, lambda file: save_weights(model, file), intact)
-        remove(target)
-
     def save_best(self, model: nn.Module) -> None:
         """Replaces the weights of the best epoch."""
         write_atomically(self.path / BEST, lambda file: save_weights(model, file))

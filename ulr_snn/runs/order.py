@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from ulr_snn.errors import LoaderError
+from ulr_snn.errors import LoaderError, lost_process, reason
 
 State = dict[str, Any]
 SEEK = "look for what it lacks, such as memory, or use num_workers=0"
@@ -143,7 +143,6 @@ def fetched(batches: Iterator[Any]) -> Iterator[Any]:
 def of_loader(error: BaseException) -> BaseException:
     """Returns a LoaderError for what torch raises in the midst of other code if a loader's process ends, and other
     errors as they are."""
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        reason = str(error).partition("\n")[0]
-        return LoaderError(f"the loader lost a process ({reason}); {SEEK}")
+    if lost_process(error):
+        return LoaderError(f"the loader lost a process ({reason(error)}); {SEEK}")
     return error

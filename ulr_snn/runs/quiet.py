@@ -1,7 +1,6 @@
 """What is wrong inside a network: layers that never fire or always do, and where values are first not finite."""
 
 import warnings
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from ulr_snn.model.batch import Batch
 from ulr_snn.model.call import copied, no_side_effects
 from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import mode_of
-from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.model.reading import read
 from ulr_snn.runs.recording import ANY_TARGETS, bound_to_record, record, watching
-from ulr_snn.sites.binding import bind_sites, never_fires, turn
+from ulr_snn.sites.binding import bind_sites, never_fires, seeing_spikes, turn
 
 REMEDIES = {
     "silent": "never fires: give it larger weights or a lower threshold",
@@ -55,7 +53,11 @@ def firing(
     x, targets, lengths = read(batch, model, device)
     given = Batch.of(model, x, targets, lengths, ANY_TARGETS, interface)
     fired: dict[str, list[tuple[bool, bool]]] = {}
-    with turn(model), mode_of(model, training=False), no_side_effects(model), ExitStack() as stack:
+
+    def see(name: str, _: nn.Module, spikes: Tensor) -> None:
+        fired[name].append((bool((spikes != 0).any()), bool((spikes != 0).all())))
+
+    with turn(model), mode_of(model, training=False), no_side_effects(model):
         bound = bound_to_record(model, given, estimator)
         seen = bound.adapted(given)
         sites = []
@@ -63,18 +65,11 @@ def firing(
             sites.append(site := watching(name, index, neuron, seen.steps, seen.lengths))
             if site is not None:
                 site.drives = Dropped()
-            if never_fires(neuron):
-                continue
-            calls = fired[name] = []
-
-            def see(_: nn.Module, __: Any, output: Any, calls: list[tuple[bool, bool]] = calls) -> None:
-                spikes = output[0] if isinstance(output, tuple | list) else output
-                calls.append((bool((spikes != 0).any()), bool((spikes != 0).all())))
-
-            module = neuron if isinstance(neuron, SpikingNeuron) else neuron.module
-            stack.callback(module.register_forward_hook(see).remove)
-        stack.enter_context(bind_sites(bound.model, sites, seen.lengths, bound.layers))
-        bound.call.outputs(bound.model, copied(seen.x))
+        firing_layers = [(name, neuron) for name, neuron in bound.layers if not never_fires(neuron)]
+        fired |= {name: [] for name, _ in firing_layers}
+        running = bind_sites(bound.model, sites, seen.lengths, bound.layers)
+        with seeing_spikes(firing_layers, see), running:
+            bound.call.outputs(bound.model, copied(seen.x))
     return fired
 
 

@@ -1,7 +1,7 @@
 """Recordings: spikes and membranes of every layer in one pass over a batch, with deterministic firing."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from ulr_snn.model.neurons import SpikingNeuron, step_mask
 from ulr_snn.model.reading import read
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import Layers, Site, bind_sites, call_name, check_layers, never_fires, turn
+from ulr_snn.sites.binding import Layers, Site, bind_sites, call_name, check_layers, never_fires, seeing_spikes, turn
 from ulr_snn.sites.records import InPlaceGuard
 from ulr_snn.sites.step import StepSite
 
@@ -197,17 +197,10 @@ def outputs_of(layers: Layers) -> Iterator[dict[str, list[Tensor]]]:
     """Within this context, collects the outputs of every call of each layer."""
     found: dict[str, list[Tensor]] = {name: [] for name, _ in layers}
 
-    def watched(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple | list) else output
-            found[name].append(first.detach().clone())  # the model may change it in place
+    def keep(name: str, _: nn.Module, spikes: Tensor) -> None:
+        found[name].append(spikes.detach().clone())  # the model may change it in place
 
-        return keep
-
-    with ExitStack() as stack:
-        for name, neuron in layers:
-            module = neuron if isinstance(neuron, SpikingNeuron) else neuron.module
-            stack.callback(module.register_forward_hook(watched(name)).remove)
+    with seeing_spikes(layers, keep):
         yield found
 
 

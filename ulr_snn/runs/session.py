@@ -16,6 +16,7 @@ from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import reduced_precision
 from ulr_snn.losses.metrics import Tally, scores
 from ulr_snn.model.reading import read
+from ulr_snn.runs.checkpoints import try_out
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.keeping import Keeper, Place, check_weights
 from ulr_snn.runs.order import State, begun, of_loader, repeats, restore, set_epoch, start_workers, states
@@ -108,7 +109,7 @@ class Session:
     def run(self, epochs: int, validate: Callable[[], dict[str, Any]] | None, progress: bool) -> None:
         """Runs the remaining epochs. What has been trained is saved if an error ends the training between two steps."""
         if (run := self.keeper.written) is not None:
-            run.try_out(self.model)
+            try_out(run.path, self.model)
         if (checkpoint := self.keeper.resumed) is not None:
             checkpoint.load_weights(self.model)
             self.load_state_dict(checkpoint.state)

@@ -1,7 +1,7 @@
 """Functions that find the firing sites of a model and bind them to it."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock, RLock
@@ -116,6 +116,27 @@ def spiking_layers(model: nn.Module, boxes: Mapping[str, BlackBox] | None = None
     return found
 
 
+def module_of(neuron: SpikingNeuron | StepNeuron) -> nn.Module:
+    """Returns the module of a spiking layer in the user's model."""
+    return neuron if isinstance(neuron, SpikingNeuron) else neuron.module
+
+
+@contextmanager
+def seeing_spikes(layers: Layers, see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Within this context, calls `see(name, module, spikes)` after each call of each layer."""
+
+    def watched(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def seen(module: nn.Module, _: Any, output: Any) -> None:
+            see(name, module, output[0] if isinstance(output, tuple | list) else output)
+
+        return seen
+
+    with ExitStack() as stack:
+        for name, neuron in layers:
+            stack.callback(module_of(neuron).register_forward_hook(watched(name)).remove)
+        yield
+
+
 def user_modules(model: nn.Module) -> list[nn.Module]:
     """Returns the modules whose classes come from no known library."""
     known = {"torch", "ulr_snn", *libraries()}
@@ -224,7 +245,7 @@ def bind_sites(
     `adapters.Step`. Other threads wait. Raises UsageError if this thread has already bound the model."""
     neurons = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
-    modules = [neuron if isinstance(neuron, SpikingNeuron) else neuron.module for neuron in neurons]
+    modules = [module_of(neuron) for neuron in neurons]
     places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in neurons]
     with turn(model), ExitStack() as stack:
         if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
