@@ -18,7 +18,7 @@ from statistics import mean, stdev
 import torch
 from torch import nn
 
-from benchmarks.zoo import command_line, estimator_of, missing, note_run, rows, run_or_show, trained
+from benchmarks.zoo import command_line, missing, note_run, options_of, rows, run_or_show, trained
 from benchmarks.zoo_networks import Network, Parts
 from ulr_snn import LIF, Fold, TimeAverage
 from ulr_snn.data import load
@@ -69,8 +69,7 @@ def network(name: str, seed: int) -> Network:
 def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.out)
     for name, method, seed in missing(path, arguments.networks, ("ulr", "bptt"), range(arguments.seeds)):
-        estimator, rate = estimator_of(method)  # train's own
-        found = trained(network(name, seed), estimator, seed, STEPS, arguments.root, rate, BATCH)
+        found = trained(network(name, seed), options_of(method), seed, STEPS, arguments.root, BATCH)
         note_run(path, name, method, seed, STEPS, found)
 
 

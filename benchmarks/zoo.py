@@ -1,4 +1,5 @@
-"""Networks that nobody of this project wrote: untuned `ULR()` against surrogate-gradient BPTT at three learning rates.
+"""Networks that nobody of this project wrote: untuned `ULR()` against surrogate-gradient BPTT at three learning rates,
+and at two with schedule and momentum of `ULR()`.
 
     python -m benchmarks.zoo                       # all networks, methods and seeds; stop and start it at will
     python -m benchmarks.zoo --networks sj_csnn --methods ulr
@@ -18,6 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -29,9 +31,12 @@ from benchmarks.zoo_networks import ZOO, Network
 from ulr_snn import ULR, evaluate, train
 from ulr_snn.peers import METHODS
 from ulr_snn.runs.directory import versions
+from ulr_snn.runs.optim import MOMENTUM
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("1e-3", "3e-3", "1e-2")
+USUAL = tuple(f"bptt:{rate}" for rate in RATES)
+CYCLES = ("bptt-cycle:1e-2", "bptt-cycle:1.5e-2")  # schedule, momentum and, in the second, rate of ULR()
 TIMED, FIRST = 20, 5  # steps of a short run, and those that look at the model and are not timed
 COLUMNS = ("network", "method", "seed", "steps", "accuracy", "ms", "passes", "note", "machine", "torch", "date")
 
@@ -58,23 +63,27 @@ class Batches:
             self.spent.append(time.process_time() - started)
 
 
-def estimator_of(method: str) -> tuple[Any, float | None]:
-    """The estimator of "ulr" or "bptt:RATE", and the learning rate; None: the default of `train`."""
+def options_of(method: str) -> dict[str, Any]:
+    """The options of `train` for "ulr", "bptt", "bptt:RATE" or, with schedule and momentum of `ULR()`,
+    "bptt-cycle:RATE"."""
     name, _, rate = method.partition(":")
-    return ULR() if name == "ulr" else METHODS["surrogate"](), float(rate) if rate else None
+    options: dict[str, Any] = {"estimator": ULR() if name == "ulr" else METHODS["surrogate"]()}
+    if name == "bptt-cycle":
+        adam = partial(torch.optim.Adam, lr=float(rate), betas=(MOMENTUM, 0.999))
+        return options | {"optimizer": adam, "scheduler": "one-cycle"}
+    return options | {"lr": float(rate) if rate else None}
 
 
 def trained(
     network: Network,
-    estimator: Any,
+    options: dict[str, Any],
     seed: int,
     steps: int,
     root: str,
-    lr: float | None = None,
     batch: int = 32,
     tested: bool = True,
 ) -> dict[str, object]:
-    """The measured columns of one run, tested or not."""
+    """The measured columns of one run, tested or not. options: of `train`."""
     (x, y), (test_x, test_y) = network.data(root)
     torch.manual_seed(seed)
     model, batches = network.make(), Batches(x, y, batch, seed)
@@ -85,11 +94,10 @@ def trained(
             batches,
             epochs=-(-steps // len(batches)),
             max_steps=steps,
-            estimator=estimator,
-            lr=lr,
             seed=seed,
             loss=network.loss,
             progress=False,
+            **options,
         )
         kept = slice(None) if tested else slice(batch)
         found = evaluate(model, Batches(test_x[kept], test_y[kept], batch, None), loss=network.loss)
@@ -107,8 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = range(arguments.first_seed, arguments.seeds)
     for name, method, seed in missing(path, arguments.networks, arguments.methods, seeds):
         try:
-            estimator, rate = estimator_of(method)
-            found, note = trained(ZOO[name], estimator, seed, arguments.steps, arguments.root, rate), ""
+            found, note = trained(ZOO[name], options_of(method), seed, arguments.steps, arguments.root), ""
         except (ValueError, RuntimeError, ArithmeticError) as error:
             found, note = {}, f"{type(error).__name__}: {str(error)[:200]}"
         note_run(path, name, method, seed, arguments.steps, found, note)
@@ -122,9 +129,8 @@ def measure_times(arguments: argparse.Namespace) -> None:
         for turn in range(arguments.seeds):
             if (name, str(turn)) in known:
                 continue
-            for method in ("ulr", f"bptt:{RATES[0]}"):
-                estimator, rate = estimator_of(method)
-                found = trained(ZOO[name], estimator, turn, TIMED, arguments.root, rate, tested=False)
+            for method in ("ulr", USUAL[0]):
+                found = trained(ZOO[name], options_of(method), turn, TIMED, arguments.root, tested=False)
                 note_run(path, name, method, turn, TIMED, {"ms": found["ms"], "passes": found["passes"]})
 
 
@@ -188,22 +194,26 @@ def ratios(path: Path) -> dict[str, float]:
 
 
 def summary(found: list[dict[str, str]], times: dict[str, float]) -> list[dict[str, object]]:
-    """Of each network with runs of both: means over the seeds that both have, and the best rate of BPTT by them. times:
-    of a step, over BPTT's, as they were measured in turn."""
+    """Of each network with runs of both: means over the seeds that both have, and the best rate of BPTT by them.
+
+    cycle: the difference to BPTT with the schedule of ULR(), NaN without runs. times: of a step, over BPTT's, as they
+    were measured in turn.
+    """
     table = []
     for name, network in ZOO.items():
         by_method = {
             method: {r["seed"]: r for r in found if (r["network"], r["method"]) == (name, method) and r["accuracy"]}
-            for method in ("ulr", *(f"bptt:{rate}" for rate in RATES))
+            for method in ("ulr", *USUAL, *CYCLES)
         }
-        seeds = sorted(set.intersection(*(set(runs) for runs in by_method.values())))
+        seeds = sorted(set.intersection(*(set(by_method[method]) for method in ("ulr", *USUAL))))
         if not seeds:
             continue
 
         def average(method: str, column: str, by_method=by_method, seeds=seeds) -> float:
             return mean(float(by_method[method][seed][column]) for seed in seeds)
 
-        best = max((m for m in by_method if m != "ulr"), key=lambda m: average(m, "accuracy"))
+        best = max(USUAL, key=lambda m: average(m, "accuracy"))
+        cycles = [average(method, "accuracy") for method in CYCLES if set(seeds) <= set(by_method[method])]
         table.append(
             {
                 "network": name,
@@ -213,6 +223,7 @@ def summary(found: list[dict[str, str]], times: dict[str, float]) -> list[dict[s
                 "bptt": average(best, "accuracy"),
                 "rate": best.partition(":")[2],
                 "difference": average("ulr", "accuracy") - average(best, "accuracy"),
+                "cycle": average("ulr", "accuracy") - max(cycles, default=float("nan")),
                 "time": times.get(name, float("nan")),
                 "passes": average("ulr", "passes"),
             }
@@ -222,21 +233,32 @@ def summary(found: list[dict[str, str]], times: dict[str, float]) -> list[dict[s
 
 def show(path: Path) -> None:
     table = summary(rows(path), ratios(path.with_name("zoo_times.csv")))
-    print("| network | seeds | ULR() | best BPTT (rate) | difference | time | passes |\n|---|---|---|---|---|---|---|")
+    print("| network | seeds | ULR() | best BPTT (rate) | difference | to BPTT in one cycle | time | passes |")
+    print("|---|---|---|---|---|---|---|---|")
     for r in table:
         tuned = "*" if r["tuned"] else ""
         print(
             f"| {r['network']}{tuned} | {r['seeds']} | {r['ulr']:.1f} | {r['bptt']:.1f} ({r['rate']}) "
-            f"| {r['difference']:+.1f} | {r['time']:.2f} | {r['passes']:.2f} |"
+            f"| {r['difference']:+.1f} | {r['cycle']:+.1f} | {r['time']:.2f} | {r['passes']:.2f} |"
         )
     if table:
-        differences, times = [r["difference"] for r in table], [r["time"] for r in table if r["time"] == r["time"]]
-        print(
-            f"\n{len(table)} networks: mean difference {mean(differences):+.2f}, ahead or level "
-            f"{sum(d >= 0 for d in differences)}, more than 3 behind {sum(d < -3 for d in differences)}; "
-            f"median time {median(times or [float('nan')]):.2f}; * looked at while defaults were tuned"
-        )
+        print()
+        for name, column in (("BPTT", "difference"), ("BPTT in one cycle", "cycle")):
+            for kind in (True, False):
+                found = in_short([r[column] for r in table if r["tuned"] is kind])
+                print(f"to {name}, {'' if kind else 'not '}looked at: {found}")
+        times = [r["time"] for r in table if r["time"] == r["time"]]
+        print(f"median time {median(times or [float('nan')]):.2f}; * looked at while defaults were tuned")
         draw(table, path.with_name("zoo.png"))
+
+
+def in_short(differences: Sequence[float]) -> str:
+    """The mean of differences of accuracy, and how many are level, ahead or far behind."""
+    known = [d for d in differences if d == d]
+    if not known:
+        return "no network"
+    level, behind = sum(d >= 0 for d in known), sum(d < -3 for d in known)
+    return f"{len(known)} networks, mean {mean(known):+.2f}, level or ahead {level}, more than 3 behind {behind}"
 
 
 def draw(table: list[dict[str, object]], path: Path) -> None:
@@ -284,7 +306,7 @@ def run_or_show(
 
 def main() -> None:
     parser = command_line(__doc__, ZOO, 3, "zoo_runs.csv")
-    parser.add_argument("--methods", nargs="*", default=["ulr", *(f"bptt:{rate}" for rate in RATES)])
+    parser.add_argument("--methods", nargs="*", default=["ulr", *USUAL, *CYCLES])
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--times", action="store_true")

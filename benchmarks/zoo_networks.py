@@ -27,7 +27,13 @@ class Network:
 ZOO: dict[str, Network] = {}
 
 # Networks on which defaults were tuned. All others were only measured.
-TUNED = ("sj_csnn", "snn_t6_cnn", "v_deep4", "sj_seq_plain", "snn_pop", "no_speech_lif")
+TUNED = (
+    *("sj_csnn", "snn_t6_cnn", "v_deep4", "sj_seq_plain", "snn_pop", "no_speech_lif"),
+    # looked at while the schedule was chosen:
+    *("v_sew12", "sj_spikformer", "snn_stmnist", "v_lin", "snn_slstm", "sj_seq_fb", "snn_t7_msecount", "v_deep8"),
+    *("v_deep12", "v_sew4", "sj_ms18", "v_spike_LIF", "sj_sew18_AND", "sj_lif_fc", "sj_nmnist_lif", "no_memory_lsnn"),
+    *("snn_rleaky", "snn_sae", "v_lin_LIF", "v_lin_nobn", "v_lin_avg"),
+)
 
 
 def add(name: str, make: Callable[[], nn.Module], data: Callable[[str], Parts], loss: object = "ce_count") -> None:

@@ -309,9 +309,10 @@ def test_the_zoo_trains_both_ways_and_sums_up(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path / "runs.csv")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
-    assert [row["method"] for row in rows] == ["ulr", "bptt:1e-3", "bptt:3e-3", "bptt:1e-2"]
+    cycles = ["bptt-cycle:1e-2", "bptt-cycle:1.5e-2"]
+    assert [row["method"] for row in rows] == ["ulr", "bptt:1e-3", "bptt:3e-3", "bptt:1e-2", *cycles]
     assert all(float(row["accuracy"]) >= 0 and float(row["ms"]) > 0 and not row["note"] for row in rows)
-    assert "| sj_seq_plain* | 1 |" in done.stdout and "1 networks" in done.stdout
+    assert "| sj_seq_plain* | 1 |" in done.stdout and done.stdout.count("1 networks, mean") == 2
     assert (tmp_path / "zoo.png").stat().st_size > 1000
 
 

@@ -27,7 +27,7 @@ def test_a_comparison_is_what_train_gives_by_each_method(tmp_path):
     before = [p.detach().clone() for p in net.parameters()]
     found = quiet(net, batches, batches, epochs=4, lr={"surrogate": [5e-3, 2e-2]}, seed=3)
     assert [(row["method"], row["lr"]) for row in found.rows] == [
-        ("ulr", 1e-2),
+        ("ulr", 1.5e-2),
         ("surrogate", 5e-3),
         ("surrogate", 2e-2),
     ]

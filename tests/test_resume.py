@@ -387,7 +387,7 @@ CHANGES = {
     "accumulate": ({"accumulate": 2}, "accumulate 1, not 2"),
     "clip": ({"clip": 1.0}, "clip None, not 1.0"),
     "optimizer": ({"optimizer": torch.optim.SGD}, "optimizer .*Adam.*, not .*SGD"),
-    "schedule": ({"scheduler": None}, "scheduler cosine, not None"),
+    "schedule": ({"scheduler": None}, "scheduler auto, not None"),
     "batches": ({"loader": batches(48)}, "batches an epoch 6, not 3"),
     "model": ({"model": nn.Sequential(nn.Linear(8, 16), ulr_snn.LIF(beta=0.5), nn.Linear(16, 2))}, "model"),
 }

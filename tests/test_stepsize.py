@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.estimators.step_sizes import LEAST, MOST, MOST_READOUT, OUTPUTS, REACH, READOUT, SIZE, SLOW, StepSizes
-from ulr_snn.runs.optim import learning_rate_factor
+from ulr_snn.estimators.step_sizes import MOST_READOUT, NONLINEAR, OUTPUTS, REACH, READOUT, SIZE, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -118,38 +117,7 @@ def test_a_readout_that_was_not_linear_once_is_none_when_hardly_anything_comes_i
             net[3].weight *= 1e-3
             net[3].bias *= 1e-3
         ulr.backward(x, y)
-        assert not ulr.learner.step_sizes.linear and ulr.learning_rates()["5.weight"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("drive", "summed", "slow"), [(0.01, True, True), (0.01, False, False), (5.0, True, False)],
-    ids=["at rest, summed", "at rest, averaged", "awake, summed"],
-)  # fmt: skip
-def test_layers_that_begin_at_rest_learn_slowly_at_first_where_their_readout_does(drive, summed, slow):
-    """Relative to the readout's own factor."""
-    steps, total = 20, 20
-    x, y = drive * torch.rand(steps, BATCH, PIXELS).double(), data()[1]
-    readout, name = ([nn.Linear(7, CLASSES)], "2.weight") if summed else ([], "3.weight")
-    net = model(*readout)
-    overall = []
-    with attach(net, loss="ce_count", total_steps=total) as ulr:
-        ulr.learner.step_sizes = StepSizes()
-        for _ in range(total // 2):
-            ulr.backward(x, y)
-            overall.append(ulr.learning_rates()[name] / ulr.learner.step_sizes.factor(name, ["outputs"]))
-            net.zero_grad()
-    expected = [min(MOST, max(LEAST, (step / total / SLOW) ** 2)) if slow else 1.0 for step in range(total // 2)]
-    assert expected[-1] == (MOST if slow else 1.0)
-    assert overall == pytest.approx(expected)
-
-
-def test_where_the_length_of_the_training_is_not_known_rates_are_the_whole():
-    net = model(nn.Linear(7, CLASSES))
-    with attach(net, loss="ce_count") as ulr:
-        ulr.learner.step_sizes = StepSizes()
-        ulr.backward(0.01 * torch.rand(20, BATCH, PIXELS).double(), data()[1])
-        assert ulr.learner.level.resting and ulr.learner.step_sizes.summed > READOUT
-        assert ulr.learning_rates()["2.weight"] == ulr.learner.step_sizes.factor("2.weight", ["outputs"])
+        assert not ulr.learner.step_sizes.linear and ulr.learning_rates()["5.weight"] == NONLINEAR
 
 
 def test_the_own_optimizer_takes_these_steps_and_others_do_not():
@@ -169,14 +137,6 @@ def test_the_own_optimizer_takes_these_steps_and_others_do_not():
         assert moved["own"][key] == pytest.approx(1e-3 * sizes.factor(key, sources), rel=1e-3)
         assert moved["theirs"][key] == pytest.approx(1e-3, rel=1e-3)
     assert sizes.factor("3.weight", ["outputs"]) >= READOUT
-
-
-def test_the_schedule_is_that_of_the_optimizers_own_rate():
-    x, y = data()
-    result = train(model(), [(x, y)] * 4, 2, lr=0.02, device="cpu", progress=False)
-    assert [entry["lr"] for entry in result.history] == pytest.approx(
-        [0.02 * learning_rate_factor(step, 8) for step in (3, 7)]
-    )
 
 
 def test_they_are_restored_with_the_state():

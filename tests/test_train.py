@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import ulr_snn
 from tests.helpers import CLASSES, PIXELS, STEPS, batches, errors, net, samples, train
-from ulr_snn import LIF, ULR, Fold, Logistic, RecurrentLIF, TimeAverage, UsageError
+from ulr_snn import LIF, ULR, Fold, Logistic, Online, RecurrentLIF, TimeAverage, UsageError
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
-from ulr_snn.runs.optim import learning_rate_factor
+from ulr_snn.peers import SurrogateBPTT
+from ulr_snn.runs.optim import cosine, make_optimizer, one_cycle
 from ulr_snn.sites.binding import bind
 
 
@@ -138,7 +139,7 @@ def test_noise_is_annealed_over_the_whole_run(max_steps, accumulate, monkeypatch
 
 
 def test_the_default_learning_rate():
-    named = train(lr=0.01)
+    named = train(lr=0.015)
     assert torch.equal(weights(train().model), weights(named.model))
     assert not torch.equal(weights(train(lr=0.001).model), weights(named.model))
 
@@ -166,16 +167,49 @@ def test_an_optimizer_of_some_parameters_trains_only_those():
 
 def test_schedules():
     rates = []
-    train(epochs=4, lr=0.1, callbacks=[lambda entry, model: rates.append(entry["lr"])])
+    train(epochs=4, lr=0.1, scheduler="cosine", callbacks=[lambda entry, model: rates.append(entry["lr"])])
     last = [6 * epoch - 1 for epoch in (1, 2, 3, 4)]  # steps of the epochs
     expected = [0.1 * 0.5 * (1 + math.cos(math.pi * step / 24)) for step in last]
     assert rates == pytest.approx(expected, abs=1e-9)
     assert [e["lr"] for e in train(lr=0.1, scheduler=None).history] == [0.1, 0.1]
-    assert learning_rate_factor(0, 100) == pytest.approx(0.1)  # of the warm-up, a tenth of the steps
-    warm = [learning_rate_factor(step, 100) / (0.5 * (1 + math.cos(math.pi * step / 100))) for step in range(12)]
+    assert cosine(0, 100) == pytest.approx(0.1)  # of the warm-up, a tenth of the steps
+    warm = [cosine(step, 100) / (0.5 * (1 + math.cos(math.pi * step / 100))) for step in range(12)]
     assert warm == pytest.approx([min(1, (step + 1) / 10) for step in range(12)])
     halves = train(lr=0.1, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5))
     assert [e["lr"] for e in halves.history] == pytest.approx([0.1, 0.05])
+
+
+def test_one_cycle_is_half_a_cosine_up_to_the_highest_rate_and_another_down_to_nothing():
+    factors = [one_cycle(step, 1000) for step in range(1001)]
+    highest = factors.index(max(factors))
+    assert factors[0] == pytest.approx(1 / 25, rel=1e-3) and factors[-1] == 0
+    assert max(factors) == pytest.approx(1, abs=1e-5) and highest in (399, 400)
+    assert factors[:400] == sorted(factors[:400]) and factors[400:] == sorted(factors[400:], reverse=True)
+    assert one_cycle(199, 1000) + one_cycle(200, 1000) == pytest.approx(1 + 1 / 25)  # the middle of the rise
+    assert one_cycle(699, 1000) + one_cycle(700, 1000) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "factor", "lr"),
+    [
+        ({}, one_cycle, 1.5e-2),
+        ({"lr": 0.1}, one_cycle, 0.1),
+        ({"scheduler": "cosine"}, cosine, 1.5e-2),
+        ({"estimator": SurrogateBPTT()}, cosine, 1e-2),
+        ({"estimator": SurrogateBPTT(), "scheduler": "one-cycle"}, one_cycle, 1e-2),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.1)}, cosine, 0.1),
+    ],
+    ids=["ULR", "a rate", "cosine", "BPTT", "BPTT in one cycle", "another optimizer"],
+)
+def test_estimators_with_step_sizes_of_their_own_have_one_cycle(options, factor, lr):
+    rates = [entry["lr"] for entry in train(epochs=3, **options).history]
+    assert rates == pytest.approx([lr * factor(step, 18) for step in (5, 11, 17)])
+
+
+def test_momentum_is_shorter_for_estimators_with_step_sizes_of_their_own():
+    momentum = {kind: make_optimizer(net(), None, None, kind()).param_groups[0]["betas"] for kind in (ULR, Online)}
+    assert momentum == {ULR: (0.8, 0.999), Online: (0.8, 0.999)}
+    assert make_optimizer(net(), None, None, SurrogateBPTT()).param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_the_history_has_the_learning_rate_of_the_last_step():
@@ -189,7 +223,7 @@ def test_the_history_has_the_learning_rate_of_the_last_step():
     history = train(epochs=3, optimizer=stepping, accumulate=4).history  # a step of four batches, and one of two
     assert [entry["lr"] for entry in history] == used[1::2] and len(used) == 6
     history = train(epochs=5, lr=0.1, max_steps=8).history
-    assert history[-1]["lr"] == pytest.approx(0.1 * learning_rate_factor(7, 8))
+    assert history[-1]["lr"] == pytest.approx(0.1 * one_cycle(7, 8))
 
 
 def test_clipping_bounds_the_step():

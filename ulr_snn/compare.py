@@ -24,7 +24,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.mode import Model, pick_device
 from ulr_snn.runs import order
 from ulr_snn.runs.directory import peak_memory_bytes, versions
-from ulr_snn.runs.optim import DEFAULT_LR
+from ulr_snn.runs.optim import default_lr
 from ulr_snn.runs.progress import say
 from ulr_snn.train import Result, train
 
@@ -95,7 +95,7 @@ def compare(
 
     methods: "ulr" (`ULR()`), "surrogate" (surrogate-gradient BPTT; models of other libraries keep their surrogate),
     other names in `ulr_snn.peers.METHODS`, or names with estimators, as in {"ulr": ULR(copies=2)}.
-    lr: one or several learning rates, each a training, for all methods or by method (default 1e-2).
+    lr: one or several learning rates, each a training, for all methods or by method (default: that of `train`).
     options: see `train`. Raises UsageError for an unknown method, and as `train` does.
     """
     estimators = chosen(methods)
@@ -108,15 +108,14 @@ def compare(
     options |= {"loss": loss, "device": device, "seed": seed, "time_first": time_first}
     whole = options | {"val_loader": val_loader, "progress": progress}
     a_step = options | {"callbacks": (), "progress": False}
-    default = None if "optimizer" in options else DEFAULT_LR
     try:
         # Warm-up: what a process loads once belongs to no method. An iterator has no batch to spare for it.
         for estimator in estimators.values() if not isinstance(loader, Iterator) else ():
             model.load_state_dict(weights)
             with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training raises them again
-                train(model, list(itertools.islice(loader, 1)), 1, estimator=estimator, lr=default, **a_step)
+                train(model, list(itertools.islice(loader, 1)), 1, estimator=estimator, **a_step)
         for method, estimator in estimators.items():
-            for rate in rates(method, lr, default):
+            for rate in rates(method, lr, None if "optimizer" in options else default_lr(estimator)):
                 model.load_state_dict(weights)
                 row: dict[str, Any] = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
                 rows.append(row)

@@ -24,6 +24,7 @@ from ulr_snn.errors.arguments import (
     Whole,
     checked,
 )
+from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import or_default
 from ulr_snn.evaluate import evaluate
@@ -35,7 +36,7 @@ from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import Model, mode_of, pick_device
 from ulr_snn.runs.directory import RunDirectory
 from ulr_snn.runs.keeping import Keeper
-from ulr_snn.runs.optim import loader_length, make_optimizer, make_scheduler, total_steps
+from ulr_snn.runs.optim import length, loader_length, make_optimizer, make_scheduler
 from ulr_snn.runs.session import Session, Settings
 from ulr_snn.runs.settings import described
 from ulr_snn.runs.steps import Stepper
@@ -68,7 +69,7 @@ def train(
     loss: LossSpec = "ce_count",
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     lr: Positive | None = None,
-    scheduler: str | Callable[[Optimizer], LRScheduler] | None = "cosine",
+    scheduler: str | Callable[[Optimizer], LRScheduler] | None = "auto",
     device: str | torch.device = "auto",
     seed: Whole = 0,
     time_first: bool = True,
@@ -90,30 +91,30 @@ def train(
     loader: batches (x, y), (x, y, lengths), dicts or x alone, of all the forms in docs/data.md. layout: "TB" for events
     [T, B, ...], "BT" (or time_first=False), "B" for static inputs that the model repeats. output: what is read of the
     model's result, an index, key, function or "all" (default: its first tensor). metrics: {name: (outputs, targets) ->
-    number or [B], or a torchmetrics object}. optimizer: an instance, or a factory parameters -> optimizer (default:
-    Adam with lr 1e-2 and a factor for each parameter, see `make_optimizer`). scheduler: "cosine", None, or a factory;
-    it steps once for `accumulate` batches. max_steps: most optimizer steps. clip: bound of the gradient norm. autocast:
-    torch.bfloat16 or torch.float16 for the model's layers. callbacks: called after every epoch with its history entry
-    and the model; one that returns True ends the training. run_dir: receives checkpoints, metrics.json and curves.png.
-    resume: continue the run in run_dir as if it had never ended; "changed": with other settings than it was started
-    with. save_every: steps or time ("30s", "10m", "2h") between checkpoints within an epoch (default: 10m). Ctrl-C and
-    SIGTERM then end the training after its step, saved. Raises UsageError for a wrong use, before the first step if it
-    can, FloatingPointError for losses, gradients or weights that are not finite, and SaveError.
+    number or [B], or a torchmetrics object}. optimizer: an instance, or a factory parameters -> optimizer (default: see
+    `make_optimizer`). lr: the highest rate (default: 1.5e-2 for `ULR` and `Online`, else 1e-2). scheduler: "one-cycle",
+    "cosine", None, or a factory (default: see `make_scheduler`); it steps once for `accumulate` batches. max_steps:
+    most optimizer steps. clip: bound of the gradient norm. autocast: torch.bfloat16 or torch.float16 for layers.
+    callbacks: called with history entry and model after every epoch; one that returns True ends the training. run_dir:
+    receives checkpoints, metrics.json and curves.png. resume: continue the run in run_dir; "changed": with other
+    settings than at its start. save_every: steps or time ("30s", "10m", "2h") between checkpoints within an epoch
+    (default: 10m). Ctrl-C and SIGTERM then end it after a step, saved. Raises UsageError for a wrong use, before the
+    first step if it can, FloatingPointError for losses, gradients or weights that are not finite, and SaveError.
     """
     given = locals().copy()
     check_loaders(loader, val_loader, epochs if max_steps is None and not callbacks else 1)
     interface, estimator = Interface.of(time_first, layout, output), or_default(estimator)
     settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics), estimator)
     model.to(settings.device)
-    moving = make_optimizer(model, optimizer, lr)
+    moving = make_optimizer(model, optimizer, lr, estimator)
     started = described(model, loader, moving, given | {"estimator": estimator, "layout": interface.layout})
-    schedule = make_scheduler(moving, scheduler, loader, epochs, accumulate, max_steps)
-    batches = total_steps(loader, epochs, 1, None if max_steps is None else max_steps * accumulate)
+    steps, batches = length(loader, epochs, accumulate, max_steps)
+    schedule = make_scheduler(moving, scheduler, steps, own=optimizer is None and isinstance(estimator, Attaches))
     attached = estimator.attach(model, loss, seed, interface, batches, rates=optimizer is None)
     keeper = Keeper.of(run_dir, resume, save_every, started)
     with mode_of(model, training=True), attached, keeper.in_use():
-        stepper = Stepper(model, attached, moving, schedule, clip)
         first = ranks.rank() == 0
+        stepper = Stepper(model, attached, moving, schedule, clip)
         session = Session(model, loader, attached, stepper, settings, keeper, callbacks if first else ())
         session.run(epochs, validation(model, val_loader, loss, interface, settings), bool(progress) and first)
         figures = session.finish(seed, val_loader is not None)

@@ -78,11 +78,6 @@ class Learner:
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.5
 
     @property
-    def began_at_rest(self) -> bool:
-        """True if layers are known to have begun at rest, and progress follows the steps."""
-        return bool(self.level.resting) and self.fixed_progress is None
-
-    @property
     def measures(self) -> bool:
         """True if `measure` has something to measure at this step."""
         return self._widens or (self.step_sizes is not None and self.step_sizes.due(self.step))
@@ -91,7 +86,8 @@ class Learner:
     def _widens(self) -> bool:
         """True if the noise of layers that began at rest may still follow their membranes."""
         readout = self.structure is not None and self.structure.has_readout
-        return self.began_at_rest and not readout and self.level.progress <= WIDENING
+        resting = bool(self.level.resting) and self.fixed_progress is None
+        return resting and not readout and self.level.progress <= WIDENING
 
     def observe(self, forward: Forward, p: Pass, batch: Batch) -> Structure:
         """Observes the structure of the model and the loss in the first pass."""
@@ -125,10 +121,8 @@ class Learner:
         """See `Attachment.learning_rates`."""
         if self.step_sizes is None or self.structure is None:
             return {}
-        slow = self.began_at_rest and self.structure.has_readout and self.total_steps is not None
-        overall = self.step_sizes.at_rest(self.level.progress) if slow else 1.0
         found = self.structure.parameters.items()
-        return {name: overall * self.step_sizes.factor(name, sources) / self.times for name, sources in found}
+        return {name: self.step_sizes.factor(name, sources) / self.times for name, sources in found}
 
     def observe_again(self) -> None:
         """Drops the structure, so that the next pass is observed."""

@@ -16,14 +16,7 @@ slowly. So a parameter's learning rate is
 H is small after few neurons, or neurons that hardly fire; a readout then needs large weights. But credit for the layers
 below goes through the readout, and layers cannot follow a readout that changes sign. The term SIZE W bounds its steps
 for that reason. All this is for readouts that are linear up to a common offset of all outputs. Other readouts, such as
-a long short-term memory, have at most lr, because larger steps destroy what they have learned.
-
-If τ > READOUT and layers begin at rest, the readout learns more slowly than the layers. Gradients of silent layers are
-single spikes of noise, and Adam turns each of them into a step of several learning rates. The layers begin to fire
-before the readout can use their spikes, so firing less lowers the loss, and the layers fall silent for good. So all
-rates are lower at first, and higher later, if the length of the training is known:
-
-    factor min(MOST, max(LEAST, (progress / SLOW)²))
+a long short-term memory, have at most NONLINEAR times lr, because larger steps destroy what they have learned.
 """
 
 import math
@@ -38,8 +31,7 @@ from ulr_snn.model.passes import Pass
 
 REACH = 200.0  # thresholds by which a step of learning rate 1 may move a membrane
 READOUT = 6.0
-SLOW = 0.2  # fraction of the training until which all rates are lower
-LEAST, MOST = 1 / 3, 2.5
+NONLINEAR = 0.5  # largest factor of a readout that is not linear
 OUTPUTS, MOST_READOUT = 50.0, 20.0  # how far a step of learning rate 1 may move an output; the largest factor for it
 SIZE = 140.0  # multiple of W by which a step of learning rate 1 may move a readout weight
 LINEAR = 0.03  # relative error of `linear`
@@ -91,18 +83,12 @@ class StepSizes:
         if sources == ["outputs"]:
             least = READOUT / (self.summed or 1.0)
             if not self.linear:
-                return min(1.0, least)
+                return min(NONLINEAR, least)
             moved = self.reach.get("outputs", {}).get(parameter)
             size = self.size.get(parameter, math.inf)
             return max(least, min(OUTPUTS / moved, MOST_READOUT, SIZE * size) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
         return min([1.0, *(REACH / g for g in reached if g)])
-
-    def at_rest(self, progress: float) -> float:
-        """Returns the factor of all learning rates if layers began at rest and there is a readout."""
-        if self.summed is None or self.summed <= READOUT:
-            return 1.0
-        return min(MOST, max(LEAST, (progress / SLOW) ** 2))
 
     def state_dict(self) -> dict[str, Any]:
         reach = {source: dict(found) for source, found in self.reach.items()}

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,26 +12,39 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import shown
+from ulr_snn.estimators.attachment import Attaches
+from ulr_snn.estimators.base import Estimator
 from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import trainable
 
-DEFAULT_LR = 1e-2
-LR_WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
+WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
+MOMENTUM = 0.8  # of Adam, for estimators with step sizes of their own
+RISE, FIRST = 0.4, 1 / 25  # fraction of the steps until the highest rate of one cycle, and the share that it begins at
 
 
-def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None) -> Optimizer:
+def default_lr(estimator: Estimator) -> float:
+    """Returns the learning rate of `train`'s own optimizer: 1.5e-2 for estimators with step sizes of their own, whose
+    schedule is one cycle, and 1e-2 for others."""
+    return 1.5e-2 if isinstance(estimator, Attaches) else 1e-2
+
+
+def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None, estimator: Estimator) -> Optimizer:
     """Returns the optimizer that `train` was given, made, or asked to make.
 
-    The default is Adam, each of whose parameters has the rate `lr` (1e-2) times a factor of its own (see
+    The default is Adam, each of whose parameters has the rate `lr` (see `default_lr`) times a factor of its own (see
     estimators/step_sizes.py): smaller where a step would move membranes by several thresholds, larger in a readout,
-    rising over the training if layers begin at rest, and over T for `Online()` with T time steps.
+    and over T for `Online()` with T time steps. For `ULR` and `Online` its momentum is short, because the credit of a
+    layer turns with the weights above it.
     """
     parameters = trainable(model)
     if lr is not None and optimizer is not None:
         raise UsageError(f"train got lr={lr} and an optimizer, which has its own; give one of them")
     if optimizer is None:
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        return torch.optim.Adam([{"params": [p]} for p in parameters], DEFAULT_LR if lr is None else lr, fused=fused)
+        rate = default_lr(estimator) if lr is None else lr
+        momentum = MOMENTUM if isinstance(estimator, Attaches) else 0.9
+        groups = [{"params": [p]} for p in parameters]
+        return torch.optim.Adam(groups, rate, betas=(momentum, 0.999), fused=fused)
     if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
         raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
@@ -56,31 +69,29 @@ def check_optimizer(optimizer: Any, parameters: list[nn.Parameter]) -> None:
         raise UsageError("SparseAdam takes sparse gradients, but these are dense; use torch.optim.Adam")
 
 
-def make_scheduler(
-    optimizer: Optimizer,
-    scheduler: Any,
-    loader: Iterable[Any],
-    epochs: int,
-    accumulate: int,
-    max_steps: int | None,
-) -> LRScheduler | None:
-    """Returns the learning rate schedule that `train` was asked for; None for a constant rate."""
+def make_scheduler(optimizer: Optimizer, scheduler: Any, steps: int | None, own: bool = False) -> LRScheduler | None:
+    """Returns the learning rate schedule that `train` was asked for; None for a constant rate.
+
+    steps: of the training, None if they are not known. own: the step sizes are the estimator's, for which "auto" is
+    one cycle; else it is the cosine.
+    """
     if scheduler is None:
         return None
-    steps = total_steps(loader, epochs, accumulate, max_steps)
-    if scheduler != "cosine":
-        if not callable(scheduler):
-            raise UsageError(
-                f"train got scheduler={scheduler!r}; it is 'cosine', None or a factory optimizer -> scheduler"
-            )
+    if callable(scheduler):
         made = scheduler(optimizer)
         check_scheduler(made, optimizer, steps)
         return made
+    name = ("one-cycle" if own else "cosine") if scheduler == "auto" else scheduler
+    if name not in SCHEDULES:
+        raise UsageError(
+            f"train got scheduler={scheduler!r}; it is 'auto', {', '.join(map(repr, SCHEDULES))}, None or a factory "
+            "optimizer -> scheduler"
+        )
     if steps is None:
         raise UsageError(
-            "the cosine schedule needs the number of steps: give a loader with a length, or scheduler=None"
+            f"the {name} schedule needs the number of steps: give a loader with a length, or scheduler=None"
         )
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    return LambdaLR(optimizer, lambda step: SCHEDULES[name](step, steps))
 
 
 def check_scheduler(scheduler: Any, optimizer: Optimizer, steps: int | None) -> None:
@@ -96,14 +107,29 @@ def check_scheduler(scheduler: Any, optimizer: Optimizer, steps: int | None) -> 
         )
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
+def cosine(step: int, steps: int) -> float:
     """Returns the factor of the cosine schedule: a half cosine from 1 to 0, times a linear warm-up.
 
     The first gradients of a new net are mostly noise, because it fires little. Adam would turn them into steps of full
     size, which silence whole layers of a deep net for good.
     """
-    warm = min(1.0, (step + 1) / (LR_WARM_UP * steps))
+    warm = min(1.0, (step + 1) / (WARM_UP * steps))
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Returns the factor of one cycle (Smith & Topin, arXiv 1708.07120): half a cosine up to 1, and another down to 0.
+
+    Its long rise lets layers that hardly fire, whose gradients are mostly noise, wake up in small steps. The highest
+    rate may then be twice as high as with a short warm-up.
+    """
+    progress = min(1.0, (step + 0.5) / steps)
+    if progress < RISE:
+        return FIRST + (1 - FIRST) * 0.5 * (1 - math.cos(math.pi * progress / RISE))
+    return 0.5 * (1 + math.cos(math.pi * (progress - RISE) / (1 - RISE)))
+
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {"one-cycle": one_cycle, "cosine": cosine}
 
 
 def loader_length(loader: Iterable[Any]) -> int | None:
@@ -114,12 +140,12 @@ def loader_length(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def total_steps(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> int | None:
-    """Returns the number of optimizer steps of the run; None if neither the loader nor `max_steps` tells."""
+def length(loader: Iterable[Any], epochs: int, accumulate: int, max_steps: int | None) -> tuple[int | None, int | None]:
+    """Returns the optimizer steps and the batches of the run; None if neither the loader nor `max_steps` tells."""
     lengths = ranks.gathered(loader_length(loader))
-    known = [length for length in lengths if length is not None]
+    known = [each for each in lengths if each is not None]
+    most = math.inf if max_steps is None else max_steps
     if len(known) < len(lengths):
-        return max_steps
+        return max_steps, None if max_steps is None else max_steps * accumulate
     batches = min(known)  # an epoch ends when one rank has no batch left
-    steps = epochs * -(-batches // accumulate)
-    return steps if max_steps is None else min(steps, max_steps)
+    return int(min(epochs * -(-batches // accumulate), most)), int(min(epochs * batches, most * accumulate))
