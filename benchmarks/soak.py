@@ -8,8 +8,8 @@ checkpoints. Samples are taken after garbage collection: resident memory, open f
 and other objects that Python's garbage collector knows, and the size of the run directory. Rows go to results/soak.csv.
 
 The exit code is 1 if a figure grows. A phase is one long training, or all short ones. Its first third is warm-up:
-kernels are compiled, feedback is created, pools fill. The growth of a phase is the median over its last third, minus
-the median over its middle third. BOUNDS has the largest growth of each figure.
+kernels are compiled, feedback is created, pools fill. The growth of a phase is the least over its last third, minus
+the least over its middle third. BOUNDS has the largest growth of each figure.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -222,9 +221,12 @@ def loss_of(name: str) -> str:
 
 
 def growth(rows: list[dict[str, Any]], figure: str) -> float:
-    """Returns the growth of a figure in a phase: median of the last third minus that of the middle third."""
+    """Returns the growth of a figure in a phase: the least of its last third minus the least of its middle third.
+
+    What loaders with processes hold rises and falls, by 160 objects in three epochs.
+    """
     values, third = [row[figure] for row in rows], len(rows) // 3
-    return median(values[-third:]) - median(values[-2 * third : -third])
+    return min(values[-third:]) - min(values[-2 * third : -third])
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
