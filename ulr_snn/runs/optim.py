@@ -121,7 +121,7 @@ def one_cycle(step: int, steps: int) -> float:
     """Returns the factor of one cycle (Smith & Topin, arXiv 1708.07120): half a cosine up to 1, and another down to 0.
 
     Its long rise lets layers that hardly fire, whose gradients are mostly noise, wake up in small steps. The highest
-    rate may then be twice as high as with a short warm-up.
+    rate may then be higher than with a short warm-up.
     """
     progress = min(1.0, (step + 0.5) / steps)
     if progress < RISE:
