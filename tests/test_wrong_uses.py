@@ -167,7 +167,8 @@ WRONG = {
     # numbers, flags and words
     **options(train, epochs=(*NO_COUNT, None), accumulate=(*NO_COUNT, None), max_steps=NO_COUNT, seed=NO_SEED),
     **options(train, lr=NO_SIZE, clip=NO_SIZE, autocast=("bf16", torch.float32, True), resume=("no", 2, True)),
-    **options(train, progress=("no", 2), callbacks=(print, 3, [3], [lambda entry: None]), scheduler=("linear", 3)),
+    **options(train, progress=("no", 2), callbacks=(print, 3, [3], [lambda entry: None])),
+    **options(train, scheduler=("linear", 3, ["cosine"])),
     **options(train, run_dir=(True, 123, "", b"runs"), optimizer=("adam", 3)),
     **options(train, device=("gpu", "", None, "meta", "mps", "xpu", 1.5), val_loader=(3, [], "text")),
     **options(train, loader=(None, 5, [], "text"), metrics=([len], {"a": 3}, {"b": lambda o: 0.0})),

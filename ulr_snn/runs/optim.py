@@ -82,7 +82,7 @@ def make_scheduler(optimizer: Optimizer, scheduler: Any, steps: int | None, own:
         check_scheduler(made, optimizer, steps)
         return made
     name = ("one-cycle" if own else "cosine") if scheduler == "auto" else scheduler
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise UsageError(
             f"train got scheduler={scheduler!r}; it is 'auto', {', '.join(map(repr, SCHEDULES))}, None or a factory "
             "optimizer -> scheduler"
