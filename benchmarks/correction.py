@@ -127,14 +127,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name, method, seed in missing(path, arguments.networks, METHODS, range(arguments.seeds)):
         estimator, times = METHODS[method]
         steps = times * STEPS.get(name, 150)
-        note_run(
-            path,
-            name,
-            method,
-            seed,
-            steps,
-            trained(network(name), {"estimator": estimator}, seed, steps, arguments.root),
-        )
+        found = trained(network(name), {"estimator": estimator}, seed, steps, arguments.root)
+        note_run(path, name, method, seed, steps, found)
 
 
 def show(path: Path) -> None:

@@ -31,7 +31,7 @@ from benchmarks.zoo_networks import ZOO, Network
 from ulr_snn import ULR, evaluate, train
 from ulr_snn.peers import METHODS
 from ulr_snn.runs.directory import versions
-from ulr_snn.runs.optim import MOMENTUM
+from ulr_snn.runs.optim import OWN
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("1e-3", "3e-3", "1e-2")
@@ -69,8 +69,8 @@ def options_of(method: str) -> dict[str, Any]:
     name, _, rate = method.partition(":")
     options: dict[str, Any] = {"estimator": ULR() if name == "ulr" else METHODS["surrogate"]()}
     if name == "bptt-cycle":
-        adam = partial(torch.optim.Adam, lr=float(rate), betas=(MOMENTUM, 0.999))
-        return options | {"optimizer": adam, "scheduler": "one-cycle"}
+        adam = partial(torch.optim.Adam, lr=float(rate), betas=(OWN.momentum, 0.999))
+        return options | {"optimizer": adam, "scheduler": OWN.schedule}
     return options | {"lr": float(rate) if rate else None}
 
 

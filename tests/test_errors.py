@@ -187,7 +187,10 @@ WRONG: dict[str, tuple[Callable, str]] = {
         lambda: train(loader=(b for b in [(X, Y)]), scheduler=None, epochs=2),
         "only once",
     ),
-    "generator with a cosine": (lambda: train(loader=(b for b in [(X, Y)])), "schedule needs"),
+    "generator with a schedule": (
+        lambda: train(loader=(b for b in [(X, Y)])),
+        "the one-cycle schedule needs the number",
+    ),
     "batch without targets": (lambda: train(loader=[X]), "(x, y)"),
     "batch with too much": (lambda: train(loader=[(X, Y, Y, Y)]), "(x, y, lengths)"),
     "nothing to train": (lambda: train(frozen()), "requires_grad_"),

@@ -24,7 +24,7 @@ from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.mode import Model, pick_device
 from ulr_snn.runs import order
 from ulr_snn.runs.directory import peak_memory_bytes, versions
-from ulr_snn.runs.optim import default_lr
+from ulr_snn.runs.optim import defaults
 from ulr_snn.runs.progress import say
 from ulr_snn.train import Result, train
 
@@ -115,7 +115,7 @@ def compare(
             with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training raises them again
                 train(model, list(itertools.islice(loader, 1)), 1, estimator=estimator, **a_step)
         for method, estimator in estimators.items():
-            for rate in rates(method, lr, None if "optimizer" in options else default_lr(estimator)):
+            for rate in rates(method, lr, None if "optimizer" in options else defaults(estimator).lr):
                 model.load_state_dict(weights)
                 row: dict[str, Any] = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
                 rows.append(row)

@@ -24,7 +24,6 @@ from ulr_snn.errors.arguments import (
     Whole,
     checked,
 )
-from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import or_default
 from ulr_snn.evaluate import evaluate
@@ -36,7 +35,7 @@ from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import Model, mode_of, pick_device
 from ulr_snn.runs.directory import RunDirectory
 from ulr_snn.runs.keeping import Keeper
-from ulr_snn.runs.optim import length, loader_length, make_optimizer, make_scheduler
+from ulr_snn.runs.optim import USUAL, defaults, length, loader_length, make_optimizer, make_scheduler
 from ulr_snn.runs.session import Session, Settings
 from ulr_snn.runs.settings import described
 from ulr_snn.runs.steps import Stepper
@@ -109,7 +108,7 @@ def train(
     moving = make_optimizer(model, optimizer, lr, estimator)
     started = described(model, loader, moving, given | {"estimator": estimator, "layout": interface.layout})
     steps, batches = length(loader, epochs, accumulate, max_steps)
-    schedule = make_scheduler(moving, scheduler, steps, own=optimizer is None and isinstance(estimator, Attaches))
+    schedule = make_scheduler(moving, scheduler, steps, defaults(estimator) if optimizer is None else USUAL)
     attached = estimator.attach(model, loss, seed, interface, batches, rates=optimizer is None)
     keeper = Keeper.of(run_dir, resume, save_every, started)
     with mode_of(model, training=True), attached, keeper.in_use():

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +19,31 @@ from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import trainable
 
 WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
-MOMENTUM = 0.8  # of Adam, for estimators with step sizes of their own
 RISE, FIRST = 0.4, 1 / 25  # fraction of the steps until the highest rate of one cycle, and the share that it begins at
 
 
-def default_lr(estimator: Estimator) -> float:
-    """Returns the learning rate of `train`'s own optimizer: 1.5e-2 for estimators with step sizes of their own, whose
-    schedule is one cycle, and 1e-2 for others."""
-    return 1.5e-2 if isinstance(estimator, Attaches) else 1e-2
+@dataclass(frozen=True)
+class Defaults:
+    """Learning rate, momentum and schedule of `train` where nothing else is asked for."""
+
+    lr: float
+    momentum: float
+    schedule: str
+
+
+USUAL = Defaults(lr=1e-2, momentum=0.9, schedule="cosine")
+OWN = Defaults(lr=1.5e-2, momentum=0.8, schedule="one-cycle")  # with an estimator's own step sizes
+
+
+def defaults(estimator: Estimator) -> Defaults:
+    """Returns the defaults of `train`'s own optimizer for an estimator."""
+    return OWN if isinstance(estimator, Attaches) else USUAL
 
 
 def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None, estimator: Estimator) -> Optimizer:
     """Returns the optimizer that `train` was given, made, or asked to make.
 
-    The default is Adam, each of whose parameters has the rate `lr` (see `default_lr`) times a factor of its own (see
+    The default is Adam, each of whose parameters has the rate `lr` (see `defaults`) times a factor of its own (see
     estimators/step_sizes.py): smaller where a step would move membranes by several thresholds, larger in a readout,
     and over T for `Online()` with T time steps. For `ULR` and `Online` its momentum is short, because the credit of a
     layer turns with the weights above it.
@@ -41,10 +53,8 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None, estimator
         raise UsageError(f"train got lr={lr} and an optimizer, which has its own; give one of them")
     if optimizer is None:
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        rate = default_lr(estimator) if lr is None else lr
-        momentum = MOMENTUM if isinstance(estimator, Attaches) else 0.9
-        groups = [{"params": [p]} for p in parameters]
-        return torch.optim.Adam(groups, rate, betas=(momentum, 0.999), fused=fused)
+        usual, groups = defaults(estimator), [{"params": [p]} for p in parameters]
+        return torch.optim.Adam(groups, usual.lr if lr is None else lr, betas=(usual.momentum, 0.999), fused=fused)
     if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
         raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
@@ -69,11 +79,11 @@ def check_optimizer(optimizer: Any, parameters: list[nn.Parameter]) -> None:
         raise UsageError("SparseAdam takes sparse gradients, but these are dense; use torch.optim.Adam")
 
 
-def make_scheduler(optimizer: Optimizer, scheduler: Any, steps: int | None, own: bool = False) -> LRScheduler | None:
+def make_scheduler(optimizer: Optimizer, scheduler: Any, steps: int | None, usual: Defaults) -> LRScheduler | None:
     """Returns the learning rate schedule that `train` was asked for; None for a constant rate.
 
-    steps: of the training, None if they are not known. own: the step sizes are the estimator's, for which "auto" is
-    one cycle; else it is the cosine.
+    steps: of the training, None if they are not known. usual: has the schedule for "auto": one cycle for `ULR` and
+    `Online` with `train`'s own optimizer, else the cosine.
     """
     if scheduler is None:
         return None
@@ -81,7 +91,7 @@ def make_scheduler(optimizer: Optimizer, scheduler: Any, steps: int | None, own:
         made = scheduler(optimizer)
         check_scheduler(made, optimizer, steps)
         return made
-    name = ("one-cycle" if own else "cosine") if scheduler == "auto" else scheduler
+    name = usual.schedule if scheduler == "auto" else scheduler
     if not isinstance(name, str) or name not in SCHEDULES:
         raise UsageError(
             f"train got scheduler={scheduler!r}; it is 'auto', {', '.join(map(repr, SCHEDULES))}, None or a factory "
