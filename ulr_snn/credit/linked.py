@@ -70,17 +70,26 @@ class StepLink:
 
     def fired(self, t: int, drive: Tensor) -> Tensor:
         """Draws spikes from drives [B, ...] of time step t, or [T, B, ...] of all steps, linked to the drives."""
+        if drive.dtype == torch.float32 and not (self.whole or self.scale.requires_grad):
+            draw = self._kernel(drive)
+            if draw is not None:
+                return draw.linked(t, drive)
         x = drive / self.scale if self.scale.requires_grad else drive
         return _Step.apply(x, drive.detach(), self, t)
 
-    def drawn(self, t: int, drive: Tensor) -> Tensor:
-        """Draws spikes from drives as in `fired`, without a graph."""
-        if not self._x and self._draw is None and dispatch.kernels(drive) is not None:  # the first step decides
+    def _kernel(self, drive: Tensor) -> dispatch.StepDraw | None:
+        """Returns what draws by a kernel, or None if no kernel applies. The first step decides."""
+        if not self._x and self._draw is None and dispatch.kernels(drive) is not None:
             draw, like = self.drawer.draw(), drive[0] if self.whole else drive
             self._draw = None if draw is None else dispatch.StepDraw(draw, like, self.lengths, self.over)
-        if self._draw is not None:
+        return self._draw
+
+    def drawn(self, t: int, drive: Tensor) -> Tensor:
+        """Draws spikes from drives as in `fired`, without a graph."""
+        draw = self._kernel(drive)
+        if draw is not None:
             wide = drive.float()
-            spikes = torch.stack([self._draw(*now) for now in enumerate(wide)]) if self.whole else self._draw(t, wide)
+            spikes = torch.stack([draw(*now) for now in enumerate(wide)]) if self.whole else draw(t, wide)
             return spikes.to(drive.dtype)
         x = self._x[t] = drive / self.scale.detach()
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)

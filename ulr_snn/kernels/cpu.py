@@ -402,8 +402,8 @@ def _slope(law, x, over, scale, valid, out):
 
 
 @compiled(nogil=True)
-def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, spikes, slope, farthest):
-    """Draws the spikes of some rows at time step t from drives [B, N], and computes their `_slope`, both [T, B, N].
+def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, slope, farthest, spikes):
+    """Draws the spikes [B, N] of some rows at time step t from drives [B, N], and computes their `_slope` [T, B, N].
     row1, row2, mirrored, own: as for `scan`; farthest [B]: bits of the largest |drive / scale| so far. The bits of
     positive floats have the order of the floats."""
     neurons = drive.shape[1]
@@ -413,10 +413,10 @@ def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, spik
             x[n] = drive[b, n] / scale[n]
         _slope(law, x, over, scale, t < own[b], slope[t, b])
         if t >= own[b]:
-            _fill(spikes[t, b], _f(0))
+            _fill(spikes[b], _f(0))
             continue
         _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
-        _fire(law, x, uniform, spikes[t, b])
+        _fire(law, x, uniform, spikes[b])
         bits, largest = x.view(np.int32), farthest[b]
         for n in range(neurons):
             largest = max(largest, bits[n] & np.int32(0x7FFFFFFF))

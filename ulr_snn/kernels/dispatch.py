@@ -146,24 +146,17 @@ def words(key: int, sample: Tensor, stream: Tensor, first: int, steps: int) -> t
 
 class StepDraw:
     """Draws the spikes of a layer on a CPU that runs step by step. like: drives [B, ...] of one step. lengths, over: as
-    in `credit`. spikes, slope: the spikes, and the slope for credit per unit of membrane, both [T, B, ...] and valid up
-    to the last step drawn."""
+    in `credit`. slope: the slope for credit per unit of membrane [T, B, ...], valid up to the last step drawn."""
 
     def __init__(self, draw: Draw, like: Tensor, lengths: Tensor | None, over: Tensor | None) -> None:
         if draw.words is None:
             raise UsageError("a draw step by step needs the words of the noise")
         steps, rows = draw.words[0].shape
-        self.spikes, self.slope = empty(steps, *like.shape), empty(steps, *like.shape)
+        self.slope = empty(steps, *like.shape)
         self._farthest = np.zeros(rows, np.int32)
         mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
         words = [word.numpy().view("uint32") for word in draw.words]
-        arguments = (
-            mirrored.numpy(),
-            _own(lengths, steps, rows),
-            _distances(over),
-            _array(self.spikes),
-            _array(self.slope),
-        )
+        arguments = mirrored.numpy(), _own(lengths, steps, rows), _distances(over), _array(self.slope)
         self._given = _per_neuron(draw.scale, like.shape[1:]), LAWS[draw.law], *words, *arguments, self._farthest
         self._parts = None if like.numel() > SMALL else 1
         self._fire = cpu_kernels().fire
@@ -174,10 +167,26 @@ class StepDraw:
         return torch.from_numpy(self._farthest.view(np.float32)).max()
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
-        """Draws and returns the spikes [B, ...] of time step t."""
-        given = drive.detach().contiguous().view(len(drive), -1).numpy(), t, *self._given
-        shared(len(drive), lambda first, end: self._fire(first, end, *given), self._parts)
-        return self.spikes[t]
+        """Draws and returns the spikes [B, ...] of time step t, without a graph."""
+        drive = drive.detach().contiguous()
+        return self._drawn(t, drive, torch.empty_like(drive))
+
+    def linked(self, t: int, drive: Tensor) -> Tensor:
+        """Draws and returns the spikes of time step t. In the graph they are `slope` times the drive."""
+        drive = drive.contiguous()
+        spikes = drive * self.slope[t]  # keeps the memory of the slope; both get their values below
+        self._drawn(t, drive.detach(), spikes.detach())
+        return spikes
+
+    def _drawn(self, t: int, drive: Tensor, spikes: Tensor) -> Tensor:
+        """Overwrites the spikes, and the slope of this step."""
+        rows = len(drive)
+        given = drive.view(rows, -1).numpy(), t, *self._given, spikes.view(rows, -1).numpy()
+        if self._parts == 1:
+            self._fire(0, rows, *given)
+        else:
+            shared(rows, lambda first, end: self._fire(first, end, *given))
+        return spikes
 
 
 def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Tensor | None = None) -> Tensor | None:
