@@ -119,6 +119,17 @@ def convolution() -> nn.Module:
     )  # fmt: skip
 
 
+def normed() -> nn.Module:
+    """Batch norm and dropout in training mode, which see one time step at a time."""
+    snn = snntorch()
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 3, 3, padding=1, bias=False), nn.BatchNorm1d(3),
+        snn.Leaky(0.8, init_hidden=True), nn.Dropout1d(0.0), nn.Flatten(), nn.Linear(15, 8, bias=False),
+        nn.BatchNorm1d(8, track_running_stats=False), snn.Leaky(0.8, init_hidden=True), nn.Dropout(0.0),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+
+
 def recurrent(**options: Any) -> nn.Module:
     return Loop(lambda: snntorch().RLeaky(0.8, linear_features=8, **options))
 
@@ -136,6 +147,7 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
     "Leaky, spikes": lambda: Loop(lambda: snntorch().Leaky(0.8), readout=False),
     "Leaky, a step a call": hidden,
     "Leaky, convolution": convolution,
+    "Leaky, norms and dropout": normed,
     "RLeaky, subtract": recurrent,
     "RLeaky, none": lambda: recurrent(reset_mechanism="none", learn_beta=True),
     "IFNode, hard reset": lambda: jelly("IFNode"),
@@ -205,6 +217,30 @@ def test_a_chain_has_the_spikes_and_gradients_of_the_models_own_code(name, estim
 def test_in_single_precision(name):
     torch.manual_seed(0)
     assert_same(CHAINS[name](), ULR(), batch(torch.float32), 1e-4)
+
+
+def test_norms_and_dropout_in_training_mode_act_as_in_the_models_own_code():
+    """Running statistics move once a time step, and every time step has a dropout mask of its own."""
+    torch.manual_seed(0)
+    models, data = [normed()], batch(torch.float32)
+    models.append(copy.deepcopy(models[0]))
+    for model, own_code in zip(models, (True, False), strict=True):
+        with attach(model, seed=5) as ulr:
+            ulr.binder.own_code = own_code
+            ulr.backward(*data)
+    norms = [next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d)) for model in models]
+    assert norms[0].num_batches_tracked == norms[1].num_batches_tracked == STEPS
+    torch.testing.assert_close(norms[1].running_mean, norms[0].running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var, rtol=1e-5, atol=1e-6)
+
+    model = nn.Sequential(nn.Linear(5, 8), snntorch().Leaky(0.8, init_hidden=True), nn.Linear(8, 40), nn.Dropout(0.5))
+    with attach(model, seed=5) as ulr:
+        first, second = (ulr.backward(*data).outputs[0] == 0 for _ in range(2))
+    assert isinstance(ulr.bound.model, Chain) and model[-1].training
+    for masks in (first, second):
+        assert 0.45 < masks.float().mean() < 0.55
+        assert len({bytes(mask.numpy()) for mask in masks}) == STEPS
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["Leaky, subtract", "RLeaky, subtract", "LIFNode, decaying input"])
@@ -313,6 +349,10 @@ class Late(nn.Module):
         return torch.stack(outputs)
 
 
+class OwnNorm(nn.BatchNorm1d):
+    """Might do anything."""
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "reset at once": (lambda: leaky(reset_delay=False), "resets at once"),
     "graded": (lambda: leaky(graded_spikes_factor=0.5), "graded"),
@@ -334,9 +374,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "state detached": (lambda: HiddenLoop(lambda lif: lif.mem.detach_()), "is changed between"),
     "state scaled": (lambda: HiddenLoop(lambda lif: setattr(lif, "mem", lif.mem * 0.5)), "is changed between"),
     "late": (Late, "reads something else|runs"),
-    "batch norm": (
-        lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), snntorch().Leaky(0.8, init_hidden=True)),
-        "BatchNorm1d in training mode",
+    "a batch norm of its own": (
+        lambda: nn.Sequential(nn.Linear(5, 3), OwnNorm(3), snntorch().Leaky(0.8, init_hidden=True)), "OwnNorm is in"
     ),
     "unknown": (
         lambda: nn.Sequential(nn.Linear(5, 3), nn.Softmax(-1), snntorch().Leaky(0.8, init_hidden=True)), "a Softmax"

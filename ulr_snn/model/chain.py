@@ -57,6 +57,14 @@ class EachStep(nn.Sequential):
     """Runs a module that takes a whole sequence [T, B, ...] and treats each time step by itself."""
 
 
+class StepByStep(nn.Sequential):
+    """Runs modules at one time step [B, ...] of a sequence [T, B, ...] after another, as batch norm in training mode,
+    which normalises each time step by itself."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return torch.stack([super(StepByStep, self).forward(x) for x in sequence])
+
+
 class Shape(nn.Module):
     """Reshapes the features of rows [n, ...]."""
 

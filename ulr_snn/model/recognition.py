@@ -6,16 +6,19 @@ of `LIF` or `RecurrentLIF`, the chain runs over the whole sequence in place of t
 names and sites. The chain must reproduce the recording. Otherwise the model's own code runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapter_of
 from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.call import Call, coupled_modules, model_outputs, no_side_effects
-from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, hooked
+from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, StepByStep, hooked
 from ulr_snn.model.discovery import find_layers
 from ulr_snn.model.events import Frames
 from ulr_snn.model.finding import OF_SHAPES
@@ -35,8 +38,9 @@ EACH_ROW = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-    *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout1d, nn.Dropout2d),
-)  # they treat each row of a batch by itself, in evaluation mode
+    *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+)  # they treat each row of a batch by itself; batch norm only in evaluation mode
 
 
 @full_precision()
@@ -75,12 +79,31 @@ def recorded(model: nn.Module, call: Call, x: Tensor, noise: Mapping[str, Any]) 
 def recognised(model: nn.Module, call: Call, x: Tensor, layers: Layers) -> Chain:
     """Returns the chain that equals the model on events x [T, B, ...], T and B at least 2, or raises NoChain."""
     check_modules(model, layers)
+    with no_side_effects(model), without_dropout(model):
+        return checked(model, call, x, layers)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Turns torch's dropout off within this context. In a chain it draws the masks of all time steps at once."""
+    dropping = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    try:
+        for module in dropping:
+            module.training = False
+        yield
+    finally:
+        for module in dropping:
+            module.training = True
+
+
+def checked(model: nn.Module, call: Call, x: Tensor, layers: Layers) -> Chain:
+    """Records the model on events x, and returns the chain that gives the same numbers."""
     static = call.way == "static"
     recorder, start = Recorder(model, layers), Given.of(x[:1] if static else x)
     start.tensor = start.leaf.clone()  # a model may change its input in place
     start.version = start.tensor._version
     firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
-    with no_side_effects(model), torch.enable_grad(), firing, recorder.watching():
+    with torch.enable_grad(), firing, recorder.watching():
         (outputs,) = tensors(call.selected(model, start.tensor))
     if idle := [name for name, _ in layers if name not in recorder.calls]:
         raise NoChain(f"{idle[0]} does not run")
@@ -124,6 +147,9 @@ def assembled(
             known = type(link.module) is nn.Linear  # a plain Linear keeps its fast paths
             stages += [*folded(row_wise), link.module if known else EachStep(link.module)]
             row_wise = []
+        elif link.mode == "step" and isinstance(link.module, _BatchNorm) and coupled_modules(link.module):
+            stages += [*folded(row_wise), StepByStep(link.module)]
+            row_wise = []
         else:
             row_wise.append(link.module)
     return stages + folded(row_wise), swapped, currents
@@ -142,8 +168,8 @@ def check_modules(model: nn.Module, layers: Layers) -> None:
     for name, neuron in layers:
         if isinstance(neuron, SpikingNeuron | BlackBox):
             raise NoChain(f"{name} is no neuron of another library")
-    if coupled := coupled_modules(model):
-        raise NoChain(f"{type(coupled[0]).__name__} in training mode sees one time step at a time")
+    if coupled := next((module for module in coupled_modules(model) if type(module) not in EACH_ROW), None):
+        raise NoChain(f"{type(coupled).__name__} is in training mode and not one of torch's own")
     for name, module in model.named_modules():
         if hooked(module):
             raise NoChain(f"{name or 'the model'} has hooks")
