@@ -134,6 +134,16 @@ def recurrent(**options: Any) -> nn.Module:
     return Loop(lambda: snntorch().RLeaky(0.8, linear_features=8, **options))
 
 
+def lif(**changed: Any) -> Any:
+    """Parameters of Norse's LIF in the usual precision of a test; its own are made when it is imported."""
+    usual = {"tau_syn_inv": 200.0, "tau_mem_inv": 100.0, "v_leak": 0.0, "v_th": 1.0, "v_reset": 0.0}
+    return norse().LIFParameters(**usual | changed)
+
+
+def synaptic(**options: Any) -> nn.Module:
+    return Loop(lambda: snntorch().Synaptic(0.7, 0.8, **options))
+
+
 CHAINS: dict[str, Callable[[], nn.Module]] = {
     "Leaky, subtract": leaky,
     "Leaky, zero": lambda: leaky(reset_mechanism="zero"),
@@ -150,6 +160,18 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
     "Leaky, norms and dropout": normed,
     "RLeaky, subtract": recurrent,
     "RLeaky, none": lambda: recurrent(reset_mechanism="none", learn_beta=True),
+    "Synaptic, subtract": lambda: synaptic(),
+    "Synaptic, none, learned": lambda: synaptic(reset_mechanism="none", learn_alpha=True, learn_beta=True),
+    "Norse": lambda: norse().SequentialState(
+        nn.Linear(5, 8),
+        norse().LIFCell(lif()),
+        nn.Linear(8, 6),
+        norse().LIFCell(lif(v_th=0.6), dt=0.002),
+        nn.Linear(6, 3),
+    ),
+    "Norse, whole sequences": lambda: norse().SequentialState(
+        nn.Linear(5, 8), norse().LIF(lif(tau_syn_inv=torch.linspace(100, 300, 8))), nn.Linear(8, 3)
+    ),
     "IFNode, hard reset": lambda: jelly("IFNode"),
     "IFNode, soft reset": lambda: jelly("IFNode", "m", v_reset=None),
     "LIFNode, decaying input": lambda: jelly("LIFNode", "m", tau=3.0),
@@ -349,6 +371,17 @@ class Late(nn.Module):
         return torch.stack(outputs)
 
 
+class Dropped(nn.Module):
+    """Its neurons forget their state at every time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lif = nn.Linear(5, 3), norse().LIFCell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.lif(self.fc(step))[0] for step in x])
+
+
 class OwnNorm(nn.BatchNorm1d):
     """Might do anything."""
 
@@ -359,10 +392,22 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "inhibition": (lambda: leaky(inhibition=True), "inhibition"),
     "recurrent, zero": (lambda: recurrent(reset_mechanism="zero"), "takes the current with it"),
     "one to one": (lambda: Loop(lambda: snntorch().RLeaky(0.8, all_to_all=False)), "not all to all"),
-    "synaptic": (lambda: nn.Sequential(nn.Linear(5, 3), snntorch().Synaptic(0.8, 0.7, init_hidden=True)), "equations"),
-    "Norse": (
-        lambda: norse().SequentialState(nn.Linear(5, 8), norse().LIFCell(), nn.Linear(8, 3)), "filters the current"
+    "alpha": (lambda: nn.Sequential(nn.Linear(5, 3), snntorch().Alpha(0.8, 0.7, init_hidden=True)), "equations"),
+    "synaptic, zero": (lambda: synaptic(reset_mechanism="zero"), "takes the current with it"),
+    "Norse, recurrent": (lambda: norse().SequentialState(norse().LIFRecurrentCell(5, 8), nn.Linear(8, 3)), "equations"),
+    "Norse, learned": (
+        lambda: norse().SequentialState(
+            nn.Linear(5, 3), norse().LIFCell(norse().LIFParameters(v_th=nn.Parameter(torch.ones(()))))
+        ),
+        "learns its parameters",
     ),
+    "Norse, rest": (
+        lambda: norse().SequentialState(nn.Linear(5, 3), norse().LIFCell(norse().LIFParameters(v_reset=-0.1))), "resets"
+    ),
+    "Norse, long steps": (
+        lambda: norse().SequentialState(nn.Linear(5, 3), norse().LIFCell(dt=0.1)), "longer than a time constant"
+    ),
+    "Norse, state dropped": (lambda: Dropped(), "is changed between two time steps"),
     "soft reset of a leaky node": (lambda: jelly("LIFNode", v_reset=None), "has leaked by the next step"),
     "learned leak of a node": (lambda: jelly("ParametricLIFNode"), "fixed leak"),
     "membranes": (lambda: Loop(lambda: snntorch().Leaky(0.8), tail="membranes"), "outputs are something else"),

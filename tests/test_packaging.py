@@ -41,6 +41,7 @@ ORDER = [
     "noise.secant",
     "noise.level",
     "model.neurons",
+    "model.entry",
     "model.event_list",
     "model.events",
     "model",

@@ -12,10 +12,12 @@ import torch
 from norse.torch import CobaLIFCell, LIFCorrelation
 from norse.torch.functional.lif import lif_feed_forward_step, lif_step
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
+from ulr_snn.model.entry import Scaled, Synapse
+from ulr_snn.model.neurons import LIF
 
 FAMILIES = (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell)
 OTHERS = (CobaLIFCell, LIFCorrelation)
@@ -37,8 +39,23 @@ class Layer(StepNeuron):
         rest = getattr(p, "v_reset", getattr(p, "c", 0.0))
         return torch.as_tensor(p.v_th) - torch.as_tensor(rest)
 
-    def ours(self, like: Tensor) -> str:
-        return "Norse's step filters the current in a synapse, and resets by value at once"
+    def options(self) -> tuple[Any, ...]:
+        return self.module.dt, self.module.activation, *((id(v), v._version) for v in tensors(self.module.p))
+
+    def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
+        module, p = self.module, self.module.p
+        if module.activation is not lif_feed_forward_step:
+            return "its equations are not those of a LIF neuron"
+        if any(v.requires_grad for v in tensors(p)):
+            return "it learns its parameters"
+        share, decay = (torch.as_tensor(module.dt * rate).to(like) for rate in (p.tau_mem_inv, p.tau_syn_inv))
+        if any(bool((v < 0).any() or (v > 1).any()) for v in (share, decay)):
+            return "its time step is longer than a time constant"
+        threshold, *rests = (torch.as_tensor(v).to(like) for v in (p.v_th, p.v_leak, p.v_reset))
+        if bool((threshold <= 0).any()) or any(bool((v != 0).any()) for v in rests):
+            return "it rests or resets elsewhere than at zero"
+        ours = LIF.sharing(module, "zero", None, beta=1 - share, threshold=threshold, kept=1 - decay)
+        return [Scaled(share), Synapse(ours, "kept")], ours
 
     def patches(self, site: Step) -> dict[str, Any]:
         run = written_out(self.module.activation, self.module.p, site.fire)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.kernels.precision import widened
-from ulr_snn.model.neurons import LIF, Biased, Weighted
+from ulr_snn.model.entry import Biased, Synapse
+from ulr_snn.model.neurons import LIF, Weighted
 
 STATES = {
     snntorch.Leaky: ("mem",),
@@ -67,7 +68,7 @@ class Neuron(StepNeuron):
     def ours(self, like: Tensor) -> tuple[list[nn.Module], LIF] | str:
         module = self.module
         recurrent = module.recurrent if type(module) is snntorch.RLeaky else None
-        if type(module) not in (snntorch.Leaky, snntorch.RLeaky):
+        if type(module) not in (snntorch.Leaky, snntorch.RLeaky, snntorch.Synaptic):
             return "its equations are not those of a LIF neuron"
         if not module.reset_delay:
             return "it resets at once, by a second look at its membrane"
@@ -76,13 +77,16 @@ class Neuron(StepNeuron):
         factor = module.graded_spikes_factor
         if factor.requires_grad or bool((factor != 1).any()):
             return "its spikes are graded"
-        if not (module.beta.is_floating_point() and module.threshold.is_floating_point()):
+        numbers = module.beta, module.threshold, getattr(module, "alpha", module.beta)
+        if not all(number.is_floating_point() for number in numbers):
             return "its leak or threshold is a whole number"
         if recurrent is not None and type(recurrent) is not nn.Linear:
             return "its recurrent weights are not all to all"
-        if recurrent is not None and module.reset_mechanism == "zero":
+        if type(module) is not snntorch.Leaky and module.reset_mechanism == "zero":
             return "its reset to zero takes the current with it"
         entry: list[nn.Module] = [Biased(recurrent)] if recurrent is not None and recurrent.bias is not None else []
+        if type(module) is snntorch.Synaptic:
+            entry.append(Synapse(module, "alpha"))
         return entry, LIF.sharing(module, module.reset_mechanism, None if recurrent is None else Weighted(recurrent))
 
     def patches(self, site: Step) -> dict[str, Any]:

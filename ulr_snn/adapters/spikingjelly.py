@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.kernels.precision import full_precision, widened
-from ulr_snn.model.neurons import LIF, Scaled
+from ulr_snn.model.entry import Scaled
+from ulr_snn.model.neurons import LIF
 
 KINDS = (
     neuron.IFNode,

@@ -277,7 +277,7 @@ class _Total(torch.autograd.Function):
 
 
 class Weighted:
-    """The weights of another library's recurrent module, without its bias. `Biased` adds the bias to the current."""
+    """The weights of another library's recurrent module, without its bias; `entry.Biased` adds it to the current."""
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
@@ -285,28 +285,6 @@ class Weighted:
     @property
     def weight(self) -> Tensor:
         return self.module.weight
-
-
-class Biased(nn.Module):
-    """Adds the bias of a module to rows."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows + self.module.bias
-
-
-class Scaled(nn.Module):
-    """Multiplies rows by a number."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.factor * rows
 
 
 class LeakyReadout(Timed):
@@ -333,12 +311,20 @@ class LeakyReadout(Timed):
         beta = self.beta.clamp(0, 1)
         if before is not None:
             current = torch.cat([current[:1] + beta * before, current[1:]])
-        membrane = leaky_drive(current, beta, torch.zeros_like(self.beta))
+        membrane = integrated(current, beta)
         if self.lengths is None:
             return membrane
         steps = torch.arange(len(current), device=current.device)[:, None]
         last = torch.minimum(steps, (self.lengths[None] - 1).clamp(min=0))
         return membrane.gather(0, shaped(last, current).expand_as(membrane))
+
+
+def integrated(current: Tensor, beta: Tensor) -> Tensor:
+    """Returns the leaky sums u_t = beta u_{t-1} + I_t [T, B, ...] of a current."""
+    zero = torch.zeros_like(beta)
+    with torch.no_grad():
+        done = dispatch.scan(current, None, beta, zero, "none", None, None)
+    return leaky_drive(current, beta, zero, drive=None if done is None else done[1])
 
 
 class TimeAverage(Timed):

@@ -20,6 +20,7 @@ from ulr_snn.kernels.precision import full_precision
 from ulr_snn.model.call import Call, coupled_modules, model_outputs, no_side_effects
 from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, StepByStep, hooked
 from ulr_snn.model.discovery import find_layers
+from ulr_snn.model.entry import over_time
 from ulr_snn.model.events import Frames
 from ulr_snn.model.finding import OF_SHAPES
 from ulr_snn.model.neurons import LIF, Fold, SpikingNeuron
@@ -140,7 +141,8 @@ def assembled(
             entry, neuron = equations(neurons[link.name], link, features, x)
             currents.append(through(entry, link.sequence(False).reshape(steps, rows, *features)))
             swapped[id(link.module)] = neuron
-            stages += [*folded([*row_wise, *entry]), neuron]
+            before = [module for module in entry if not over_time(module)]
+            stages += [*folded([*row_wise, *before]), *entry[len(before) :], neuron]
             row_wise = []
         elif link.mode == "whole":
             check_each_step(link)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ulr_snn.adapters import StepNeuron
 from ulr_snn.model.chain import NoChain
 from ulr_snn.model.graph import leaves
+from ulr_snn.model.trees import tensors
 from ulr_snn.sites.binding import Layers, inside
 
 
@@ -112,8 +113,13 @@ class Recorder:
             return
         returned, carried = self._left[name]
         kept = all(any(state is one for one in returned) for state in passed)
-        if not kept or carried != [identity_of(state) for state in self.neurons[name].states()]:
+        given = bool(passed) or bool(self.neurons[name].states())
+        if not (kept and given) or carried != self._states(name, returned):
             raise NoChain(f"the state of {name} is changed between two time steps")
+
+    def _states(self, name: str, returned: tuple[Any, ...]) -> list[tuple[int, int, int]]:
+        """Returns keys of the states that a neuron has kept, or has returned after its spikes."""
+        return [identity_of(state) for state in (*self.neurons[name].states(), *tensors(returned[1:]))]
 
     def _leave(self, name: str, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) and output else output
@@ -125,7 +131,7 @@ class Recorder:
         output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
         if name in self.neurons:
             returned = output if isinstance(output, tuple) else (output,)
-            self._left[name] = [returned, [identity_of(state) for state in self.neurons[name].states()]]
+            self._left[name] = [returned, self._states(name, returned)]
         return output
 
     def links(self, steps: int, rows: int) -> list[Link]:

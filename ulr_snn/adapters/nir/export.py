@@ -17,9 +17,10 @@ from ulr_snn.errors.arguments import Positive, checked
 from ulr_snn.losses.named import resolve
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.chain import EachStep, NoChain, OverTime, Shape
+from ulr_snn.model.entry import Biased, Scaled, Synapse
 from ulr_snn.model.finding import find_call
 from ulr_snn.model.mode import mode_of
-from ulr_snn.model.neurons import LIF, Biased, Fold, LeakyReadout, RecurrentLIF, Scaled, TimeAverage
+from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 from ulr_snn.model.recognition import recognise
 
 if TYPE_CHECKING:
@@ -211,7 +212,14 @@ def write_bias(writer: Writer, module: Biased, lead: int) -> None:
 
 def write_scale(writer: Writer, module: Scaled, lead: int) -> None:
     """Leaves a factor to what follows."""
-    writer.gain /= module.factor
+    if isinstance(module.factor, Tensor) and module.factor.numel() > 1:
+        raise Inexact("it multiplies the current of each neuron by a factor of its own")
+    writer.gain /= float(module.factor)
+
+
+def write_synapse(writer: Writer, module: Synapse, lead: int) -> None:
+    """Refuses a current that leaks before the membrane does."""
+    raise Inexact("its equations are those of a LIF neuron behind a synapse, whose reset the libraries read differently")
 
 
 def write_readout(writer: Writer, module: LeakyReadout, lead: int) -> None:
@@ -238,6 +246,7 @@ WRITERS: dict[type, Callable[[Writer, Any, int], None]] = {
     Shape: write_flatten,
     Biased: write_bias,
     Scaled: write_scale,
+    Synapse: write_synapse,
     LeakyReadout: write_readout,
     TimeAverage: write_reduction,
     OverTime: write_reduction,

@@ -13,7 +13,8 @@ from ulr_snn.adapters.nir.graph import OUTPUTS, RESET, Inexact, library, pair
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Positive, checked
 from ulr_snn.model.chain import OverTime
-from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, Scaled, TimeAverage
+from ulr_snn.model.entry import Scaled
+from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 
 NEAR = 1e-6  # relative error of numbers that count as equal
 PASSED = ("Input", "Output", "Identity", "Flatten")  # nodes of a connection that do nothing
