@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.helpers import library_of
 from ulr_snn import LIF, ULR, CurrentNoise, Logistic, Online, SpikeBudget, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
+from ulr_snn.errors import UsageError
 from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
 from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import model_outputs
@@ -96,10 +98,10 @@ def hidden() -> nn.Module:
     )  # fmt: skip
 
 
-def jelly(kind: str, mode: str = "s", **options: Any) -> nn.Module:
+def jelly(kind: str, mode: str = "s", first: str | None = None, **options: Any) -> nn.Module:
     neuron = spikingjelly("neuron")
-    fire = lambda: getattr(neuron, kind)(step_mode=mode, **options)  # noqa: E731
-    return nn.Sequential(nn.Linear(5, 8), fire(), nn.Linear(8, 6), fire(), nn.Linear(6, 3))
+    one, two = (getattr(neuron, each)(step_mode=mode, **options) for each in (first or kind, kind))
+    return nn.Sequential(nn.Linear(5, 8), one, nn.Linear(8, 6), two, nn.Linear(6, 3))
 
 
 def lifted() -> nn.Module:
@@ -140,6 +142,33 @@ def lif(**changed: Any) -> Any:
     return norse().LIFParameters(**usual | changed)
 
 
+class Between(Loop):
+    def __init__(self, between: Callable[[Loop, int, Tensor], Tensor]) -> None:
+        super().__init__(lambda: snntorch().Leaky(0.8))
+        self.how = between
+
+    def between(self, t: int, current: Tensor) -> Tensor:
+        return self.how(self, t, current)
+
+
+class Pooled(nn.Module):
+    """Functions of torch between modules, as tutorials write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        snn = snntorch()
+        self.conv, self.lif1 = nn.Conv2d(1, 4, 3, padding=1), snn.Leaky(0.8)
+        self.fc1, self.lif2, self.fc2 = nn.Linear(8, 8), snn.Leaky(0.7), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem1, mem2, outputs = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+        for step in x:
+            spk, mem1 = self.lif1(functional.max_pool2d(self.conv(step.view(-1, 1, 1, 5)), (1, 2)), mem1)
+            spk, mem2 = self.lif2(self.fc1(functional.avg_pool2d(spk, 1).relu().flatten(1)), mem2)
+            outputs.append(self.fc2(spk))
+        return torch.stack(outputs)
+
+
 def synaptic(**options: Any) -> nn.Module:
     return Loop(lambda: snntorch().Synaptic(0.7, 0.8, **options))
 
@@ -158,6 +187,8 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
     "Leaky, a step a call": hidden,
     "Leaky, convolution": convolution,
     "Leaky, norms and dropout": normed,
+    "Leaky, rectified": lambda: Between(lambda m, t, x: x.relu()),
+    "Leaky, functions between": Pooled,
     "RLeaky, subtract": recurrent,
     "RLeaky, none": lambda: recurrent(reset_mechanism="none", learn_beta=True),
     "Synaptic, subtract": lambda: synaptic(),
@@ -199,6 +230,7 @@ def steps_of(
     model: nn.Module, estimator: ULR, data: tuple[Tensor, Tensor], own_code: bool, **options: Any
 ) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tensor]]:
     """Outputs and gradients of five steps that learn, and the weights afterwards."""
+    torch.manual_seed(3)  # for noise of the model's own
     optimizer = torch.optim.SGD(model.parameters(), 0.01)  # long ones make more of a difference in rounding
     outputs: list[Tensor] = []
     gradients: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
@@ -331,15 +363,6 @@ def test_updates_at_every_time_step_are_those_of_our_own_neurons(double):
 # -- what does not fit -------------------------------------------------------------------------------------------
 
 
-class Between(Loop):
-    def __init__(self, between: Callable[[Loop, int, Tensor], Tensor]) -> None:
-        super().__init__(lambda: snntorch().Leaky(0.8))
-        self.how = between
-
-    def between(self, t: int, current: Tensor) -> Tensor:
-        return self.how(self, t, current)
-
-
 class HiddenLoop(nn.Module):
     """States kept by the neuron; changed: what is done to its membrane in the middle."""
 
@@ -410,12 +433,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Norse, state dropped": (lambda: Dropped(), "is changed between two time steps"),
     "soft reset of a leaky node": (lambda: jelly("LIFNode", v_reset=None), "has leaked by the next step"),
     "learned leak of a node": (lambda: jelly("ParametricLIFNode"), "fixed leak"),
-    "membranes": (lambda: Loop(lambda: snntorch().Leaky(0.8), tail="membranes"), "outputs are something else"),
-    "detached": (lambda: Between(lambda m, t, x: x.detach() + 0 * x), "lif2 reads something else"),
-    "cut": (lambda: Between(lambda m, t, x: x.detach()), "lif2 reads something else"),
-    "rectified": (lambda: Between(lambda m, t, x: x.relu()), "lif2 reads something else"),
-    "in place": (lambda: Between(lambda m, t, x: x.view_as(x).data.mul_(1) + x), "lif2 reads something else"),
-    "turned round": (lambda: Between(lambda m, t, x: x.flip(1)), "lif2 reads something else"),
     "state detached": (lambda: HiddenLoop(lambda lif: lif.mem.detach_()), "is changed between"),
     "state scaled": (lambda: HiddenLoop(lambda lif: setattr(lif, "mem", lif.mem * 0.5)), "is changed between"),
     "late": (Late, "reads something else|runs"),
@@ -426,6 +443,114 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(5, 3), nn.Softmax(-1), snntorch().Leaky(0.8, init_hidden=True)), "a Softmax"
     ),
 }  # fmt: skip
+
+
+class Twice(nn.Module):
+    """One pooling module at two places, and a reduction of its own behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, leaky = nn.AvgPool1d(2, 1), snntorch().Leaky
+        self.conv1, self.lif1 = nn.Conv1d(1, 3, 2), leaky(0.8, init_hidden=True)
+        self.conv2, self.lif2 = nn.Conv1d(3, 3, 2), leaky(0.8, init_hidden=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for step in x:
+            spikes = self.lif1(self.pool(self.conv1(step.unsqueeze(1))))
+            membranes = self.pool(self.lif2(self.conv2(spikes)).cumsum(1)).flatten(1)
+            found.append(membranes + 0.1 * torch.randn(membranes.shape).to(x))
+        return torch.stack(found).amax(0).log_softmax(1)
+
+
+class LastMembrane(nn.Module):
+    """Norse's idiom: states that are passed on, an integrating readout, and the last membrane as the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lif, self.out = nn.Linear(5, 8), norse().LIFCell(lif()), norse().LILinearCell(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = two = None
+        for step in x:
+            spikes, one = self.lif(self.fc(step), one)
+            membranes, two = self.out(spikes, two)
+        return membranes.log_softmax(1)
+
+
+def first_step_again(model: Loop, t: int, current: Tensor) -> Tensor:
+    """Adds what the first step has given to all others."""
+    model.first = current if t == 0 else model.first
+    return current + model.first
+
+
+# The beginning is a chain, and the model's own code runs the rest.
+PARTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "membranes": (lambda: Loop(lambda: snntorch().Leaky(0.8), tail="membranes"), "fc1 -> lif1 -> fc2,"),
+    "cut": (lambda: Between(lambda m, t, x: x.detach() + 0 * x), "fc1 -> lif1 -> fc2,"),
+    "in place": (lambda: Between(lambda m, t, x: x.view_as(x).data.mul_(1) + x), "fc1 -> lif1 -> fc2,"),
+    "turned round": (lambda: Between(lambda m, t, x: x.flip(1)), "fc1 -> lif1 -> fc2,"),
+    "an earlier step": (lambda: Between(first_step_again), "fc1 -> lif1 -> fc2,"),
+    "another neuron": (
+        lambda: nn.Sequential(nn.Linear(5, 8), hidden_leaky(), nn.Linear(8, 6), alpha()),
+        "0 -> 1 -> 2,",
+    ),
+    "a node with modules of its own": (lambda: jelly("LIFNode", v_reset=None, first="IFNode"), "0 -> 1 -> 2,"),
+    "one module twice": (Twice, "conv1 -> pool -> lif1 -> conv2 -> lif2,"),
+    "last membrane": (LastMembrane, "fc -> lif,"),
+}  # fmt: skip
+
+
+def hidden_leaky() -> nn.Module:
+    return snntorch().Leaky(0.8, init_hidden=True)
+
+
+def alpha() -> nn.Module:
+    return snntorch().Alpha(0.9, 0.8, init_hidden=True)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_is_a_chain_leaves_the_rest_as_it_is(name, estimator, double):
+    torch.manual_seed(0)
+    make, chain = PARTS[name]
+    model = make().double()
+    with attach(copy.deepcopy(model), seed=5) as ulr:
+        torch.manual_seed(0)
+        ulr.backward(*batch())
+    assert chain in ulr.bound.describe()[0] and "then the model's own code (" in ulr.bound.describe()[0]
+    assert_same(model, estimator, batch(), 1e-9)
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+def test_a_rest_that_needs_more_of_the_chain_keeps_the_models_own_code():
+    class Residual(Loop):
+        def between(self, t: int, current: Tensor) -> Tensor:
+            return current + self.lif1.mem
+
+    torch.manual_seed(0)
+    engine = engine_of(Residual(lambda: snntorch().Leaky(0.8)))
+    assert engine.running is engine.model and "lif2 reads something else" in engine.why
+    hidden_from_the_graph = Between(lambda m, t, x: x + m.lif1.mem.detach())
+    engine = engine_of(hidden_from_the_graph)
+    assert engine.running is engine.model and "lif2 reads something else" in engine.why
+
+
+def test_a_rest_that_skips_time_steps_later_is_refused():
+    class Skips(Loop):
+        skip = 0
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x[: len(x) - self.skip])[1]
+
+    torch.manual_seed(0)
+    model = Skips(lambda: snntorch().Leaky(0.8))
+    with attach(model, loss="ce_rate", seed=5) as ulr:
+        ulr.backward(*batch(torch.float32))
+        assert isinstance(ulr.bound.model, Chain)
+        model.skip = 2
+        with pytest.raises(UsageError, match="fewer times than there are time steps"):
+            ulr.backward(*batch(torch.float32))
 
 
 def engine_of(model: nn.Module, estimator: ULR | None = None) -> Any:

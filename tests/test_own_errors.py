@@ -93,7 +93,7 @@ def test_the_engine_hides_no_mistake():
 
     def why(model: Net) -> str:
         targets = torch.zeros(BATCH, dtype=torch.long)
-        return Binder(model, {}).bound(Batch.of(model, X, targets, None, resolve("ce_count")))[0].why
+        return "".join(Binder(model, {}).bound(Batch.of(model, X, targets, None, resolve("ce_count")))[0].describe())
 
     model = Net()
     model.mistaken = True

@@ -17,7 +17,7 @@ TIMELESS = (EachStep, nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh)
 
 def modules_in_order(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that a model runs one after another."""
-    if isinstance(model, Chain):
+    if isinstance(model, Chain) and model.tail is None:
         return list(model.stages)
     if type(model) is nn.Sequential and not hooked(model):
         return [part for module in model for part in modules_in_order(module)]

@@ -47,8 +47,9 @@ class BoundModel:
         batch = batch.over(steps)
         try:
             chain = None if own_code else recognise(model, seen, batch.frames, batch.dtype, noise)
-            # Operations of recurrent weights can be counted only in the model's own modules.
-            if chain is not None and not ("operations" in batch.objective.counts and chain.recurs):
+            # Operations of recurrent weights, and of modules behind a chain, are counted in the model's own modules.
+            counted = "operations" in batch.objective.counts
+            if chain is not None and not (counted and (chain.recurs or chain.tail is not None)):
                 running = chain
         except NoChain as error:
             why = str(error)
@@ -105,7 +106,8 @@ class BoundModel:
     def describe(self) -> list[str]:
         """Describes which code runs, for `plan`. The list is empty for models of `ulr_snn`'s own neurons."""
         if isinstance(self.model, Chain):
-            return [f"engine: runs as a chain {' -> '.join(self.model.names)}, neurons as scans over time"]
+            rest = f", then the model's own code ({self.model.why})" if self.model.tail is not None else ""
+            return [f"engine: runs as a chain {' -> '.join(self.model.names)}, neurons as scans over time{rest}"]
         return [f"engine: the model's own code, as it is ({self.why})"] if self.why else []
 
 

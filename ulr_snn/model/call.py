@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ulr_snn.adapters import adapter_of, copies_of_state, couples
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import run
+from ulr_snn.model.chain import own_code
 from ulr_snn.model.interface import USUAL, Interface
 from ulr_snn.model.reading import VARIABLE, takes
 from ulr_snn.model.shape_errors import shape_advice
@@ -67,7 +68,7 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
         for norm, buffers in zip(norms, kept, strict=True):
             # An earlier pass's graph may still hold the originals.
             norm._buffers.update({k: None if b is None else b.clone() for k, b in buffers.items()})
-        with same_generators(), copies_of_state(model, user_modules(model)):
+        with same_generators(), copies_of_state(model, user_modules(own_code(model))):
             yield
     finally:
         for norm, buffers in zip(norms, kept, strict=True):

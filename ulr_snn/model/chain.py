@@ -1,6 +1,6 @@
 """Chains: a model's modules run one after another over a whole sequence, in place of the model's own time loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,37 @@ class NoChain(Exception):
 
 class Chain(nn.Module):
     """Runs a model's stages one after another, each over a whole sequence [T, B, ...]. It has the model's modules under
-    the same names, with neurons of `ulr_snn` in place of the model's own. names: the modules that run."""
+    the same names, with neurons of `ulr_snn` in place of the model's own.
+
+    names: the modules that run. tail: the rest of the model if the stages are only its beginning, see `tail.Tail`; it
+    takes the events and the outputs of the last stage. model: the model itself. why: why the stages are not all of it.
+    """
 
     stages: list[nn.Module]
     names: list[str]
+    tail: Callable[[Tensor, Tensor], Tensor] | None
+    model: nn.Module
+    why: str
 
-    def __init__(self, model: nn.Module, stages: list[nn.Module], swapped: dict[int, LIF], names: list[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: list[nn.Module],
+        swapped: dict[int, LIF],
+        names: list[str],
+        tail: Callable[[Tensor, Tensor], Tensor] | None = None,
+        why: str = "",
+    ) -> None:
         super().__init__()
         self.__dict__.update(tree(model, swapped, {}).__dict__)
-        self.__dict__.update(stages=stages, names=names)  # not as submodules, which would have two names each
+        # not as submodules, which would have two names each
+        self.__dict__.update(stages=stages, names=names, tail=tail, model=model, why=why)
 
     def forward(self, x: Tensor) -> Tensor:
+        known = x
         for stage in self.stages:
-            x = run(stage, x)
-        return x
+            known = run(stage, known)
+        return known if self.tail is None else self.tail(x, known)
 
     @property
     def recurs(self) -> bool:
@@ -38,14 +55,20 @@ class Chain(nn.Module):
         return any(getattr(stage, "recurrent", None) is not None for stage in self.stages)
 
 
+def own_code(model: nn.Module) -> nn.Module:
+    """Returns the module whose own code runs: the user's model behind a chain with a tail, else the module itself."""
+    return model.model if isinstance(model, Chain) and model.tail is not None else model
+
+
 def tree(module: nn.Module, swapped: Mapping[int, LIF], done: dict[int, nn.Module]) -> nn.Module:
     """Returns a module with the same submodules by the same names, but with swapped neurons. Both modules share the
-    dictionaries of parameters and buffers, so that a replaced parameter is replaced in both."""
+    dictionaries of parameters and buffers, so that a replaced parameter is replaced in both. Modules without swapped
+    neurons stay."""
     if id(module) in swapped:
         return swapped[id(module)]
     if id(module) not in done:
         done[id(module)] = module
-        if module._modules:
+        if any(id(part) in swapped for part in module.modules()):
             held = done[id(module)] = nn.Module()
             children = {name: child and tree(child, swapped, done) for name, child in module._modules.items()}
             own = {"_parameters": module._parameters, "_buffers": module._buffers, "_modules": children}

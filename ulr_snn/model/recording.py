@@ -1,7 +1,7 @@
 """Recordings of one deterministic pass: which modules run in every time step, and what each of them reads."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,22 +39,24 @@ class Given:
 
 @dataclass
 class Read:
-    """A call of a module. read: its input, at this version; gave: its output."""
+    """A call of a module. read: its input, at this version; gave: the first tensor of its output."""
 
     read: Tensor
     version: int
     gave: Given
+    output: Any
 
 
 @dataclass
 class Link:
     """A module of the chain with its calls. mode: "step", one call per time step with [B, ...]; "whole", one call with
-    [T, B, ...]; "folded", one call with [T * B, ...]."""
+    [T, B, ...]; "folded", one call with [T * B, ...]. glue: what the output of the module before it passes first."""
 
     name: str
     module: nn.Module
     mode: str
     calls: list[Read]
+    glue: list[nn.Module] = field(default_factory=list)
 
     def sequence(self, gave: bool) -> Tensor:
         """Returns the outputs (gave) or inputs of all calls, [T * B, ...] or [T, B, ...]."""
@@ -72,10 +74,12 @@ class Link:
 
 
 class Recorder:
-    """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing."""
+    """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing. odd: why calls of
+    a module are none of a chain, by its name."""
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
         self.calls: dict[str, list[Read]] = {}  # by module
+        self.odd: dict[str, str] = {}
         self.modules: dict[str, nn.Module] = {}
         self.neurons = {name: neuron for name, neuron in layers if isinstance(neuron, StepNeuron)}
         self._order: list[Read] = []
@@ -96,13 +100,17 @@ class Recorder:
         return stack
 
     def _enter(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not arguments or not isinstance(arguments[0], Tensor):
-            raise NoChain(f"{name} is not called with a tensor")
-        if name in self.neurons:
-            self._check_state(name, [*arguments[1:], *named.values()])
-        elif len(arguments) > 1 or named:
-            raise NoChain(f"{name} is called with more than a tensor")
-        self._read[name] = arguments[0], arguments[0]._version
+        try:
+            if not arguments or not isinstance(arguments[0], Tensor):
+                raise NoChain(f"{name} is not called with a tensor")
+            if name in self.neurons:
+                self._check_state(name, [*arguments[1:], *named.values()])
+            elif len(arguments) > 1 or named:
+                raise NoChain(f"{name} is called with more than a tensor")
+        except NoChain as error:
+            self.odd.setdefault(name, str(error))
+        if name not in self.odd:
+            self._read[name] = arguments[0], arguments[0]._version
 
     def _check_state(self, name: str, passed: list[Any]) -> None:
         """Raises NoChain unless a neuron starts from zero, or from its own states of the last call."""
@@ -124,25 +132,29 @@ class Recorder:
     def _leave(self, name: str, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor) or not first.is_floating_point():
-            raise NoChain(f"{name} gives no tensor")
+            self.odd.setdefault(name, f"{name} gives no tensor")
+        if name in self.odd:
+            return output
         given = Given.of(first)
-        self._order.append(Read(*self._read.pop(name), given))
-        self.calls.setdefault(name, []).append(self._order[-1])
         output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
+        self._order.append(Read(*self._read.pop(name), given, output))
+        self.calls.setdefault(name, []).append(self._order[-1])
         if name in self.neurons:
             returned = output if isinstance(output, tuple) else (output,)
             self._left[name] = [returned, self._states(name, returned)]
         return output
 
     def links(self, steps: int, rows: int) -> list[Link]:
-        """Returns a link for each run of a module in a time step, in the order of the runs. Raises NoChain."""
+        """Returns a link for each run of a module in a time step, in the order of the runs. Odd modules have none."""
         found: list[Link] = []
         for name, calls in self.calls.items():
+            if name in self.odd:
+                continue
             if len(calls) == 1:
                 mode = "whole" if calls[0].read.shape[:2] == (steps, rows) else "folded"
                 found.append(Link(name, self.modules[name], mode, calls))
             elif len(calls) % steps:
-                raise NoChain(f"{name} runs {len(calls)} times in {steps} time steps")
+                self.odd[name] = f"{name} runs {len(calls)} times in {steps} time steps"
             else:
                 every = len(calls) // steps
                 found += [Link(name, self.modules[name], "step", calls[i::every]) for i in range(every)]

@@ -58,7 +58,7 @@ def parts_of(model: nn.Module, example: Tensor) -> Iterator[Part]:
     batch = Batch.of(model, example, torch.zeros(example.shape[1], dtype=torch.int64), None, resolve("ce_count"))
     try:
         with torch.enable_grad():  # it reads autograd graphs
-            chain = recognise(model, find_call(model, batch)[0], batch.frames, batch.dtype, {})
+            chain = recognise(model, find_call(model, batch)[0], batch.frames, batch.dtype, {}, whole=True)
     except NoChain as error:
         why = f": {error}" if str(error) else ""
         raise UsageError(
@@ -219,7 +219,9 @@ def write_scale(writer: Writer, module: Scaled, lead: int) -> None:
 
 def write_synapse(writer: Writer, module: Synapse, lead: int) -> None:
     """Refuses a current that leaks before the membrane does."""
-    raise Inexact("its equations are those of a LIF neuron behind a synapse, whose reset the libraries read differently")
+    raise Inexact(
+        "its equations are those of a LIF neuron behind a synapse, whose reset the libraries read differently"
+    )
 
 
 def write_readout(writer: Writer, module: LeakyReadout, lead: int) -> None:
