@@ -28,6 +28,7 @@ _M1, _M2, _GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
 BLOCK = 64  # outputs that one thread sums in the cache
 LINE = 16  # float32 numbers in a cache line
 TILE = 4  # rows whose products with LINE columns stay in registers together
+FUSED = {"contract"}  # a product and a sum may be one instruction, but not where spikes are drawn, which must not vary
 
 
 def compiled(**options):
@@ -349,7 +350,7 @@ def _kept(credit):
     return credit * _f(abs(credit) >= _LEAST_CREDIT)  # a conditional expression would not vectorise
 
 
-@compiled()
+@compiled(fastmath=FUSED)
 def _secants(law, x, over, out):
     """Computes the mean of the secants of F over distances d. For the logistic law each is sinh d / (2 d (cosh x +
     cosh d)) = (1 - e^-2d) / 2d / ((1 + e^{|x| - d}) (1 + e^{-|x| - d})). over [K, 4]: see `dispatch._distances`."""
@@ -369,7 +370,7 @@ def _secants(law, x, over, out):
                     out[n] += weight / (_ONE + _exp(min(max(abs(x[n]) - d, -_FARTHEST), _FARTHEST)))
 
 
-@compiled()
+@compiled(fastmath=FUSED)
 def _near_secants(x, over, out):
     """Adds four secants of the logistic law, up to the distance NEAR, from one e^-|x|."""
     q0, q1, q2, q3 = over[0, 2], over[1, 2], over[2, 2], over[3, 2]
@@ -382,7 +383,7 @@ def _near_secants(x, over, out):
         )  # fmt: skip
 
 
-@compiled()
+@compiled(fastmath=FUSED)
 def _slope(law, x, over, scale, valid, out):
     """Computes p' per unit of membrane, or secants instead, of one row at one time step; 0 on padding."""
     if not valid:
@@ -465,7 +466,7 @@ def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, col
         _copy(flat[(b - first) * wide : (b - first) * wide + neurons], later[b])
 
 
-@compiled()
+@compiled(fastmath=FUSED)
 def _credit(a, x, scale, spikes, beta, threshold, reset, recurrent, g, total, slope):
     """Computes total credit and g of one row, one time step back."""
     if reset == SUBTRACT:

@@ -38,6 +38,10 @@ class Site:
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         """Runs the neuron over time and draws its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
+        with torch._C.DisableTorchFunction():  # `SpikePooling` would look at each operation, which takes time
+            return self._fired(neuron, current)
+
+    def _fired(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         call, self.calls = self.calls, self.calls + 1
         if self.noise is None:
             with torch.no_grad():
