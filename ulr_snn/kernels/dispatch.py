@@ -395,11 +395,12 @@ def _distances(over: Tensor | None) -> Any:
     multiple of 4; None for None. The last two columns are 1 and 0 if d is beyond NEAR."""
     if over is None:
         return None
-    d = over.to(torch.float64).numpy()
-    near, share, q = d <= cpu_kernels().NEAR, 1 / (2 * d * len(d)), np.exp(-d)
-    rows = np.zeros((-(-len(d) // 4) * 4, 4), np.float32)
+    distances, near = over.tolist(), float(cpu_kernels().NEAR)
+    rows = np.zeros((-(-len(distances) // 4) * 4, 4), np.float32)
     rows[:, 2] = 1
-    rows[: len(d)] = np.stack([d, share, np.where(near, q, 1), np.where(near, share * (1 - q * q), 0)], 1)
+    for row, d in zip(rows, distances, strict=False):
+        share, q = 1 / (2 * d * len(distances)), math.exp(-d)
+        row[:] = (d, share, q, share * (1 - q * q)) if d <= near else (d, share, 1, 0)
     return rows
 
 
