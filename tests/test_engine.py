@@ -3,6 +3,7 @@ code; whatever does not fit is found, and runs by its own code."""
 
 import copy
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -158,13 +159,14 @@ class Pooled(nn.Module):
         super().__init__()
         snn = snntorch()
         self.conv, self.lif1 = nn.Conv2d(1, 4, 3, padding=1), snn.Leaky(0.8)
-        self.fc1, self.lif2, self.fc2 = nn.Linear(8, 8), snn.Leaky(0.7), nn.Linear(8, 3)
+        self.fc1, self.lif2, self.fc2 = nn.Linear(4, 8), snn.Leaky(0.7), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         mem1, mem2, outputs = self.lif1.init_leaky(), self.lif2.init_leaky(), []
         for step in x:
             spk, mem1 = self.lif1(functional.max_pool2d(self.conv(step.view(-1, 1, 1, 5)), (1, 2)), mem1)
-            spk, mem2 = self.lif2(self.fc1(functional.avg_pool2d(spk, 1).relu().flatten(1)), mem2)
+            spk = functional.max_pool2d(functional.avg_pool2d(spk, 1), (1, 2)).relu()
+            spk, mem2 = self.lif2(self.fc1(spk.flatten(1)), mem2)
             outputs.append(self.fc2(spk))
         return torch.stack(outputs)
 
@@ -437,7 +439,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "state scaled": (lambda: HiddenLoop(lambda lif: setattr(lif, "mem", lif.mem * 0.5)), "is changed between"),
     "late": (Late, "reads something else|runs"),
     "a batch norm of its own": (
-        lambda: nn.Sequential(nn.Linear(5, 3), OwnNorm(3), snntorch().Leaky(0.8, init_hidden=True)), "OwnNorm is in"
+        lambda: nn.Sequential(nn.Linear(5, 3), OwnNorm(3), hidden_leaky()), "OwnNorm in training mode"
     ),
     "unknown": (
         lambda: nn.Sequential(nn.Linear(5, 3), nn.Softmax(-1), snntorch().Leaky(0.8, init_hidden=True)), "a Softmax"
@@ -482,6 +484,186 @@ def first_step_again(model: Loop, t: int, current: Tensor) -> Tensor:
     """Adds what the first step has given to all others."""
     model.first = current if t == 0 else model.first
     return current + model.first
+
+
+class Own(Loop):
+    """A chain or, with the membrane as output, the beginning of one, with something of the model's own beside it."""
+
+    def __init__(self, beside: Callable[..., Any] = lambda model, spikes: None, whole: bool = True) -> None:
+        super().__init__(lambda: snntorch().Leaky(0.8))
+        self.beside, self.whole, self.first = beside, whole, None
+        self.register_buffer("rate", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Any:
+        one, two, outputs = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+        for step in x:
+            spikes, one = self.lif1(self.fc1(step), one)
+            gain = self.beside(self, spikes)
+            current = self.fc2(spikes)
+            spikes, two = self.lif2(current if gain is None else gain * current, two)
+            outputs.append(self.fc3(spikes if self.whole else two))
+        return torch.stack(outputs)
+
+
+def averaged(model: Own, spikes: Tensor) -> None:
+    model.rate = 0.9 * model.rate + 0.1 * spikes.detach().mean(0)
+
+
+def clamped(model: Own, spikes: Tensor) -> None:
+    model.fc2.weight.data.clamp_(min=0)
+
+
+def branched(model: Own, spikes: Tensor) -> float | None:
+    return 0.2 if spikes.mean() > 0.9 else None
+
+
+def remembered(model: Own, spikes: Tensor) -> None:
+    model.kept = [spikes.detach()]
+
+
+HABITS = {
+    "averaged": (averaged, "changes"),
+    "clamped": (clamped, "changes parameters"),
+    "branched": (branched, "single numbers"),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "the beginning"])
+@pytest.mark.parametrize("name", HABITS)
+def test_what_a_forward_does_besides_its_outputs_keeps_the_models_own_code(name, whole):
+    beside, why = HABITS[name]
+    engine = engine_of(Own(beside, whole))
+    assert engine.running is engine.model and why in engine.why
+    assert not engine.model.rate.isnan().any()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "the beginning"])
+def test_what_a_model_keeps_is_never_nan(whole):
+    """The chain ends with what its code keeps."""
+    engine = engine_of(Own(remembered, whole))
+    assert engine.running is not engine.model
+    if not whole:
+        assert "fc1 -> lif1," in engine.line()[0] and not engine.model.kept[0].isnan().any()
+
+
+def test_a_state_that_is_carried_from_batch_to_batch_keeps_the_models_own_code():
+    class Carried(Own):
+        def forward(self, x: Tensor) -> Any:
+            mem, outputs = self.lif1.init_leaky() if self.first is None else self.first, []
+            for step in x:
+                spikes, mem = self.lif1(self.fc1(step), mem)
+                self.lif2(self.fc2(spikes))
+                outputs.append(self.fc3(spikes))
+            self.first = mem.detach()
+            return torch.stack(outputs)
+
+    torch.manual_seed(0)
+    engine = engine_of(Carried())
+    assert engine.running is engine.model
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "the beginning"])
+def test_attributes_that_choose_what_is_computed_are_noticed(whole, double):
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.lif1, self.fc2, self.lif2 = nn.Linear(5, 8), hidden_leaky(), nn.Linear(8, 3), hidden_leaky()
+            self.rectifies, self.calls = True, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            outputs = []
+            for step in x:
+                current = self.fc2(self.lif1(self.fc1(step)))
+                spikes = self.lif2(current.relu() if self.rectifies else current)
+                outputs.append(spikes if whole else 2 * spikes)
+            return torch.stack(outputs)
+
+    found = []
+    for own_code in (True, False):
+        torch.manual_seed(0)
+        model = Chooses().double()
+        with attach(model, seed=5) as ulr:
+            ulr.binder.own_code = own_code
+            ulr.backward(*batch())
+            first = ulr.bound
+            ulr.backward(*batch())
+            assert ulr.bound is first  # what the forward itself changes does not choose
+            model.rectifies = False
+            found.append(ulr.backward(*batch()).outputs)
+            assert (ulr.bound is first) is own_code
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["neuron", "container"])
+def test_a_chain_ends_before_a_hook(kind):
+    seen: list[Tensor] = []
+    layers = [nn.Linear(5, 8), hidden_leaky(), nn.Sequential(nn.Linear(8, 6), hidden_leaky()), nn.Linear(6, 3)]
+    hooked = layers[1] if kind == "neuron" else layers[2]
+    hooked.register_forward_hook(lambda module, given, output: seen.append(output))
+    engine = engine_of(nn.Sequential(*layers))
+    assert seen and not any(bool(output.isnan().any()) for output in seen)
+    if kind == "container":
+        assert "0 -> 1," in engine.line()[0]
+
+
+def test_what_changes_after_the_recorded_steps_keeps_the_models_own_code():
+    class Trials(Own):
+        def forward(self, x: Tensor) -> Any:
+            mem, outputs = self.lif1.init_leaky(), []
+            for t, step in enumerate(x):
+                mem = self.lif1.init_leaky() if t == 36 else mem
+                spikes, mem = self.lif1(self.fc1(step), mem)
+                outputs.append(self.fc3(spikes))
+                self.lif2(self.fc2(spikes))
+            return torch.stack(outputs)
+
+    torch.manual_seed(0)
+    with attach(Trials(), seed=5) as ulr:
+        ulr.backward(torch.rand(40, 4, 5), torch.arange(4) % 3)
+    assert ulr.bound.model is ulr.model and "between two time steps" in ulr.bound.why
+
+
+def test_a_batch_norm_at_two_places_keeps_the_models_own_code():
+    norm = nn.BatchNorm1d(5)
+    engine = engine_of(nn.Sequential(norm, nn.Linear(5, 5), hidden_leaky(), norm, nn.Linear(5, 3)))
+    assert engine.running is engine.model and "more than once in a time step" in engine.why
+
+
+def test_a_neuron_that_begins_elsewhere_keeps_the_models_own_code():
+    class Begins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif, self.out = nn.Linear(5, 8), hidden_leaky(), nn.Linear(8, 3)
+            self.before = nn.Parameter(torch.full((8,), -0.2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.lif.mem = self.before.expand(x.shape[1], 8)
+            return torch.stack([self.out(self.lif(self.fc(0.01 * step))) for step in x])
+
+    torch.manual_seed(0)
+    assert "does not begin at zero" in engine_of(Begins()).why
+
+
+def test_threads_take_turns_with_a_model_whose_beginning_is_a_chain():
+    torch.manual_seed(0)
+    model, errors = Own(whole=False), []
+    data = [batch(torch.float32)] * 10
+
+    def watch() -> None:
+        try:
+            for _ in range(6):
+                evaluate(model, data[:1])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=watch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    train(model, data, epochs=2, progress=False)
+    for thread in threads:
+        thread.join()
+    assert not errors
 
 
 # The beginning is a chain, and the model's own code runs the rest.
@@ -537,18 +719,18 @@ def test_a_rest_that_needs_more_of_the_chain_keeps_the_models_own_code():
 
 
 def test_a_rest_that_skips_time_steps_later_is_refused():
-    class Skips(Loop):
-        skip = 0
+    skip = [0]
 
+    class Skips(Loop):
         def forward(self, x: Tensor) -> Any:
-            return super().forward(x[: len(x) - self.skip])[1]
+            return super().forward(x[: len(x) - skip[0]])[1]
 
     torch.manual_seed(0)
     model = Skips(lambda: snntorch().Leaky(0.8))
     with attach(model, loss="ce_rate", seed=5) as ulr:
         ulr.backward(*batch(torch.float32))
         assert isinstance(ulr.bound.model, Chain)
-        model.skip = 2
+        skip[0] = 2
         with pytest.raises(UsageError, match="fewer times than there are time steps"):
             ulr.backward(*batch(torch.float32))
 
@@ -565,12 +747,12 @@ def test_of_long_sequences_a_part_is_recorded_where_the_model_takes_it(count):
     """So that what is kept in chunks of time takes no more memory for more of it."""
 
     class Long(Loop):
-        seen: ClassVar[list[int]] = []
+        seen: ClassVar[list[tuple[int, int]]] = []
 
         def forward(self, x: Tensor) -> Any:
             if count not in (None, len(x)):
                 raise ValueError(f"{count} time steps")
-            self.seen.append(len(x))
+            self.seen.append((x.shape[1], len(x)))
             return super().forward(x)
 
     snn, x, y = snntorch(), torch.rand(40, 4, 5), torch.arange(4) % 3
@@ -578,7 +760,9 @@ def test_of_long_sequences_a_part_is_recorded_where_the_model_takes_it(count):
     with attach(model, ULR(memory="replay")) as ulr:
         ulr.backward(x, y)
     assert ulr.bound.model is not model
-    assert max(model.seen) == (32 if count is None else 40)
+    assert max(model.seen) == (4, 32 if count is None else 40)
+    if count is None:
+        assert [steps for samples, steps in model.seen if samples == 1] == [40]  # without a graph
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -35,7 +35,7 @@ from ulr_snn.losses.evaluation import evaluate_losses
 from ulr_snn.memory.chunk import Chunk, ChunkSite, Fired
 from ulr_snn.memory.chunked import RegressionRows, see_farthest
 from ulr_snn.memory.chunks import Chunks
-from ulr_snn.memory.split import modules_in_order
+from ulr_snn.memory.split import in_words, modules_in_order
 from ulr_snn.memory.step import Step
 from ulr_snn.model.call import check_outputs
 from ulr_snn.model.chain import EachStep, Shape
@@ -111,7 +111,7 @@ def without_trace(model: nn.Module) -> str | None:
         if isinstance(into, LeakyReadout) and stage is not found[-1]:
             return "LeakyReadout is not the last module"
         if other := next((module for module in stage.learning if not affine(module)), None):
-            return f"{type(other).__name__}, from the first weights on that lead to {name}, is not known to be affine"
+            return f"{in_words(other)}, from the first weights on that lead to {name}, is not known to be affine"
     return None
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import coupled_modules
 from ulr_snn.model.chain import Chain, EachStep, hooked
+from ulr_snn.model.entry import Synapse
 from ulr_snn.model.events import Frames
 from ulr_snn.model.neurons import LIF, Fold, LeakyReadout, RecurrentLIF, TimeAverage
 from ulr_snn.sites.binding import user_modules
@@ -53,7 +54,7 @@ class Split:
         cut = next((i for i, module in enumerate(modules) if type(module) is TimeAverage), len(modules))
         if other := next((module for module in modules[:cut] if not local_in_time(module)), None):
             raise UsageError(
-                f"{type(other).__name__} is not known to see each time step by itself, which chunks of time need; use "
+                f"{in_words(other)} is not known to see each time step by itself, which chunks of time need; use "
                 "memory='auto', or nn.Sequential of Linear, Flatten, Fold and ulr_snn's neurons"
             )
         neurons = [module for module in modules[:cut] if isinstance(module, LIF)]
@@ -68,6 +69,16 @@ class Split:
     @property
     def readouts(self) -> list[LeakyReadout]:
         return [module for module in self.front if isinstance(module, LeakyReadout)]
+
+
+def in_words(module: nn.Module) -> str:
+    """Names a module as the user knows it."""
+    if isinstance(module, Chain):
+        return f"{type(module.model).__name__}, whose own code runs behind a chain,"
+    if isinstance(module, Synapse):
+        return "a synapse before a neuron"
+    coupled = coupled_modules(module)
+    return f"{type(coupled[0]).__name__} in training mode" if coupled else type(module).__name__
 
 
 def local_in_time(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from ulr_snn.model.call import Call, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
 from ulr_snn.model.discovery import find_layers
 from ulr_snn.model.finding import find_call
+from ulr_snn.model.habits import options
 from ulr_snn.model.neurons import SpikingNeuron, TimeAverage
 from ulr_snn.model.recognition import recognise
 from ulr_snn.noise.level import NoiseLevel
@@ -49,8 +50,9 @@ class BoundModel:
             chain = None if own_code else recognise(model, seen, batch.frames, batch.dtype, noise)
             # Operations of recurrent weights, and of modules behind a chain, are counted in the model's own modules.
             counted = "operations" in batch.objective.counts
-            if chain is not None and not (counted and (chain.recurs or chain.tail is not None)):
-                running = chain
+            if chain is not None and counted and (chain.recurs or chain.tail is not None):
+                raise NoChain("it counts operations of recurrent weights, or behind a chain")
+            running = chain or model
         except NoChain as error:
             why = str(error)
         call = seen if running is model else Call(view=seen.view.time_first)
@@ -124,14 +126,18 @@ class Binder:
         batch as the model sees it."""
         seen = self._look(batch)
         if self._bound is None or seen != self._seen:
-            self._seen, self._bound = seen, BoundModel.of(self.model, batch, self.noise, self.own_code)
+            self._bound = BoundModel.of(self.model, batch, self.noise, self.own_code)
+            self._seen = self._look(batch)
         return self._bound, self._bound.adapted(batch)
 
     def _look(self, batch: Batch) -> Any:
-        """Returns everything that a bound model depends on, other than parameters and buffers."""
+        """Returns everything that the bound model depends on, other than parameters and buffers. A chain also depends
+        on plain attributes that choose what the model's own code does."""
         modules = [(id(m), m.training, hooked(m)) for m in self.model.modules()]
         neurons = [neuron for _, neuron in spiking_layers(self.model)]
-        options = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]
+        own = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]
+        running = None if self._bound is None else self._bound.model
+        chosen = options(self.model, running.passing) if isinstance(running, Chain) else {}
         counted = "operations" in batch.objective.counts
         given = batch.interface, batch.inputs, batch.static and batch.frames.shape[2:]
-        return modules, options, batch.frames.device, batch.dtype, counted, self.own_code, given
+        return modules, own, chosen, batch.frames.device, batch.dtype, counted, self.own_code, given

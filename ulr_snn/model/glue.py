@@ -15,14 +15,17 @@ VIEWS = (
 
 def max_pool(node: Any) -> nn.Module:
     """Returns a max pooling as its node in the graph says."""
-    names = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
-    return nn.MaxPool2d(**{name: getattr(node, f"_saved_{name}") for name in names})
+    return nn.MaxPool2d(**saved(node, "kernel_size", "padding", "dilation", "ceil_mode"))
 
 
 def average_pool(node: Any) -> nn.Module:
     """Returns an average pooling as its node in the graph says."""
-    names = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
-    return nn.AvgPool2d(**{name: getattr(node, f"_saved_{name}") for name in names})
+    return nn.AvgPool2d(**saved(node, "kernel_size", "padding", "ceil_mode", "count_include_pad", "divisor_override"))
+
+
+def saved(node: Any, *names: str) -> dict[str, Any]:
+    """Returns arguments that a node of a pooling has saved. Without a stride it saves an empty one."""
+    return {name: getattr(node, f"_saved_{name}") for name in names} | {"stride": node._saved_stride or None}
 
 
 MODULES: dict[str, Callable[[Any], nn.Module]] = {

@@ -7,35 +7,28 @@ names and sites. The chain must reproduce the recording. If only the beginning o
 it reads more than its last output, the model's own code runs the rest (`tail.py`). Otherwise it runs the whole model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from ulr_snn.adapters import BlackBox, StepNeuron, adapter_of
+from ulr_snn.adapters import BlackBox, StepNeuron
 from ulr_snn.kernels.precision import full_precision
-from ulr_snn.model.call import (
-    Call,
-    coupled_modules,
-    generator_state,
-    no_side_effects,
-    set_generator_state,
-)
-from ulr_snn.model.chain import OVER_TIME, Chain, EachStep, NoChain, OverTime, Shape, StepByStep, hooked
+from ulr_snn.model.call import Call, generator_state, no_side_effects, set_generator_state
+from ulr_snn.model.chain import Chain, NoChain, OverTime
 from ulr_snn.model.discovery import find_layers
-from ulr_snn.model.entry import over_time
-from ulr_snn.model.equivalence import check_numbers, equations, through
+from ulr_snn.model.equivalence import check_numbers, equations
 from ulr_snn.model.events import Frames
 from ulr_snn.model.finding import OF_SHAPES
-from ulr_snn.model.glue import between
 from ulr_snn.model.graph import leaves
-from ulr_snn.model.neurons import LIF, Fold, SpikingNeuron
-from ulr_snn.model.recording import Given, Link, Read, Recorder
+from ulr_snn.model.habits import Watched, changed, holds_nan, options, own_buffers
+from ulr_snn.model.links import assembled, check_each_step, check_end, check_link, check_module, check_norms
+from ulr_snn.model.neurons import LIF, SpikingNeuron
+from ulr_snn.model.recording import Given, Link, Recorder
 from ulr_snn.model.tail import Tail
 from ulr_snn.model.trees import tensors
 from ulr_snn.noise.firing import Logistic
@@ -44,15 +37,7 @@ from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import Layers, bind, inside, spiking_layers
 
 SAMPLES, STEPS = 8, 32  # samples and time steps of a batch that are recorded
-EACH_STEP = (nn.Linear, nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Dropout)  # they take any axes before the features
-EACH_ROW = (
-    *(*EACH_STEP, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.Flatten, nn.Unflatten),
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-    *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    *(nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-)  # they treat each row of a batch by itself; batch norm only in evaluation mode
+LATER = 512  # time steps of one sample in which the order of calls and the states are compared with the recording
 
 
 @full_precision()
@@ -71,7 +56,10 @@ def recognise(
     lengths = {len(frames)} if call.way == "static" else {min(STEPS, len(frames)), len(frames)}
     for steps in sorted(lengths):
         try:
-            return recorded(model, call, frames[:steps, :SAMPLES].to(dtype), noise, whole)
+            chain = recorded(model, call, frames[:steps, :SAMPLES].to(dtype), noise, whole)
+            if call.way != "static" and steps < len(frames):
+                check_later(model, call, frames[:LATER, :1].to(dtype))
+            return chain
         except NoChain:
             raise
         except Exception as error:  # the model may need all time steps
@@ -79,6 +67,21 @@ def recognise(
                 raise
             reason = error
     raise NoChain(f"it cannot be recorded, {type(reason).__name__}") from reason
+
+
+def check_later(model: nn.Module, call: Call, x: Tensor) -> None:
+    """Raises NoChain unless a model goes on over events x [T, B, ...] as in the first time steps, which were recorded:
+    with the same modules in the same order, and with the states of its neurons. This keeps no tensors of the pass."""
+    layers = spiking_layers(model)
+    recorder = Recorder(model, layers, keeps=False)
+    firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
+    with no_side_effects(model), torch.no_grad(), firing, recorder.watching():
+        call.selected(model, x)
+    for reason in recorder.odd.values():
+        raise NoChain(reason)
+    each, rest = divmod(len(recorder.order), len(x))
+    if rest or recorder.order != recorder.order[:each] * len(x):
+        raise NoChain("it runs other modules in later time steps")
 
 
 def recorded(model: nn.Module, call: Call, x: Tensor, noise: Mapping[str, Any], whole: bool) -> Chain:
@@ -104,12 +107,14 @@ def recognised(model: nn.Module, call: Call, x: Tensor, layers: Layers, whole: b
         try:
             if why:
                 raise NoChain(why)
-            return recording.chain()
+            chain = recording.chain()
         except NoChain as error:
             beginning = None if whole else recording.beginning(str(error))
             if beginning is None:
                 raise
-            return beginning
+            chain = beginning
+        chain.passing = recording.passing
+        return chain
 
 
 @contextmanager
@@ -127,8 +132,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Recording:
-    """A recorded pass of deterministic firing. events: what the model was given; outputs: what is read of its result;
-    generator: state of torch's generators before the pass."""
+    """A recorded pass of deterministic firing. start: what the model was given; outputs: what is read of its result;
+    generator: state of torch's generators before the pass; passing: see `Chain`."""
 
     model: nn.Module
     call: Call
@@ -138,6 +143,7 @@ class Recording:
     start: Given
     outputs: Tensor
     generator: Any
+    passing: frozenset[tuple[int, str]]
 
     @classmethod
     def of(cls, model: nn.Module, call: Call, x: Tensor, layers: Layers) -> "Recording":
@@ -145,12 +151,32 @@ class Recording:
         recorder, start = Recorder(model, layers), Given.of(x[:1] if call.way == "static" else x)
         start.tensor = start.leaf.clone()  # a model may change its input in place
         start.version = start.tensor._version
-        generator, firing = generator_state(), bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
-        with torch.enable_grad(), firing, recorder.watching():
+        generator, before, chosen = generator_state(), own_buffers(model), options(model)
+        firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
+        watched = Watched(model, lambda: not recorder.inside)
+        with torch.enable_grad(), firing, recorder.watching(), watched:
             (outputs,) = tensors(call.selected(model, start.tensor))
         if idle := [name for name, _ in layers if name not in (*recorder.calls, *recorder.odd)]:
             raise NoChain(f"{idle[0]} does not run")
-        return cls(model, call, x, layers, recorder, start, outputs, generator)
+        if watched.reads:
+            raise NoChain("its code reads single numbers, as branches on values do")
+        if watched.writes:
+            raise NoChain("its code changes parameters or buffers")
+        if (name := changed(before, own_buffers(model))) is not None:
+            raise NoChain(f"its code changes {name}")
+        passing = {key for key, value in options(model).items() if key not in chosen or value != chosen[key]}
+        found = cls(model, call, x, layers, recorder, start, outputs, generator, frozenset(passing))
+        if not torch.equal(found.again(lambda: call.selected(model, start.leaf.detach().clone())), outputs):
+            raise NoChain("its outputs depend on what it has kept of the pass before")
+        return found
+
+    @torch.no_grad()
+    def again(self, run: Callable[[], Any]) -> Tensor:
+        """Returns the outputs of another pass, with the same draws of torch's generators."""
+        set_generator_state(self.generator)
+        with bind(self.model, NoiseLevel(Logistic()), steps=len(self.x), layers=self.layers):
+            (outputs,) = tensors(run())
+        return outputs
 
     @property
     def axis(self) -> int:
@@ -170,6 +196,7 @@ class Recording:
         links = self.links
         for reason in self.recorder.odd.values():
             raise NoChain(reason)
+        check_norms(links, len(links))
         for i, link in enumerate(links):
             self.check_link(links[i - 1] if i else None, link)
         kind = check_end(links[-1], self.outputs, self.axis)
@@ -204,12 +231,15 @@ class Recording:
         size = self.x.shape[:2]
         for i, link in enumerate(links):
             try:
+                check_norms(links, i + 1)
                 self.check_link(links[i - 1] if i else None, link)
                 features, _ = link.features(False, *size), link.features(True, *size)
-                if link.name in self.recorder.neurons:
+                neuron = link.name in self.recorder.neurons
+                for name in within(link.name):
+                    check_module(name, self.model.get_submodule(name), neuron)
+                if neuron:
                     equations(self.recorder.neurons[link.name], link, features, self.x)
                     continue
-                check_module(link.name, link.module)
                 if link.mode == "whole":
                     check_each_step(link)
             except NoChain:
@@ -233,55 +263,18 @@ class Recording:
         known = links[-1].sequence(True).reshape(*size, *links[-1].features(True, *size))
         self.check_numbers(chain, links, swapped, [*currents, known])
         given, expected = self.start.leaf.detach().clone(), self.outputs.detach().transpose(0, self.axis)
-        with torch.no_grad(), bind(self.model, NoiseLevel(Logistic()), steps=len(self.x), layers=self.layers):
-            set_generator_state(self.generator)
-            outputs = tail(given, known)
+        outputs = self.again(lambda: tail(given, known))
         if outputs.shape != expected.shape or not torch.allclose(outputs, expected):
             raise NoChain("the model's own code behind the chain gives other numbers")
+        if holds_nan(self.model):
+            raise NoChain("the model's own code keeps what it computes of the chain")
         return chain
 
 
-def assembled(
-    links: list[Link], neurons: Mapping[str, StepNeuron], x: Tensor
-) -> tuple[list[nn.Module], dict[int, LIF], list[Tensor]]:
-    """Returns the stages of a chain, its neurons of `ulr_snn`, and their recorded currents [T, B, ...]. The neurons are
-    keyed by the id of the module whose place they take. Modules that treat each row by itself wait in `row_wise` for
-    one `Fold`. Raises NoChain."""
-    (steps, rows), features = x.shape[:2], x.shape[2:]
-    stages: list[nn.Module] = []
-    swapped: dict[int, LIF] = {}
-    row_wise: list[nn.Module] = []
-    currents = []
-    for link in links:
-        row_wise += link.glue
-        if link.glue:
-            features = through(link.glue, x.new_zeros(2, *features)).shape[1:]
-        if link.features(False, steps, rows) != features:
-            row_wise.append(Shape(link.features(False, steps, rows)))
-        features = link.features(True, steps, rows)
-        if link.name in neurons:
-            entry, neuron = equations(neurons[link.name], link, features, x)
-            currents.append(through(entry, link.sequence(False).reshape(steps, rows, *features)))
-            swapped[id(link.module)] = neuron
-            before = [module for module in entry if not over_time(module)]
-            stages += [*folded([*row_wise, *before]), *entry[len(before) :], neuron]
-            row_wise = []
-        elif link.mode == "whole":
-            check_each_step(link)
-            known = type(link.module) is nn.Linear  # a plain Linear keeps its fast paths
-            stages += [*folded(row_wise), link.module if known else EachStep(link.module)]
-            row_wise = []
-        elif link.mode == "step" and isinstance(link.module, _BatchNorm) and coupled_modules(link.module):
-            stages += [*folded(row_wise), StepByStep(link.module)]
-            row_wise = []
-        else:
-            row_wise.append(link.module)
-    return stages + folded(row_wise), swapped, currents
-
-
-def folded(modules: list[nn.Module]) -> list[nn.Module]:
-    """Returns the modules as one `Fold`, in a list that is empty if there are none."""
-    return [Fold(*modules)] if modules else []
+def within(name: str) -> list[str]:
+    """Returns the names of a module and of all modules that hold it, apart from the model."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def check_neurons(model: nn.Module, layers: Layers) -> None:
@@ -302,97 +295,3 @@ def unfit(model: nn.Module, layers: Layers) -> str:
     except NoChain as error:
         return str(error)
     return ""
-
-
-def check_module(name: str, module: nn.Module, neuron: bool = False) -> None:
-    """Raises NoChain for a module that cannot be part of a chain. neuron: it is one, or part of one."""
-    if hooked(module):
-        raise NoChain(f"{name or 'the model'} has hooks")
-    if module._modules or neuron:
-        return
-    if type(module) not in EACH_ROW and coupled_modules(module):
-        raise NoChain(f"{type(module).__name__} is in training mode and not one of torch's own")
-    if not row_by_row(module):
-        raise NoChain(f"{name or 'the model'} is a {type(module).__name__}")
-
-
-def row_by_row(module: nn.Module) -> bool:
-    """Returns whether a module is known to treat each row of a batch by itself (in evaluation mode)."""
-    kind = type(module)
-    return kind in EACH_ROW or (per_row(module) and any(base in EACH_ROW for base in kind.__mro__))
-
-
-def per_row(module: nn.Module) -> bool:
-    """Returns whether the adapter of the module's library says that it treats each row by itself."""
-    adapter = adapter_of(module)
-    return adapter is not None and adapter.per_row(module)
-
-
-def check_each_step(link: Link) -> None:
-    """Raises NoChain unless a module that takes whole sequences treats each time step by itself."""
-    module = link.module
-    axis = {nn.Flatten: "start_dim", nn.Unflatten: "dim"}.get(type(module))
-    later = axis is not None and getattr(module, axis) >= 2
-    lifted = per_row(module) and getattr(module, "step_mode", "m") == "m"
-    if not (later or lifted or type(module) in EACH_STEP):
-        raise NoChain(f"{link.name} is called with a whole sequence")
-
-
-def check_link(start: Given, before: Link | None, link: Link, static: bool) -> None:
-    """Raises NoChain unless each call of a module reads the output of the module before it for the same time step, at
-    most through functions that `glue.py` knows. static: the first module reads the same input in all time steps."""
-    if before is None or before.mode != "step":
-        source = start if before is None else before.calls[0].gave
-        if link.mode == "step":
-            times = [0 if static and before is None else t for t in range(len(link.calls))]
-            at = len(source.tensor) > max(times)
-            fits = at and all(source.read_by(call.read, t) for t, call in zip(times, link.calls, strict=True))
-        else:
-            fits = source.read_by(link.calls[0].read)
-    elif link.mode == "step":
-        fits = all(b.gave.read_by(call.read) for b, call in zip(before.calls, link.calls, strict=True))
-        fits = fits or find_glue(before, link)
-    else:
-        fits = stacks(link.calls[0].read.grad_fn, before.calls)
-    unchanged = all(call.read._version == call.version for call in link.calls)
-    if not fits or not unchanged:
-        what = "the events" if before is None else f"{before.name} gives in the same time step"
-        raise NoChain(f"{link.name} reads something else than {'' if before is None else 'what '}{what}")
-
-
-def find_glue(before: Link, link: Link) -> bool:
-    """Finds the functions through which a module reads, at every time step, what the module before it gives. Returns
-    whether there are such."""
-    found = [between(b.gave.leaf, call.read) for b, call in zip(before.calls, link.calls, strict=True)]
-    if not found[0] or any(repr(modules) != repr(found[0]) for modules in found):
-        return False
-    link.glue = found[0]
-    return True
-
-
-def stacks(node: Any, calls: list[Read], axis: int = 0) -> bool:
-    """Returns whether a node of the graph stacks the outputs of these calls, in their order, along this axis."""
-    if type(node).__name__ != "StackBackward0" or node._saved_dim != axis:
-        return False
-    parents = [getattr(parent, "variable", None) for parent, _ in node.next_functions]
-    return len(parents) == len(calls) and all(v is c.gave.leaf for v, c in zip(parents, calls, strict=True))
-
-
-def check_end(last: Link, outputs: Tensor, axis: int) -> str | None:
-    """Returns the reduction over time of the last module's outputs, a key of `OVER_TIME`, or None. axis: that of time
-    in the outputs. Raises NoChain."""
-    node: Any = outputs.grad_fn  # torch does not declare what nodes save
-    kind = None
-    if type(node).__name__ in OVER_TIME and tuple(node._saved_dim) in ((0,), (1,)) and not node._saved_keepdim:
-        kind, axis, node = type(node).__name__, node._saved_dim[0], node.next_functions[0][0]
-    if last.mode == "step":
-        fits = stacks(node, last.calls, axis)
-    elif axis:
-        fits = False
-    elif kind is not None:
-        fits = last.mode == "whole" and getattr(node, "variable", None) is last.calls[0].gave.leaf
-    else:
-        fits = last.calls[0].gave.read_by(outputs)
-    if not fits:
-        raise NoChain(f"its outputs are something else than what {last.name} gives in every time step")
-    return kind

@@ -74,10 +74,14 @@ class Link:
 
 
 class Recorder:
-    """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing. odd: why calls of
-    a module are none of a chain, by its name."""
+    """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing.
 
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
+    odd: why calls of a module are none of a chain, by its name. order: the names of all calls. inside: whether a call
+    is under way. keeps: whether tensors are kept, which links need.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, keeps: bool = True) -> None:
+        self.keeps, self.order, self._depth = keeps, list[str](), 0
         self.calls: dict[str, list[Read]] = {}  # by module
         self.odd: dict[str, str] = {}
         self.modules: dict[str, nn.Module] = {}
@@ -88,6 +92,10 @@ class Recorder:
         for name, module in model.named_modules():
             if name in self.neurons or not (module._modules or any(inside(name, other) for other in self.neurons)):
                 self.modules[name] = module
+
+    @property
+    def inside(self) -> bool:
+        return self._depth > 0
 
     def watching(self) -> ExitStack:
         """Records calls until the stack is closed."""
@@ -100,6 +108,8 @@ class Recorder:
         return stack
 
     def _enter(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._depth += 1
+        self.order.append(name)
         try:
             if not arguments or not isinstance(arguments[0], Tensor):
                 raise NoChain(f"{name} is not called with a tensor")
@@ -116,7 +126,8 @@ class Recorder:
         """Raises NoChain unless a neuron starts from zero, or from its own states of the last call."""
         passed = [state for state in passed if state is not None]
         if name not in self._left:
-            if any(not isinstance(s, Tensor) or s.requires_grad or bool((s != 0).any()) for s in passed):
+            begins = [*passed, *self.neurons[name].states()]
+            if any(not isinstance(s, Tensor) or s.requires_grad or bool((s != 0).any()) for s in begins):
                 raise NoChain(f"{name} does not begin at zero")
             return
         returned, carried = self._left[name]
@@ -130,15 +141,18 @@ class Recorder:
         return [identity_of(state) for state in (*self.neurons[name].states(), *tensors(returned[1:]))]
 
     def _leave(self, name: str, output: Any) -> Any:
+        self._depth -= 1
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor) or not first.is_floating_point():
             self.odd.setdefault(name, f"{name} gives no tensor")
         if name in self.odd:
             return output
-        given = Given.of(first)
-        output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
-        self._order.append(Read(*self._read.pop(name), given, output))
-        self.calls.setdefault(name, []).append(self._order[-1])
+        read = self._read.pop(name)
+        if self.keeps:
+            given = Given.of(first)
+            output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
+            self._order.append(Read(*read, given, output))
+            self.calls.setdefault(name, []).append(self._order[-1])
         if name in self.neurons:
             returned = output if isinstance(output, tuple) else (output,)
             self._left[name] = [returned, self._states(name, returned)]

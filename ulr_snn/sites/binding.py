@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapt, fresh_state, libraries
 from ulr_snn.errors import UsageError
+from ulr_snn.model.chain import own_code
 from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
@@ -251,7 +252,7 @@ def bind_sites(
     timed = [module for module in model.modules() if isinstance(module, Timed)]
     modules = [module_of(neuron) for neuron in neurons]
     places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in neurons]
-    with turn(model), ExitStack() as stack:
+    with turn(model), turn(own_code(model)), ExitStack() as stack:
         if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
             raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
         stack.enter_context(fresh_state(model))
