@@ -624,6 +624,19 @@ def test_what_changes_after_the_recorded_steps_keeps_the_models_own_code():
     assert ulr.bound.model is ulr.model and "between two time steps" in ulr.bound.why
 
 
+def test_a_chain_and_its_rest_go_on_for_many_time_steps():
+    torch.manual_seed(0)
+    x, y = torch.rand(40, 4, 5), torch.arange(4) % 3
+    for model in (
+        leaky(),
+        LastMembrane(),
+        nn.Sequential(nn.Linear(5, 8), spikingjelly("neuron").IFNode(step_mode="m")),
+    ):
+        with attach(model, seed=5) as ulr:
+            ulr.backward(x, y)
+        assert isinstance(ulr.bound.model, Chain), ulr.bound.why
+
+
 def test_a_batch_norm_at_two_places_keeps_the_models_own_code():
     norm = nn.BatchNorm1d(5)
     engine = engine_of(nn.Sequential(norm, nn.Linear(5, 5), hidden_leaky(), norm, nn.Linear(5, 3)))

@@ -58,7 +58,7 @@ def recognise(
         try:
             chain = recorded(model, call, frames[:steps, :SAMPLES].to(dtype), noise, whole)
             if call.way != "static" and steps < len(frames):
-                check_later(model, call, frames[:LATER, :1].to(dtype))
+                check_later(chain, call, frames[:LATER, :1].to(dtype))
             return chain
         except NoChain:
             raise
@@ -69,18 +69,20 @@ def recognise(
     raise NoChain(f"it cannot be recorded, {type(reason).__name__}") from reason
 
 
-def check_later(model: nn.Module, call: Call, x: Tensor) -> None:
+def check_later(chain: Chain, call: Call, x: Tensor) -> None:
     """Raises NoChain unless a model goes on over events x [T, B, ...] as in the first time steps, which were recorded:
-    with the same modules in the same order, and with the states of its neurons. This keeps no tensors of the pass."""
-    layers = spiking_layers(model)
+    with the modules of the chain in the same order, and with the states of its neurons. This keeps no tensors."""
+    model, layers = chain.model, spiking_layers(chain.model)
     recorder = Recorder(model, layers, keeps=False)
     firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
     with no_side_effects(model), torch.no_grad(), firing, recorder.watching():
         call.selected(model, x)
-    for reason in recorder.odd.values():
-        raise NoChain(reason)
-    each, rest = divmod(len(recorder.order), len(x))
-    if rest or recorder.order != recorder.order[:each] * len(x):
+    for name in chain.names:
+        if name in recorder.odd:
+            raise NoChain(recorder.odd[name])
+    whole = [name for name in chain.names if recorder.order.count(name) == chain.names.count(name)]
+    order = [name for name in recorder.order if name in chain.names and name not in whole]
+    if order != [name for name in chain.names if name not in whole] * len(x):
         raise NoChain("it runs other modules in later time steps")
 
 
