@@ -96,6 +96,7 @@ ORDER = [
     "model.equivalence",
     "model.links",
     "model.tail",
+    "model.recorded_pass",
     "model.finding",
     "model.discovery",
     "model.recognition",

@@ -54,8 +54,8 @@ class Layer(StepNeuron):
         threshold, *rests = (torch.as_tensor(v).to(like) for v in (p.v_th, p.v_leak, p.v_reset))
         if bool((threshold <= 0).any()) or any(bool((v != 0).any()) for v in rests):
             return "it rests or resets elsewhere than at zero"
-        ours = LIF.sharing(module, "zero", None, beta=1 - share, threshold=threshold, kept=1 - decay)
-        return [Scaled(share), Synapse(ours, "kept")], ours
+        ours = LIF.sharing(module, "zero", None, beta=1 - share, threshold=threshold)
+        return [Scaled(share), Synapse(1 - decay)], ours
 
     def patches(self, site: Step) -> dict[str, Any]:
         run = written_out(self.module.activation, self.module.p, site.fire)

@@ -86,7 +86,7 @@ class Neuron(StepNeuron):
             return "its reset to zero takes the current with it"
         entry: list[nn.Module] = [Biased(recurrent)] if recurrent is not None and recurrent.bias is not None else []
         if type(module) is snntorch.Synaptic:
-            entry.append(Synapse(module, "alpha"))
+            entry.append(Synapse((module, "alpha")))
         return entry, LIF.sharing(module, module.reset_mechanism, None if recurrent is None else Weighted(recurrent))
 
     def patches(self, site: Step) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def in_words(module: nn.Module) -> str:
         return f"{type(module.model).__name__}, whose own code runs behind a chain,"
     if isinstance(module, Synapse):
         return "a synapse before a neuron"
-    coupled = coupled_modules(module)
-    return f"{type(coupled[0]).__name__} in training mode" if coupled else type(module).__name__
+    coupled = next((part for part in coupled_modules(module) if part.training), None)
+    return type(module).__name__ if coupled is None else f"{type(coupled).__name__} in training mode"
 
 
 def local_in_time(module: nn.Module) -> bool:

@@ -52,7 +52,7 @@ class BoundModel:
             counted = "operations" in batch.objective.counts
             if chain is not None and counted and (chain.recurs or chain.tail is not None):
                 raise NoChain("it counts operations of recurrent weights, or behind a chain")
-            running = chain or model
+            running = model if chain is None else chain
         except NoChain as error:
             why = str(error)
         call = seen if running is model else Call(view=seen.view.time_first)
@@ -137,7 +137,7 @@ class Binder:
         neurons = [neuron for _, neuron in spiking_layers(self.model)]
         own = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]
         running = None if self._bound is None else self._bound.model
-        chosen = options(self.model, running.passing) if isinstance(running, Chain) else {}
+        chosen = options(self.model) if isinstance(running, Chain) else {}
         counted = "operations" in batch.objective.counts
         given = batch.interface, batch.inputs, batch.static and batch.frames.shape[2:]
         return modules, own, chosen, batch.frames.device, batch.dtype, counted, self.own_code, given

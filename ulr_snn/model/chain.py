@@ -21,7 +21,6 @@ class Chain(nn.Module):
 
     names: the modules that run. tail: the rest of the model if the stages are only its beginning, see `tail.Tail`; it
     takes the events and the outputs of the last stage. model: the model itself. why: why the stages are not all of it.
-    passing: plain attributes that the model's own forward changes, see `habits.options`.
     """
 
     stages: list[nn.Module]
@@ -29,7 +28,6 @@ class Chain(nn.Module):
     tail: Callable[[Tensor, Tensor], Tensor] | None
     model: nn.Module
     why: str
-    passing: frozenset[tuple[int, str]]
 
     def __init__(
         self,
@@ -43,7 +41,7 @@ class Chain(nn.Module):
         super().__init__()
         self.__dict__.update(tree(model, swapped, {}).__dict__)
         # not as submodules, which would have two names each
-        self.__dict__.update(stages=stages, names=names, tail=tail, model=model, why=why, passing=frozenset())
+        self.__dict__.update(stages=stages, names=names, tail=tail, model=model, why=why)
 
     def forward(self, x: Tensor) -> Tensor:
         known = x
@@ -114,4 +112,5 @@ class OverTime(nn.Module):
 
 def hooked(module: nn.Module) -> bool:
     """Returns whether a module has hooks of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)

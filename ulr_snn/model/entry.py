@@ -31,18 +31,24 @@ class Scaled(nn.Module):
 
 
 class Synapse(nn.Module):
-    """Sums a current up with a leak, c_t = leak c_{t-1} + I_t [T, B, ...]. The leak is an attribute of another object,
-    such as a parameter of a library's neuron, and is clamped to 0 to 1."""
+    """Sums a current up with a leak, c_t = leak c_{t-1} + I_t [T, B, ...]. The leak is clamped to 0 to 1.
 
-    def __init__(self, owner: Any, name: str) -> None:
+    source: the leak, or an object and the name of its attribute, such as a parameter of a library's neuron.
+    """
+
+    def __init__(self, source: Tensor | tuple[Any, str]) -> None:
         super().__init__()
-        self.__dict__["leak"] = owner, name  # the owner is no submodule
+        self.__dict__["source"] = source  # the object is no submodule
+
+    @property
+    def leak(self) -> Tensor:
+        source = self.__dict__["source"]
+        return source if isinstance(source, Tensor) else getattr(*source)
 
     def forward(self, current: Tensor) -> Tensor:
         with full_precision():
             wide = widened(current)
-            leak: Tensor = getattr(*self.__dict__["leak"])
-            return integrated(wide, leak.to(wide).clamp(0, 1)).to(current.dtype)
+            return integrated(wide, self.leak.to(wide).clamp(0, 1)).to(current.dtype)
 
 
 def over_time(module: nn.Module) -> bool:

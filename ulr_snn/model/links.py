@@ -1,16 +1,16 @@
 """Links of a recorded pass: what keeps one from being part of a chain, and the stages that a run of them makes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ulr_snn.adapters import StepNeuron, adapter_of
+from ulr_snn.adapters import adapter_of
 from ulr_snn.model.call import coupled_modules
 from ulr_snn.model.chain import OVER_TIME, EachStep, NoChain, Shape, StepByStep, hooked
 from ulr_snn.model.entry import over_time
-from ulr_snn.model.equivalence import equations, through
+from ulr_snn.model.equivalence import through
 from ulr_snn.model.glue import between
 from ulr_snn.model.neurons import LIF, Fold
 from ulr_snn.model.recording import Given, Link, Read
@@ -26,12 +26,15 @@ EACH_ROW = (
 )  # they treat each row of a batch by itself; batch norm only in evaluation mode
 
 
+Equal = tuple[list[nn.Module], LIF]  # what the current passes first, and a neuron of `ulr_snn`
+
+
 def assembled(
-    links: list[Link], neurons: Mapping[str, StepNeuron], x: Tensor
+    links: list[Link], neuron_of: Callable[[Link], Equal | None], x: Tensor
 ) -> tuple[list[nn.Module], dict[int, LIF], list[Tensor]]:
     """Returns the stages of a chain, its neurons of `ulr_snn`, and their recorded currents [T, B, ...]. The neurons are
     keyed by the id of the module whose place they take. Modules that treat each row by itself wait in `row_wise` for
-    one `Fold`. Raises NoChain."""
+    one `Fold`. neuron_of: returns what takes the place of a neuron, None for other modules. Raises NoChain."""
     (steps, rows), features = x.shape[:2], x.shape[2:]
     stages: list[nn.Module] = []
     swapped: dict[int, LIF] = {}
@@ -44,8 +47,8 @@ def assembled(
         if link.features(False, steps, rows) != features:
             row_wise.append(Shape(link.features(False, steps, rows)))
         features = link.features(True, steps, rows)
-        if link.name in neurons:
-            entry, neuron = equations(neurons[link.name], link, features, x)
+        if (equal := neuron_of(link)) is not None:
+            entry, neuron = equal
             currents.append(through(entry, link.sequence(False).reshape(steps, rows, *features)))
             swapped[id(link.module)] = neuron
             before = [module for module in entry if not over_time(module)]
@@ -88,14 +91,14 @@ def row_by_row(module: nn.Module) -> bool:
 
 
 def check_norms(links: list[Link], count: int) -> None:
-    """Raises NoChain if one of the first links is a batch norm in training mode that runs at several places of a time
-    step: its running statistics would see the time steps in another order."""
+    """Raises NoChain if one of the first links is a batch norm whose running statistics move, at several places of a
+    time step: they would see the time steps in another order."""
     names = [link.name for link in links]
-    norms = [
-        link.name for link in links[:count] if isinstance(link.module, _BatchNorm) and coupled_modules(link.module)
-    ]
-    if several := next((name for name in norms if names.count(name) > 1), None):
-        raise NoChain(f"{several} runs more than once in a time step")
+    for link in links[:count]:
+        norm = link.module
+        moving = isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None
+        if moving and names.count(link.name) > 1:
+            raise NoChain(f"{link.name} runs more than once in a time step")
 
 
 def per_row(module: nn.Module) -> bool:
@@ -130,7 +133,7 @@ def check_link(start: Given, before: Link | None, link: Link, static: bool) -> N
         fits = fits or find_glue(before, link)
     else:
         fits = stacks(link.calls[0].read.grad_fn, before.calls)
-    unchanged = all(call.read._version == call.version for call in link.calls)
+    unchanged = all(call.read._version == call.version and call.gave.unchanged for call in link.calls)
     if not fits or not unchanged:
         what = "the events" if before is None else f"{before.name} gives in the same time step"
         raise NoChain(f"{link.name} reads something else than {'' if before is None else 'what '}{what}")

@@ -56,7 +56,7 @@ Model = Annotated[nn.Module, Rule("a torch module", check_model)]
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Returns whether a tensor holds neither NaN nor infinite values. The sum, which is faster, may overflow."""
+    """Returns whether a tensor holds neither NaN nor infinite values. A finite sum shows it sooner; it may overflow."""
     values = tensor.detach()
     return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(torch.isfinite(values).all())
 

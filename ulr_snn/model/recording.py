@@ -28,6 +28,18 @@ class Given:
         leaf = output.detach().requires_grad_()
         return cls(leaf, leaf, leaf._version)
 
+    @classmethod
+    def to_model(cls, x: Tensor) -> "Given":
+        """Makes a leaf of events. The model gets a copy, which it may change in place."""
+        leaf = x.detach().requires_grad_()
+        copy = leaf.clone()
+        return cls(copy, leaf, copy._version)
+
+    @property
+    def unchanged(self) -> bool:
+        """True if the tensor is what it was, and a gradient passes it as it is."""
+        return self.tensor._version == self.version and not self.leaf._backward_hooks
+
     def read_by(self, x: Tensor, at: int | None = None) -> bool:
         """Returns whether x is this tensor, or its time step `at`, with nothing but its shape changed."""
         here = self.tensor if at is None else self.tensor[at]
@@ -76,12 +88,11 @@ class Link:
 class Recorder:
     """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing.
 
-    odd: why calls of a module are none of a chain, by its name. order: the names of all calls. inside: whether a call
-    is under way. keeps: whether tensors are kept, which links need.
+    odd: why calls of a module are none of a chain, by its name. inside: whether a call is under way.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, keeps: bool = True) -> None:
-        self.keeps, self.order, self._depth = keeps, list[str](), 0
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self._depth = 0
         self.calls: dict[str, list[Read]] = {}  # by module
         self.odd: dict[str, str] = {}
         self.modules: dict[str, nn.Module] = {}
@@ -104,13 +115,14 @@ class Recorder:
             before = lambda m, a, k, name=name: self._enter(name, a, k)  # noqa: E731
             after = lambda m, a, k, out, name=name: self._leave(name, out)  # noqa: E731
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         return stack
 
     def _enter(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._depth += 1
-        self.order.append(name)
         try:
+            if not torch.is_grad_enabled():
+                raise NoChain(f"{name} runs without gradients")
             if not arguments or not isinstance(arguments[0], Tensor):
                 raise NoChain(f"{name} is not called with a tensor")
             if name in self.neurons:
@@ -147,12 +159,10 @@ class Recorder:
             self.odd.setdefault(name, f"{name} gives no tensor")
         if name in self.odd:
             return output
-        read = self._read.pop(name)
-        if self.keeps:
-            given = Given.of(first)
-            output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
-            self._order.append(Read(*read, given, output))
-            self.calls.setdefault(name, []).append(self._order[-1])
+        given = Given.of(first)
+        output = (given.leaf, *output[1:]) if isinstance(output, tuple) else given.leaf
+        self._order.append(Read(*self._read.pop(name), given, output))
+        self.calls.setdefault(name, []).append(self._order[-1])
         if name in self.neurons:
             returned = output if isinstance(output, tuple) else (output,)
             self._left[name] = [returned, self._states(name, returned)]

@@ -39,7 +39,7 @@ class Site:
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         """Runs the neuron over time and draws its spikes once; current [T, B, ...] -> spikes [T, B, ...]."""
-        with torch._C.DisableTorchFunction():  # `SpikePooling` would look at each operation, which takes time
+        with torch._C.DisableTorchFunction():  # no public name; `SpikePooling` would look at each operation, at a cost
             return self._fired(neuron, current)
 
     def _fired(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
