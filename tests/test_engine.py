@@ -734,6 +734,36 @@ def test_a_rest_of_a_static_input_is_the_same(double):
     assert_same(Static(whole=False).double(), ULR(), (x[0], y), 1e-9, attach={"layout": "B"})
 
 
+@pytest.mark.parametrize("own_code", [True, False])
+def test_a_layer_whose_spikes_nothing_reads_has_no_noise_when_the_model_is_observed_again(own_code):
+    torch.manual_seed(0)
+    model = Own(whole=False)
+    model.lif2.reset_mechanism = "none"
+    with attach(model, seed=5) as ulr:
+        ulr.binder.own_code = own_code
+        ulr.backward(*batch(torch.float32))
+        assert ulr.structure.noiseless == {"lif2"}
+        state = copy.deepcopy(ulr.state_dict())
+        ulr.learner.observe_again()
+        ulr.backward(*batch(torch.float32))
+        assert ulr.structure.noiseless == ulr.learner.level.noiseless == {"lif2"}
+        expected = ulr.backward(*batch(torch.float32)).outputs
+    with attach(model, seed=5) as resumed:
+        resumed.binder.own_code = own_code
+        resumed.load_state_dict(state)
+        resumed.backward(*batch(torch.float32))
+        assert resumed.learner.level.noiseless == {"lif2"}
+        torch.testing.assert_close(resumed.backward(*batch(torch.float32)).outputs, expected)
+
+
+def test_a_change_of_threshold_in_a_forward_keeps_the_models_own_code():
+    def adapts(model: Own, spikes: Tensor) -> None:
+        model.lif1.threshold = model.lif1.threshold + 0.01 * spikes.detach().mean()
+
+    engine = engine_of(Own(adapts, whole=False))
+    assert engine.running is engine.model and "changes the threshold of lif1" in engine.why
+
+
 def test_a_tail_keeps_no_tensors_of_the_recorded_pass():
     torch.manual_seed(0)
     chain = engine_of(Own(whole=False)).running

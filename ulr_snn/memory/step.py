@@ -61,6 +61,7 @@ class Step:
 
     def first_pass(self) -> tuple[Forward, Pass]:
         """Runs a pass of one copy, and observes the structure in it."""
+        self.learner.level.noiseless = set()  # this pass shows which sites have no effect
         first = self.plain_forward()
         p = first.run(self.batch, [0])
         self.learner.observe(first, p, self.batch)

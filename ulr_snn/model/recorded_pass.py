@@ -43,15 +43,18 @@ class RecordedPass:
         generator, buffers = generator_state(), own_buffers(model)
         firing = bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers)
         watched = Watched(model, lambda: not recorder.inside)
+        thresholds = recorder.thresholds()
         with torch.enable_grad(), firing, recorder.watching(), watched:
             (outputs,) = tensors(call.selected(model, start.tensor))
+            moved = recorder.thresholds()  # they are restored after the pass
         if idle := [name for name, _ in layers if name not in (*recorder.calls, *recorder.odd)]:
             raise NoChain(f"{idle[0]} does not run")
         if watched.reads:
             raise NoChain("its code reads numbers from tensors, as branches on values do")
         if watched.writes:
             raise NoChain("its code changes parameters or buffers")
-        if (name := changed_buffer(buffers, own_buffers(model))) is not None:
+        name = changed_buffer(thresholds, moved) or changed_buffer(buffers, own_buffers(model))
+        if name is not None:
             raise NoChain(f"its code changes {name}")
         chosen = options(model)
         found = cls(model, call, x, layers, recorder, start, outputs, generator)
@@ -161,12 +164,18 @@ class RecordedPass:
             check_numbers(chain, self.x, [*currents, known], fired)
         except NoChain:
             return None
+        kept: list[bool] = []  # whether states are NaN, which the neurons' own are after the pass no more
+
+        def run() -> Tensor:
+            outputs = tail(self.start.leaf.detach().clone(), known)
+            kept.append(holds_nan(self.model))
+            return outputs
+
         try:
-            outputs = self.again(lambda: tail(self.start.leaf.detach().clone(), known))
+            outputs = self.again(run)
         except Exception:  # what the model's own code does with NaN
             return None
-        same = alike(outputs, self.outputs.transpose(0, self.axis)) and not holds_nan(self.model)
-        return chain if same else None
+        return chain if alike(outputs, self.outputs.transpose(0, self.axis)) and not any(kept) else None
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

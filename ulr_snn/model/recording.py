@@ -108,6 +108,10 @@ class Recorder:
     def inside(self) -> bool:
         return self._depth > 0
 
+    def thresholds(self) -> dict[str, Tensor]:
+        """Returns copies of the neurons' thresholds."""
+        return {f"the threshold of {name}": neuron.threshold.detach().clone() for name, neuron in self.neurons.items()}
+
     def watching(self) -> ExitStack:
         """Records calls until the stack is closed."""
         stack = ExitStack()
