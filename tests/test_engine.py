@@ -615,10 +615,23 @@ def test_attributes_that_choose_what_is_computed_are_noticed(whole, double):
             model.rectifies = False
             found.append(ulr.backward(*batch()).outputs)
             assert (ulr.bound is first) is own_code
+            model.rectifies = True
+            ulr.backward(*batch())
             second, model.options["shift"] = ulr.bound, 1
             ulr.backward(*batch())
             assert (ulr.bound is second) is own_code
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_attributes_that_choose_nothing_leave_the_chain_as_it_is():
+    torch.manual_seed(0)
+    model = Own()
+    with attach(model, seed=5) as ulr:
+        ulr.backward(*batch(torch.float32))
+        first, structure = ulr.bound, ulr.structure
+        model.epoch = 1
+        ulr.backward(*batch(torch.float32))
+        assert isinstance(first.model, Chain) and ulr.bound is first and ulr.structure is structure
 
 
 @pytest.mark.parametrize("kind", ["neuron", "container"])

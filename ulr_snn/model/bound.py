@@ -126,7 +126,10 @@ class Binder:
         batch as the model sees it."""
         seen = self._look(batch)
         if self._bound is None or seen != self._seen:
-            self._bound = BoundModel.of(self.model, batch, self.noise, self.own_code)
+            found = BoundModel.of(self.model, batch, self.noise, self.own_code)
+            attributes = self._seen is not None and self._seen[1:] == seen[1:]  # nothing else has changed
+            if self._bound is None or not (attributes and same_chain(self._bound.model, found.model)):
+                self._bound = found
             self._seen = self._look(batch)
         return self._bound, self._bound.adapted(batch)
 
@@ -140,4 +143,11 @@ class Binder:
         chosen = options(self.model) if isinstance(running, Chain) else {}
         counted = "operations" in batch.objective.counts
         given = batch.interface, batch.inputs, batch.static and batch.frames.shape[2:]
-        return modules, own, chosen, batch.frames.device, batch.dtype, counted, self.own_code, given
+        return chosen, modules, own, batch.frames.device, batch.dtype, counted, self.own_code, given
+
+
+def same_chain(one: nn.Module, other: nn.Module) -> bool:
+    """Returns whether two modules that run in a model's place are chains of the same stages."""
+    if not (isinstance(one, Chain) and isinstance(other, Chain)) or (one.tail is None) != (other.tail is None):
+        return False
+    return one.names == other.names and [repr(stage) for stage in one.stages] == [repr(s) for s in other.stages]
