@@ -101,3 +101,10 @@ def test_a_thread_that_binds_a_model_twice_gets_an_error():
         second.result()
     assert waits
     waiting()  # and the model has been let go
+
+
+def test_evaluate_does_not_touch_the_gradients_of_a_model_that_is_on_its_device(monkeypatch):
+    """A training in another thread may clear them while torch looks at them."""
+    model = nn.Sequential(nn.Linear(4, 3), LIF())
+    monkeypatch.setattr(model, "_apply", lambda *arguments, **named: pytest.fail("the model was moved"))
+    evaluate(model, [(torch.rand(5, 2, 4), torch.arange(2))], device="cpu")

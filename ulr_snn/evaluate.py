@@ -21,7 +21,7 @@ from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import copied, no_side_effects
 from ulr_snn.model.chain import Chain
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import Model, mode_of, pick_device
+from ulr_snn.model.mode import Model, mode_of, move, pick_device
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.reading import read
 from ulr_snn.model.runner import Run, Runner
@@ -72,7 +72,7 @@ def evaluate(
     runners: dict[int, Runner] = {}  # by batch size
     level = NoiseLevel(config.firing)
     with turn(model), mode_of(model, training=False):
-        model.to(device)
+        move(model, device)
         for step, given in enumerate(loader):
             x, targets, lengths = read(given, model, device)
             batch = Batch.of(model, x, targets, lengths, objective, interface)

@@ -83,6 +83,14 @@ def check_tracked(model: nn.Module) -> None:
         raise UsageError("a model made in torch.inference_mode() cannot learn; make it outside of it")
 
 
+def move(model: nn.Module, device: torch.device) -> None:
+    """Moves a model to a device. A model that is there stays untouched: torch would look at gradients, which a training
+    in another thread may clear."""
+    there = torch.empty(0, device=device).device
+    if any(q.device != there for q in (*model.parameters(), *model.buffers())):
+        model.to(device)
+
+
 def pick_device(device: Any) -> torch.device:
     """Returns the device by its name. "auto" is a CUDA device where there is one. Raises UsageError for a device that
     is not known, or not here."""

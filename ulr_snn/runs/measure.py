@@ -15,7 +15,7 @@ from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import mode_of
+from ulr_snn.model.mode import mode_of, move
 from ulr_snn.model.reading import read
 from ulr_snn.plan import Plan, plan
 from ulr_snn.runs.recording import Recording, bound_to_record, recorded
@@ -138,7 +138,7 @@ def measure(
     evaluation, totals, first = Evaluation(Tally(), apart=False), Totals(), None
     bound: dict[int, BoundModel] = {}  # by batch size
     with turn(model), mode_of(model, training=False):
-        model.to(device)
+        move(model, device)
         for given in loader:
             first = given if first is None else first
             batch = Batch.of(model, *read(given, model, device), objective, interface)
