@@ -32,7 +32,7 @@ from ulr_snn.kernels.precision import Autocast
 from ulr_snn.losses.metrics import check_metrics
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import Model, mode_of, pick_device
+from ulr_snn.model.mode import Model, mode_of, move, pick_device
 from ulr_snn.runs.directory import RunDirectory
 from ulr_snn.runs.keeping import Keeper
 from ulr_snn.runs.optim import USUAL, defaults, length, loader_length, make_optimizer, make_scheduler
@@ -104,7 +104,7 @@ def train(
     check_loaders(loader, val_loader, epochs if max_steps is None and not callbacks else 1)
     interface, estimator = Interface.of(time_first, layout, output), or_default(estimator)
     settings = Settings(pick_device(device), accumulate, clip, max_steps, autocast, check_metrics(metrics), estimator)
-    model.to(settings.device)
+    move(model, settings.device)
     moving = make_optimizer(model, optimizer, lr, estimator)
     started = described(model, loader, moving, given | {"estimator": estimator, "layout": interface.layout})
     steps, batches = length(loader, epochs, accumulate, max_steps)

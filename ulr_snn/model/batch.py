@@ -12,6 +12,7 @@ from ulr_snn.losses.named import Objective
 from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
 from ulr_snn.model.interface import USUAL, Interface
+from ulr_snn.model.mode import all_finite
 from ulr_snn.model.reading import lengths_of, one_tensor, takes
 from ulr_snn.model.targets import Leaf, Targets, as_tensors, check_samples, of_sequences
 from ulr_snn.model.trees import items, mapped
@@ -153,8 +154,8 @@ def check_events(frames: Frames, dtype: torch.dtype, inputs: View, static: bool)
     events = frames.values if isinstance(frames, EventList) else frames
     if events.is_complex():
         raise UsageError("events are complex numbers; give real ones, such as real and imaginary parts as two features")
-    if events.is_floating_point() and not (finite := torch.isfinite(events)).all():
-        place = _event(frames, finite, inputs, static)
+    if not all_finite(events):
+        place = _event(frames, torch.isfinite(events), inputs, static)
         raise UsageError(f"events contain NaN or infinite values, first {place}; clean the recordings")
     kind = torch.finfo(events.dtype) if events.is_floating_point() else None
     most = kind.max if kind is not None else 1 if events.dtype == torch.bool else torch.iinfo(events.dtype).max

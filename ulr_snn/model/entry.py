@@ -49,8 +49,3 @@ class Synapse(nn.Module):
         with full_precision():
             wide = widened(current)
             return integrated(wide, self.leak.to(wide).clamp(0, 1)).to(current.dtype)
-
-
-def over_time(module: nn.Module) -> bool:
-    """Returns whether a module takes whole sequences [T, B, ...] and not rows."""
-    return isinstance(module, Synapse)

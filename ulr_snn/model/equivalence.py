@@ -12,10 +12,12 @@ from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import bind
 
+Equal = tuple[list[nn.Module], LIF]  # what the current passes first, and a neuron of `ulr_snn`
+
 TRIAL = 24  # time steps of random currents on which two neurons are compared
 
 
-def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor) -> tuple[list[nn.Module], LIF]:
+def equations(neuron: StepNeuron, link: Link, features: torch.Size, like: Tensor) -> Equal:
     """Returns a neuron of `ulr_snn` with the equations of this one, and the modules that its current passes before.
     Raises NoChain unless both neurons fire alike on the recorded currents and on random ones."""
     found = neuron.ours(like)

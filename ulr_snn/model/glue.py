@@ -5,12 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-VIEWS = (
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "AliasBackward0",
-)  # they keep the order of rows
+# Nodes that keep the order of rows.
+VIEWS = "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0"
 
 
 def max_pool(node: Any) -> nn.Module:

@@ -1,6 +1,5 @@
 """Side effects of a model's forward, and branches in it. A chain in its place would leave them out."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -69,8 +68,8 @@ def holds_nan(model: nn.Module) -> bool:
 
 
 def numbers_in(value: Any) -> Iterator[Any]:
-    """Yields all tensors, arrays and numbers in nested containers."""
-    if isinstance(value, Tensor | np.ndarray | float):
+    """Yields all tensors, and arrays and numbers of floating point, in nested containers."""
+    if isinstance(value, Tensor | float) or (isinstance(value, np.ndarray) and value.dtype.kind == "f"):
         yield value
     elif isinstance(value, Mapping):
         yield from numbers_in(list(value.values()))
@@ -81,10 +80,9 @@ def numbers_in(value: Any) -> Iterator[Any]:
 
 def has_nan(number: Any) -> bool:
     """Returns whether a tensor, an array or a number has NaN."""
-    if isinstance(number, float):
-        return math.isnan(number)
-    tensor = torch.as_tensor(number) if isinstance(number, Tensor) or number.dtype.kind == "f" else torch.zeros(1)
-    return tensor.is_floating_point() and not tensor.is_meta and bool(tensor.detach().isnan().any())
+    if isinstance(number, Tensor):
+        return number.is_floating_point() and not number.is_meta and bool(number.detach().isnan().any())
+    return bool(np.isnan(number).any())
 
 
 class Watched(ExitStack):

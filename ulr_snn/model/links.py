@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ulr_snn.adapters import adapter_of
 from ulr_snn.model.call import coupled_modules
 from ulr_snn.model.chain import OVER_TIME, EachStep, NoChain, Shape, StepByStep, hooked
-from ulr_snn.model.entry import over_time
-from ulr_snn.model.equivalence import through
+from ulr_snn.model.entry import Synapse
+from ulr_snn.model.equivalence import Equal, through
 from ulr_snn.model.glue import between
 from ulr_snn.model.neurons import LIF, Fold
 from ulr_snn.model.recording import Given, Link, Read
@@ -24,9 +24,6 @@ EACH_ROW = (
     *(nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )  # they treat each row of a batch by itself; batch norm only in evaluation mode
-
-
-Equal = tuple[list[nn.Module], LIF]  # what the current passes first, and a neuron of `ulr_snn`
 
 
 def assembled(
@@ -51,7 +48,7 @@ def assembled(
             entry, neuron = equal
             currents.append(through(entry, link.sequence(False).reshape(steps, rows, *features)))
             swapped[id(link.module)] = neuron
-            before = [module for module in entry if not over_time(module)]
+            before = [module for module in entry if not isinstance(module, Synapse)]  # which takes whole sequences
             stages += [*folded([*row_wise, *before]), *entry[len(before) :], neuron]
             row_wise = []
         elif link.mode == "whole":

@@ -74,14 +74,14 @@ def chain_of(model: nn.Module, call: Call, x: Tensor, noise: Mapping[str, Any], 
     with no_side_effects(model), without_dropout(model):
         recorded = RecordedPass.of(model, call, x, layers)
         try:
-            if why:
-                raise NoChain(why)
-            return recorded.chain()
+            if not why:
+                return recorded.chain()
         except NoChain as error:
-            beginning = None if whole else recorded.beginning(str(error))
-            if beginning is None:
-                raise
-            return beginning
+            why = str(error)
+        beginning = None if whole else recorded.beginning(why)
+        if beginning is None:
+            raise NoChain(why)
+        return beginning
 
 
 @contextmanager

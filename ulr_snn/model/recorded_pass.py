@@ -1,6 +1,6 @@
 """A recorded pass of a model, and the chains that it shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ulr_snn.model.call import Call, generator_state, set_generator_state
 from ulr_snn.model.chain import Chain, NoChain, OverTime
-from ulr_snn.model.equivalence import check_numbers, equations
+from ulr_snn.model.equivalence import Equal, check_numbers, equations
 from ulr_snn.model.graph import leaves
 from ulr_snn.model.habits import Watched, changed_buffer, changed_option, holds_nan, options, own_buffers
-from ulr_snn.model.links import Equal, assembled, check_each_step, check_end, check_link, check_module, check_norms
+from ulr_snn.model.links import assembled, check_each_step, check_end, check_link, check_module, check_norms
 from ulr_snn.model.recording import Given, Link, Recorder
 from ulr_snn.model.tail import Tail
 from ulr_snn.model.trees import tensors
@@ -105,11 +105,18 @@ class RecordedPass:
         for i in range(len(links)):
             self.check_reading(links, i)
         kind = check_end(links[-1], self.outputs, self.axis)
+        end = [OverTime(kind)] if kind else []
+        return self.checked(links, self.outputs.detach().transpose(0, self.axis), end)
+
+    def checked(
+        self, links: list[Link], outputs: Tensor, end: Sequence[nn.Module] = (), tail: Tail | None = None, why: str = ""
+    ) -> Chain:
+        """Returns the chain of these links and of the modules at their end, if it gives the recorded currents and these
+        outputs. Raises NoChain. tail, why: see `Chain`."""
         stages, swapped, currents = assembled(links, self.neuron_of, self.x)
-        stages += [OverTime(kind)] if kind else []
-        chain = Chain(self.model, stages, swapped, [link.name for link in links])
+        chain = Chain(self.model, [*stages, *end], swapped, [link.name for link in links], tail, why)
         fired = [link.sequence(True) for link in links if id(link.module) in swapped]
-        check_numbers(chain, self.x, [*currents, self.outputs.detach().transpose(0, self.axis)], fired)
+        check_numbers(chain, self.x, [*currents, outputs], fired)
         return chain
 
     def beginning(self, why: str) -> Chain | None:
@@ -156,12 +163,9 @@ class RecordedPass:
         outputs, fails, or keeps what is computed inside the chain."""
         first, (steps, rows) = links[:count], self.x.shape[:2]
         try:
-            stages, swapped, currents = assembled(first, self.neuron_of, self.x)
             tail = Tail(self.model, self.call, links, count, (steps, rows), self.axis)
-            chain = Chain(self.model, stages, swapped, [link.name for link in first], tail, why)
             known = first[-1].sequence(True).reshape(steps, rows, *first[-1].features(True, steps, rows))
-            fired = [link.sequence(True) for link in first if id(link.module) in swapped]
-            check_numbers(chain, self.x, [*currents, known], fired)
+            chain = self.checked(first, known, tail=tail, why=why)
         except NoChain:
             return None
         kept: list[bool] = []  # whether states are NaN, which the neurons' own are after the pass no more

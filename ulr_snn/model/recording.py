@@ -77,12 +77,17 @@ class Link:
 
     def features(self, gave: bool, steps: int, rows: int) -> torch.Size:
         """Returns the shape of one sample's output (gave) or input in a time step. Raises NoChain for other shapes."""
-        lead = {"step": (rows,), "whole": (steps, rows), "folded": (steps * rows,)}[self.mode]
+        lead = leading(self.mode, steps, rows)
         shapes = {tuple(call.gave.tensor.shape if gave else call.read.shape) for call in self.calls}
         (shape,) = shapes if len(shapes) == 1 else (None,)
         if shape is None or shape[: len(lead)] != lead:
             raise NoChain(f"{self.name} does not see or give a batch of time steps")
         return torch.Size(shape[len(lead) :])
+
+
+def leading(mode: str, steps: int, rows: int) -> tuple[int, ...]:
+    """Returns the axes of time and samples of a module that is called in this mode, see `Link`."""
+    return {"step": (rows,), "whole": (steps, rows), "folded": (steps * rows,)}[mode]
 
 
 class Recorder:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call
 from ulr_snn.model.chain import NoChain
-from ulr_snn.model.recording import Link
+from ulr_snn.model.recording import Link, leading
 from ulr_snn.model.trees import mapped, tensors
 from ulr_snn.sites.binding import turn
 
@@ -69,11 +69,6 @@ class Part:
     def blank(self, steps: int, rows: int) -> Any:
         """Returns NaN in the form of the module's result."""
         return mapped(self.output, lambda each: each.like(leading(self.mode, steps, rows), rows), Blank)
-
-
-def leading(mode: str, steps: int, rows: int) -> Axes:
-    """Returns the axes of time and samples of a module that is called in this mode, see `Link`."""
-    return {"step": (rows,), "whole": (steps, rows), "folded": (steps * rows,)}[mode]
 
 
 class Tail:
