@@ -225,7 +225,7 @@ def test_modules_that_do_not_cut_the_graph_are_left_alone():
     train(model, [data()], 2, val_loader=[data()], device="cpu", progress=False)
 
 
-def test_a_neuron_with_a_surrogate_gradient_of_its_own_is_noted():
+def test_a_function_with_a_surrogate_gradient_is_taken_over():
     class Spike(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -238,6 +238,26 @@ def test_a_neuron_with_a_surrogate_gradient_of_its_own_is_noted():
     class Surrogate(nn.Module):
         def forward(self, current: Tensor) -> Tensor:
             return Spike.apply(current)
+
+    model = mixed()
+    model[1] = Surrogate()
+    found = plan(model, data())
+    assert [site for site, *_ in found.sites] == ["1", "3"] and not found.notes
+    for estimator in (ULR(), ULR(noise={"1": CurrentNoise()})):
+        model.zero_grad()
+        with attach(model, estimator) as ulr:
+            ulr.backward(*data())
+            ulr.backward(*data())
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_neuron_that_fires_by_a_surrogate_of_its_graph_is_noted():
+    """No function of autograd, whose forward could be taken over, but a detour around the spike."""
+
+    class Surrogate(nn.Module):
+        def forward(self, current: Tensor) -> Tensor:
+            soft = current.sigmoid()
+            return soft + ((current > 0).to(soft) - soft).detach()
 
     model = mixed()
     model[1] = Surrogate()

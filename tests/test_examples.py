@@ -16,6 +16,7 @@ REACHES = {  # epochs and test accuracy, or minus the loss on the test part; upd
     "train_digits": (15, 0.90),
     "own_loop": (4, 0.85),
     "black_box": (5, 0.85),
+    "written_out": (5, 0.85),
     "objectives": (10, 0.85),
     "two_processes": (20, 0.92),  # 0.88 if the first half does not learn
     "snntorch_tutorial": (6, 0.6),

@@ -26,7 +26,7 @@ from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.reading import read
 from ulr_snn.model.runner import Run, Runner
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import check_layers, spiking_layers, turn, user_modules
+from ulr_snn.sites.binding import check_layers, open_modules, spiking_layers, turn
 
 Mode = Annotated[str, one_of("deterministic", "stochastic")]
 
@@ -77,7 +77,7 @@ def evaluate(
             x, targets, lengths = read(given, model, device)
             batch = Batch.of(model, x, targets, lengths, objective, interface)
             if runs and not runners:  # deterministic evaluation needs no spiking layer
-                check_layers(model, spiking_layers(model), [*user_modules(model), *config.noise])
+                check_layers(model, spiking_layers(model), [*open_modules(model), *config.noise])
             with reduced_precision(device, autocast):
                 if batch.samples not in runners:
                     runners[batch.samples] = Runner(bound_exactly(model, batch, config, counts), level)

@@ -28,7 +28,7 @@ from ulr_snn.model.mode import Model, check_tracked
 from ulr_snn.model.neurons import LIF, SpikingNeuron
 from ulr_snn.model.reading import read
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import check_layers, user_modules
+from ulr_snn.sites.binding import check_layers, open_modules
 from ulr_snn.sites.flow import frozen
 from ulr_snn.sites.records import CurrentRecord, Record
 from ulr_snn.sites.variance import BY_SAMPLE, by_sample, of_firing, of_weights, own_weights
@@ -86,7 +86,7 @@ def plan(
         raise UsageError(f"plan got {type(estimator).__name__}; it is for ULR and Online, peers have no plan")
     with no_side_effects(model), frozen(model, attached.config.flow), torch.enable_grad():
         step = attached.prepared(x, targets, None, lengths)
-        check_layers(step.model, step.bound.layers, [*user_modules(step.model), *attached.config.noise])
+        check_layers(step.model, step.bound.layers, [*open_modules(step.model), *attached.config.noise])
         _, p = step.first_pass()
         kept = attached.memory.describe(step)
         variances = _variances(step.model, step.structure, p.records)
@@ -144,7 +144,7 @@ def _noise(config: Config, record: Record, level: NoiseLevel) -> str:
 
 def _credit(structure: Structure, site: str) -> str:
     if site in structure.noiseless:
-        return "none, and no noise: nothing that the loss reads depends on its spikes"
+        return "none, and no noise: nothing that the loss reads depends on its spikes, or not by a derivative"
     parts = ["learned response"] * (site in structure.responding)
     parts += ["direct"] * (site in structure.direct)
     parts += [f"exact map to layer {target}" for target in structure.exact.get(site, [])]

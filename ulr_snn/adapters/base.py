@@ -21,7 +21,8 @@ class Step(Protocol):
         """Returns the spikes (0 or 1) for the drive [B, ...], membrane minus threshold."""
 
     def end(self, states: list[Any]) -> None:
-        """Takes the state that the module carries to the next step. The site ignores all but tensors."""
+        """Takes the state that the module carries to the next step. The site ignores all but tensors. A neuron that is
+        `inside` a function gives the function's output, a leaf of the graph."""
 
     # The last spikes, as a separate tensor for the layer's own reset: so the graph shows what else reads the spikes.
     # None before the first spikes, and if firing is deterministic.
@@ -32,11 +33,15 @@ class StepNeuron:
     """A spiking module that its library's own code runs. While it is bound, a site replaces only the firing decision.
 
     strict: whether a neuron fires only above a drive of 0; otherwise it fires at 0 too. whole: whether the module runs
-    all time steps at once, which it can because its spikes do not act on its own membranes.
+    all time steps at once, which it can because its spikes do not act on its own membranes. inside: whether the site is
+    asked inside a function of autograd, which links spikes to their drive by itself (`places.py`). slot: the attribute
+    of the module that holds the site while it is bound; None: nothing reads it.
     """
 
     strict = True
     whole = False
+    inside = False
+    slot: str | None = "site"
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module  # the attributes of the libraries' classes have no types
@@ -68,6 +73,24 @@ class StepNeuron:
     def states(self) -> list[Tensor]:
         """Returns the state that the module carries to the next step, if `ours` may return a neuron."""
         return []
+
+    def calls_in(self, steps: int) -> int:
+        """Returns how often the site is asked in a pass over so many time steps; that many time steps count as one call
+        each if `whole`."""
+        return steps
+
+    @contextmanager
+    def seeing(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within this context, calls `see` with the spikes of every call."""
+
+        def seen(_: nn.Module, __: Any, output: Any) -> None:
+            see(output[0] if isinstance(output, tuple | list) else output)
+
+        hook = self.module.register_forward_hook(seen)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def options(self) -> tuple[Any, ...]:
         """Returns all that `ours` depends on, except parameters and buffers."""

@@ -28,6 +28,8 @@ class BlackBox(StepNeuron):
     from the same state.
     """
 
+    slot = "current_site"
+
     def __init__(self, module: nn.Module, noise: CurrentNoise, whole: bool, elementwise: bool = True) -> None:
         super().__init__(module)
         self.noise, self.whole, self.elementwise = noise, whole, elementwise

@@ -6,7 +6,7 @@ time. `Node._step` repeats the steps of these three, since calls inside the libr
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
+from ulr_snn.adapters.places import Staircase
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.model.entry import Scaled
 from ulr_snn.model.neurons import LIF
@@ -28,6 +29,17 @@ KINDS = (
     neuron.IzhikevichNode,
     neuron.KLIFNode,
     neuron.HalfThresholdIFNode,
+    neuron.OTTTLIFNode,
+    neuron.SLTTLIFNode,
+    neuron.ILIFNode,
+)
+ONLINE = (neuron.OTTTLIFNode, neuron.SLTTLIFNode)  # LIF nodes whose gradient leaves the past out
+# Nodes whose own code calls a function with a surrogate gradient, once a step or once for all; see `places.py`.
+BY_FUNCTION = (
+    *(neuron.SimpleIFNode, neuron.SimpleLIFNode, neuron.CUBALIFNode, neuron.RAFNode),
+    *(neuron.ComplementaryLIFNode, neuron.GatedLIFNode, neuron.LIAFNode, neuron.MPBNLIFNode),
+    *(neuron.TernaryIFNode, neuron.TernaryLIFNode, neuron.PSN, neuron.MaskedPSN, neuron.SlidingPSN),
+    *(neuron.ILCIFNode, neuron.ILCLIFNode, neuron.ILCCUBALIFNode),
 )
 SCANNED = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 
@@ -103,7 +115,7 @@ class Node(StepNeuron):
         if self.scans and hasattr(site, "fire_sequence"):
             return {"forward": lambda x: fired(site, *self.as_scan(widened(x), site.lengths)).to(x.dtype)}
 
-        quick = type(module) in SCANNED and not module.store_v_seq
+        quick = type(module) in (*SCANNED, *ONLINE) and not module.store_v_seq
 
         def step(x: Tensor) -> Tensor:
             site.begin(x)
@@ -114,7 +126,28 @@ class Node(StepNeuron):
         def forward(x: Tensor) -> Tensor:
             return step(x) if module.step_mode == "s" else torch.stack([step(now) for now in x])
 
-        return {"forward": forward, "surrogate_function": site.fire, "detach_reset": False}
+        return {"forward": forward, "surrogate_function": self._firing(site), "detach_reset": False}
+
+    def _firing(self, site: Step) -> Callable[[Tensor], Tensor]:
+        """Returns what the module's own code fires by."""
+        return site.fire
+
+
+class Counting(Node):
+    """A node that counts: its output is the number of thresholds that its membrane, over the threshold, has passed."""
+
+    @property
+    def scans(self) -> bool:
+        return False
+
+    @property
+    def threshold(self) -> Tensor:
+        return torch.ones((), dtype=torch.float64)
+
+    def _firing(self, site: Step) -> Callable[[Tensor], Tensor]:
+        most = int(self.module.surrogate_function.max_spike_count)
+        levels = Staircase(0, None, tuple(k + 0.5 for k in range(most)), (1.0,) * most, 0.0, False)
+        return lambda x: levels.output(site.fire(levels.drive(x)))
 
 
 @full_precision()
@@ -126,8 +159,13 @@ def fired(site: Any, current: Tensor, scan: LIF) -> Tensor:
 def adapt(module: nn.Module) -> StepNeuron | str | None:
     """Returns the module as a neuron, the reason why it cannot be trained, or None if it does not spike."""
     kind = type(module)
+    if kind is neuron.ILIFNode:
+        return Counting(module)
     if kind in KINDS or (not kind.__module__.startswith("spikingjelly") and fires_as_inherited(kind)):
         return Node(module)
+    elsewhere = kind.__module__.startswith("spikingjelly") and not kind.__module__.startswith(neuron.__name__)
+    if isinstance(module, BY_FUNCTION) or elsewhere:  # SpikingJelly's models have some nodes of their own
+        return None
     families = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(neuron.__name__)]
     if families and not any("NonSpiking" in name for name in families):
         return f"this class is not supported; use {', '.join(kind.__name__ for kind in KINDS)}"

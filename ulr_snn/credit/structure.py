@@ -23,6 +23,8 @@ from ulr_snn.sites.records import CurrentRecord, Record
 STEPS = ("Round", "Sign", "Floor", "Ceil", "Trunc", "Heaviside", "Fix")  # functions of torch with derivative zero
 
 
+# exact, feeds, recurrent and from_outputs of `Structure`
+Routes = tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]
 FLIPS = 1024  # most output spikes of a sample, over all time steps, of which each is flipped
 
 
@@ -60,6 +62,7 @@ class Structure:
     changes: bool = True  # whether the model changes spikes in place
     current_noise: bool = False  # whether there are sites with noise on their input current
     detached: list[str] = field(default_factory=list)  # names of loss functions without a gradient
+    joint: bool = False  # whether credit goes through code whose state is not known, so that all passes must be linked
 
     @property
     def needs_pairs(self) -> bool:
@@ -104,7 +107,12 @@ class Structure:
         ]
         noiseless = sites_without_effect(nowhere) if nowhere else set()
         products = maps != "learned"
-        exact, feeds, recurrent, from_outputs = routes(p, reached, set(nowhere), products, credit)
+        noiseless |= {r.site for r in p.records if r.site in nowhere and inside(r)}  # such as a reset's own decision
+        joint = isinstance(credit, Learned) and any(inside(r) for r in p.records)
+        if joint:
+            check_joint(p, credit, products, set(nowhere) - noiseless)
+        find = joint_routes if joint else routes
+        exact, feeds, recurrent, from_outputs = find(p, reached, set(nowhere), products, credit)
         fed = {target for paths in feeds.values() for target in paths}
         driven = driven_by_events() if fed else None
         parameters = {
@@ -132,6 +140,7 @@ class Structure:
             pools=p.pools,
             changes=p.changes,
             current_noise=bool(boxes),
+            joint=joint,
         )
 
     def summarise(self, outputs: Tensor) -> Tensor:
@@ -206,9 +215,7 @@ def reads_out(p: Pass, model: nn.Module) -> bool:
     return any(id(q) in reached for q in model.parameters())
 
 
-def routes(
-    p: Pass, reached: dict[str, set[int]], nowhere: set[str], products: bool, credit: CreditKind
-) -> tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]:
+def routes(p: Pass, reached: dict[str, set[int]], nowhere: set[str], products: bool, credit: CreditKind) -> Routes:
     """Returns exact, feeds, recurrent and from_outputs of `Structure`. reached: ids of the leaves that a site's drive
     depends on. nowhere: sites without a differentiable path to the outputs or to another layer. products: see there.
     All are empty with a credit that does not learn feedback."""
@@ -240,6 +247,43 @@ def routes(
         if too_wide or r.site in nowhere or mixed:
             from_outputs.append(r.site)
     return exact, feeds, recurrent, from_outputs
+
+
+def inside(record: Record) -> bool:
+    """Returns whether a function of the model's own code fires at a site."""
+    return bool(getattr(record.neuron, "inside", False))
+
+
+def joint_routes(p: Pass, reached: dict[str, set[int]], *_: Any) -> Routes:
+    """Returns the same as `routes` where credit goes through all layers and time steps in one product."""
+    return (
+        {r.site: [t.site for t in p.records if t is not r and reaches(r, reached[t.site])] for r in p.records},
+        {},
+        {},
+        [],
+    )
+
+
+def check_joint(p: Pass, credit: CreditKind, products: bool, nowhere: set[str]) -> None:
+    """Raises UsageError if credit cannot go through all layers in one product. nowhere: sites with an effect, but
+    without a derivative of it."""
+    site = next(r.site for r in p.records if inside(r))
+    why = ""
+    if credit.unbiased:
+        why = f"credit={credit.name!r} needs layers one by one"
+    elif not products:
+        why = "maps='learned' needs layers one by one"
+    elif boxes := [r.site for r in p.records if isinstance(r, CurrentRecord)]:
+        why = f"{boxes[0]} has noise on its current"
+    elif nowhere:
+        why = f"no derivative leads from the spikes of {min(nowhere)} to the loss"
+    elif stepped := [r.site for r in p.records for t in p.records if t is not r and steps_between(r, t)]:
+        why = f"a function without a derivative, such as rounding, follows the spikes of {stepped[0]}"
+    if why:
+        raise UsageError(
+            f"{site} fires by a function in the model's code, through which credit goes only in one product with all "
+            f"other layers, but {why}; use credit='global' or ulr_snn's own neurons"
+        )
 
 
 def steps_between(source: Record, target: Record) -> bool:

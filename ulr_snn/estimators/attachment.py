@@ -21,7 +21,7 @@ from ulr_snn.memory.step import Memory, Step
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import Binder, BoundModel
 from ulr_snn.model.interface import Interface
-from ulr_snn.sites.binding import check_layers, spiking_layers, user_modules
+from ulr_snn.sites.binding import check_layers, open_modules, spiking_layers
 from ulr_snn.sites.flow import check_flow, frozen, with_flow
 from ulr_snn.sites.weights import check_names
 
@@ -50,7 +50,7 @@ class LearnedAttachment(Attachment):
         check_names(model, config.noise)
         check_flow(model, config.flow)
         self.config = config.with_noise(with_flow(model, config.flow, config.noise))
-        check_layers(model, spiking_layers(model), [*user_modules(model), *self.config.noise])
+        check_layers(model, spiking_layers(model), [*open_modules(model), *self.config.noise])
         self.memory, self.online, self.on_nonfinite = memory, memory.online, config.on_nonfinite
         self.binder = Binder(model, self.config.noise)
         self.learner = Learner(self.config, seed, total_steps, progress, rates)

@@ -53,6 +53,9 @@ def observed(
         lambda sites: sites_without_effect(forward, batch, p, sites),
     )
     structure.treatment = treatment
+    if structure.joint and (treatment.gradientless or config.sampling.multi_sample):
+        why = "one of the losses has no gradient" if treatment.gradientless else "ULR got multi_sample"
+        raise UsageError(f"functions in the model's code fire, and {why}; use credit='global'")
     if isinstance(config.credit, Auto) and "outputs" not in config.noise:
         structure.detached = [name for i, name in batch.objective.own.items() if i in treatment.gradientless]
     learned = [(source, target) for source, paths in structure.feeds.items() for target in paths]

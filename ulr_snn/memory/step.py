@@ -54,9 +54,12 @@ class Step:
             return self.forward(), []
         first, p = self.first_pass()
         p.records[:] = [record for record in p.records if record.site not in self.structure.noiseless]
-        if not self.structure.weights:
+        if not (self.structure.weights or self.structure.joint):
             return self.forward(first.log), [p]
-        first.log.extra += 1  # the first pass had no weight noise, so the step cannot use it
+        if self.structure.joint:
+            self.learner.measure(self.model, p)
+            first.log.measured = True
+        first.log.extra += 1  # the first pass had no weight noise, or no links, so the step cannot use it
         return self.forward(first.log), []
 
     def first_pass(self) -> tuple[Forward, Pass]:
@@ -88,7 +91,19 @@ class Step:
     @property
     def links(self) -> bool:
         """True if credit goes through all layers at once (credit/linked.py), which leaves no records to measure."""
-        return self.structure.all_exact and not (self.learner.measures or self.config.sampling.multi_sample)
+        measured = self.learner.measures and not self.structure.joint
+        return self.structure.all_exact and not (measured or self.config.sampling.multi_sample)
+
+    def measure(self, forward: Forward, passes: list[Pass]) -> None:
+        """Measures step sizes and noise, where that is due. Linked passes have nothing to measure, so if all passes
+        must be linked, this takes one more."""
+        if forward.log.measured:
+            return
+        p = passes[0]
+        if self.structure.joint and self.learner.measures:
+            p = replace(forward, links=None, pools=True).run(self.batch, [0])
+            forward.log.extra += 1
+        self.learner.measure(self.model, p)
 
     @property
     def weights(self) -> WeightSites | None:

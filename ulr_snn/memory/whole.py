@@ -33,7 +33,7 @@ class WholeSequence:
             return forward.all(step.batch, copies, varied)
 
         groups = step.config.sampling.groups(run, passes, step.copies)
-        step.learner.measure(step.model, passes[0])
+        step.measure(forward, passes)
         step.count(sum(len(p.copies) for p in passes) + forward.log.extra)
         return step.finish(passes, copies, lambda formula: add_gradients(step, formula, passes, groups))
 

@@ -12,6 +12,7 @@ from ulr_snn.adapters import BlackBox, State, current_of, derived, detached, rep
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.graph import leaves
+from ulr_snn.model.place_search import find_places
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise
 from ulr_snn.noise.level import NoiseLevel
@@ -33,9 +34,13 @@ def find_layers(
     modules with. noise: see `ULR`. notes: receives a line for every other module that cuts the graph or fires with a
     gradient of its own."""
     noise = {name: CurrentNoise() for name, module in model.named_modules() if name and derived(module)} | dict(noise)
-    names = {*unknown(model), *(name for name, site in noise.items() if isinstance(site, CurrentNoise))}
+    boxes = {name for name, site in noise.items() if isinstance(site, CurrentNoise)}
+    places = find_places(model, events, call, spiking_layers(model), boxes, notes)
+    placed = {id(module) for _, place in places for module in place.modules}
+    free = [name for name, module in model.named_modules() if name and id(module) not in placed]
+    names = boxes | (set(free) & set(unknown(model)))
     if not names:
-        return spiking_layers(model)
+        return [*spiking_layers(model), *places]
     x = events()
     watched = {name: Watch(module) for name, module in model.named_modules() if name in names}
     with no_side_effects(model), torch.enable_grad(), ExitStack() as stack:
@@ -44,7 +49,8 @@ def find_layers(
             stack.enter_context(watch.watching())
         call.outputs(model, copied(x))
     with no_side_effects(model):
-        return spiking_layers(model, black_boxes(watched, x, noise, [] if notes is None else notes))
+        found = black_boxes(watched, x, noise, [] if notes is None else notes)
+    return [*spiking_layers(model, found), *places]
 
 
 def black_boxes(

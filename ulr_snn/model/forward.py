@@ -33,10 +33,12 @@ from ulr_snn.sites.weights import WeightSites
 @dataclass
 class PassLog:
     """The state that all passes of one step share. generator: state of torch's generators before the first pass. extra:
-    number of passes beside the estimator's own, which set noise levels and find dependencies."""
+    number of passes beside the estimator's own, which set noise levels and find dependencies. measured: whether step
+    sizes and noise have been measured in this step."""
 
     generator: tuple[Tensor, Tensor | None] | None = None
     extra: int = 0
+    measured: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Searches of autograd graphs. They show where each gradient comes from."""
+"""Searches of autograd graphs. They show where each gradient comes from.
+
+The outputs of functions that fire (`adapters.places`) count as leaves.
+"""
 
 from collections.abc import Iterable
 
@@ -15,6 +18,9 @@ def leaves(tensors: Iterable[Tensor]) -> set[int]:
         node = stack.pop()
         if hasattr(node, "variable"):
             found.add(id(node.variable))
+        if hasattr(node, "fired"):
+            found.add(node.fired)
+            continue
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
@@ -29,8 +35,11 @@ def passes_through(tensors: Iterable[Tensor], ids: set[int], names: tuple[str, .
     seen = set(stack)
     while stack:
         node, passed = stack.pop()
-        if id(getattr(node, "variable", None)) in ids and passed:
+        fired = getattr(node, "fired", None)
+        if passed and (id(getattr(node, "variable", None)) in ids or fired in ids):
             return True
+        if fired is not None:
+            continue
         passed = passed or type(node).__name__.startswith(names)
         for parent, _ in node.next_functions:
             if parent is not None and (parent, passed) not in seen:

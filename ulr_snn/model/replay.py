@@ -90,6 +90,11 @@ class Replay:
         self.end([])
         return fired
 
+    @property
+    def steps(self) -> int:
+        """The number of calls of a layer that runs step by step."""
+        return len(self.records[self.name].spikes)
+
     def fire(self, drive: Tensor) -> Tensor:
         record = self.records[self.name]
         self.resetting = record.spikes if record.whole else record.spikes[len(self.inputs) - 1]

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.adapters import StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.neurons import LIF, spread_without_padding, step_mask
+from ulr_snn.model.neurons import LIF, SpikingNeuron, spread_without_padding, step_mask
 from ulr_snn.noise.firing import Firing, Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.peers.surrogate import SurrogateAttachment, differentiable_spikes
-from ulr_snn.sites.binding import Layers
+from ulr_snn.sites.binding import Layers, module_of
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class ExpectedAttachment(SurrogateAttachment):
         self.seed, self.total_steps, self.level = seed, total_steps, NoiseLevel(peer.firing)
         self.fixed_progress = progress
 
-    def check(self, name: str, module: nn.Module) -> None:
-        if not isinstance(module, LIF):
+    def check(self, name: str, neuron: SpikingNeuron | StepNeuron) -> None:
+        if not isinstance(neuron, LIF):
             raise UsageError(
-                f"{name} is a {type(module).__name__}; ExpectedGradientBPTT knows only LIF and RecurrentLIF"
+                f"{name} is a {type(module_of(neuron)).__name__}; ExpectedGradientBPTT knows only LIF and RecurrentLIF"
             )
 
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:

@@ -20,9 +20,9 @@ from ulr_snn.model.activity import counting
 from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import check_outputs
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.neurons import LIF, heaviside, output_mask, step_mask
+from ulr_snn.model.neurons import LIF, SpikingNeuron, heaviside, output_mask, step_mask
 from ulr_snn.peers.attachment import PeerAttachment, averaged
-from ulr_snn.sites.binding import Layers, bind_sites, check_layers, spiking_layers
+from ulr_snn.sites.binding import Layers, bind_sites, check_layers, open_modules, spiking_layers
 
 
 def atan_slope(drive: Tensor, a: float) -> Tensor:
@@ -176,24 +176,25 @@ class SurrogateAttachment(PeerAttachment):
     def __init__(self, model: nn.Module, peer: Any, loss: LossSpec, interface: Interface) -> None:
         super().__init__(model, peer, loss, interface)
         self._bound: BoundModel | None = None  # of the last step
-        self._know(spiking_layers(model))
+        layers = spiking_layers(model)
+        check_layers(model, layers, open_modules(model))
+        self._know(layers)
 
     def _know(self, layers: Layers) -> None:
-        """Notes whether the layers are those of another library. Raises UsageError for layers that do not fit."""
-        check_layers(self.model, layers)
-        self.theirs = all(isinstance(neuron, StepNeuron) for _, neuron in layers)
+        """Raises UsageError for layers that do not fit."""
         for name, neuron in layers:
-            self.check(name, neuron.module if isinstance(neuron, StepNeuron) else neuron)
-        if self.theirs and self.peer != SurrogateBPTT():
+            self.check(name, neuron)
+        theirs = layers and all(isinstance(neuron, StepNeuron) for _, neuron in layers)
+        if theirs and self.peer != SurrogateBPTT():
             raise UsageError(
                 "SurrogateBPTT got options for a model of another library; give its neurons a surrogate there"
             )
 
-    def check(self, name: str, module: nn.Module) -> None:
-        """Raises UsageError for a spiking layer that this peer does not know."""
-        if not (self.theirs or isinstance(module, LIF)):
+    def check(self, name: str, neuron: SpikingNeuron | StepNeuron) -> None:
+        """Raises UsageError for a layer that this peer does not know."""
+        if isinstance(neuron, SpikingNeuron) and not isinstance(neuron, LIF):
             raise UsageError(
-                f"{name} is a {type(module).__name__}; SurrogateBPTT knows only LIF, RecurrentLIF, and models of "
+                f"{name} is a {type(neuron).__name__}; SurrogateBPTT knows only LIF, RecurrentLIF, and models of "
                 "another library"
             )
 
@@ -202,6 +203,7 @@ class SurrogateAttachment(PeerAttachment):
         """Runs one forward pass and adds to every trainable `.grad`; see `Attachment.backward`."""
         bound, batch = self.begun(x, targets, loss, lengths)
         if bound is not self._bound:
+            check_layers(self.model, bound.layers)
             self._know(bound.layers)
             self._bound = bound
         counts = batch.objective.counts
@@ -219,4 +221,4 @@ class SurrogateAttachment(PeerAttachment):
 
     def sites(self, layers: Layers, x: Tensor) -> list[Any]:
         """Returns the firing sites of this step, one for each layer; None for the layer's own firing."""
-        return [None if self.theirs else self.peer] * len(layers)
+        return [None if isinstance(neuron, StepNeuron) else self.peer for _, neuron in layers]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import BlackBox, StepNeuron, adapt, fresh_state, libraries
+from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, fresh_state, libraries
 from ulr_snn.errors import UsageError
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
@@ -129,16 +130,11 @@ def module_of(neuron: SpikingNeuron | StepNeuron) -> nn.Module:
 @contextmanager
 def seeing_spikes(layers: Layers, see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Within this context, calls `see(name, module, spikes)` after each call of each layer."""
-
-    def watched(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def seen(module: nn.Module, _: Any, output: Any) -> None:
-            see(name, module, output[0] if isinstance(output, tuple | list) else output)
-
-        return seen
-
     with ExitStack() as stack:
         for name, neuron in layers:
-            stack.callback(module_of(neuron).register_forward_hook(watched(name)).remove)
+            module = module_of(neuron)
+            watched = neuron if isinstance(neuron, StepNeuron) else StepNeuron(module)
+            stack.enter_context(watched.seeing(partial(see, name, module)))
         yield
 
 
@@ -146,6 +142,19 @@ def user_modules(model: nn.Module) -> list[nn.Module]:
     """Returns the modules whose classes come from no known library."""
     known = {"torch", "ulr_snn", *libraries()}
     return [module for module in model.modules() if type(module).__module__.partition(".")[0] not in known]
+
+
+def may_fire(module: nn.Module) -> bool:
+    """Returns whether code of a module may fire by itself: a user's, or a library's that is no neuron known to its
+    adapter."""
+    return type(module).__module__.partition(".")[0] not in ("torch", "ulr_snn") and not isinstance(
+        adapted(module), StepNeuron
+    )
+
+
+def open_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that may get noise, though no layer in them is known."""
+    return [module for module in model.modules() if may_fire(module)]
 
 
 def inside(name: str, module: str) -> bool:
@@ -197,7 +206,7 @@ def bind(
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
             sites.append(Site(name, index, level, own, records, lengths, links, guard))
         else:
-            arguments = name, index, level, own, records, neuron, steps, lengths, guard
+            arguments = name, index, level, own, records, neuron, neuron.calls_in(steps), lengths, guard
             sites.append(CurrentSite(*arguments) if isinstance(neuron, BlackBox) else StepSite(*arguments, links=links))
     with bind_sites(model, sites, lengths, layers):
         yield records
@@ -251,17 +260,17 @@ def bind_sites(
     neurons = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
     timed = [module for module in model.modules() if isinstance(module, Timed)]
     modules = [module_of(neuron) for neuron in neurons]
-    places = ["current_site" if isinstance(neuron, BlackBox) else "site" for neuron in neurons]
+    slots = [neuron.slot if isinstance(neuron, StepNeuron) else "site" for neuron in neurons]
     with turn(model), turn(own_code(model)), ExitStack() as stack:
-        if any(module.__dict__.get(place) is not None for module, place in zip(modules, places, strict=True)):
+        if any(slot and module.__dict__.get(slot) is not None for module, slot in zip(modules, slots, strict=True)):
             raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
         stack.enter_context(fresh_state(model))
-        for neuron, module, place, site in zip(neurons, modules, places, sites, strict=True):
+        for neuron, module, slot, site in zip(neurons, modules, slots, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))
-            if site is not None:
-                module.__dict__[place] = site
-                stack.callback(module.__dict__.pop, place, None)
+            if site is not None and slot:
+                module.__dict__[slot] = site
+                stack.callback(module.__dict__.pop, slot, None)
         for module in timed:
             module.lengths = lengths
             stack.callback(module.__dict__.pop, "lengths", None)

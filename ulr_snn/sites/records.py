@@ -75,7 +75,7 @@ class Record:
     @property
     def whole(self) -> bool:
         """True if the layer ran all time steps at once."""
-        return self.leaves[0].ndim == self.spikes.ndim
+        return self.trace is None or self.neuron.whole
 
     def _without_padding(self, value: Tensor) -> Tensor:
         return value if self.mask is None else value * self.mask

@@ -41,6 +41,7 @@ class StepSite:
     links: Links | None = None
     arrived: list[Tensor] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
+    inner: list[Tensor] = field(default_factory=list)  # spikes inside functions of autograd, whose outputs are leaves
     trace: Trace = field(default_factory=Trace)
     _draw: Drawer = field(init=False, repr=False)  # `_start` sets this and the scale, if the layer draws
     _scale: Tensor = field(init=False, repr=False)
@@ -78,20 +79,34 @@ class StepSite:
         if self.noise is None or self.measured:
             return self._zero_padding(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
         if self._link is not None:
+            if self.neuron.inside:
+                return self._link.drawn(t, drive.detach())
             self.resetting = self._link.fired(t, drive)
             return self.guard(self.resetting)
         x = drive / self._scale
         with torch.no_grad():
             drawn = torch.stack([self._draw(*now) for now in enumerate(x)]) if self.neuron.whole else self._draw(t, x)
             spikes = self._zero_padding(t, drawn, drive)
+        if self.neuron.inside:
+            self.trace.x.append(x)
+            self.inner.append(spikes)
+            return spikes.clone()  # the function's output, which the model may change in place
         self.resetting = spikes.clone().requires_grad_()
         self.trace.resets.append(self.resetting)
         self.trace.x.append(x)
         self.leaves.append(spikes.requires_grad_())
         return self.guard(spikes)
 
+    @property
+    def link(self) -> Any:
+        """What passes credit on to the drives; None in a pass that is cut at spikes."""
+        return self._link
+
     def end(self, states: list[Any]) -> None:
         if self._link is not None:
+            return
+        if self.neuron.inside:
+            self.leaves += states if self.noise is not None and not self.measured else []
             return
         carried = [state for state in states if isinstance(state, Tensor) and state.grad_fn is not None]
         self.trace.states.append(carried if self.noise is not None else [])
@@ -122,7 +137,7 @@ class StepSite:
         if self._link is not None:
             return self._link.record(self.name)
         trace = self.trace
-        x, spikes = self._joined(trace.x), self._joined(self.leaves).detach()
+        x, spikes = self._joined(trace.x), self._joined(self.inner or self.leaves).detach()
         current = self._joined(self.arrived).detach()
         firing, scale = self.level.firing, self._scale.detach()
         arguments = self.name, self.neuron, current, scale, x, spikes, self.leaves, firing, self._mask(x)

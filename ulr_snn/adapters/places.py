@@ -1,0 +1,211 @@
+"""Places in a model's code that fire by a function with a surrogate gradient, in neurons that no adapter knows.
+
+Neurons that are written out fire by a `torch.autograd.Function`: its forward compares membranes with a threshold, and
+its backward is the derivative of another function. A `Staircase` is what such a forward computes, and a `Place` is
+where the model's code calls it. While a place is bound, its site draws what the function returns, and the function's
+backward passes on the credit of the site. So the surrogate is not asked for, and all other code runs as it is.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from ulr_snn.adapters.base import StepNeuron
+from ulr_snn.adapters.intercept import Enter, Path, handled, handler_of, path, set_backward
+from ulr_snn.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The output of a function, first + Σ_k rises[k] (x > thresholds[k]), or ≥ where it is not strict.
+
+    membrane: position of x among the arguments. below: position of a threshold that is an argument, too; thresholds are
+    then those of x minus this argument. dtype: of the output; None: that of x.
+    """
+
+    membrane: int
+    below: int | None
+    thresholds: tuple[float, ...]
+    rises: tuple[float, ...]
+    first: float
+    strict: bool
+    dtype: torch.dtype | None = None
+
+    def standing(self, arguments: tuple[Any, ...]) -> Tensor:
+        """Returns the membrane of a call, above a threshold among its arguments."""
+        x: Tensor = arguments[self.membrane]
+        return x if self.below is None else x - arguments[self.below]
+
+    def drive(self, x: Tensor) -> Tensor:
+        """Returns the distances of `standing` from the thresholds, with a last axis for several of them."""
+        if len(self.thresholds) > 1:
+            return x.unsqueeze(-1) - torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
+        return x - self.thresholds[0] if self.thresholds[0] else x
+
+    def output(self, spikes: Tensor) -> Tensor:
+        """Returns the output for spikes in the shape of the drive."""
+        if len(self.rises) > 1:
+            spikes = spikes @ torch.tensor(self.rises, dtype=spikes.dtype, device=spikes.device)
+        elif self.rises != (1.0,):
+            spikes = self.rises[0] * spikes
+        found = self.first + spikes if self.first else spikes
+        return found if self.dtype is None else found.to(self.dtype)
+
+    def credit(self, a: Tensor, slope: Tensor) -> Tensor:
+        """Returns the credit of x, from the credit a of the output, and the slopes in the shape of the drive."""
+        if len(self.rises) == 1:
+            return a * slope if self.rises == (1.0,) else a * slope * self.rises[0]
+        return a * (slope @ torch.tensor(self.rises, dtype=slope.dtype, device=slope.device))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The form of a function's argument. axis: that on which the samples lie. each: entries on it for each sample.
+    whole: all time steps arrive in one call; they lie on the first axis, before the samples."""
+
+    axis: int
+    each: int
+    whole: bool
+
+    def rows(self, x: Tensor, steps: int) -> Tensor:
+        """Returns x as [B, ...], or as [T, B, ...] if it holds all time steps."""
+        if not self.whole:
+            x = x.movedim(self.axis, 0) if self.axis else x
+            return x if self.each == 1 else x.unflatten(0, (-1, self.each))
+        if self.axis == 0:
+            return x.unflatten(0, (steps, -1))
+        return x if self.each == 1 else x.unflatten(1, (-1, self.each))
+
+    def back(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Returns rows in the form of `like`."""
+        if self.whole:
+            return rows.reshape(like.shape)
+        rows = rows if self.each == 1 else rows.flatten(0, 1)
+        return rows.movedim(0, self.axis).contiguous() if self.axis else rows
+
+
+class Place(StepNeuron):
+    """A place in the model's code where a function fires: a neuron without a state of its own.
+
+    modules: those whose code leads there, from the inside out. unit: the distance from rest to the threshold. calls,
+    steps: number of calls in a pass over so many time steps. known: paths at which the function fires no neurons.
+    """
+
+    inside = True
+    slot = None
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        function: type[Function],
+        path: Path,
+        stairs: Staircase,
+        layout: Layout,
+        unit: float,
+        calls: int,
+        steps: int,
+        known: frozenset[Path],
+    ) -> None:
+        super().__init__(modules[0])
+        self.modules = modules
+        self.function, self.path, self.stairs, self.layout, self.known = function, path, stairs, layout, known
+        self.strict, self.whole, self.calls, self.steps = stairs.strict, layout.whole, calls, steps
+        self.watchers: list[Callable[[Tensor], None]] = []
+        self._threshold = torch.tensor(unit, dtype=torch.float64)
+
+    @property
+    def threshold(self) -> Tensor:
+        return self._threshold
+
+    def calls_in(self, steps: int) -> int:
+        if self.whole:
+            return steps
+        times, more = divmod(self.calls, self.steps)
+        return times * steps if not more else self.calls + steps - self.steps
+
+    @contextmanager
+    def seeing(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+        self.watchers.append(see)
+        try:
+            yield
+        finally:
+            self.watchers.remove(see)
+
+    @contextmanager
+    def bound(self, site: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            if site is not None:
+                handler = handler_of(self.function)
+                if not isinstance(handler, _Places):
+                    handler = _Places(self.function.__name__)
+                    stack.enter_context(handled(self.function, handler))
+                if self.path in handler.sites:
+                    name = type(self.module).__name__
+                    raise UsageError(f"{name} is already bound; leave the other attach or evaluate first")
+                handler.sites[self.path] = self, site
+                stack.callback(handler.sites.pop, self.path)
+            yield
+
+    def fired(self, site: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Enter]:
+        """Runs the site in place of the function's forward."""
+        t = getattr(site, "calls", 0)
+        with torch.enable_grad():  # autograd has turned it off, but records keep their drives in the graph
+            x = self.stairs.standing(arguments)
+            rows = self.layout.rows(x, site.steps if self.whole else 1)
+            site.begin(rows)
+            spikes = site.fire(self.stairs.drive(rows))
+        fired = self.stairs.output(spikes)
+        output = self.layout.back(fired, x)
+        site.end([output])
+        for see in self.watchers:
+            see(fired)
+        return output, partial(self._enter, getattr(site, "link", None), t, arguments, id(output))
+
+    def _enter(self, link: Any, t: int, arguments: tuple[Any, ...], output: int, ctx: Any) -> None:
+        set_backward(ctx, _Credit)
+        ctx.place, ctx.link, ctx.t, ctx.count = self, link, t, len(arguments)
+        ctx.fired = output  # `model.graph` takes the output for a leaf
+        below = None if self.stairs.below is None else arguments[self.stairs.below]
+        ctx.below = below.shape if isinstance(below, Tensor) and below.requires_grad else None
+
+
+@dataclass
+class _Places:
+    """The handler of a function in a pass. sites: by path, the place and its site."""
+
+    name: str
+    sites: dict[Path, tuple[Place, Any]] = field(default_factory=dict)
+
+    def __call__(self, own: Callable[[], Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
+        here = path()
+        found = self.sites.get(here)
+        if found is not None:
+            return found[0].fired(found[1], arguments)
+        if any(here in place.known for place, _ in self.sites.values()):
+            return own(), None
+        raise UsageError(
+            f"{self.name} fires at a place in the model's code where it did not run in the first batch; let the model "
+            "run the same code for every batch"
+        )
+
+
+class _Credit(Function):
+    """The backward of a call at a place: the credit of its site, or nothing where a pass is cut at spikes."""
+
+    @staticmethod
+    def backward(ctx: Any, *a: Any) -> Any:
+        found: list[Tensor | None] = [None] * ctx.count
+        place: Place = ctx.place
+        if ctx.link is not None:
+            stairs, slope = place.stairs, ctx.link.slope(ctx.t)
+            rows = place.layout.rows(a[0], len(slope) if place.whole else 1)
+            found[stairs.membrane] = credit = place.layout.back(stairs.credit(rows, slope), a[0])
+            if stairs.below is not None and ctx.below is not None:
+                found[stairs.below] = -credit.sum_to_size(ctx.below)
+        return tuple(found)

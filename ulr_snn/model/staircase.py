@@ -1,0 +1,151 @@
+"""What a function of autograd computes, if it fires: its output is a staircase in one of its arguments."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ulr_snn.adapters.places import Staircase
+from ulr_snn.errors import UsageError
+
+STAIRS = 8  # most steps of a function that fires; a function with more of them rounds
+GRID = 2049  # evenly spaced points on which a function is looked at, and as many far away
+FARTHEST = 1e6
+HALVINGS = 1200  # of an interval, more than numbers of double precision need
+MOVED = 0.375  # by how much a threshold among the arguments is moved
+
+Arguments = tuple[Any, ...]
+Calls = list[tuple[Arguments, Tensor]]  # arguments and output of each call of a function
+Values = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def staircase(function: type[Function], calls: Calls) -> Staircase | None:
+    """Returns the staircase that a function's outputs are, bit for bit; None if they are no staircase. Raises
+    UsageError if its steps depend on another argument in a way that is not known."""
+    arguments, output = calls[0]
+    for membrane, x in enumerate(arguments):
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == output.shape and x.numel()):
+            continue
+        plain = tuple(item if i == membrane else level(item) for i, item in enumerate(arguments))
+        grid = points(calls, membrane)
+        found = stairs_of(values_of(function, plain, membrane), grid, membrane)
+        if found is None:
+            continue
+        moving = [i for i in range(len(plain)) if i != membrane and moves(function, plain, membrane, i, grid)]
+        if moving:
+            found = below(function, plain, membrane, moving[0], grid) if len(moving) == 1 else None
+        if found is not None and output.dtype != x.dtype:
+            found = replace(found, dtype=output.dtype)
+        if found is not None and all(fits(found, *call) for call in calls):
+            return found
+        raise UsageError(
+            f"{function.__name__} fires by a rule that is not known: a staircase in its argument {membrane} alone, or "
+            "in that less one other argument; subtract the threshold before the call"
+        )
+    return None
+
+
+def level(item: Any) -> Any:
+    """Returns a tensor of one value in place of one of several, and anything else as it is."""
+    several = isinstance(item, Tensor) and item.is_floating_point() and item.numel() > 1
+    return torch.zeros_like(item) if several else item
+
+
+def fits(stairs: Staircase, arguments: Arguments, output: Tensor) -> bool:
+    """Returns whether an output is that of the staircase."""
+    drive = stairs.drive(stairs.standing(arguments))
+    spikes = (drive > 0 if stairs.strict else drive >= 0).to(drive.dtype)
+    return torch.equal(stairs.output(spikes), output)
+
+
+def points(calls: Calls, membrane: int) -> Tensor:
+    """Returns numbers, in ascending order, at which a function of membranes like those of the calls is looked at."""
+    x = calls[0][0][membrane]
+    most = 8.0 + 2.0 * max(float(arguments[membrane].abs().max()) for arguments, _ in calls)
+    near = torch.linspace(-most, most, GRID, dtype=torch.float64)
+    far = torch.logspace(0, 1, GRID // 2, max(FARTHEST / most, 2.0), dtype=torch.float64)[1:] * most
+    return torch.cat([-far.flip(0), near, far]).to(x)
+
+
+def values_of(function: type[Function], arguments: Arguments, membrane: int) -> Values:
+    """Returns a function's values at numbers [n], with all other arguments as they are. The numbers are put into a
+    tensor of the shape that it knows."""
+    x = arguments[membrane]
+
+    def values(at: Tensor) -> Tensor:
+        parts = []
+        for part in at.split(x.numel()):
+            given = part.repeat(-(-x.numel() // len(part)))[: x.numel()].view(x.shape)
+            result = function.apply(*arguments[:membrane], given, *arguments[membrane + 1 :])
+            parts.append(result.flatten()[: len(part)].to(x.dtype))
+        return torch.cat(parts)
+
+    return values
+
+
+def stairs_of(values: Values, grid: Tensor, membrane: int) -> Staircase | None:
+    """Returns the staircase of values that only ever rise, by a few steps."""
+    found = values(grid)
+    rising = found.diff()
+    if not torch.isfinite(found).all() or bool((rising < 0).any()):
+        return None
+    jumps = torch.nonzero(rising).flatten().tolist()
+    if not 1 <= len(jumps) <= STAIRS:
+        return None
+    edges = [edge(values, grid[i], grid[i + 1]) for i in jumps]
+    known = [e for e in edges if e is not None]
+    if len(known) < len(edges):
+        return None
+    lows, highs = zip(*known, strict=True)
+    strict = sum(len(repr(v)) for v in lows) < sum(len(repr(v)) for v in highs)  # a threshold has few digits
+    return Staircase(
+        membrane, None, lows if strict else highs, tuple(map(float, rising[jumps])), float(found[0]), strict
+    )
+
+
+def edge(values: Values, low: Tensor, high: Tensor) -> tuple[float, float] | None:
+    """Returns the neighbouring numbers between which values jump from that at `low` to that at `high`; None if they
+    take another value between the two."""
+    under, over = values(low[None]), values(high[None])
+    for _ in range(HALVINGS):
+        middle = low + (high - low) / 2
+        if middle in (low, high):
+            return float(low), float(high)
+        value = values(middle[None])
+        if value != under and value != over:
+            return None
+        low, high = (middle, high) if value == under else (low, middle)
+    return None
+
+
+def moves(function: type[Function], arguments: Arguments, membrane: int, other: int, grid: Tensor) -> bool:
+    """Returns whether the steps move with another argument of the function."""
+    moved = arguments[other]
+    if isinstance(moved, bool) or not (
+        isinstance(moved, float) or (isinstance(moved, Tensor) and moved.is_floating_point())
+    ):
+        return False
+    changed = (*arguments[:other], moved + MOVED, *arguments[other + 1 :])
+    return not torch.equal(values_of(function, arguments, membrane)(grid), values_of(function, changed, membrane)(grid))
+
+
+def below(function: type[Function], arguments: Arguments, membrane: int, other: int, grid: Tensor) -> Staircase | None:
+    """Returns the staircase of a function in the difference of two arguments, if its steps move by as much as the
+    second does."""
+    given, found = arguments[other], None
+    for origin in (0.0, MOVED):
+        at = torch.full_like(given, origin) if isinstance(given, Tensor) else origin
+        changed = (*arguments[:other], at, *arguments[other + 1 :])
+        here = stairs_of(values_of(function, changed, membrane), grid + origin, membrane)
+        if here is None:
+            return None
+        if found is None:
+            found = Staircase(membrane, other, here.thresholds, here.rises, here.first, here.strict)
+        moved = [v - origin for v in here.thresholds]
+        if here.rises != found.rises or any(abs(a - b) > 1e-6 for a, b in zip(moved, found.thresholds, strict=True)):
+            return None
+    return found
