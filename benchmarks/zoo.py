@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure_times(arguments: argparse.Namespace) -> None:
     """Short runs of both methods in turn, so many rounds."""
-    path = Path(arguments.out).with_name("zoo_times.csv")
+    path = beside(Path(arguments.out), "times.csv")
     known = {(name, turn) for name, _, turn in done(path)}
     for name in arguments.networks:
         for turn in range(arguments.seeds):
@@ -182,6 +182,12 @@ def append(path: Path, row: dict[str, object], columns: Sequence[str] = COLUMNS)
         writer.writerow(row)
 
 
+def beside(path: Path, kind: str) -> Path:
+    """The file of another kind beside NAME_runs.csv: NAME_times.csv or NAME.png."""
+    stem = path.stem.removesuffix("_runs")
+    return path.with_name(f"{stem}{kind}" if kind.startswith(".") else f"{stem}_{kind}")
+
+
 # -- the table ---------------------------------------------------------------------------------------------
 
 
@@ -232,7 +238,7 @@ def summary(found: list[dict[str, str]], times: dict[str, float]) -> list[dict[s
 
 
 def show(path: Path) -> None:
-    table = summary(rows(path), ratios(path.with_name("zoo_times.csv")))
+    table = summary(rows(path), ratios(beside(path, "times.csv")))
     print("| network | seeds | ULR() | best BPTT (rate) | difference | to BPTT in one cycle | time | passes |")
     print("|---|---|---|---|---|---|---|---|")
     for r in table:
@@ -249,7 +255,7 @@ def show(path: Path) -> None:
                 print(f"to {name}, {'' if kind else 'not '}looked at: {found}")
         times = [r["time"] for r in table if r["time"] == r["time"]]
         print(f"median time {median(times or [float('nan')]):.2f}; * looked at while defaults were tuned")
-        draw(table, path.with_name("zoo.png"))
+        draw(table, beside(path, ".png"))
 
 
 def in_short(differences: Sequence[float]) -> str:
@@ -304,8 +310,8 @@ def run_or_show(
     show(Path(arguments.out))
 
 
-def main() -> None:
-    parser = command_line(__doc__, ZOO, 3, "zoo_runs.csv")
+def main(about: str | None = __doc__, networks: Iterable[str] = tuple(ZOO), out: str = "zoo_runs.csv") -> None:
+    parser = command_line(about or "", networks, 3, out)
     parser.add_argument("--methods", nargs="*", default=["ulr", *USUAL, *CYCLES])
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150)

@@ -143,8 +143,9 @@ def test_other_functions_are_no_staircases():
             return x * x
 
     assert called(Round) is None and called(Squared) is None
+    assert called(Scaled, 2.0).thresholds == (0.5,)  # a number that is no threshold is a constant
     with pytest.raises(UsageError, match="Scaled fires by a rule that is not known"):
-        called(Scaled, 2.0)
+        called(Scaled, torch.tensor(2.0))
 
 
 # -- credit ------------------------------------------------------------------------------------------------
@@ -295,8 +296,9 @@ def test_samples_may_lie_on_any_axis():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["whole", "folded", "joined", "batch first"])
-def test_functions_of_all_time_steps_at_once(form):
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 3, 5, 1] * 4)], ids=["even", "lengths"])
+@pytest.mark.parametrize("form", ["whole", "folded", "joined", "batch first", "folded, batch first"])
+def test_functions_of_all_time_steps_at_once(form, lengths):
     """A layer without a state that fires in one call: the same draws in each form of its argument."""
 
     class Once(nn.Module):
@@ -305,6 +307,8 @@ def test_functions_of_all_time_steps_at_once(form):
                 return Above.apply(x.flatten(0, 1) - 1.0).unflatten(0, x.shape[:2])
             if form == "joined":
                 return Above.apply(x.flatten(1) - 1.0).view(x.shape)
+            if form == "folded, batch first":
+                return Above.apply(x.transpose(0, 1).flatten(0, 1) - 1.0).unflatten(0, x.shape[1::-1]).transpose(0, 1)
             if form == "batch first":
                 return Above.apply(x.transpose(0, 1) - 1.0).transpose(0, 1)
             return Above.apply(x - 1.0)
@@ -313,13 +317,38 @@ def test_functions_of_all_time_steps_at_once(form):
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([Above.apply(now - 1.0) for now in x])
 
-    estimator = ULR(firing=Logistic(0.4))
-    at_once, in_steps = (gradients(layered(lambda _, kind=kind: kind()), estimator) for kind in (Once, Each))
-    assert all(float(g.abs().max()) > 0 for g in at_once)
-    if form == "batch first":  # each sample has its own noise, but in another order
-        return
-    for a, b in zip(at_once, in_steps, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for estimator in (ULR(firing=Logistic(0.4)), ULR(credit="global", copies=2, firing=Logistic(0.4))):
+        nets = (layered(lambda _, kind=kind: kind()) for kind in (Once, Each))
+        at_once, in_steps = (gradients(net, estimator, lengths) for net in nets)
+        assert all(float(g.abs().max()) > 0 for g in at_once)
+        for a, b in zip(at_once, in_steps, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_layers_on_one_line_are_told_apart_where_they_can_be():
+    """Each call that holds all time steps is a site, and so are calls with other numbers of neurons."""
+
+    class Deep(nn.Module):
+        def __init__(self, widths: tuple[int, ...], steps: bool) -> None:
+            super().__init__()
+            sizes = zip((INPUTS, *widths[:-1]), widths, strict=True)
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+            self.out, self.steps = nn.Linear(widths[-1], CLASSES), steps
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.steps:
+                return torch.stack([self.one(now) for now in x])
+            return self.one(x)
+
+        def one(self, x: Tensor) -> Tensor:
+            for linear in self.layers:
+                x = Above.apply(linear(x) - 0.5)
+            return self.out(x)
+
+    torch.manual_seed(0)
+    for model in (Deep((6, 6), steps=False), Deep((8, 6), steps=True)):
+        assert [site for site, *_ in plan(model.double(), data()).sites] == ["Above", "Above_2"]
+        assert all(float(g.abs().max()) > 0 for g in gradients(model, ULR()))
 
 
 # -- what is left alone ------------------------------------------------------------------------------------
@@ -545,6 +574,63 @@ def test_code_that_did_not_run_in_the_first_batch_is_refused():
         ulr.backward(x, y)
         with pytest.raises(UsageError, match="Above fires at a place in the model's code where it did not run"):
             ulr.backward(x[:, :8], y[:8])
+
+
+def test_a_threshold_that_changes_after_the_first_batch_is_refused():
+    class Moving(Unasked):
+        at = 1.0
+
+        @staticmethod
+        def forward(ctx, x):
+            return (x > Moving.at).to(x)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([Moving.apply(now) for now in x])
+
+    x, y = data()
+    with attach(nn.Sequential(nn.Linear(INPUTS, 6), Net(), nn.Linear(6, CLASSES)).double(), ULR(), seed=5) as ulr:
+        ulr.backward(x, y)
+        Moving.at = 2.0
+        with pytest.raises(UsageError, match="Moving has another threshold than in the first batch"):
+            ulr.backward(x, y)
+
+
+def test_code_that_runs_or_is_made_anew_is_refused():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda z: Above.apply(z - 1.0), x, use_reentrant=False)
+
+    class Making(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            class Made(Unasked):
+                @staticmethod
+                def forward(ctx, x):
+                    return (x > 0).to(x)
+
+            return Made.apply(x - 1.0)
+
+    for kind, why in (
+        (Checkpointed, "leave torch.utils.checkpoint out"),
+        (Making, "the model makes Made"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            plan(nn.Sequential(nn.Linear(INPUTS, 6), kind(), nn.Linear(6, CLASSES)).double(), data())
+
+
+def test_a_module_that_is_made_anew_fires_at_one_place():
+    class Fires(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Above.apply(x)
+
+    class Neuron(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([Fires()(now - 1.0) for now in x])
+
+    made = gradients(layered(lambda _: Neuron()), ULR(firing=Logistic(0.4)))
+    assert all(float(g.abs().max()) > 0 for g in made)
 
 
 # -- SpikingJelly's nodes that no adapter takes over -------------------------------------------------------

@@ -19,10 +19,10 @@ Path = tuple[tuple[int, int, int], ...]  # of the calls that lead to a function:
 Enter = Callable[[Any], None]  # prepares the context of a function's call for its backward
 
 CALLS = "ulr_snn.model.call"  # calls of models begin in this module
+AGAIN = "torch.utils.checkpoint"  # code of this module runs a part of a model again in the backward pass
 SKIPPED = ("torch", "ulr_snn")  # packages whose calls are left out of paths
-END, SKIP, PLAIN, BOUND = range(
-    4
-)  # kinds of code: where paths end, what they leave out, and code with an argument first
+# Kinds of code: where paths end, what they leave out, code without arguments, and with a first one.
+END, SKIP, PLAIN, BOUND = range(4)
 _kinds: dict[int, tuple[int, CodeType]] = {}  # by id, which the code that is kept here keeps from being used again
 
 
@@ -54,9 +54,21 @@ def frames() -> Iterator[tuple[FrameType, nn.Module | None]]:
         frame = frame.f_back
 
 
-def path() -> Path:
-    """Returns the path of calls by which the model's code came here."""
-    return tuple([(id(frame.f_code), frame.f_lasti, id(module)) for frame, module in frames()])
+def path(modules: frozenset[int]) -> Path:
+    """Returns the path of calls by which the model's code came here. modules: ids of the modules that tell calls apart,
+    those of the model, but not such as its code makes anew."""
+    found = [(id(frame.f_code), frame.f_lasti, id(module)) for frame, module in frames()]
+    return tuple([(code, at, module if module in modules else 0) for code, at, module in found])
+
+
+def runs_again() -> bool:
+    """Returns whether the code that leads here will run again in the backward pass."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == AGAIN:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def modules() -> list[nn.Module]:
@@ -65,10 +77,18 @@ def modules() -> list[nn.Module]:
 
 
 class Handler(Protocol):
-    """Runs in place of a function's forward. own: the function's own forward of these arguments. Returns the output,
-    and what prepares the context for another backward than the function's own."""
+    """Runs in place of a function's forward. own: the function's own forward, of these arguments if it gets none, and
+    of others without any trace in the context. Returns the output, and what prepares the context for another backward
+    than the function's own."""
 
-    def __call__(self, own: Callable[[], Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]: ...
+    def __call__(self, own: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]: ...
+
+
+class Mute:
+    """A context that takes everything and keeps nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 class _Thread(local):
@@ -137,7 +157,7 @@ def _asking(function: type[Function], own: Callable[..., Any], apart: bool) -> C
         if handler is None:
             result = own(*given)
         else:
-            result, enter = handler(partial(own, *given), given if apart else given[1:])
+            result, enter = handler(partial(_owns, own, given, apart), given if apart else given[1:])
         if apart:
             _thread.entering = enter
         elif enter is not None:
@@ -145,6 +165,13 @@ def _asking(function: type[Function], own: Callable[..., Any], apart: bool) -> C
         return result
 
     return forward
+
+
+def _owns(own: Callable[..., Any], given: tuple[Any, ...], apart: bool, *others: Any) -> Any:
+    """Runs a function's own forward of what it was given, or of other arguments with a mute context."""
+    if not others:
+        return own(*given)
+    return own(*others) if apart else own(Mute(), *others)
 
 
 def _entering(own: Callable[..., None]) -> Callable[..., None]:

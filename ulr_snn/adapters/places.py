@@ -57,6 +57,21 @@ class Staircase:
         found = self.first + spikes if self.first else spikes
         return found if self.dtype is None else found.to(self.dtype)
 
+    @torch.no_grad()
+    def holds(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
+        """Returns whether a function is still this staircase, by what its own forward gives next to the thresholds."""
+        x = arguments[self.membrane]
+        edges = torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
+        side = torch.full_like(edges, torch.inf if self.strict else -torch.inf)
+        probes = torch.stack([edges, edges.nextafter(side)], 1).flatten()
+        near = probes.repeat(-(-x.numel() // len(probes)))[: x.numel()].view(x.shape)
+        if self.below is not None:
+            near = near + arguments[self.below]
+        given = (*arguments[: self.membrane], near, *arguments[self.membrane + 1 :])
+        drive = self.drive(self.standing(given))
+        spikes = (drive > 0 if self.strict else drive >= 0).to(drive.dtype)
+        return torch.equal(own(*given), self.output(spikes))
+
     def credit(self, a: Tensor, slope: Tensor) -> Tensor:
         """Returns the credit of x, from the credit a of the output, and the slopes in the shape of the drive."""
         if len(self.rises) == 1:
@@ -67,34 +82,50 @@ class Staircase:
 @dataclass(frozen=True)
 class Layout:
     """The form of a function's argument. axis: that on which the samples lie. each: entries on it for each sample.
-    whole: all time steps arrive in one call; they lie on the first axis, before the samples."""
+    whole: all time steps arrive in one call: as [T, B, ...], [B, T, ...], or with both on the first axis. outer: where
+    the entries of each sample are neighbours."""
 
     axis: int
     each: int
     whole: bool
+    outer: bool = True
 
     def rows(self, x: Tensor, steps: int) -> Tensor:
-        """Returns x as [B, ...], or as [T, B, ...] if it holds all time steps."""
-        if not self.whole:
-            x = x.movedim(self.axis, 0) if self.axis else x
-            return x if self.each == 1 else x.unflatten(0, (-1, self.each))
-        if self.axis == 0:
-            return x.unflatten(0, (steps, -1))
-        return x if self.each == 1 else x.unflatten(1, (-1, self.each))
+        """Returns x as [B, ...], or as [T, B, ...] if it holds all time steps. steps: T."""
+        if self.whole and self.axis == 1:
+            return x if self.each == 1 else x.unflatten(1, (-1, self.each))
+        x = x.movedim(self.axis, 0) if self.axis else x
+        if self.whole and self.each > 1:
+            return x.unflatten(0, (-1, steps)).transpose(0, 1) if self.outer else x.unflatten(0, (steps, -1))
+        if self.whole:
+            return x.transpose(0, 1)
+        if self.each == 1:
+            return x
+        return x.unflatten(0, (-1, self.each)) if self.outer else x.unflatten(0, (self.each, -1)).transpose(0, 1)
 
     def back(self, rows: Tensor, like: Tensor) -> Tensor:
         """Returns rows in the form of `like`."""
-        if self.whole:
+        if self.whole and self.axis == 1:
             return rows.reshape(like.shape)
-        rows = rows if self.each == 1 else rows.flatten(0, 1)
-        return rows.movedim(0, self.axis).contiguous() if self.axis else rows
+        turned = self.whole and (self.each == 1 or self.outer)
+        turned = turned or (not self.whole and self.each > 1 and not self.outer)
+        rows = rows.transpose(0, 1) if turned else rows
+        rows = rows.flatten(0, 1) if self.each > 1 else rows
+        return (rows.movedim(0, self.axis) if self.axis else rows).contiguous()
+
+    def features(self, x: Tensor) -> tuple[int, ...]:
+        """Returns the sizes of the axes that hold neither samples nor time."""
+        first = 2 if self.whole and (self.axis == 1 or self.each == 1) else 1
+        return tuple(x.movedim(self.axis, 0).shape[1:] if not self.whole else x.shape[first:])
 
 
 class Place(StepNeuron):
     """A place in the model's code where a function fires: a neuron without a state of its own.
 
-    modules: those whose code leads there, from the inside out. unit: the distance from rest to the threshold. calls,
-    steps: number of calls in a pass over so many time steps. known: paths at which the function fires no neurons.
+    modules: those whose code leads there, from the inside out. turn: which of the calls on the path it is, if each
+    holds all time steps. unit: the distance from rest to the threshold. calls, steps: number of calls in a pass over so
+    many time steps. features: see `Layout`. known: paths at which the function fires no neurons; within: ids of the
+    model's modules.
     """
 
     inside = True
@@ -105,16 +136,19 @@ class Place(StepNeuron):
         modules: Sequence[nn.Module],
         function: type[Function],
         path: Path,
+        turn: int,
         stairs: Staircase,
         layout: Layout,
+        features: tuple[int, ...],
         unit: float,
         calls: int,
         steps: int,
         known: frozenset[Path],
+        within: frozenset[int],
     ) -> None:
         super().__init__(modules[0])
-        self.modules = modules
-        self.function, self.path, self.stairs, self.layout, self.known = function, path, stairs, layout, known
+        self.modules, self.function, self.path, self.turn = modules, function, path, turn
+        self.stairs, self.layout, self.features, self.known, self.within = stairs, layout, features, known, within
         self.strict, self.whole, self.calls, self.steps = stairs.strict, layout.whole, calls, steps
         self.watchers: list[Callable[[Tensor], None]] = []
         self._threshold = torch.tensor(unit, dtype=torch.float64)
@@ -143,18 +177,34 @@ class Place(StepNeuron):
             if site is not None:
                 handler = handler_of(self.function)
                 if not isinstance(handler, _Places):
-                    handler = _Places(self.function.__name__)
+                    handler = _Places(self.function.__name__, self.within)
                     stack.enter_context(handled(self.function, handler))
-                if self.path in handler.sites:
+                sites = handler.sites.setdefault(self.path, [])
+                if any(place is self for place, _ in sites):
                     name = type(self.module).__name__
                     raise UsageError(f"{name} is already bound; leave the other attach or evaluate first")
-                handler.sites[self.path] = self, site
-                stack.callback(handler.sites.pop, self.path)
+                sites.append((self, site))
+                stack.callback(sites.remove, (self, site))
             yield
 
-    def fired(self, site: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Enter]:
+    def takes(self, arguments: tuple[Any, ...]) -> bool:
+        """Returns whether a call on the path is one of the place, by its form."""
+        x = arguments[self.stairs.membrane]
+        return x.ndim > self.layout.axis and self.layout.features(x) == self.features
+
+    def check(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+        """Raises UsageError if the function no longer has its staircase."""
+        if not self.stairs.holds(own, arguments):
+            raise UsageError(
+                f"{self.function.__name__} has another threshold than in the first batch; make the threshold an "
+                "argument of the function, a number or a tensor, or subtract it before the call"
+            )
+
+    def fired(self, site: Any, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, Enter]:
         """Runs the site in place of the function's forward."""
         t = getattr(site, "calls", 0)
+        if t == 0:
+            self.check(own, arguments)
         with torch.enable_grad():  # autograd has turned it off, but records keep their drives in the graph
             x = self.stairs.standing(arguments)
             rows = self.layout.rows(x, site.steps if self.whole else 1)
@@ -177,17 +227,25 @@ class Place(StepNeuron):
 
 @dataclass
 class _Places:
-    """The handler of a function in a pass. sites: by path, the place and its site."""
+    """The handler of a function in a pass. modules: ids of the model's modules; sites: by path, the places and their
+    sites; turns: number of calls so far, by path and features."""
 
     name: str
-    sites: dict[Path, tuple[Place, Any]] = field(default_factory=dict)
+    modules: frozenset[int]
+    sites: dict[Path, list[tuple[Place, Any]]] = field(default_factory=dict)
+    turns: dict[Any, int] = field(default_factory=dict)
 
-    def __call__(self, own: Callable[[], Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
-        here = path()
-        found = self.sites.get(here)
-        if found is not None:
-            return found[0].fired(found[1], arguments)
-        if any(here in place.known for place, _ in self.sites.values()):
+    def __call__(self, own: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
+        here = path(self.modules)
+        found = [(place, site) for place, site in self.sites.get(here, ()) if place.takes(arguments)]
+        if len(found) > 1:
+            key = here, found[0][0].features
+            turn = self.turns[key] = self.turns.get(key, -1) + 1
+            found = [(place, site) for place, site in found if place.turn == turn % len(found)]
+        if found:
+            place, site = found[0]
+            return place.fired(site, own, arguments)
+        if any(here in place.known for sites in self.sites.values() for place, _ in sites):
             return own(), None
         raise UsageError(
             f"{self.name} fires at a place in the model's code where it did not run in the first batch; let the model "

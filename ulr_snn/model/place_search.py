@@ -3,22 +3,22 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ulr_snn.adapters.intercept import SKIPPED, Enter, Path, handled, modules, path
+from ulr_snn.adapters.intercept import SKIPPED, Enter, Path, handled, modules, path, runs_again
 from ulr_snn.adapters.places import Layout, Place, Staircase
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, no_side_effects
-from ulr_snn.model.staircase import staircase
+from ulr_snn.model.staircase import Calls, staircase
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import Layers, bind, open_modules
 
-SAMPLES = 3, 2  # sizes of the two batches whose comparison shows on which axis the samples lie
 AT_REST = 0.1  # share of its spread by which a membrane rests below the threshold, or the spread is its unit
 
 Key = tuple[type[Function], Path]
@@ -38,31 +38,32 @@ def find_places(
     that fires in a way that no site can take over."""
     if not open_modules(model):
         return []
-    functions = list(own_functions(Function))
-    x = events()
+    functions, x = list(own_functions(Function)), events()
     if not functions or not x.is_floating_point():
         return []
-    two = [rows(x, count) for count in SAMPLES]
-    try:
-        first = seen(model, call, two[0], functions, layers)
-    except RuntimeError as error:
-        if "requires grad" not in str(error):  # code that leaves torch asks for tensors without a graph
-            raise
-        return []
+    first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
+    if made := set(own_functions(Function)) - set(functions):  # by code that imports others when it first runs
+        functions = list(own_functions(Function))
+        first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
+        if made := set(own_functions(Function)) - set(functions):
+            raise UsageError(
+                f"the model makes {min(f.__name__ for f in made)}, a function of autograd, each time it runs; define "
+                "it once, outside of forward"
+            )
     if not first.calls:
         return []
-    second, empty = (seen(model, call, part, functions, layers) for part in (two[1], torch.zeros_like(two[0])))
-    found = [Finding(key, calls, first.modules[key]) for key, calls in first.calls.items()]
+    run = partial(seen, model, call, functions, layers)
+    second, empty = run(rows(x, (0, 0))), run(torch.zeros_like(rows(x, (0, 1, 2))))
+    found = findings(first, second, empty, len(x))
     closed = {id(inner) for name, module in model.named_modules() if name in boxes for inner in module.modules()}
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
-    firing = [f for f in found if f.fires(second.calls.get(f.key), len(x), bool(layers))]
+    firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
     if notes is not None:
         notes += [f.note() for f in found if f.stairs is None and f.two_valued]
     others = set(first.calls) - {f.key for f in firing}
     known = {f.function: frozenset(path for function, path in others if function is f.function) for f in firing}
     names = named(model, firing, {name for name, _ in layers})
-    places = [f.place(len(x), empty.calls.get(f.key), known[f.function]) for f in firing]
-    return list(zip(names, places, strict=True))
+    return [(name, f.place(len(x), known[f.function], first.within)) for name, f in zip(names, firing, strict=True)]
 
 
 def own_functions(base: type[Function]) -> Iterator[type[Function]]:
@@ -73,26 +74,36 @@ def own_functions(base: type[Function]) -> Iterator[type[Function]]:
         yield from own_functions(function)
 
 
-def rows(x: Tensor, count: int) -> Tensor:
-    """Returns events [T, count, ...] of the first samples, repeated where there are fewer."""
-    return x[:, torch.arange(count, device=x.device) % x.shape[1]]
+def rows(x: Tensor, samples: tuple[int, ...]) -> Tensor:
+    """Returns events [T, B, ...] of these samples, counted round."""
+    return x[:, torch.tensor(samples, device=x.device) % x.shape[1]]
 
 
 @dataclass
 class Seen:
-    """The calls of functions in a pass. calls: arguments and output of each call, by function and path; modules: those
-    whose code leads there, from the inside out."""
+    """The calls of functions in a pass. within: ids of the model's modules; calls: arguments and output of each call,
+    by function and path; modules: those whose code leads there, from the inside out. leaves_torch: the model's code
+    asks for tensors without a graph."""
 
-    calls: dict[Key, list[tuple[tuple[Any, ...], Tensor]]] = field(default_factory=dict)
+    model: nn.Module
+    within: frozenset[int]
+    calls: dict[Key, Calls] = field(default_factory=dict)
     modules: dict[Key, list[nn.Module]] = field(default_factory=dict)
+    leaves_torch: bool = False
 
     def handler(self, function: type[Function]) -> Callable[..., tuple[Any, Enter | None]]:
         """Returns a handler that lets the function run and notes its calls."""
 
-        def noting(own: Callable[[], Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
-            key = function, path()
+        def noting(own: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
+            key = function, path(self.within)
             if key not in self.modules:
-                self.modules[key] = modules()
+                own_modules = [module for module in modules() if id(module) in self.within]
+                self.modules[key] = own_modules or [self.model]
+                if runs_again():
+                    raise UsageError(
+                        f"{function.__name__} fires in a part of the model that is checkpointed, and would fire anew "
+                        "in the backward pass; leave torch.utils.checkpoint out"
+                    )
             kept = tuple(item.clone() if isinstance(item, Tensor) else item for item in arguments)
             for before, after in zip(arguments, kept, strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
@@ -105,26 +116,92 @@ class Seen:
         return noting
 
 
-def seen(model: nn.Module, call: Call, x: Tensor, functions: list[type[Function]], layers: Layers) -> Seen:
+def seen(model: nn.Module, call: Call, functions: list[type[Function]], layers: Layers, x: Tensor) -> Seen:
     """Runs a pass without noise and returns what functions did in it."""
-    found = Seen()
-    with no_side_effects(model), torch.enable_grad(), ExitStack() as stack:
+    found = Seen(model, frozenset(map(id, model.modules())))
+    try:
+        with torch.enable_grad():
+            watched(model, call, functions, layers, x, found)
+    except RuntimeError as error:
+        if "requires grad" not in str(error):  # code that leaves torch asks for tensors without a graph
+            raise
+        found = Seen(model, found.within, leaves_torch=True)
+        with torch.no_grad():
+            watched(model, call, functions, layers, x, found)
+    return found
+
+
+def watched(
+    model: nn.Module, call: Call, functions: list[type[Function]], layers: Layers, x: Tensor, found: Seen
+) -> None:
+    """Runs a pass without noise, and notes what functions do in it."""
+    with no_side_effects(model), ExitStack() as stack:
         stack.enter_context(bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers))
         for function in functions:
             stack.enter_context(handled(function, found.handler(function)))
         call.outputs(model, copied(x))
+
+
+def findings(first: Seen, second: Seen, empty: Seen, steps: int) -> list["Finding"]:
+    """Returns what functions did at each place: of a path, calls of one form are a place, or each call that holds all
+    time steps. second: of fewer samples, which are equal; empty: without events."""
+    found = []
+    for key, calls in first.calls.items():
+        fewer = second.calls.get(key, [])
+        if len(fewer) != len(calls):
+            raise UsageError(
+                f"{key[0].__name__} does not run as often with 2 samples as with 3; let the model run the same code "
+                "for every batch"
+            )
+        groups: dict[Any, list[int]] = {}
+        for i, (more, less) in enumerate(zip(calls, fewer, strict=True)):
+            layout = layout_of(in_form(more), in_form(less), steps)
+            form = None if layout is None else (layout, layout.features(more[1]))
+            groups.setdefault(form, []).append(i)
+        for form, members in groups.items():
+            each = [[i] for i in members] if form is not None and form[0].whole else [members]
+            for turn, part in enumerate(each):
+                rest = empty.calls.get(key, [])
+                at_rest = rest[part[0]][0] if len(rest) == len(calls) else None
+                own = [calls[i] for i in part]
+                found.append(Finding(key, own, first.modules[key], None if form is None else form[0], turn, at_rest))
     return found
+
+
+def in_form(call: tuple[tuple[Any, ...], Tensor]) -> Tensor:
+    """Returns the first argument in the shape of the output, or the output."""
+    arguments, output = call
+    found = (a for a in arguments if isinstance(a, Tensor) and a.is_floating_point() and a.shape == output.shape)
+    return next(found, output)
+
+
+def layout_of(more: Tensor, fewer: Tensor, steps: int) -> Layout | None:
+    """Returns the layout of a call by a tensor of it for 3 samples, and for 2 samples that are equal; None if it holds
+    no samples."""
+    axes = [axis for axis, (a, b) in enumerate(zip(more.shape, fewer.shape, strict=False)) if a != b]
+    if more.ndim != fewer.ndim or len(axes) != 1 or more.shape[axes[0]] * 2 != fewer.shape[axes[0]] * 3:
+        return None
+    axis, each = axes[0], more.shape[axes[0]] // 3
+    whole = axis == 1 and more.shape[0] == steps
+    whole = whole or (axis == 0 and each == steps) or (axis == 0 and each == 1 and more.shape[1:2] == (steps,))
+    if each == 1 or (whole and axis == 1):
+        return Layout(axis, each, whole and steps > 1)
+    pairs = fewer.movedim(axis, 0).unflatten(0, (each, 2))  # neighbours are of one entry, if equal
+    return Layout(axis, each, whole and steps > 1, outer=not torch.equal(pairs[:, 0], pairs[:, 1]))
 
 
 @dataclass(eq=False)
 class Finding:
-    """What a function did at one place. modules: those whose code leads there, from the inside out."""
+    """What a function did at one place. modules: those whose code leads there, from the inside out; turn: see `Place`;
+    rest: the arguments of the first call without events."""
 
     key: Key
-    calls: list[tuple[tuple[Any, ...], Tensor]]
+    calls: Calls
     modules: list[nn.Module]
+    layout: Layout | None
+    turn: int
+    rest: tuple[Any, ...] | None
     stairs: Staircase | None = None
-    layout: Layout | None = None
 
     @property
     def function(self) -> type[Function]:
@@ -134,25 +211,16 @@ class Finding:
     def path(self) -> Path:
         return self.key[1]
 
-    def fires(self, fewer: list[tuple[tuple[Any, ...], Tensor]] | None, steps: int, layers: bool) -> bool:
-        """Returns whether neurons fire here, and how. fewer: the calls with fewer samples. layers: whether other layers
-        come before. A function of weights alone, or of the input alone, has no neurons."""
-        if fewer is None or len(fewer) != len(self.calls):
+    def fires(self, trained: bool) -> bool:
+        """Returns whether neurons fire here, and how. trained: parameters lie before, though the graph does not show
+        it. A function of weights alone, or of the input alone, has no neurons."""
+        if self.layout is None:
             return False
-        trained = any(isinstance(a, Tensor) and a.requires_grad for arguments, _ in self.calls for a in arguments)
-        self.stairs = staircase(self.function, self.calls) if trained or layers else None
-        if self.stairs is None:
-            return False
-        several = {self.layout_of(a, b, steps) for (_, a), (_, b) in zip(self.calls, fewer, strict=True)}
-        if several == {None}:
-            return False
-        self.layout = several.pop()
-        if several or self.layout is None:
-            raise UsageError(
-                f"{self.function.__name__} fires in {type(self.modules[0]).__name__} with outputs of changing form; "
-                "give it a tensor with one row for each sample, in every time step"
-            )
-        return True
+        trained = trained or any(
+            isinstance(a, Tensor) and a.requires_grad for arguments, _ in self.calls for a in arguments
+        )
+        self.stairs = staircase(self.function, self.calls) if trained else None
+        return self.stairs is not None
 
     @property
     def two_valued(self) -> bool:
@@ -167,41 +235,21 @@ class Finding:
             "a threshold, and keeps a gradient of its own"
         )
 
-    def layout_of(self, more: Tensor, fewer: Tensor, steps: int) -> Layout | None:
-        """Returns the layout of a call by its shapes with more and with fewer samples; None if it holds no samples."""
-        pairs = list(zip(more.shape, fewer.shape, strict=False))
-        axes = [axis for axis, (a, b) in enumerate(pairs) if a != b]
-        if (
-            more.ndim != fewer.ndim
-            or len(axes) != 1
-            or more.shape[axes[0]] * SAMPLES[1] != fewer.shape[axes[0]] * SAMPLES[0]
-        ):
-            return None
-        axis, each = axes[0], more.shape[axes[0]] // SAMPLES[0]
-        once = len(self.calls) == 1 and steps > 1
-        whole = once and ((axis == 0 and each == steps) or (axis == 1 and more.shape[0] == steps))
-        return Layout(axis, each, whole)
-
-    def place(self, steps: int, empty: list[tuple[tuple[Any, ...], Tensor]] | None, known: frozenset[Path]) -> Place:
-        """Returns the place. empty: the calls without events."""
+    def place(self, steps: int, known: frozenset[Path], within: frozenset[int]) -> Place:
+        """Returns the place."""
         assert self.stairs is not None
         assert self.layout is not None
-        unit = self.unit(empty)
-        calls = len(self.calls)
-        return Place(self.modules, self.function, self.path, self.stairs, self.layout, unit, calls, steps, known)
+        features = self.layout.features(self.calls[0][0][self.stairs.membrane])
+        unit, calls, where = self.unit(self.stairs), len(self.calls), (self.function, self.path, self.turn)
+        return Place(self.modules, *where, self.stairs, self.layout, features, unit, calls, steps, known, within)
 
-    def unit(self, empty: list[tuple[tuple[Any, ...], Tensor]] | None) -> float:
+    def unit(self, stairs: Staircase) -> float:
         """Returns the distance from rest to the nearest threshold. Rest is where membranes are after a step without
         events. Membranes that rest at the threshold, as gates do, have their spread as unit."""
-        assert self.stairs is not None
-        standing = torch.cat(
-            [self.stairs.standing(arguments).detach().double().flatten() for arguments, _ in self.calls]
-        )
+        standing = torch.cat([stairs.standing(arguments).detach().double().flatten() for arguments, _ in self.calls])
         spread = float(standing.std()) if standing.numel() > 1 else 0.0
-        rest = float("nan")
-        if empty:
-            rest = float(self.stairs.standing(empty[0][0]).detach().double().median())
-        distance = min((abs(threshold - rest) for threshold in self.stairs.thresholds), default=0.0)
+        rest = float("nan") if self.rest is None else float(stairs.standing(self.rest).detach().double().median())
+        distance = min(abs(threshold - rest) for threshold in stairs.thresholds)
         if distance > AT_REST * spread:
             return distance
         return spread if 0 < spread < float("inf") else 1.0
@@ -217,9 +265,8 @@ def named(model: nn.Module, found: list[Finding], taken: set[str]) -> list[str]:
             counts[id(module)] = counts.get(id(module), 0) + 1
     result: list[str] = []
     for f in found:
-        known = [module for module in f.modules if id(module) in names]
-        own = next((module for module in known if counts[id(module)] == 1), None)
-        base = names[id(own)] if own is not None else f"{names[id(known[0])]}.{f.function.__name__}".lstrip(".")
+        own = next((module for module in f.modules if counts[id(module)] == 1), None)
+        base = names[id(own)] if own is not None else f"{names[id(f.modules[0])]}.{f.function.__name__}".lstrip(".")
         base = base or "model"
         name, count = base, 1
         while name in taken:

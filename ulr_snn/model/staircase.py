@@ -36,8 +36,9 @@ def staircase(function: type[Function], calls: Calls) -> Staircase | None:
         if found is None:
             continue
         moving = [i for i in range(len(plain)) if i != membrane and moves(function, plain, membrane, i, grid)]
-        if moving:
-            found = below(function, plain, membrane, moving[0], grid) if len(moving) == 1 else None
+        constant = found if not any(isinstance(plain[i], Tensor) for i in moving) else None
+        if moving:  # a number that is no threshold is one of the function's constants
+            found = (below(function, plain, membrane, moving[0], grid) if len(moving) == 1 else None) or constant
         if found is not None and output.dtype != x.dtype:
             found = replace(found, dtype=output.dtype)
         if found is not None and all(fits(found, *call) for call in calls):
@@ -125,12 +126,15 @@ def edge(values: Values, low: Tensor, high: Tensor) -> tuple[float, float] | Non
 def moves(function: type[Function], arguments: Arguments, membrane: int, other: int, grid: Tensor) -> bool:
     """Returns whether the steps move with another argument of the function."""
     moved = arguments[other]
-    if isinstance(moved, bool) or not (
-        isinstance(moved, float) or (isinstance(moved, Tensor) and moved.is_floating_point())
-    ):
+    whole = isinstance(moved, int) and not isinstance(moved, bool)
+    if not (whole or isinstance(moved, float) or (isinstance(moved, Tensor) and moved.is_floating_point())):
         return False
     changed = (*arguments[:other], moved + MOVED, *arguments[other + 1 :])
-    return not torch.equal(values_of(function, arguments, membrane)(grid), values_of(function, changed, membrane)(grid))
+    try:
+        found = values_of(function, changed, membrane)(grid)
+    except (RuntimeError, TypeError, ValueError):  # a whole number of something
+        return False
+    return not torch.equal(values_of(function, arguments, membrane)(grid), found)
 
 
 def below(function: type[Function], arguments: Arguments, membrane: int, other: int, grid: Tensor) -> Staircase | None:
