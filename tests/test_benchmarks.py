@@ -306,9 +306,9 @@ def test_the_zoo_trains_both_ways_and_sums_up(tmp_path):
     pytest.importorskip("snntorch")
     pytest.importorskip("norse")
     command = [sys.executable, "-m", "benchmarks.zoo", "--networks", "sj_seq_plain", "--steps", "3", "--seeds", "1"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "runs.csv")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--out", str(tmp_path / "zoo_runs.csv")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / "zoo_runs.csv").read_text().splitlines()))
     cycles = ["bptt-cycle:1e-2", "bptt-cycle:1.5e-2"]
     assert [row["method"] for row in rows] == ["ulr", "bptt:1e-3", "bptt:3e-3", "bptt:1e-2", *cycles]
     assert all(float(row["accuracy"]) >= 0 and float(row["ms"]) > 0 and not row["note"] for row in rows)
