@@ -26,6 +26,14 @@ class Unasked(Function):
         raise AssertionError("a surrogate gradient was asked for")
 
 
+class Straight(Function):
+    """The base of functions with the gradient of their input, which they keep."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 class Above(Unasked):
     @staticmethod
     def forward(ctx, x):
@@ -436,14 +444,10 @@ def test_evaluation_is_that_of_the_models_own_forward():
 def test_weights_of_few_values_keep_their_functions():
     """A straight-through estimator of weights is no neuron; nothing draws it."""
 
-    class Binary(Function):
+    class Binary(Straight):
         @staticmethod
         def forward(ctx, w):
             return (w > 0).to(w)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -710,14 +714,10 @@ def test_recurrent_nets_of_spikingjelly_train(name):
 
 
 def test_a_function_that_chooses_by_another_rule_keeps_its_gradient_and_is_noted():
-    class Largest(Function):
+    class Largest(Straight):
         @staticmethod
         def forward(ctx, x):
             return nn.functional.one_hot(x.argmax(-1), x.shape[-1]).to(x)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -75,8 +75,8 @@ class StepNeuron:
         return []
 
     def calls_in(self, steps: int) -> int:
-        """Returns how often the site is asked in a pass over so many time steps; that many time steps count as one call
-        each if `whole`."""
+        """Returns how often the site is asked in a pass over so many time steps. A call that holds all of them counts
+        as so many."""
         return steps
 
     @contextmanager

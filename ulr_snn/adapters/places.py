@@ -57,6 +57,11 @@ class Staircase:
         found = self.first + spikes if self.first else spikes
         return found if self.dtype is None else found.to(self.dtype)
 
+    def values(self, arguments: tuple[Any, ...]) -> Tensor:
+        """Returns the output of a call without noise."""
+        drive = self.drive(self.standing(arguments))
+        return self.output((drive > 0 if self.strict else drive >= 0).to(drive.dtype))
+
     @torch.no_grad()
     def holds(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
         """Returns whether a function is still this staircase, by what its own forward gives next to the thresholds."""
@@ -68,9 +73,7 @@ class Staircase:
         if self.below is not None:
             near = near + arguments[self.below]
         given = (*arguments[: self.membrane], near, *arguments[self.membrane + 1 :])
-        drive = self.drive(self.standing(given))
-        spikes = (drive > 0 if self.strict else drive >= 0).to(drive.dtype)
-        return torch.equal(own(*given), self.output(spikes))
+        return torch.equal(own(*given), self.values(given))
 
     def credit(self, a: Tensor, slope: Tensor) -> Tensor:
         """Returns the credit of x, from the credit a of the output, and the slopes in the shape of the drive."""

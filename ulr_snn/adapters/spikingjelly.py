@@ -137,10 +137,6 @@ class Counting(Node):
     """A node that counts: its output is the number of thresholds that its membrane, over the threshold, has passed."""
 
     @property
-    def scans(self) -> bool:
-        return False
-
-    @property
     def threshold(self) -> Tensor:
         return torch.ones((), dtype=torch.float64)
 

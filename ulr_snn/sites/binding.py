@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, fresh_state, libraries
+from ulr_snn.adapters.intercept import SKIPPED
 from ulr_snn.errors import UsageError
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
@@ -144,17 +145,11 @@ def user_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__module__.partition(".")[0] not in known]
 
 
-def may_fire(module: nn.Module) -> bool:
-    """Returns whether code of a module may fire by itself: a user's, or a library's that is no neuron known to its
-    adapter."""
-    return type(module).__module__.partition(".")[0] not in ("torch", "ulr_snn") and not isinstance(
-        adapted(module), StepNeuron
-    )
-
-
 def open_modules(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules that may get noise, though no layer in them is known."""
-    return [module for module in model.modules() if may_fire(module)]
+    """Returns the modules that may get noise, though no layer in them is known: a user's, and those of libraries that
+    are no neurons known to their adapters."""
+    others = [m for m in model.modules() if type(m).__module__.partition(".")[0] not in SKIPPED]
+    return [module for module in others if not isinstance(adapted(module), StepNeuron)]
 
 
 def inside(name: str, module: str) -> bool:
