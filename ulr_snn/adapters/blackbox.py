@@ -70,7 +70,7 @@ def copies_of_state(root: nn.Module, modules: list[nn.Module]) -> Iterator[None]
         for module, attributes, buffers in kept:
             own = {name: copied(value, memo) for name, value in attributes.items() if name not in MODULES_OWN}
             module.__dict__.update(own)
-            module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+            module._buffers.update({name: None if b is None else b.detach().clone() for name, b in buffers.items()})
         yield
     finally:
         for module, attributes, buffers in kept:

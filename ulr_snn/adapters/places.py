@@ -1,9 +1,9 @@
 """Places in a model's code that fire by a function with a surrogate gradient, in neurons that no adapter knows.
 
 Neurons that are written out fire by a `torch.autograd.Function`: its forward compares membranes with a threshold, and
-its backward is the derivative of another function. A `Staircase` is what such a forward computes, and a `Place` is
-where the model's code calls it. While a place is bound, its site draws what the function returns, and the function's
-backward passes on the credit of the site. So the surrogate is not asked for, and all other code runs as it is.
+its backward is the derivative of another function. A `Place` is where the model's code calls it. While a place is
+bound, its site draws what the function returns, and the function's backward passes on the credit of the site. So the
+surrogate is not asked for, and all other code runs as it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,69 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ulr_snn.adapters.base import StepNeuron
+from ulr_snn.adapters.blackbox import detached
 from ulr_snn.adapters.intercept import Enter, Path, handled, handler_of, path, set_backward
+from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Staircase:
-    """The output of a function, first + Σ_k rises[k] (x > thresholds[k]), or ≥ where it is not strict.
-
-    membrane: position of x among the arguments. below: position of a threshold that is an argument, too; thresholds are
-    then those of x minus this argument. dtype: of the output; None: that of x.
-    """
-
-    membrane: int
-    below: int | None
-    thresholds: tuple[float, ...]
-    rises: tuple[float, ...]
-    first: float
-    strict: bool
-    dtype: torch.dtype | None = None
-
-    def standing(self, arguments: tuple[Any, ...]) -> Tensor:
-        """Returns the membrane of a call, above a threshold among its arguments."""
-        x: Tensor = arguments[self.membrane]
-        return x if self.below is None else x - arguments[self.below]
-
-    def drive(self, x: Tensor) -> Tensor:
-        """Returns the distances of `standing` from the thresholds, with a last axis for several of them."""
-        if len(self.thresholds) > 1:
-            return x.unsqueeze(-1) - torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
-        return x - self.thresholds[0] if self.thresholds[0] else x
-
-    def output(self, spikes: Tensor) -> Tensor:
-        """Returns the output for spikes in the shape of the drive."""
-        if len(self.rises) > 1:
-            spikes = spikes @ torch.tensor(self.rises, dtype=spikes.dtype, device=spikes.device)
-        elif self.rises != (1.0,):
-            spikes = self.rises[0] * spikes
-        found = self.first + spikes if self.first else spikes
-        return found if self.dtype is None else found.to(self.dtype)
-
-    def values(self, arguments: tuple[Any, ...]) -> Tensor:
-        """Returns the output of a call without noise."""
-        drive = self.drive(self.standing(arguments))
-        return self.output((drive > 0 if self.strict else drive >= 0).to(drive.dtype))
-
-    @torch.no_grad()
-    def holds(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
-        """Returns whether a function is still this staircase, by what its own forward gives next to the thresholds."""
-        x = arguments[self.membrane]
-        edges = torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
-        side = torch.full_like(edges, torch.inf if self.strict else -torch.inf)
-        probes = torch.stack([edges, edges.nextafter(side)], 1).flatten()
-        near = probes.repeat(-(-x.numel() // len(probes)))[: x.numel()].view(x.shape)
-        if self.below is not None:
-            near = near + arguments[self.below]
-        given = (*arguments[: self.membrane], near, *arguments[self.membrane + 1 :])
-        return torch.equal(own(*given), self.values(given))
-
-    def credit(self, a: Tensor, slope: Tensor) -> Tensor:
-        """Returns the credit of x, from the credit a of the output, and the slopes in the shape of the drive."""
-        if len(self.rises) == 1:
-            return a * slope if self.rises == (1.0,) else a * slope * self.rises[0]
-        return a * (slope @ torch.tensor(self.rises, dtype=slope.dtype, device=slope.device))
 
 
 @dataclass(frozen=True)
@@ -209,11 +150,13 @@ class Place(StepNeuron):
         if t == 0:
             self.check(own, arguments)
         with torch.enable_grad():  # autograd has turned it off, but records keep their drives in the graph
-            x = self.stairs.standing(arguments)
-            rows = self.layout.rows(x, site.steps if self.whole else 1)
+            x, climbed = self.stairs.standing(arguments), self.stairs.climbed(own, arguments)
+            steps = site.steps if self.whole else 1
+            rows = self.layout.rows(x, steps)
+            climbed = None if climbed is None else self.layout.rows(climbed, steps)
             site.begin(rows)
-            spikes = site.fire(self.stairs.drive(rows))
-        fired = self.stairs.output(spikes)
+            spikes = site.fire(self.stairs.drive(rows, climbed))
+        fired = self.stairs.output(spikes, climbed)
         output = self.layout.back(fired, x)
         site.end([output])
         for see in self.watchers:
@@ -224,8 +167,11 @@ class Place(StepNeuron):
         set_backward(ctx, _Credit)
         ctx.place, ctx.link, ctx.t, ctx.count = self, link, t, len(arguments)
         ctx.fired = output  # `model.graph` takes the output for a leaf
-        below = None if self.stairs.below is None else arguments[self.stairs.below]
-        ctx.below = below.shape if isinstance(below, Tensor) and below.requires_grad else None
+        stairs = self.stairs
+        moved = next((i for i in (stairs.below, stairs.over) if i is not None), None)
+        ctx.moved = arguments[moved] if moved is not None and takes_credit(arguments[moved]) else None
+        ctx.unit = None if stairs.over is None else detached(arguments[stairs.over])
+        ctx.standing = stairs.standing(arguments).detach() if ctx.moved is not None and ctx.unit is not None else None
 
 
 @dataclass
@@ -256,6 +202,11 @@ class _Places:
         )
 
 
+def takes_credit(argument: Any) -> bool:
+    """Returns whether an argument is a tensor in the graph."""
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
 class _Credit(Function):
     """The backward of a call at a place: the credit of its site, or nothing where a pass is cut at spikes."""
 
@@ -266,7 +217,10 @@ class _Credit(Function):
         if ctx.link is not None:
             stairs, slope = place.stairs, ctx.link.slope(ctx.t)
             rows = place.layout.rows(a[0], len(slope) if place.whole else 1)
-            found[stairs.membrane] = credit = place.layout.back(stairs.credit(rows, slope), a[0])
-            if stairs.below is not None and ctx.below is not None:
-                found[stairs.below] = -credit.sum_to_size(ctx.below)
+            credit = place.layout.back(stairs.credit(rows, slope), a[0])
+            found[stairs.membrane] = credit = credit if ctx.unit is None else credit / ctx.unit
+            if ctx.moved is not None and stairs.below is not None:
+                found[stairs.below] = -credit.sum_to_size(ctx.moved.shape)
+            if ctx.moved is not None and stairs.over is not None:
+                found[stairs.over] = -(credit * ctx.standing).sum_to_size(ctx.moved.shape)
         return tuple(found)

@@ -15,7 +15,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
-from ulr_snn.adapters.places import Staircase
+from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.model.entry import Scaled
 from ulr_snn.model.neurons import LIF

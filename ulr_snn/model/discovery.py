@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, State, current_of, derived, detached, replaced, with_current
+from ulr_snn.adapters.memories import once
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, generator_state, no_side_effects, set_generator_state
+from ulr_snn.model.chain import own_code
 from ulr_snn.model.graph import leaves
 from ulr_snn.model.place_search import find_places
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown
+from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown, user_modules
 
 DRAWS = 4  # changes of the input by which a black box is probed
 
@@ -33,6 +35,7 @@ def find_layers(
     """Returns all layers of a model that get noise, by name, in module order. events: makes events [T, B, ...] to probe
     modules with. noise: see `ULR`. notes: receives a line for every other module that cuts the graph or fires with a
     gradient of its own."""
+    find_memories(model, events, call)
     noise = {name: CurrentNoise() for name, module in model.named_modules() if name and derived(module)} | dict(noise)
     boxes = {name for name, site in noise.items() if isinstance(site, CurrentNoise)}
     places = find_places(model, events, call, spiking_layers(model), boxes, notes)
@@ -51,6 +54,22 @@ def find_layers(
     with no_side_effects(model):
         found = black_boxes(watched, x, noise, [] if notes is None else notes)
     return [*spiking_layers(model, found), *places]
+
+
+def find_memories(model: nn.Module, events: Callable[[], Tensor], call: Call) -> None:
+    """Runs a pass with a graph, the first time for a model with code of its own, which shows the states that it keeps
+    (see `adapters.memories`)."""
+    if not user_modules(own_code(model)) or not once(own_code(model)):
+        return
+    x = events()[:, :2]
+    x = x + torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=x.is_floating_point())
+    running = bind(model, NoiseLevel(Logistic()), steps=len(x))
+    try:
+        with no_side_effects(model), torch.enable_grad(), running:
+            call.outputs(model, x)
+    except RuntimeError as error:
+        if "requires grad" not in str(error):  # code that leaves torch keeps no graph
+            raise
 
 
 def black_boxes(

@@ -1,6 +1,6 @@
 """Device and mode of a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -34,6 +34,11 @@ def check_model(model: Any) -> nn.Module:
     model = ranks.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{shown(model)} is no torch module; give a model, as in Net()")
+    if isinstance(model.parameters(), Mapping):  # as Rockpool's modules, until they are asked for torch's methods
+        kind = type(model).__name__
+        raise UsageError(
+            f"{kind} has a parameters() of its library in place of torch's; give what its to_torch() returns"
+        )
     for name, q in model.named_parameters():
         if isinstance(q, nn.UninitializedParameter):
             raise UsageError(f"{name} of the model has no shape yet; run a batch through the model first")

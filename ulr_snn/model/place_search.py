@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ulr_snn.adapters.intercept import SKIPPED, Enter, Path, handled, modules, path, runs_again
-from ulr_snn.adapters.places import Layout, Place, Staircase
+from ulr_snn.adapters.places import Layout, Place
+from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, no_side_effects
 from ulr_snn.model.staircase import Calls, staircase
@@ -249,7 +250,7 @@ class Finding:
         standing = torch.cat([stairs.standing(arguments).detach().double().flatten() for arguments, _ in self.calls])
         spread = float(standing.std()) if standing.numel() > 1 else 0.0
         rest = float("nan") if self.rest is None else float(stairs.standing(self.rest).detach().double().median())
-        distance = min(abs(threshold - rest) for threshold in stairs.thresholds)
+        distance = stairs.spacing or min(abs(threshold - rest) for threshold in stairs.thresholds)
         if distance > AT_REST * spread:
             return distance
         return spread if 0 < spread < float("inf") else 1.0

@@ -1,14 +1,14 @@
 """What a function of autograd computes, if it fires: its output is a staircase in one of its arguments."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ulr_snn.adapters.places import Staircase
+from ulr_snn.adapters.stairs import NEAREST, Flight, Staircase
 from ulr_snn.errors import UsageError
 
 STAIRS = 8  # most steps of a function that fires; a function with more of them rounds
@@ -35,17 +35,17 @@ def staircase(function: type[Function], calls: Calls) -> Staircase | None:
         found = stairs_of(values_of(function, plain, membrane), grid, membrane)
         if found is None:
             continue
-        moving = [i for i in range(len(plain)) if i != membrane and moves(function, plain, membrane, i, grid)]
-        constant = found if not any(isinstance(plain[i], Tensor) for i in moving) else None
-        if moving:  # a number that is no threshold is one of the function's constants
-            found = (below(function, plain, membrane, moving[0], grid) if len(moving) == 1 else None) or constant
-        if found is not None and output.dtype != x.dtype:
-            found = replace(found, dtype=output.dtype)
-        if found is not None and all(torch.equal(found.values(given), result) for given, result in calls):
-            return found
+        others = [i for i in range(len(plain)) if i != membrane and moves(function, plain, membrane, i, grid)]
+        known = [moved(function, plain, membrane, i, grid, form) for i in others for form in (Shifted, Scaled)]
+        if all(constant(plain[i]) for i in others):  # numbers that are no thresholds
+            known.append(found)
+        for stairs in filter(None, known):
+            stairs = replace(stairs, dtype=None if output.dtype == x.dtype else output.dtype)
+            if all(stairs.gives(given, result) for given, result in calls):
+                return stairs
         raise UsageError(
             f"{function.__name__} fires by a rule that is not known: a staircase in its argument {membrane} alone, or "
-            "in that less one other argument; subtract the threshold before the call"
+            "in that less, or over, one other argument; subtract the threshold before the call"
         )
     return None
 
@@ -53,7 +53,12 @@ def staircase(function: type[Function], calls: Calls) -> Staircase | None:
 def level(item: Any) -> Any:
     """Returns a tensor of one value in place of one of several, and anything else as it is."""
     several = isinstance(item, Tensor) and item.is_floating_point() and item.numel() > 1
-    return torch.zeros_like(item) if several else item
+    return torch.ones_like(item) if several else item
+
+
+def constant(item: Any) -> bool:
+    """Returns whether an argument is one number, which training leaves as it is."""
+    return not isinstance(item, Tensor) or (item.numel() == 1 and not item.requires_grad)
 
 
 def points(calls: Calls, membrane: int) -> Tensor:
@@ -88,17 +93,31 @@ def stairs_of(values: Values, grid: Tensor, membrane: int) -> Staircase | None:
     if not torch.isfinite(found).all() or bool((rising < 0).any()):
         return None
     jumps = torch.nonzero(rising).flatten().tolist()
-    if not 1 <= len(jumps) <= STAIRS:
+    if not jumps:
         return None
-    edges = [edge(values, grid[i], grid[i + 1]) for i in jumps]
+    edges = [edge(values, grid[i], grid[i + 1]) for i in jumps[: STAIRS + 1]]
     known = [e for e in edges if e is not None]
-    if len(known) < len(edges):
-        return None
+    if len(edges) > STAIRS or len(known) < len(edges):
+        return flight_of(edges, grid, found, membrane)
     lows, highs = zip(*known, strict=True)
     strict = sum(len(repr(v)) for v in lows) < sum(len(repr(v)) for v in highs)  # a threshold has few digits
     return Staircase(
-        membrane, None, lows if strict else highs, tuple(map(float, rising[jumps])), float(found[0]), strict
+        membrane, None, lows if strict else highs, tuple(map(float, rising[jumps])), float(found[0]) + 0.0, strict
     )
+
+
+def flight_of(edges: list[tuple[float, float] | None], grid: Tensor, found: Tensor, membrane: int) -> Flight | None:
+    """Returns the even flight of steps that values [n] on the grid are. edges: of the first steps."""
+    highs = [e[1] for e in edges[:STAIRS] if e is not None]
+    if len(highs) < STAIRS:
+        return None
+    first, rise = float(found[0]) + 0.0, float(found[found > found[0]][0] - found[0])
+    top = found[-1] == found[-3]
+    most = float((found[-1] - first) / rise) if top else torch.inf
+    spacing = (highs[-1] - highs[0]) / (STAIRS - 1)
+    stairs = Flight(membrane, None, (highs[0],), (rise,) * NEAREST, first, False, even=spacing, most=most)
+    arguments = (*(None,) * membrane, grid)
+    return stairs if stairs.gives(arguments, found) else None
 
 
 def edge(values: Values, low: Tensor, high: Tensor) -> tuple[float, float] | None:
@@ -130,19 +149,66 @@ def moves(function: type[Function], arguments: Arguments, membrane: int, other: 
     return not torch.equal(values_of(function, arguments, membrane)(grid), found)
 
 
-def below(function: type[Function], arguments: Arguments, membrane: int, other: int, grid: Tensor) -> Staircase | None:
-    """Returns the staircase of a function in the difference of two arguments, if its steps move by as much as the
-    second does."""
-    given, found = arguments[other], None
-    for origin in (0.0, MOVED):
-        at = torch.full_like(given, origin) if isinstance(given, Tensor) else origin
+@dataclass(frozen=True)
+class Shifted:
+    """Membranes that stand to thresholds by their difference from another argument."""
+
+    other: int
+    origin = 0.0
+
+    def places(self, x: Tensor, by: float) -> Tensor:
+        return x + by
+
+    def back(self, threshold: float, by: float) -> float:
+        return threshold - by
+
+    def of(self, stairs: Staircase) -> Staircase:
+        return replace(stairs, below=self.other)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Membranes that stand to thresholds by their ratio to another argument."""
+
+    other: int
+    origin = 1.0
+
+    def places(self, x: Tensor, by: float) -> Tensor:
+        return x * by
+
+    def back(self, threshold: float, by: float) -> float:
+        return threshold / by
+
+    def of(self, stairs: Staircase) -> Staircase:
+        return replace(stairs, over=self.other)
+
+
+def moved(
+    function: type[Function],
+    arguments: Arguments,
+    membrane: int,
+    other: int,
+    grid: Tensor,
+    kind: type[Shifted] | type[Scaled],
+) -> Staircase | None:
+    """Returns the staircase of a function in the difference or the ratio of two arguments, if its steps move so."""
+    form, given, found = kind(other), arguments[other], None
+    for by in (form.origin, form.origin + MOVED):
+        at = torch.full_like(given, by) if isinstance(given, Tensor) else by
         changed = (*arguments[:other], at, *arguments[other + 1 :])
-        here = stairs_of(values_of(function, changed, membrane), grid + origin, membrane)
+        here = stairs_of(values_of(function, changed, membrane), form.places(grid, by), membrane)
         if here is None:
             return None
-        if found is None:
-            found = Staircase(membrane, other, here.thresholds, here.rises, here.first, here.strict)
-        moved = [v - origin for v in here.thresholds]
-        if here.rises != found.rises or any(abs(a - b) > 1e-6 for a, b in zip(moved, found.thresholds, strict=True)):
+        found = here if found is None else found
+        same = type(here) is type(found) and here.rises == found.rises
+        pairs = zip(marks(here), marks(found), strict=True) if same else [(1.0, 0.0)]
+        if any(abs(form.back(a, by) - b) > 1e-6 * max(1.0, abs(b)) for a, b in pairs):
             return None
-    return found
+    return None if found is None else form.of(found)
+
+
+def marks(stairs: Staircase) -> tuple[float, ...]:
+    """Returns the thresholds of a staircase, or the first two of a flight."""
+    return (
+        stairs.thresholds if stairs.spacing is None else (stairs.thresholds[0], stairs.thresholds[0] + stairs.spacing)
+    )

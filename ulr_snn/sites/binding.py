@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, fresh_state, libraries
 from ulr_snn.adapters.intercept import SKIPPED
+from ulr_snn.adapters.memories import own_memories
 from ulr_snn.errors import UsageError
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
@@ -260,6 +261,7 @@ def bind_sites(
         if any(slot and module.__dict__.get(slot) is not None for module, slot in zip(modules, slots, strict=True)):
             raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
         stack.enter_context(fresh_state(model))
+        stack.enter_context(own_memories(user_modules(own_code(model))))
         for neuron, module, slot, site in zip(neurons, modules, slots, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))

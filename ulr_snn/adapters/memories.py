@@ -1,0 +1,82 @@
+"""States that a model's own code keeps in attributes and buffers from one call to the next.
+
+A training loop resets such states before each batch, by a method that only the model's author knows. But what a pass
+leaves in the graph is a state of its batch: a next batch that began with it would go backward through the pass before.
+So each pass begins with what was there before the first one.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import Tensor, nn
+
+from ulr_snn.adapters.blackbox import MODULES_OWN, copied
+
+_memories: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # names of such attributes, known by a pass
+_known: WeakSet[nn.Module] = WeakSet()  # models of which a pass with a graph has shown them
+
+
+def in_graph(value: Any) -> bool:
+    """Returns whether a value is, or contains, a tensor that was computed from parameters."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    if type(value) in (list, tuple):
+        return any(map(in_graph, value))
+    return type(value) is dict and any(map(in_graph, value.values()))
+
+
+@dataclass
+class Holder:
+    """Attributes or buffers of a module as they were before a pass. names: of those that are known to be states."""
+
+    now: dict[str, Any]
+    names: set[str]
+    before: dict[str, Any] = field(init=False)
+    contents: dict[str, Any] = field(init=False)
+    linked: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = {name: value for name, value in self.now.items() if name not in MODULES_OWN}
+        self.contents = {n: value.copy() for n, value in self.before.items() if type(value) in (list, dict)}
+        self.linked = {name for name, value in self.before.items() if in_graph(value)}
+        for name in self.names & self.before.keys():  # what a pass may change in place, or has left in its graph
+            self.now[name] = copied(self.before[name], {})
+
+    def set_back(self) -> None:
+        """Gives the states their values of before. What the pass has put into the graph is a state."""
+        own = {name: value for name, value in self.now.items() if name not in MODULES_OWN}
+        self.names |= {name for name, value in own.items() if name not in self.linked and in_graph(value)}
+        for name in self.names:
+            if name not in self.before:
+                self.now.pop(name, None)
+                continue
+            self.now[name] = value = self.before[name]
+            content = self.contents.get(name)
+            if content is not None:
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def once(model: nn.Module) -> bool:
+    """Returns whether this is the first time that this function is asked about a model."""
+    first = model not in _known
+    _known.add(model)
+    return first
+
+
+@contextmanager
+def own_memories(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context, a pass runs that begins with the states that the modules have now. Afterwards they have
+    these again."""
+    holders = []
+    for module in modules:
+        names = _memories.setdefault(module, set())
+        holders += [Holder(module.__dict__, names), Holder(module._buffers, names)]
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.set_back()

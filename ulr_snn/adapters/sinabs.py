@@ -1,0 +1,31 @@
+"""The adapter of sinabs. Its layers fire by functions of autograd, which `model.place_search` finds, so that only their
+states are left: they stay in buffers from call to call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from sinabs.layers import StatefulLayer
+from torch import nn
+
+from ulr_snn.adapters.base import Adapter
+
+
+@contextmanager
+def no_states(model: nn.Module) -> Iterator[None]:
+    """Within this context, all layers start without a state, as new ones do. Afterwards they are as before."""
+    layers = [module for module in model.modules() if isinstance(module, StatefulLayer)]
+    kept = [(dict(layer.__dict__), dict(layer._buffers)) for layer in layers]
+    try:
+        for layer in layers:
+            layer._buffers.update({name: torch.zeros(0, device=b.device) for name, b in layer._buffers.items()})
+        yield
+    finally:
+        for layer, (attributes, buffers) in zip(layers, kept, strict=True):
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+            layer._buffers.clear()
+            layer._buffers.update(buffers)
+
+
+ADAPTER = Adapter(lambda _: None, fresh_state=no_states)

@@ -1,0 +1,154 @@
+"""What a function that fires computes: its output is a staircase of its argument.
+
+The output rises by a step at each threshold. A `Staircase` lists its thresholds, each of which is a neuron to its site.
+A `Flight` has more steps than can be listed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEAREST = 4  # thresholds of a flight at which a membrane may fire: two that it has passed, and two to come
+CLOSE = 1e-3  # share of the spacing, up to which a number may count as a threshold of a flight
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The output of a function, first + Σ_k rises[k] (x > thresholds[k]), or ≥ where it is not strict.
+
+    membrane: position of x among the arguments. below: position of a threshold that is an argument, too; thresholds are
+    then those of x minus this argument. over: position of the unit of all thresholds; they are then those of x divided
+    by this argument. dtype: of the output; None: that of x.
+    """
+
+    membrane: int
+    below: int | None
+    thresholds: tuple[float, ...]
+    rises: tuple[float, ...]
+    first: float
+    strict: bool
+    dtype: torch.dtype | None = None
+    over: int | None = None
+
+    @property
+    def spacing(self) -> float | None:
+        """Distance between thresholds that go on without end; None if there are no others."""
+        return None
+
+    def standing(self, arguments: tuple[Any, ...]) -> Tensor:
+        """Returns the membrane of a call, as it stands to the thresholds."""
+        x: Tensor = arguments[self.membrane]
+        x = x if self.below is None else x - arguments[self.below]
+        return x if self.over is None else x / arguments[self.over]
+
+    def at(self, standing: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the arguments of a call with a membrane that stands so."""
+        x = standing if self.over is None else standing * arguments[self.over]
+        x = x if self.below is None else x + arguments[self.below]
+        return (*arguments[: self.membrane], x, *arguments[self.membrane + 1 :])
+
+    def climbed(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor | None:
+        """Returns the number of thresholds that a call has passed, where it is needed. own: the function's forward."""
+        return None
+
+    def drive(self, x: Tensor, climbed: Tensor | None = None) -> Tensor:
+        """Returns the distances of `standing` from the thresholds, with a last axis for several of them."""
+        if len(self.thresholds) > 1:
+            return x.unsqueeze(-1) - torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
+        return x - self.thresholds[0] if self.thresholds[0] else x
+
+    def output(self, spikes: Tensor, climbed: Tensor | None = None) -> Tensor:
+        """Returns the output for spikes in the shape of the drive."""
+        if len(self.rises) > 1:
+            spikes = spikes @ torch.tensor(self.rises, dtype=spikes.dtype, device=spikes.device)
+        elif self.rises != (1.0,):
+            spikes = self.rises[0] * spikes
+        found = self.first + spikes if self.first else spikes
+        return found if self.dtype is None else found.to(self.dtype)
+
+    def values(self, arguments: tuple[Any, ...]) -> Tensor:
+        """Returns the output of a call without noise."""
+        drive = self.drive(self.standing(arguments))
+        return self.output((drive > 0 if self.strict else drive >= 0).to(drive.dtype))
+
+    def gives(self, arguments: tuple[Any, ...], output: Tensor) -> bool:
+        """Returns whether the output is that of a call without noise."""
+        return torch.equal(self.values(arguments), output)
+
+    @torch.no_grad()
+    def holds(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
+        """Returns whether a function is still this staircase, by what its own forward gives next to the thresholds."""
+        x = arguments[self.membrane]
+        probes = self._beside(x)
+        given = self.at(probes.repeat(-(-x.numel() // len(probes)))[: x.numel()].view(x.shape), arguments)
+        return self.gives(given, own(*given))
+
+    def _beside(self, like: Tensor) -> Tensor:
+        """Returns numbers next to the thresholds, on both sides."""
+        edges = torch.tensor(self.thresholds, dtype=like.dtype, device=like.device)
+        side = torch.full_like(edges, torch.inf if self.strict else -torch.inf)
+        return torch.stack([edges, edges.nextafter(side)], 1).flatten()
+
+    def credit(self, a: Tensor, slope: Tensor) -> Tensor:
+        """Returns the credit of `standing`, from the credit a of the output, and the slopes in the shape of the
+        drive."""
+        if len(self.rises) == 1:
+            return a * slope if self.rises == (1.0,) else a * slope * self.rises[0]
+        return a * (slope @ torch.tensor(self.rises, dtype=slope.dtype, device=slope.device))
+
+
+@dataclass(frozen=True)
+class Flight(Staircase):
+    """A staircase with more steps than can be listed: evenly spaced thresholds from the first on, up to `most` of them
+    if there is an end. Only the nearest ones may fire or not; those far below have fired, those far above have not.
+
+    thresholds: the first; rises: of each of the nearest steps; even: distance between thresholds.
+    """
+
+    even: float = 1.0
+    most: float = torch.inf
+
+    @property
+    def spacing(self) -> float | None:
+        return self.even
+
+    def climbed(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor | None:
+        with torch.no_grad():
+            return ((own(*arguments) - self.first) / self.rises[0]).round().to(arguments[self.membrane].dtype)
+
+    def _passed(self, climbed: Tensor) -> Tensor:
+        """Returns the number of thresholds that lie too far below to matter."""
+        return (climbed - NEAREST // 2).clamp(max=self.most - NEAREST).clamp(min=0)
+
+    def drive(self, x: Tensor, climbed: Tensor | None = None) -> Tensor:
+        assert climbed is not None
+        steps = self._passed(climbed).unsqueeze(-1) + torch.arange(NEAREST, dtype=x.dtype, device=x.device)
+        drive = x.unsqueeze(-1) - (self.thresholds[0] + self.even * steps)
+        least = torch.finfo(x.dtype).tiny
+        own = torch.where(steps < climbed.unsqueeze(-1), drive.clamp(min=0), drive.clamp(max=-least))
+        return drive + (own - drive).detach()  # the function's own count decides where rounding matters
+
+    def output(self, spikes: Tensor, climbed: Tensor | None = None) -> Tensor:
+        assert climbed is not None
+        found = self.first + self.rises[0] * (self._passed(climbed) + spikes.sum(-1))
+        return found if self.dtype is None else found.to(self.dtype)
+
+    def values(self, arguments: tuple[Any, ...]) -> Tensor:
+        x = self.standing(arguments)
+        count = ((x - self.thresholds[0]) / self.even + 1).floor().clamp(0, self.most)
+        found = self.first + self.rises[0] * count
+        return found if self.dtype is None else found.to(self.dtype)
+
+    def gives(self, arguments: tuple[Any, ...], output: Tensor) -> bool:
+        place = (self.standing(arguments) - self.thresholds[0]) / self.even
+        near = (place - place.round()).abs() <= CLOSE * (1 + place.abs() * CLOSE)
+        off = (self.values(arguments) - output).abs()
+        return bool(((off == 0) | (near & (off <= abs(self.rises[0]) * (1 + place.abs() * CLOSE)))).all())
+
+    def _beside(self, like: Tensor) -> Tensor:
+        steps = torch.arange(int(min(self.most, NEAREST)), dtype=like.dtype, device=like.device)
+        beside = torch.stack([steps - 2 * CLOSE, steps + 2 * CLOSE], 1).flatten()
+        return self.thresholds[0] + self.even * beside
