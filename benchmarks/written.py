@@ -1,5 +1,6 @@
 """Networks that fire by functions with a surrogate gradient in their own code: neurons that are written out, recurrent
-nets with spikes as gates, and nodes and models of SpikingJelly that no adapter takes over. Untuned `ULR()` against BPTT
+nets with spikes as gates, nodes and models of SpikingJelly that no adapter takes over, and, where they are installed,
+layers of sinabs (`pip install --no-deps sinabs`) and Rockpool. Untuned `ULR()` against BPTT
 with that surrogate, as `benchmarks.zoo` compares them, and by its options. No default was tuned on any of these.
 
     python -m benchmarks.written --methods ulr bptt:1e-3 bptt:3e-3 bptt:1e-2   # results/written_runs.csv
@@ -9,6 +10,7 @@ with that surrogate, as `benchmarks.zoo` compares them, and by its options. No d
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -147,6 +149,62 @@ def convolutions(node: Callable[[], nn.Module]) -> nn.Module:
     return multi_step(nn.Sequential(*first, *second, layer.Flatten(), layer.Linear(256, 10)))
 
 
+class BatchFirst(nn.Module):
+    """Layers that take [B, T, ...]."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.transpose(0, 1)).transpose(0, 1)
+
+
+def sinabs_conv() -> nn.Module:
+    """The network of sinabs' quick start with N-MNIST, for 16 x 16 pixels."""
+    from sinabs import activation, layers
+
+    def fires() -> nn.Module:
+        surrogate_gradient = activation.PeriodicExponential()
+        return layers.IAFSqueeze(num_timesteps=STEPS, min_v_mem=-1.0, surrogate_grad_fn=surrogate_gradient)
+
+    first = nn.Conv2d(2, 8, 3, padding=1, bias=False), fires(), nn.AvgPool2d(2)
+    second = nn.Conv2d(8, 16, 3, padding=1, bias=False), fires(), nn.AvgPool2d(2)
+    third = nn.Conv2d(16, 16, 3, padding=1, stride=2, bias=False), fires(), nn.Flatten()
+    last = nn.Linear(64, 10, bias=False), fires()
+    return BatchFirst(layers.FlattenTime(), *first, *second, *third, *last, nn.Unflatten(0, (-1, STEPS)))
+
+
+def sinabs_rows(kind: str) -> nn.Module:
+    """A hidden layer of sinabs' recurrent or adaptive neurons, and a linear readout."""
+    from sinabs import layers
+
+    if kind == "ALIF":
+        hidden = layers.ALIF(tau_mem=10.0, tau_adapt=10.0, norm_input=False)
+    else:
+        hidden = layers.LIFRecurrent(tau_mem=10.0, rec_connect=nn.Linear(64, 64), norm_input=False)
+    return BatchFirst(nn.Linear(32, 64), hidden, nn.Linear(64, 10))
+
+
+class Rockpool(nn.Module):
+    """A hidden layer of Rockpool's neurons, and its exponential synapse as readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rockpool.nn.combinators import Sequential
+        from rockpool.nn.modules import ExpSynTorch, LIFTorch, LinearTorch
+        from rockpool.parameters import Constant
+
+        taus = {"tau_mem": Constant(2e-2), "tau_syn": Constant(2e-2), "dt": 1e-2}
+        hidden = LinearTorch((32, 64)), LIFTorch(64, **taus)
+        self.layers = Sequential(
+            *hidden, LinearTorch((64, 10)), ExpSynTorch(10, tau=Constant(2e-2), dt=1e-2)
+        ).to_torch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.transpose(0, 1)).transpose(0, 1)
+
+
 def parallel() -> nn.Module:
     return neuron.PSN(STEPS, surrogate_function=surrogate.ATan())
 
@@ -179,6 +237,12 @@ add(
 add("w_masnn", lambda: masnn.MASNN(STEPS, 2, 10, (16, 16), (16, 32), (2, 2), 64, 5, 8), long)
 add("w_qkformer", lambda: qkformer.QKFormer(4, 3, 10, 64, (2, 4, 4), (1, 1, 1)), pictures)
 add("w_maxformer", lambda: maxformer.MaxFormer(4, 3, 10, 64, (1, 1, 1)), pictures)
+if find_spec("sinabs"):
+    add("w_sinabs_conv", sinabs_conv, long)
+    add("w_sinabs_rec", partial(sinabs_rows, "recurrent"), digit_rows)
+    add("w_sinabs_alif", partial(sinabs_rows, "ALIF"), digit_rows)
+if find_spec("rockpool"):
+    add("w_rockpool", Rockpool, digit_rows)
 NETWORKS = [name for name in ZOO if name not in BEFORE]
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import ulr_snn
 from tests.helpers import library_of
-from tests.written import CLASSES, INPUTS, Unasked, data, gradients, layered
+from tests.written import CLASSES, INPUTS, Above, Unasked, data, gradients, layered
 from ulr_snn import ULR, Logistic, UsageError, evaluate, train
 from ulr_snn.adapters.stairs import Flight
 from ulr_snn.model.staircase import staircase
@@ -19,12 +19,6 @@ class Counted(Unasked):
     def forward(ctx, v, threshold, most=None):
         count = (v > 0) * torch.div(v, threshold, rounding_mode="trunc")
         return count if most is None else count.clamp(max=most)
-
-
-class Few(Unasked):
-    @staticmethod
-    def forward(ctx, v):
-        return v.floor().clamp(0, 4)
 
 
 class FromHalf(Unasked):
@@ -79,16 +73,16 @@ def test_without_noise_the_output_is_the_functions_own_bit_for_bit():
     x = torch.cat([multiples, *sides, torch.tensor([1e4, -1e4])])
     stairs = found(Counted, threshold)
     given = x, threshold
-    climbed = stairs.climbed(Counted.apply, given)
-    drive = stairs.drive(stairs.standing(given), climbed)
+    climbed = stairs.climbed(stairs.standing(given), lambda: Counted.apply(*given))
+    drive = stairs.settled(stairs.drive(stairs.standing(given), climbed), climbed)
     assert torch.equal(stairs.output((drive >= 0).to(drive), climbed), Counted.apply(*given))
 
 
 def test_the_mean_with_noise_is_that_of_all_thresholds():
     """Those that are left out lie so far away that their neurons are sure."""
-    x, scale = torch.linspace(-3, 30, 400, dtype=torch.float64), 0.1
+    x, scale = torch.linspace(-3, 30, 400, dtype=torch.float64), 0.05
     stairs = found(Counted, 1.0, x=x)
-    climbed = stairs.climbed(Counted.apply, (x, 1.0))
+    climbed = stairs.climbed(x)
     mean = stairs.output(torch.sigmoid(stairs.drive(x, climbed) / scale), climbed)
     exact = torch.sigmoid((x.unsqueeze(-1) - torch.arange(1, 60)) / scale).sum(-1)
     torch.testing.assert_close(mean, exact, rtol=0, atol=2.5e-9)
@@ -108,10 +102,14 @@ class Fires(nn.Module):
     [ULR(firing=Logistic(0.2)), ULR(credit="global", copies=4, firing=Logistic(0.2))],
     ids=["feedback", "global"],
 )
-def test_the_lowest_thresholds_have_the_credit_of_listed_ones(estimator):
-    """Where membranes pass one threshold at most, the draws and gradients of a flight are those of its first steps."""
-    fires = (lambda v: Counted.apply(v.clamp(max=1.9), 1.0)), (lambda v: Few.apply(v.clamp(max=1.9)))
-    flight, listed = (gradients(layered(lambda _, fire=fire: Fires(fire)), estimator) for fire in fires)
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 3, 5, 1] * 4)], ids=["whole", "lengths"])
+def test_the_lowest_thresholds_have_the_credit_of_neurons_apart(estimator, lengths):
+    """Where membranes pass one threshold at most, a flight is two neurons, with the same draws and gradients."""
+    fires = (
+        lambda v: Counted.apply(v.clamp(max=1.9), 1.0),
+        lambda v: Above.apply(torch.stack([v.clamp(max=1.9) - 1, v.clamp(max=1.9) - 2], 1)).sum(1),
+    )
+    flight, listed = (gradients(layered(lambda _, fire=fire: Fires(fire)), estimator, lengths) for fire in fires)
     for a, b in zip(flight, listed, strict=True):
         assert float(a.abs().max()) > 0
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -21,6 +21,7 @@ from ulr_snn.adapters.blackbox import detached
 from ulr_snn.adapters.intercept import Enter, Path, handled, handler_of, path, set_backward
 from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.errors import UsageError
+from ulr_snn.model.neurons import zero_padding
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,18 @@ class Place(StepNeuron):
         t = getattr(site, "calls", 0)
         if t == 0:
             self.check(own, arguments)
-        with torch.enable_grad():  # autograd has turned it off, but records keep their drives in the graph
-            x, climbed = self.stairs.standing(arguments), self.stairs.climbed(own, arguments)
-            steps = site.steps if self.whole else 1
+        steps, axis = site.steps if self.whole else 1, 2 if self.whole else 1
+        linked = getattr(site, "links", None) is not None
+        with torch.set_grad_enabled(not linked):  # records without a link keep their drives in the graph
+            x = self.stairs.standing(arguments)
             rows = self.layout.rows(x, steps)
-            climbed = None if climbed is None else self.layout.rows(climbed, steps)
             site.begin(rows)
-            spikes = site.fire(self.stairs.drive(rows, climbed))
-        fired = self.stairs.output(spikes, climbed)
+            settles = partial(own, *arguments) if site.settles else None
+            climbed = self.stairs.climbed(rows, None if settles is None else lambda: self.layout.rows(settles(), steps))
+            climbed = None if climbed is None else zero_padding(climbed, t, site.lengths, self.whole)
+            drive = self.stairs.drive(rows, climbed, axis)
+            spikes = site.fire(self.stairs.settled(drive, climbed, axis) if site.settles else drive)
+        fired = self.stairs.output(spikes, climbed, axis)
         output = self.layout.back(fired, x)
         site.end([output])
         for see in self.watchers:
@@ -217,7 +222,7 @@ class _Credit(Function):
         if ctx.link is not None:
             stairs, slope = place.stairs, ctx.link.slope(ctx.t)
             rows = place.layout.rows(a[0], len(slope) if place.whole else 1)
-            credit = place.layout.back(stairs.credit(rows, slope), a[0])
+            credit = place.layout.back(stairs.credit(rows, slope, 2 if place.whole else 1), a[0])
             found[stairs.membrane] = credit = credit if ctx.unit is None else credit / ctx.unit
             if ctx.moved is not None and stairs.below is not None:
                 found[stairs.below] = -credit.sum_to_size(ctx.moved.shape)

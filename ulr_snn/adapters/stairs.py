@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEAREST = 4  # thresholds of a flight at which a membrane may fire: two that it has passed, and two to come
+NEAREST = 2  # thresholds of a flight at which a membrane may fire: the last that it has passed, and the next
 CLOSE = 1e-3  # share of the spacing, up to which a number may count as a threshold of a flight
 
 
@@ -50,17 +50,23 @@ class Staircase:
         x = x if self.below is None else x + arguments[self.below]
         return (*arguments[: self.membrane], x, *arguments[self.membrane + 1 :])
 
-    def climbed(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor | None:
-        """Returns the number of thresholds that a call has passed, where it is needed. own: the function's forward."""
+    def climbed(self, x: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Returns the number of thresholds below `standing`, where it is needed. own: gives the output of the function
+        itself, which decides where rounding matters."""
         return None
 
-    def drive(self, x: Tensor, climbed: Tensor | None = None) -> Tensor:
-        """Returns the distances of `standing` from the thresholds, with a last axis for several of them."""
+    def drive(self, x: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
+        """Returns the distances of `standing` from the thresholds, with an axis for several of them. climbed: number of
+        thresholds below; axis: where a flight has this axis, before those of the features."""
         if len(self.thresholds) > 1:
             return x.unsqueeze(-1) - torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
         return x - self.thresholds[0] if self.thresholds[0] else x
 
-    def output(self, spikes: Tensor, climbed: Tensor | None = None) -> Tensor:
+    def settled(self, drive: Tensor, climbed: Tensor | None, axis: int = 1) -> Tensor:
+        """Returns the drive with signs that tell the number of thresholds below."""
+        return drive
+
+    def output(self, spikes: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
         """Returns the output for spikes in the shape of the drive."""
         if len(self.rises) > 1:
             spikes = spikes @ torch.tensor(self.rises, dtype=spikes.dtype, device=spikes.device)
@@ -92,7 +98,7 @@ class Staircase:
         side = torch.full_like(edges, torch.inf if self.strict else -torch.inf)
         return torch.stack([edges, edges.nextafter(side)], 1).flatten()
 
-    def credit(self, a: Tensor, slope: Tensor) -> Tensor:
+    def credit(self, a: Tensor, slope: Tensor, axis: int = 1) -> Tensor:
         """Returns the credit of `standing`, from the credit a of the output, and the slopes in the shape of the
         drive."""
         if len(self.rises) == 1:
@@ -115,26 +121,46 @@ class Flight(Staircase):
     def spacing(self) -> float | None:
         return self.even
 
-    def climbed(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor | None:
-        with torch.no_grad():
-            return ((own(*arguments) - self.first) / self.rises[0]).round().to(arguments[self.membrane].dtype)
+    @torch.no_grad()
+    def climbed(self, x: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor | None:
+        if own is not None:
+            return ((own() - self.first) / self.rises[0]).round_().to(x.dtype)
+        first, even = self.thresholds[0], self.even
+        count = x.floor() if first == even == 1 else (x - first).div_(even).add_(1).floor_()
+        return count.clamp_(0, None if self.most == torch.inf else self.most)
+
+    def settled(self, drive: Tensor, climbed: Tensor | None, axis: int = 1) -> Tensor:
+        assert climbed is not None
+        passed = climbed - self._passed(climbed)
+        low, high = drive.clamp(min=0), drive.clamp(max=-torch.finfo(drive.dtype).tiny)
+        parts = zip(low.unbind(axis), high.unbind(axis), strict=True)
+        return torch.stack([torch.where(passed > step, *part) for step, part in enumerate(parts)], axis)
 
     def _passed(self, climbed: Tensor) -> Tensor:
         """Returns the number of thresholds that lie too far below to matter."""
-        return (climbed - NEAREST // 2).clamp(max=self.most - NEAREST).clamp(min=0)
+        found = (climbed - NEAREST // 2).clamp_(min=0)
+        return found if self.most == torch.inf else found.clamp_(max=self.most - NEAREST)
 
-    def drive(self, x: Tensor, climbed: Tensor | None = None) -> Tensor:
+    def drive(self, x: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
         assert climbed is not None
-        steps = self._passed(climbed).unsqueeze(-1) + torch.arange(NEAREST, dtype=x.dtype, device=x.device)
-        drive = x.unsqueeze(-1) - (self.thresholds[0] + self.even * steps)
-        least = torch.finfo(x.dtype).tiny
-        own = torch.where(steps < climbed.unsqueeze(-1), drive.clamp(min=0), drive.clamp(max=-least))
-        return drive + (own - drive).detach()  # the function's own count decides where rounding matters
+        passed = self._passed(climbed)
+        first = x - (passed.mul_(self.even) if self.even != 1 else passed).add_(self.thresholds[0])
+        return torch.stack([first - self.even * step if step else first for step in range(NEAREST)], axis)
 
-    def output(self, spikes: Tensor, climbed: Tensor | None = None) -> Tensor:
+    def output(self, spikes: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
         assert climbed is not None
-        found = self.first + self.rises[0] * (self._passed(climbed) + spikes.sum(-1))
+        found = self._passed(climbed)
+        for step in spikes.unbind(axis):
+            found += step
+        found = found if self.rises[0] == 1 else found.mul_(self.rises[0])
+        found = found.add_(self.first) if self.first else found
         return found if self.dtype is None else found.to(self.dtype)
+
+    def credit(self, a: Tensor, slope: Tensor, axis: int = 1) -> Tensor:
+        first, *others = slope.unbind(axis)
+        for other in others:
+            first = first + other
+        return a * first if self.rises[0] == 1 else a * first * self.rises[0]
 
     def values(self, arguments: tuple[Any, ...]) -> Tensor:
         x = self.standing(arguments)

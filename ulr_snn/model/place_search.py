@@ -160,13 +160,21 @@ def findings(first: Seen, second: Seen, empty: Seen, steps: int) -> list["Findin
             form = None if layout is None else (layout, layout.features(more[1]))
             groups.setdefault(form, []).append(i)
         for form, members in groups.items():
-            each = [[i] for i in members] if form is not None and form[0].whole else [members]
+            layout = None if form is None else stepwise(form[0], len(members), steps)
+            each = [[i] for i in members] if layout is not None and layout.whole else [members]
             for turn, part in enumerate(each):
                 rest = empty.calls.get(key, [])
                 at_rest = rest[part[0]][0] if len(rest) == len(calls) else None
                 own = [calls[i] for i in part]
-                found.append(Finding(key, own, first.modules[key], None if form is None else form[0], turn, at_rest))
+                found.append(Finding(key, own, first.modules[key], layout, turn, at_rest))
     return found
+
+
+def stepwise(layout: Layout, calls: int, steps: int) -> Layout:
+    """Returns the layout of calls of one form: a second axis as long as there are time steps holds features if as many
+    calls go with it."""
+    alike = layout.whole and layout.axis == 0 and layout.each == 1
+    return Layout(0, 1, whole=False) if alike and calls % steps == 0 else layout
 
 
 def in_form(call: tuple[tuple[Any, ...], Tensor]) -> Tensor:

@@ -98,6 +98,11 @@ class StepSite:
         return self.guard(spikes)
 
     @property
+    def settles(self) -> bool:
+        """True if the layer fires without noise."""
+        return self.noise is None or self.measured
+
+    @property
     def link(self) -> Any:
         """What passes credit on to the drives; None in a pass that is cut at spikes."""
         return self._link
