@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 import ulr_snn
 from tests.helpers import library_of
-from tests.written import CLASSES, INPUTS, Above, Unasked, data, gradients, layered
+from tests.written import BATCH, CLASSES, INPUTS, STEPS, Above, Unasked, data, gradients, layered
 from ulr_snn import ULR, Logistic, UsageError, evaluate, train
 from ulr_snn.adapters.stairs import Flight
 from ulr_snn.model.staircase import staircase
+from ulr_snn.runs.recording import record
 
 
 class Counted(Unasked):
@@ -186,7 +187,7 @@ def test_they_train_and_every_batch_starts_anew(library, kind, monkeypatch):
         backward = library_of("sinabs.activation.spike_generation").BackwardClass
         monkeypatch.setattr(backward, "backward", staticmethod(Unasked.backward))
     before = evaluate(model, batches(), layout="BT")["loss"]
-    train(model, batches() * 15, epochs=2, layout="BT", lr=1e-2, progress=False)
+    train(model, batches() * 10, epochs=2, layout="BT", lr=1e-2, progress=False)
     after = evaluate(model, batches(), layout="BT")
     assert after["loss"] < before - 0.2, (before, after)
     assert evaluate(model, batches()[::-1], layout="BT")["loss"] == pytest.approx(after["loss"], rel=1e-6)
@@ -197,3 +198,32 @@ def test_a_module_of_rockpool_is_asked_for_its_torch_methods():
     model = combinators.Sequential(modules.LinearTorch((INPUTS, 4)), modules.LIFTorch(4))
     with pytest.raises(UsageError, match="to_torch"):
         ulr_snn.plan(model, data())
+
+
+class Smooth(torch.autograd.Function):
+    """With a surrogate that works, so that BPTT has it, too."""
+
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return v.floor().clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (v,) = ctx.saved_tensors
+        return gradient * (v > 0)
+
+
+def test_counts_are_recorded_and_diagnosed():
+    model = layered(lambda _: Fires(lambda v: Smooth.apply(3 * v))).float()
+    x, y = data()
+    recorded = record(model, (x.float(), y)).layers["1"]
+    assert recorded.spikes.shape == (STEPS, BATCH, 8) and recorded.spikes.max() > 2
+    found = ulr_snn.diagnose(model, (x.float(), y), draws=8, reference_draws=32, warm_up=4)
+    assert all(method in str(found) for method in ("feedback", "global", "surrogate"))
+
+
+def test_noise_begins_no_wider_than_the_nearest_thresholds_allow():
+    model = layered(lambda _: Fires(lambda v: Smooth.apply(9 * v))).float()
+    noise = {site: noise for site, noise, _ in ulr_snn.plan(model, (data()[0].float(), data()[1])).sites}
+    assert noise["1"].startswith("logistic, 0.20 -> 0.05")

@@ -1,5 +1,6 @@
 """The interface between firing sites and the spiking modules of other libraries."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,13 +36,15 @@ class StepNeuron:
     strict: whether a neuron fires only above a drive of 0; otherwise it fires at 0 too. whole: whether the module runs
     all time steps at once, which it can because its spikes do not act on its own membranes. inside: whether the site is
     asked inside a function of autograd, which links spikes to their drive by itself (`places.py`). slot: the attribute
-    of the module that holds the site while it is bound; None: nothing reads it.
+    of the module that holds the site while it is bound; None: nothing reads it. widest: bounds the spread of membranes,
+    in units of the threshold, after which the scale of the noise begins.
     """
 
     strict = True
     whole = False
     inside = False
     slot: str | None = "site"
+    widest = math.inf
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module  # the attributes of the libraries' classes have no types

@@ -95,6 +95,7 @@ class Place(StepNeuron):
         self.modules, self.function, self.path, self.turn = modules, function, path, turn
         self.stairs, self.layout, self.features, self.known, self.within = stairs, layout, features, known, within
         self.strict, self.whole, self.calls, self.steps = stairs.strict, layout.whole, calls, steps
+        self.widest = stairs.widest
         self.watchers: list[Callable[[Tensor], None]] = []
         self._threshold = torch.tensor(unit, dtype=torch.float64)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NEAREST = 2  # thresholds of a flight at which a membrane may fire: the last that it has passed, and the next
+WIDEST = 2.0  # spread with which noise begins at a fifth of the spacing, so that thresholds left out stay sure
 CLOSE = 1e-3  # share of the spacing, up to which a number may count as a threshold of a flight
 
 
@@ -37,6 +38,11 @@ class Staircase:
     def spacing(self) -> float | None:
         """Distance between thresholds that go on without end; None if there are no others."""
         return None
+
+    @property
+    def widest(self) -> float:
+        """Bound of the spread of membranes after which noise begins, in units of the first threshold."""
+        return torch.inf
 
     def standing(self, arguments: tuple[Any, ...]) -> Tensor:
         """Returns the membrane of a call, as it stands to the thresholds."""
@@ -120,6 +126,10 @@ class Flight(Staircase):
     @property
     def spacing(self) -> float | None:
         return self.even
+
+    @property
+    def widest(self) -> float:
+        return WIDEST
 
     @torch.no_grad()
     def climbed(self, x: Tensor, own: Callable[[], Tensor] | None = None) -> Tensor | None:

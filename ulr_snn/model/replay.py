@@ -64,6 +64,7 @@ class Replay:
     currents: dict[str, Tensor]  # of all layers, by site
     lengths: Tensor | None = None  # steps of each row that are no padding, for scans
     flipped: str | None = None
+    settles = False
     calls: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     resetting: Tensor | None = None

@@ -135,7 +135,9 @@ class StepSite:
         mask = self._mask(drive)
         self.level.store_distances({self.name: farthest(drive, mask)})
         threshold = self.neuron.threshold
-        self.level.scale(self.name, threshold, lambda: spread_without_padding(drive + threshold.detach(), mask))
+        widest = self.neuron.widest * float(threshold.detach().abs().mean())
+        spread = lambda: min(spread_without_padding(drive + threshold.detach(), mask), widest)  # noqa: E731
+        self.level.scale(self.name, threshold, spread)
 
     def record(self) -> Record | LinkedRecord:
         """Returns the record of the pass."""
