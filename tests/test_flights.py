@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import ulr_snn
 from tests.helpers import library_of
 from tests.written import BATCH, CLASSES, INPUTS, STEPS, Above, Unasked, data, gradients, layered
-from ulr_snn import ULR, Logistic, UsageError, evaluate, train
+from ulr_snn import LIF, ULR, Logistic, UsageError, evaluate, train
 from ulr_snn.adapters.stairs import Flight
 from ulr_snn.model.staircase import staircase
 from ulr_snn.runs.recording import record
@@ -140,6 +140,13 @@ def test_the_unit_of_thresholds_gets_its_gradient():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_steps_too_fine_to_be_found_are_named():
+    """Beside a layer that is found, a function that keeps its own gradient."""
+    layers = nn.Linear(INPUTS, 6), Fires(lambda v: Fine.apply(v)), nn.Linear(6, 6), LIF(), nn.Linear(6, CLASSES)
+    found = ulr_snn.plan(nn.Sequential(*layers), (data()[0].float(), data()[1]))
+    assert any("Fine in Fires gives multiples of one value" in line for line in str(found).splitlines()), found
+
+
 # -- libraries whose neurons count -------------------------------------------------------------------------
 
 
@@ -191,6 +198,13 @@ def test_they_train_and_every_batch_starts_anew(library, kind, monkeypatch):
     after = evaluate(model, batches(), layout="BT")
     assert after["loss"] < before - 0.2, (before, after)
     assert evaluate(model, batches()[::-1], layout="BT")["loss"] == pytest.approx(after["loss"], rel=1e-6)
+
+
+def test_a_layer_of_sinabs_with_a_fixed_batch_is_refused():
+    layers = library_of("sinabs.layers")
+    model = nn.Sequential(layers.FlattenTime(), nn.Linear(INPUTS, 4), layers.IAFSqueeze(batch_size=24))
+    with pytest.raises(UsageError, match=r"2 is a sinabs IAFSqueeze: it has batch_size=24, .* give it num_timesteps"):
+        train(model, batches(), epochs=1, layout="BT", progress=False)
 
 
 def test_a_module_of_rockpool_is_asked_for_its_torch_methods():

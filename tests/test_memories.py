@@ -1,5 +1,8 @@
 """States that a model's own code keeps in attributes: every batch starts with those of before the training."""
 
+from collections import deque
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +12,14 @@ from ulr_snn import ULR, Logistic, evaluate, train
 from ulr_snn.adapters.memories import in_graph
 
 
+@dataclass
+class Record:
+    v: Tensor | None = None
+
+
 class Keeping(nn.Module):
-    """LIF neurons that keep their membrane in an attribute, a buffer, a list, a dictionary, or a tensor that they
-    change in place, or in none of them."""
+    """LIF neurons that keep their membrane in an attribute, a buffer, a list, a dictionary, an object, a queue, or a
+    tensor that they change in place, or in none of them."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -21,12 +29,14 @@ class Keeping(nn.Module):
         self.register_buffer("place", torch.zeros(1, 1, dtype=torch.float64))
         self.listed: list[Tensor] = []
         self.named: dict[str, Tensor] = {}
+        self.record, self.queue = Record(), deque(maxlen=2)
 
     def kept(self) -> Tensor | None:
         if self.where == "place":
             return self.place if self.place.numel() > 1 else None
         found = {"attribute": self.attribute, "buffer": self.buffer if self.buffer.numel() else None}
         found |= {"list": self.listed[-1] if self.listed else None, "dict": self.named.get("v")}
+        found |= {"object": self.record.v, "queue": self.queue[-1] if self.queue else None}
         return found.get(self.where)
 
     def keep(self, v: Tensor) -> None:
@@ -38,6 +48,10 @@ class Keeping(nn.Module):
             self.listed.append(v)
         elif self.where == "dict":
             self.named["v"] = v
+        elif self.where == "object":
+            self.record.v = v
+        elif self.where == "queue":
+            self.queue.append(v)
         elif self.where == "place":
             self.place = torch.zeros_like(v) if self.place.numel() == 1 else self.place
             self.place.copy_(v)
@@ -60,7 +74,7 @@ def net(where: str) -> nn.Sequential:
     return nn.Sequential(nn.Linear(INPUTS, 8), Keeping(where), nn.Linear(8, CLASSES)).double()
 
 
-@pytest.mark.parametrize("where", ["attribute", "buffer", "list", "dict", "place"])
+@pytest.mark.parametrize("where", ["attribute", "buffer", "list", "dict", "object", "queue", "place"])
 def test_every_batch_starts_with_the_state_of_before(where):
     model = net(where)
     kept, fresh = (gradients(m, ULR(firing=Logistic(0.4))) for m in (model, net("nowhere")))

@@ -5,44 +5,53 @@ leaves in the graph is a state of its batch: a next batch that began with it wou
 So each pass begins with what was there before the first one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
-from ulr_snn.adapters.blackbox import MODULES_OWN, copied
+from ulr_snn.adapters.blackbox import MODULES_OWN, SHARED, copied
+
+DEEPEST = 4  # objects in objects that are looked into
+LONG = 64  # of a long list, so many entries at either end are looked at
 
 _memories: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # names of such attributes, known by a pass
 _known: WeakSet[nn.Module] = WeakSet()  # models of which a pass with a graph has shown them
 
 
-def in_graph(value: Any) -> bool:
+def in_graph(value: Any, depth: int = DEEPEST) -> bool:
     """Returns whether a value is, or contains, a tensor that was computed from parameters."""
     if isinstance(value, Tensor):
         return value.grad_fn is not None
-    if type(value) in (list, tuple):
-        return any(map(in_graph, value))
-    return type(value) is dict and any(map(in_graph, value.values()))
+    if depth == 0 or isinstance(value, (*SHARED, str, bytes, int, float)):
+        return False
+    if isinstance(value, Mapping):
+        parts: Any = value.values()
+    elif isinstance(value, Sequence):
+        parts = value if len(value) <= LONG else [*islice(value, LONG), *islice(reversed(value), LONG)]
+    else:
+        parts = getattr(value, "__dict__", {}).values()
+    return any(in_graph(part, depth - 1) for part in list(parts))
 
 
 @dataclass
 class Holder:
-    """Attributes or buffers of a module as they were before a pass. names: of those that are known to be states."""
+    """Attributes or buffers of a module as they were before a pass. names: of those that are known to be states, which
+    are copies while the pass runs."""
 
     now: dict[str, Any]
     names: set[str]
     before: dict[str, Any] = field(init=False)
-    contents: dict[str, Any] = field(init=False)
     linked: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.before = {name: value for name, value in self.now.items() if name not in MODULES_OWN}
-        self.contents = {n: value.copy() for n, value in self.before.items() if type(value) in (list, dict)}
         self.linked = {name for name, value in self.before.items() if in_graph(value)}
-        for name in self.names & self.before.keys():  # what a pass may change in place, or has left in its graph
+        for name in self.names & self.before.keys():
             self.now[name] = copied(self.before[name], {})
 
     def set_back(self) -> None:
@@ -50,14 +59,10 @@ class Holder:
         own = {name: value for name, value in self.now.items() if name not in MODULES_OWN}
         self.names |= {name for name, value in own.items() if name not in self.linked and in_graph(value)}
         for name in self.names:
-            if name not in self.before:
+            if name in self.before:
+                self.now[name] = self.before[name]
+            else:
                 self.now.pop(name, None)
-                continue
-            self.now[name] = value = self.before[name]
-            content = self.contents.get(name)
-            if content is not None:
-                value.clear()
-                value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def once(model: nn.Module) -> bool:

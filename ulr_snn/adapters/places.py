@@ -157,8 +157,8 @@ class Place(StepNeuron):
             x = self.stairs.standing(arguments)
             rows = self.layout.rows(x, steps)
             site.begin(rows)
-            settles = partial(own, *arguments) if site.settles else None
-            climbed = self.stairs.climbed(rows, None if settles is None else lambda: self.layout.rows(settles(), steps))
+            exact = (lambda: self.layout.rows(own(*arguments), steps)) if site.settles else None
+            climbed = self.stairs.climbed(rows, exact)
             climbed = None if climbed is None else zero_padding(climbed, t, site.lengths, self.whole)
             drive = self.stairs.drive(rows, climbed, axis)
             spikes = site.fire(self.stairs.settled(drive, climbed, axis) if site.settles else drive)

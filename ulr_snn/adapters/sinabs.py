@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from sinabs.layers import StatefulLayer
+from sinabs.layers import SqueezeMixin, StatefulLayer
 from torch import nn
 
 from ulr_snn.adapters.base import Adapter
@@ -28,4 +28,11 @@ def no_states(model: nn.Module) -> Iterator[None]:
             layer._buffers.update(buffers)
 
 
-ADAPTER = Adapter(lambda _: None, fresh_state=no_states)
+def adapt(module: nn.Module) -> str | None:
+    """Returns why a layer cannot be trained, or None: places in its code are found by themselves."""
+    if isinstance(module, SqueezeMixin) and module.num_timesteps < 0:
+        return f"it has batch_size={module.batch_size}, and some passes run few samples; give it num_timesteps instead"
+    return None
+
+
+ADAPTER = Adapter(adapt, fresh_state=no_states)
