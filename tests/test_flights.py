@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import ulr_snn
 from tests.helpers import library_of
 from tests.written import BATCH, CLASSES, INPUTS, STEPS, Above, Unasked, data, gradients, layered
-from ulr_snn import LIF, ULR, Logistic, UsageError, evaluate, train
+from ulr_snn import ULR, Logistic, UsageError, evaluate, train
 from ulr_snn.adapters.stairs import Flight
 from ulr_snn.model.staircase import staircase
 from ulr_snn.runs.recording import record
@@ -138,13 +138,6 @@ def test_the_unit_of_thresholds_gets_its_gradient():
     assert len(inner) == 5 and float(inner[2].abs().max()) > 0
     for a, b in zip(inner, outer, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_steps_too_fine_to_be_found_are_named():
-    """Beside a layer that is found, a function that keeps its own gradient."""
-    layers = nn.Linear(INPUTS, 6), Fires(lambda v: Fine.apply(v)), nn.Linear(6, 6), LIF(), nn.Linear(6, CLASSES)
-    found = ulr_snn.plan(nn.Sequential(*layers), (data()[0].float(), data()[1]))
-    assert any("Fine in Fires gives multiples of one value" in line for line in str(found).splitlines()), found
 
 
 # -- libraries whose neurons count -------------------------------------------------------------------------

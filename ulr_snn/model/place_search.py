@@ -20,7 +20,6 @@ from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import Layers, bind, open_modules
 
-FINEST = 1e4  # most steps of one height that an output may have and still count as such
 AT_REST = 0.1  # share of its spread by which a membrane rests below the threshold, or the spread is its unit
 
 Key = tuple[type[Function], Path]
@@ -61,7 +60,7 @@ def find_places(
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
     firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
     if notes is not None:
-        notes += [f.note() for f in found if f.stairs is None and (f.two_valued or f.counts)]
+        notes += [f.note() for f in found if f.stairs is None and f.two_valued]
     others = set(first.calls) - {f.key for f in firing}
     known = {f.function: frozenset(path for function, path in others if function is f.function) for f in firing}
     names = named(model, firing, {name for name, _ in layers})
@@ -239,20 +238,10 @@ class Finding:
         values = torch.cat([output.flatten() for _, output in self.calls]).unique()
         return len(given.unique()) > 4 and len(values) == 2 and bool((values == 0).any())
 
-    @property
-    def counts(self) -> bool:
-        """True if the outputs are multiples of one value, from 0 on."""
-        values = torch.cat([output.flatten().double() for _, output in self.calls]).unique()
-        if len(values) < 3 or bool(values[0] != 0):
-            return False
-        steps = values / values.diff().min()
-        return bool(steps[-1] <= FINEST) and bool(((steps - steps.round()).abs() < 1e-2).all())
-
     def note(self) -> str:
-        what = "0 or one value" if self.two_valued else "multiples of one value"
         return (
-            f"{self.function.__name__} in {type(self.modules[0]).__name__} gives {what}, by a rule that is not known, "
-            "and keeps a gradient of its own"
+            f"{self.function.__name__} in {type(self.modules[0]).__name__} gives 0 or one value, by a rule that is not "
+            "a threshold, and keeps a gradient of its own"
         )
 
     def place(self, steps: int, known: frozenset[Path], within: frozenset[int]) -> Place:

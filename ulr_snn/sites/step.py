@@ -1,5 +1,6 @@
 """The firing site of a layer that another library's code runs, usually one time step a call."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,9 +136,12 @@ class StepSite:
         mask = self._mask(drive)
         self.level.store_distances({self.name: farthest(drive, mask)})
         threshold = self.neuron.threshold
-        widest = self.neuron.widest * float(threshold.detach().abs().mean())
-        spread = lambda: min(spread_without_padding(drive + threshold.detach(), mask), widest)  # noqa: E731
-        self.level.scale(self.name, threshold, spread)
+        self.level.scale(self.name, threshold, lambda: self._spread(drive, threshold.detach(), mask))
+
+    def _spread(self, drive: Tensor, threshold: Tensor, mask: Tensor | None) -> float:
+        found = spread_without_padding(drive + threshold, mask)
+        widest = self.neuron.widest
+        return found if math.isinf(widest) else min(found, widest * float(threshold.double().abs().mean()))
 
     def record(self) -> Record | LinkedRecord:
         """Returns the record of the pass."""
