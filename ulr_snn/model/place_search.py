@@ -253,12 +253,15 @@ class Finding:
         return Place(self.modules, *where, self.stairs, self.layout, features, unit, calls, steps, known, within)
 
     def unit(self, stairs: Staircase) -> float:
-        """Returns the distance from rest to the nearest threshold. Rest is where membranes are after a step without
-        events. Membranes that rest at the threshold, as gates do, have their spread as unit."""
+        """Returns the spacing of a flight, else the distance from rest to the nearest threshold. Rest is where
+        membranes are after a step without events. Membranes that rest at the threshold, as gates do, have their spread
+        as unit."""
+        if stairs.spacing is not None:
+            return stairs.spacing
         standing = torch.cat([stairs.standing(arguments).detach().double().flatten() for arguments, _ in self.calls])
         spread = float(standing.std()) if standing.numel() > 1 else 0.0
         rest = float("nan") if self.rest is None else float(stairs.standing(self.rest).detach().double().median())
-        distance = stairs.spacing or min(abs(threshold - rest) for threshold in stairs.thresholds)
+        distance = min(abs(threshold - rest) for threshold in stairs.thresholds)
         if distance > AT_REST * spread:
             return distance
         return spread if 0 < spread < float("inf") else 1.0
