@@ -96,6 +96,7 @@ class Place(StepNeuron):
         self.stairs, self.layout, self.features, self.known, self.within = stairs, layout, features, known, within
         self.strict, self.whole, self.calls, self.steps = stairs.strict, layout.whole, calls, steps
         self.widest = stairs.widest
+        self.axis = 2 if self.whole else 1  # of the thresholds of a flight: the first behind time and samples
         self.watchers: list[Callable[[Tensor], None]] = []
         self._threshold = torch.tensor(unit, dtype=torch.float64)
 
@@ -151,7 +152,7 @@ class Place(StepNeuron):
         t = getattr(site, "calls", 0)
         if t == 0:
             self.check(own, arguments)
-        steps, axis = site.steps if self.whole else 1, 2 if self.whole else 1
+        steps = site.steps if self.whole else 1
         linked = getattr(site, "links", None) is not None
         with torch.set_grad_enabled(not linked):  # records without a link keep their drives in the graph
             x = self.stairs.standing(arguments)
@@ -160,9 +161,9 @@ class Place(StepNeuron):
             exact = (lambda: self.layout.rows(own(*arguments), steps)) if site.settles else None
             climbed = self.stairs.climbed(rows, exact)
             climbed = None if climbed is None else zero_padding(climbed, t, site.lengths, self.whole)
-            drive = self.stairs.drive(rows, climbed, axis)
-            spikes = site.fire(self.stairs.settled(drive, climbed, axis) if site.settles else drive)
-        fired = self.stairs.output(spikes, climbed, axis)
+            drive = self.stairs.drive(rows, climbed, self.axis)
+            spikes = site.fire(self.stairs.settled(drive, climbed, self.axis) if site.settles else drive)
+        fired = self.stairs.output(spikes, climbed, self.axis)
         output = self.layout.back(fired, x)
         site.end([output])
         for see in self.watchers:
@@ -223,7 +224,7 @@ class _Credit(Function):
         if ctx.link is not None:
             stairs, slope = place.stairs, ctx.link.slope(ctx.t)
             rows = place.layout.rows(a[0], len(slope) if place.whole else 1)
-            credit = place.layout.back(stairs.credit(rows, slope, 2 if place.whole else 1), a[0])
+            credit = place.layout.back(stairs.credit(rows, slope, place.axis), a[0])
             found[stairs.membrane] = credit = credit if ctx.unit is None else credit / ctx.unit
             if ctx.moved is not None and stairs.below is not None:
                 found[stairs.below] = -credit.sum_to_size(ctx.moved.shape)

@@ -79,6 +79,9 @@ class Staircase:
         elif self.rises != (1.0,):
             spikes = self.rises[0] * spikes
         found = self.first + spikes if self.first else spikes
+        return self._typed(found)
+
+    def _typed(self, found: Tensor) -> Tensor:
         return found if self.dtype is None else found.to(self.dtype)
 
     def values(self, arguments: tuple[Any, ...]) -> Tensor:
@@ -164,7 +167,7 @@ class Flight(Staircase):
             found += step
         found = found if self.rises[0] == 1 else found.mul_(self.rises[0])
         found = found.add_(self.first) if self.first else found
-        return found if self.dtype is None else found.to(self.dtype)
+        return self._typed(found)
 
     def credit(self, a: Tensor, slope: Tensor, axis: int = 1) -> Tensor:
         first, *others = slope.unbind(axis)
@@ -176,7 +179,7 @@ class Flight(Staircase):
         x = self.standing(arguments)
         count = ((x - self.thresholds[0]) / self.even + 1).floor().clamp(0, self.most)
         found = self.first + self.rises[0] * count
-        return found if self.dtype is None else found.to(self.dtype)
+        return self._typed(found)
 
     def gives(self, arguments: tuple[Any, ...], output: Tensor) -> bool:
         place = (self.standing(arguments) - self.thresholds[0]) / self.even
