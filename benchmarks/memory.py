@@ -48,7 +48,7 @@ def peak(device: str = "cpu") -> int:
 
 def measure(name: str, method: str, steps: int, updates: int, device: str = "cpu") -> dict[str, float]:
     """In this process: peaks after steps at T = 1 and at T, in bytes, and the batch."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     case = CASES[name].at(steps=steps)
     found = {}
     for label, now in (("first", case.at(steps=1)), ("peak", case)):

@@ -1,15 +1,29 @@
-"""Fixtures of all tests: one thread (small tensors are slower on two), and the devices that tests run on.
+"""Fixtures of all tests: one thread (small tensors are slower on two), also in processes that tests start, and the
+devices that tests run on.
 
 A test with the mark `gpu` needs a GPU, and is skipped elsewhere. A test that takes the fixture `device` runs on the CPU
-and on the GPU, and has the mark on the GPU alone.
+and on the GPU, and has the mark on the GPU alone. Of a test with the mark `product`, one in FAST of its combinations of
+options, drawn by name, runs with the fast tests, and the others have the mark `slow`.
 """
+
+import os
+from zlib import crc32
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+FAST = 4
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("product") and crc32(item.name.encode()) % FAST:
+            item.add_marker("slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -164,6 +164,7 @@ def noise(seed: int = 3) -> Noise:
 # -- one module --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", KINDS)
 def test_deterministic_firing_is_the_librarys_own_bit_for_bit(name):
     module, x = made(KINDS[name]), events(KINDS[name], LONG)
@@ -626,6 +627,7 @@ def derived_neurons() -> dict[str, Callable[[], nn.Module]]:
     return {"Once": Once, "Counting": Counting, "Leaking": Leaking, "Rounding": Rounding, "Firing": Firing}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["Once", "Counting", "Leaking", "Rounding", "Firing"])
 def test_derived_neurons_train_by_their_own_equations(name, monkeypatch):
     """A class that decides on spikes as its base does is adapted like it. Others are black boxes."""

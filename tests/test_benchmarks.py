@@ -277,6 +277,7 @@ def test_pictures_of_speed_and_memory(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_memory_of_copies_is_measured_in_a_fresh_process():
     assert set(copies.KINDS) >= {"firing", "currents"}
     assert copies.estimator("firing, in turn", 8).memory == "replay"
@@ -296,11 +297,13 @@ def test_the_peers_nets_have_the_same_shapes_and_gradients(name, library):
     assert all(q.grad is not None for q in model.parameters() if q.ndim == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_is_measured_in_a_fresh_process(device):
     assert abs(memory.fresh("recurrent", "ulr replay", 20, device=str(device))) < 200  # MB
 
 
+@pytest.mark.slow
 def test_the_zoo_trains_both_ways_and_sums_up(tmp_path):
     pytest.importorskip("spikingjelly")
     pytest.importorskip("snntorch")

@@ -36,6 +36,7 @@ def few(case: Case, train: int = 96, test: int = 80) -> tuple[Subset, Subset]:
     return tuple(Subset(part, range(size)) for part, size in zip(case.data(), (train, test), strict=True))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", TRAINED)
 def test_train_reports_what_the_users_own_code_gives(name):
     case = CASES[name]

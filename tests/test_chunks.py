@@ -64,6 +64,7 @@ def gradients(
     return [q.grad for q in model.parameters()]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("lengths", [None, [23, 4, 9, 23, 17, 1]], ids=["", "lengths"])
 @pytest.mark.parametrize("memory", ["replay"])
 @pytest.mark.parametrize("name", nets())
@@ -119,6 +120,7 @@ def test_an_average_in_half_precision_does_not_overflow():
     assert all(outputs.isfinite().all() and (outputs - 800).abs().max() < 8 for outputs in found)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("lengths", [None, [500, 400, 450, 500]], ids=["", "lengths"])
 @pytest.mark.parametrize("reduced", ["autocast", "half"])
 def test_an_average_of_many_chunks_in_reduced_precision_is_as_good_as_at_once(lengths, reduced):
@@ -287,6 +289,7 @@ def test_a_readout_that_holds_is_refused():
         ulr.backward(*data(), lengths=torch.tensor([23, 4, 9, 23, 17, 1]))
 
 
+@pytest.mark.slow
 def test_training_in_chunks_learns():
     limits = {"together": (2000,) * 2}
     torch.manual_seed(0)

@@ -69,6 +69,7 @@ def halves_of(groups: int, generator: torch.Generator, mean: Tensor) -> list[tup
     return [(terms[0::2].sum(0), terms[1::2].sum(0))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_variance_and_power_are_those_of_the_estimator(groups: int):
     """Of L = w · S the mean is w; trace(cov) from many draws."""

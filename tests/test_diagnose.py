@@ -75,6 +75,7 @@ def test_figures_of_known_estimators():
     assert found.advice.startswith("right points best")
 
 
+@pytest.mark.slow
 def test_unbiased_estimators_agree_and_the_model_stays_as_it_is():
     model = net()
     before, batch = copy.deepcopy(model.state_dict()), data()

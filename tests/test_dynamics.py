@@ -180,6 +180,7 @@ def learned(method, trials):
     return benchmark.normalised_error(outputs, test.targets.numpy()), rate, net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Force, FullForce])
 def test_a_small_reservoir_learns_a_sine(method):
     error, rate, net = learned(method(gain=0.15, drive=40.0, neurons=200), trials=8)

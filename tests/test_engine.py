@@ -266,6 +266,7 @@ def assert_same(model: nn.Module, estimator: ULR, data: tuple[Tensor, Tensor], r
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_has_the_spikes_and_gradients_of_the_models_own_code(name, estimator, double):
@@ -273,6 +274,7 @@ def test_a_chain_has_the_spikes_and_gradients_of_the_models_own_code(name, estim
     assert_same(CHAINS[name]().double(), estimator, batch(), 1e-9)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", CHAINS)
 def test_in_single_precision(name):
     torch.manual_seed(0)
@@ -856,6 +858,7 @@ def alpha() -> nn.Module:
     return snntorch().Alpha(0.9, 0.8, init_hidden=True)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_that_is_a_chain_leaves_the_rest_as_it_is(name, estimator, double):

@@ -313,6 +313,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("net", [dense_net, conv_net])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])

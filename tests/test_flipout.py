@@ -62,7 +62,7 @@ def test_the_mean_is_the_gradient_of_a_quadratic_and_varies_less():
     for per_sample in (False, True):
         peer = EvolutionStrategies(128, True, WeightNoise(scale=0.3, per_sample=per_sample))
         with peer.attach(model, square, 5, True) as attached:
-            draws = gradient_draws(attached, (x, y), list(model.parameters()), 360 if per_sample else 100)
+            draws = gradient_draws(attached, (x, y), list(model.parameters()), 360 if per_sample else 40)
         spread.append(float(draws.var(0).sum()))
         if per_sample:
             found = compare_means("unbiased", draws, exact)

@@ -376,6 +376,7 @@ def agreement(
     return right, far
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feed-forward", "recurrent"])
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])

@@ -382,6 +382,7 @@ def spiking() -> nn.Sequential:
     return dense()[:5]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("loss", ["ce_count", "ce_rate", summed], ids=["ce_count", "ce_rate", "own"])
 @pytest.mark.parametrize("make", [dense, averaged, spiking], ids=["leaky readout", "time average", "spikes"])
 @each_credit

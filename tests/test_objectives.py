@@ -363,6 +363,7 @@ def test_the_gradient_of_a_budget_is_exact_where_spikes_cost_and_do_nothing_else
     torch.testing.assert_close(model[0].bias.grad, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [net, spiking])
 def test_losses_without_a_gradient_lower(make):
     """The 0-1 loss alone, by noise on the outputs; and mixed with a cross-entropy."""

@@ -204,6 +204,7 @@ OBJECTS = {  # model, targets, a loss of torch
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_loss_of_an_object_is_what_it_gives_itself(name):
     make, targets, loss = OBJECTS[name]

@@ -144,6 +144,7 @@ def test_other_functions_are_no_staircases():
 # -- credit ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("lengths", [None, torch.tensor([9, 3, 5, 1] * 4)], ids=["whole", "lengths"])
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 @pytest.mark.parametrize(
@@ -252,6 +253,7 @@ def test_samples_may_lie_on_any_axis():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("lengths", [None, torch.tensor([9, 3, 5, 1] * 4)], ids=["even", "lengths"])
 @pytest.mark.parametrize("form", ["whole", "folded", "joined", "batch first", "folded, batch first"])
 def test_functions_of_all_time_steps_at_once(form, lengths):
@@ -473,7 +475,7 @@ def test_training_compares_records_and_diagnoses():
     assert membranes is not None and torch.isfinite(membranes).all()
     found = ulr_snn.compare(model(), batches, batches, epochs=1, lr={"surrogate": [1e-2]}, progress=False)
     assert "surrogate" in str(found)
-    assert "surrogate" in str(ulr_snn.diagnose(model(), batches[0]))
+    assert "surrogate" in str(ulr_snn.diagnose(model(), batches[0], draws=4, reference_draws=4, warm_up=2))
 
 
 def test_ulrs_own_neurons_may_stand_beside():
@@ -622,6 +624,7 @@ NODES = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", NODES)
 def test_nodes_of_spikingjelly_train_without_their_surrogates(name, monkeypatch):
     functional = library_of("spikingjelly.activation_based.functional")

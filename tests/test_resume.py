@@ -140,6 +140,7 @@ def counted(*args, **options) -> tuple[object, int]:
     return run(*args, loss=loss, **options), loss.calls
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", LOADERS)
 def test_an_epoch_goes_on_in_its_midst(kind, tmp_path):
     straight, calls = counted(LOADERS[kind](), None)
@@ -180,6 +181,7 @@ class Cut(DataLoader):
             yield batch
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("case", [*ESTIMATORS, *TRAININGS])
 def test_all_that_a_step_changes_is_saved(case, tmp_path):
     options = {"loss": "ce_rate", "estimator": ESTIMATORS.get(case)} | TRAININGS.get(case, {})
@@ -448,6 +450,7 @@ def spoil(file: Path, how: str) -> None:
         file.write_bytes(content)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "empty", "missing"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(name, how, two):

@@ -107,10 +107,9 @@ for n, dtype in (70, torch.bfloat16), (256, torch.float32), (1, torch.float32):
 """
 
 
+@pytest.mark.slow
 @outside
-@pytest.mark.parametrize(
-    ("calls", "variants"), [(SHORT, 2 * 3 * (3 * 3 + 1)), pytest.param(RECURRENT, 3 * 3 * 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("calls", "variants"), [(SHORT, 2 * 3 * (3 * 3 + 1)), (RECURRENT, 3 * 3 * 2)])
 def test_the_compiler_takes_all_variants_without_a_gpu(calls, variants, tmp_path):
     settings = {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -79,6 +79,7 @@ def gradient_variance(noise: dict, size: float) -> float:
     return float(torch.stack(rows).var(0).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.1, 0.5])
 def test_variances_go_by_it(size: float):
     """At equal losses the ratio of the gradients' variances is that of the scores'."""

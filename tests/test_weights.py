@@ -62,6 +62,7 @@ def test_the_gradient_is_the_formula_with_the_same_noise(wrong):
     assert all(agree) if not wrong else not any(agree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("copies", "antithetic"), [(2, True), (4, True), (3, False)])
 def test_its_mean_is_the_gradient_of_a_quadratic(copies, antithetic):
     model, (x, y) = silent(), data()
