@@ -275,12 +275,13 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
 
     ordered = sorted(table, key=lambda r: r["difference"])
     names = [r["network"] + ("*" if r["tuned"] else "") for r in ordered]
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(9, 0.2 * len(table) + 1.2), layout="constrained")
-    for axis, values, line, label in (
-        (left, [r["difference"] for r in ordered], 0, "accuracy of ULR() less that of the best BPTT, points"),
-        (right, [r["time"] for r in ordered], 1, "processor time of a step, over BPTT's"),
-    ):
-        axis.barh(names, values, color=["tab:blue" if (v >= line) == (axis is left) else "tab:red" for v in values])
+    panels = [([r["difference"] for r in ordered], 0, "accuracy of ULR() less that of the best BPTT, points")]
+    if any(r["time"] == r["time"] for r in table):
+        panels.append(([r["time"] for r in ordered], 1, "processor time of a step, over BPTT's"))
+    size = 1 + 4 * len(panels), 0.2 * len(table) + 1.2
+    figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size, layout="constrained")
+    for axis, (values, line, label) in zip(axes[0], panels, strict=True):
+        axis.barh(names, values, color=["tab:blue" if (v >= line) == (line == 0) else "tab:red" for v in values])
         axis.axvline(line, color="black", linewidth=0.8)
         axis.set_xlabel(label)
         axis.tick_params(axis="y", labelsize=7)
