@@ -45,7 +45,7 @@ def estimator(kind: str, copies: int) -> ULR:
 
 def measure(kind: str, copies: int) -> float:
     """In this process: MB above what a step of one copy takes."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     x, y = events_of(CASES["dense"], "cpu")
     found = []
     for k in (1, copies):

@@ -15,6 +15,7 @@ import argparse
 import csv
 import datetime
 import itertools
+import operator
 import os
 import time
 import warnings
@@ -259,12 +260,13 @@ def show(path: Path) -> None:
 
 
 def in_short(differences: Sequence[float]) -> str:
-    """The mean of differences of accuracy, and how many are level, ahead or far behind."""
+    """The mean and median of differences of accuracy, and how many are level, ahead or far behind."""
     known = [d for d in differences if d == d]
     if not known:
         return "no network"
     level, behind = sum(d >= 0 for d in known), sum(d < -3 for d in known)
-    return f"{len(known)} networks, mean {mean(known):+.2f}, level or ahead {level}, more than 3 behind {behind}"
+    middle = f"mean {mean(known):+.2f}, median {median(known):+.2f}"
+    return f"{len(known)} networks, {middle}, level or ahead {level}, more than 3 behind {behind}"
 
 
 def draw(table: list[dict[str, object]], path: Path) -> None:
@@ -275,13 +277,15 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
 
     ordered = sorted(table, key=lambda r: r["difference"])
     names = [r["network"] + ("*" if r["tuned"] else "") for r in ordered]
-    panels = [([r["difference"] for r in ordered], 0, "accuracy of ULR() less that of the best BPTT, points")]
+    panels = [
+        ([r["difference"] for r in ordered], 0, operator.ge, "accuracy of ULR() less that of the best BPTT, points")
+    ]
     if any(r["time"] == r["time"] for r in table):
-        panels.append(([r["time"] for r in ordered], 1, "processor time of a step, over BPTT's"))
+        panels.append(([r["time"] for r in ordered], 1, operator.lt, "processor time of a step, over BPTT's"))
     size = 1 + 4 * len(panels), 0.2 * len(table) + 1.2
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size, layout="constrained")
-    for axis, (values, line, label) in zip(axes[0], panels, strict=True):
-        axis.barh(names, values, color=["tab:blue" if (v >= line) == (line == 0) else "tab:red" for v in values])
+    for axis, (values, line, good, label) in zip(axes[0], panels, strict=True):
+        axis.barh(names, values, color=["tab:blue" if good(v, line) else "tab:red" for v in values])
         axis.axvline(line, color="black", linewidth=0.8)
         axis.set_xlabel(label)
         axis.tick_params(axis="y", labelsize=7)

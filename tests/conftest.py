@@ -3,10 +3,11 @@ devices that tests run on.
 
 A test with the mark `gpu` needs a GPU, and is skipped elsewhere. A test that takes the fixture `device` runs on the CPU
 and on the GPU, and has the mark on the GPU alone. Of a test with the mark `product`, one in FAST of its combinations of
-options, drawn by name, runs with the fast tests, and the others have the mark `slow`.
+options (at least one), drawn by name, runs with the fast tests, and the others have the mark `slow`.
 """
 
 import os
+from collections import defaultdict
 from zlib import crc32
 
 import pytest
@@ -21,8 +22,13 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    products = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("product") and crc32(item.name.encode()) % FAST:
+        if item.get_closest_marker("product"):
+            products[item.nodeid.partition("[")[0]].append(item)
+    for product in products.values():
+        product.sort(key=lambda item: crc32(item.name.encode()))
+        for item in product[-(-len(product) // FAST) :]:
             item.add_marker("slow")
 
 
