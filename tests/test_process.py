@@ -318,6 +318,31 @@ def test_four_threads_train_models_of_different_kinds_as_each_alone():
     assert not differences(before, state_of_process())
 
 
+@pytest.mark.parametrize("name", marked(KINDS))
+def test_other_threads_read_a_model_whose_layers_are_bound_and_let_go(name):
+    model, done, errors = made(name), threading.Event(), []
+
+    def read() -> None:
+        while not done.is_set() and not errors:
+            try:
+                list(model.named_modules())
+                list(model.named_parameters())
+            except Exception as error:
+                errors.append(error)
+
+    interval, reader = sys.getswitchinterval(), threading.Thread(target=read)
+    sys.setswitchinterval(1e-6)
+    try:
+        reader.start()
+        for _ in range(3):
+            run(name, model)
+    finally:
+        done.set()
+        reader.join()
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
 # -- forks and workers -------------------------------------------------------------------------------------
 
 

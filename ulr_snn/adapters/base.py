@@ -1,7 +1,7 @@
 """The interface between firing sites and the spiking modules of other libraries."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -132,12 +132,18 @@ class StepNeuron:
                 attributes.update(self.patches(site))
             yield
         finally:
-            attributes.clear()
-            for name, (value, content) in kept.items():
+            for value, content in kept.values():
                 if content is not None:
-                    value.clear()
-                    value.update(content)
-                attributes[name] = value
+                    put_back(value, content)
+            put_back(attributes, {name: value for name, (value, _) in kept.items()})
+
+
+def put_back(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Gives a dictionary the entries that it had before. Those are never missing, since other threads may read a
+    module's attributes at any time."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    now.update(before)
 
 
 def no(_: Any) -> bool:

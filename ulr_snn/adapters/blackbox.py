@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ulr_snn.adapters.base import StepNeuron
+from ulr_snn.adapters.base import StepNeuron, put_back
 from ulr_snn.noise.kinds import CurrentNoise
 
 MODULES_OWN = frozenset(nn.Module().__dict__)  # attributes of every module; none of them is state
@@ -74,10 +74,8 @@ def copies_of_state(root: nn.Module, modules: list[nn.Module]) -> Iterator[None]
         yield
     finally:
         for module, attributes, buffers in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            put_back(module.__dict__, attributes)
+            put_back(module._buffers, buffers)
 
 
 def same(root: nn.Module) -> dict[int, Any]:

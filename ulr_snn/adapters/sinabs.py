@@ -8,7 +8,7 @@ import torch
 from sinabs.layers import SqueezeMixin, StatefulLayer
 from torch import nn
 
-from ulr_snn.adapters.base import Adapter
+from ulr_snn.adapters.base import Adapter, put_back
 
 
 @contextmanager
@@ -22,10 +22,8 @@ def no_states(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, (attributes, buffers) in zip(layers, kept, strict=True):
-            layer.__dict__.clear()
-            layer.__dict__.update(attributes)
-            layer._buffers.clear()
-            layer._buffers.update(buffers)
+            put_back(layer.__dict__, attributes)
+            put_back(layer._buffers, buffers)
 
 
 def adapt(module: nn.Module) -> str | None:
