@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, UsageError, attach, evaluate, plan, train
+from ulr_snn import LIF, ULR, Global, UsageError, attach, evaluate, plan, train
+from ulr_snn.runs.recording import record
 
 STEPS, BATCH, INPUTS = 7, 5, 6
 snn = pytest.importorskip("snntorch")
@@ -448,3 +449,85 @@ def test_lengths_and_a_model_that_reduces_over_time_do_not_meet():
         train(Loop("TB", reduced=True), [(*data(), lengths)], 1, progress=False)
     averaging = nn.Sequential(*MODEL, ulr_snn.TimeAverage())
     train(averaging, [(X, Y, lengths)], 1, progress=False, device="cpu")
+
+
+# -- layers over other time steps than the events' ---------------------------------------------------------
+
+
+class EverySecond(nn.Module):
+    """Keeps every second time step [T, B, ...], or none of them is left out."""
+
+    def __init__(self, skips: bool = True) -> None:
+        super().__init__()
+        self.skips = skips
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[::2] if self.skips else x
+
+
+def strided(kind: str, skips: bool) -> nn.Module:
+    """Two layers of neurons that run over whole sequences, and a readout over time."""
+    torch.manual_seed(0)
+    body: list[nn.Module] = [EverySecond(skips), nn.Linear(INPUTS, 8)]
+    if kind == "norse":
+        norse = pytest.importorskip("norse.torch")
+        p = norse.LSNNParameters(v_th=torch.tensor(0.1))
+        return norse.SequentialState(*body, norse.LSNNRecurrent(8, 8, p=p), nn.Linear(8, 3)).double()
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    node = {"scan": neuron.LIFNode, "step by step": neuron.KLIFNode}[kind]
+    body += [node(step_mode="m"), nn.Linear(8, 8), node(step_mode="m"), nn.Linear(8, 3)]
+    with torch.no_grad():
+        body[3].weight *= 5
+    return nn.Sequential(*body).double()
+
+
+@pytest.mark.parametrize("estimator", PASSES, ids=lambda estimator: estimator.credit.name)
+@pytest.mark.parametrize("kind", ["scan", "step by step", "norse"])
+def test_layers_that_run_over_fewer_steps_are_as_if_the_events_had_as_many(kind, estimator):
+    x, y = data(steps=8)
+    found, losses = gradients(strided(kind, True), 20 * x, y, estimator)
+    expected, others = gradients(strided(kind, False), 20 * x[::2], y, estimator)
+    torch.testing.assert_close(losses, others)
+    torch.testing.assert_close(found, expected)
+    assert any(q.abs().max() > 0 for q in found[:2])
+
+
+def test_a_stride_over_time_reports_what_the_users_own_code_gives():
+    x, y = data(steps=8)
+    model = strided("scan", True).float()
+    x = 20 * x.float()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.mean(0), targets, reduction="none")
+
+    train(model, [(x, y)], 3, progress=False, device="cpu", loss=loss)
+    found = evaluate(model, [(x, y)], activity=True, loss=loss)
+    importlib.import_module("spikingjelly.activation_based.functional").reset_net(model)
+    fired = []
+    for node in (model[2], model[4]):
+        node.register_forward_hook(lambda _, __, spikes: fired.append(spikes.sum()))
+    with torch.no_grad():
+        outputs = model(x)
+    assert outputs.shape == (4, BATCH, 3)
+    assert found["loss"] == pytest.approx(float(loss(outputs, y).mean()), rel=1e-5)
+    assert found["spikes"] == pytest.approx(float(fired[0] + fired[1]) / BATCH)
+    assert found["operations"] > found["spikes"]
+
+
+@pytest.mark.parametrize("kind", ["scan", "step by step", "norse"])
+def test_layers_that_run_over_fewer_steps_are_recorded(kind):
+    x, y = data(steps=8)
+    found = record(strided(kind, True), (20 * x, y))
+    assert {tuple(layer.spikes.shape) for layer in found.layers.values()} == {(4, BATCH, 8)}
+    for layer in found.layers.values():
+        assert torch.equal(layer.spikes > 0, layer.membranes > layer.threshold)
+
+
+def test_layers_that_run_over_fewer_steps_take_no_lengths_and_no_reward_to_go():
+    x, y = data(steps=8)
+    go = ULR(Global(reward_to_go=True), copies=4)
+    model = nn.Sequential(strided("scan", False), EverySecond())
+    with attach(model, go, loss="ce_rate") as ulr, pytest.raises(UsageError, match="reward_to_go needs layers"):
+        ulr.backward(x, y)
+    with attach(strided("scan", True), ULR()) as ulr, pytest.raises(UsageError, match="runs over other time steps"):
+        ulr.backward(x, y, lengths=torch.tensor([8, 7, 6, 5, 4]))

@@ -69,6 +69,11 @@ class BoundModel:
                 "output=0 for the first or output='all'"
             )
         honoured = call.view.over_time or any(isinstance(m, TimeAverage) for m in self.model.modules())
+        if batch.lengths is not None and not call.keeps_time:
+            raise UsageError(
+                "the model runs over other time steps than those of the events, so that lengths cannot be kept; leave "
+                "lengths out"
+            )
         if batch.lengths is not None and not honoured:
             raise UsageError(
                 "the model reduces its outputs over time itself, padding included, so that lengths cannot be kept; "

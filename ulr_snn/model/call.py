@@ -89,7 +89,8 @@ class Call:
     way: "sequence" for [T, B, ...], "batch first" for [B, T, ...], "step" for a time step [B, ...] a call, "static" for
     an input [B, ...] that the model repeats or encodes itself. inputs: the form of several inputs; view: the form of
     the outputs; carries: a returned state goes into the next call; states: names of the arguments that take it, if they
-    are known; count: number of outputs in the model's result.
+    are known; count: number of outputs in the model's result; keeps_time: whether all layers and outputs over time have
+    the time steps of the events.
     """
 
     way: str = "sequence"
@@ -99,6 +100,7 @@ class Call:
     carries: bool = False
     states: tuple[str, ...] = ()
     count: int = 1
+    keeps_time: bool = True
 
     @property
     def plain(self) -> bool:
@@ -267,9 +269,7 @@ def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
     if outputs.is_complex() or outputs.is_meta:
         held = "complex numbers" if outputs.is_complex() else "a tensor on the meta device"
         raise UsageError(f"the model returned {held}; return real numbers with values, [T, B, C] or [B, C]")
-    if (outputs.ndim >= 3 and shape[:2] != (steps, rows)) or (
-        outputs.ndim < 3 and (outputs.ndim < 2 or shape[0] != rows)
-    ):
+    if shape[1:2] != (rows,) if outputs.ndim > 2 else outputs.ndim < 2 or shape[0] != rows:
         raise UsageError(
             f"the model returned shape {shape} for {steps} steps of a batch of {rows}; return [T, B, C] or [B, C]"
         )

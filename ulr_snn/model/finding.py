@@ -63,10 +63,18 @@ class Trial:
             return max(calls + lengths)
         return max((len(shapes) for shapes in self.shapes.values()), default=1)
 
+    def keeps_time(self, steps: int, view: View) -> bool:
+        """Returns whether all layers that run by themselves over time, and all outputs over time, had so many steps."""
+        outputs = [slot.internal(part) for slot, part in zip(view.slots, tensors(self.selected), strict=True)]
+        seen = [len(part) for slot, part in zip(view.slots, outputs, strict=True) if slot.over_time]
+        seen += [shape[0] for name, shapes in self.shapes.items() if name not in self.by_call for shape in shapes]
+        return all(length == steps for length in seen)
+
     def sees(self, steps: int, samples: int) -> bool:
-        """Returns whether all layers saw these axes. A layer that runs by itself over time shows which axis is time."""
+        """Returns whether all layers saw these axes. A layer that runs by itself over time shows which axis is time; it
+        may run over another number of steps."""
         for name, shapes in self.shapes.items():
-            if name not in self.by_call and any(shape[:2] != (steps, samples) for shape in shapes):
+            if name not in self.by_call and any(samples in shape[:1] or samples not in shape[1:2] for shape in shapes):
                 return False
         others = [len(self.shapes[name]) for name in self.by_call]
         return not (samples in others and steps not in others)
@@ -208,7 +216,8 @@ def finished(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> Call | No
         isinstance(item, Tensor) and (samples in item.shape[:1] or (steps, samples) == item.shape[:2])
         for _, item in items(joined(trial.results[0], steps, samples, 0))
     )
-    return replace(call, view=View.of(trial.selected, slots), count=1 if call.carries else count)
+    view = View.of(trial.selected, slots)
+    return replace(call, view=view, count=1 if call.carries else count, keeps_time=trial.keeps_time(steps, view))
 
 
 def form_of(part: Tensor, steps: int, samples: int, way: str, timed: bool) -> Slot | None:
@@ -221,6 +230,8 @@ def form_of(part: Tensor, steps: int, samples: int, way: str, timed: bool) -> Sl
         return slot or static
     if slot is None and way in ("static", "batch first"):  # a loop may stack its outputs on either axis
         slot = Slot.of(part, steps, samples, way != "batch first")
+    if slot is None and way != "step" and part.ndim > 2 and part.shape[1] == samples:
+        slot = Slot("TB", part.shape[2:])  # over other time steps than the events'
     return slot
 
 

@@ -217,7 +217,8 @@ def layer_recordings(
     spikes = sequences(fired, by_sequence, size)
     drives: list[Tensor] = []
     if site is not None and not never_fires(neuron):
-        drives = sequences(site.drives, isinstance(neuron, SpikingNeuron) or neuron.whole, size)
+        of_layer = (len(spikes[0]), size[1]) if spikes else size
+        drives = sequences(site.drives, isinstance(neuron, SpikingNeuron) or neuron.whole, of_layer)
     found = {}
     for call, each in enumerate(spikes):
         mask = None if lengths is None else step_mask(lengths, each)
@@ -237,6 +238,8 @@ def sequences(calls: list[Tensor], by_sequence: bool, size: tuple[int, int]) -> 
     if not calls:
         return []
     joined = torch.cat(calls) if by_sequence else torch.stack(calls)
+    if by_sequence and len(calls) == 1 and joined.shape[1:2] == size[1:]:
+        return calls  # also over other time steps than the events'
     if len(joined) % size[0] or joined.shape[1:2] != size[1:]:
         raise UsageError(
             f"a layer gave {list(joined.shape)} in {size[0]} time steps of {size[1]} samples; a layer gives [B, ...] "

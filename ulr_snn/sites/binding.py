@@ -265,6 +265,9 @@ def bind_sites(
         for neuron, module, slot, site in zip(neurons, modules, slots, sites, strict=True):
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))
+                if isinstance(site, StepSite) and neuron.by_sequence and not neuron.whole:
+                    hook = module.register_forward_pre_hook(lambda _, given, site=site: site.over(given[0]))
+                    stack.callback(hook.remove)
             if site is not None and slot:
                 module.__dict__[slot] = site
                 stack.callback(module.__dict__.pop, slot, None)

@@ -23,8 +23,9 @@ class StepSite:
     """The firing site of a layer that its own library's code runs (see `adapters.Step`).
 
     records: records of the pass; the site holds the place of its record until `bind` replaces it. steps: number of time
-    steps of the sequence. measured: whether the layer is in its first pass, in which it fires deterministically to
-    calibrate the scale of its noise. links: keep spikes in the graph behind their drive; None: spikes are leaves.
+    steps of the events, until `over` tells that the layer has another. measured: whether the layer is in its first
+    pass, in which it fires deterministically to calibrate the scale of its noise. links: keep spikes in the graph
+    behind their drive; None: spikes are leaves.
     """
 
     name: str
@@ -48,6 +49,11 @@ class StepSite:
     _scale: Tensor = field(init=False, repr=False)
     _over: Tensor | None = None
     _link: Any = None
+
+    def over(self, sequence: Tensor) -> None:
+        """Takes the sequence [T, B, ...] over which the layer is about to run. It may be longer than the events."""
+        if self.calls == 0:
+            self.steps = len(sequence)
 
     def begin(self, current: Tensor) -> None:
         if self.calls == 0 and self.noise is not None:
