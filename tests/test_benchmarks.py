@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ulr_snn
-from benchmarks import copies, memory, pictures, references, roofline, speed, streaming
+from benchmarks import copies, memory, pictures, references, repositories, roofline, speed, streaming
 from benchmarks.correction import Corrected
 from benchmarks.nets import ours
 from benchmarks.search import Block, key, search
@@ -367,3 +367,20 @@ def test_every_data_set_has_figures_of_its_reference_network():
         page = (references.RESULTS.parents[2] / "datasets" / name / "README.md").read_text()
         assert f"ulr-snn train {name}" in page and "## Provenance and licence" in page
         assert name == "digits" or "## Published accuracies" in page
+
+
+def test_code_of_repositories_is_found_by_its_names_and_leaves_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(repositories, "CLONED", tmp_path)
+    for name in "one", "other":
+        (tmp_path / name / "parts").mkdir(parents=True)
+        (tmp_path / name / "models.py").write_text(f"from parts import layers\nNAME = {name!r}, layers.NAME\n")
+        (tmp_path / name / "parts" / "layers.py").write_text(f"NAME = {name!r}\n")
+    paths, modules = list(sys.path), dict(sys.modules)
+    for name in "one", "other":
+        with repositories.code_of(name) as load:
+            found = load("models").NAME
+        assert found == (name, name)
+    assert sys.path == paths
+    assert sys.modules == modules
+    with pytest.raises(FileNotFoundError, match="clone the repositories of CLONES"), repositories.code_of("none"):
+        pass
