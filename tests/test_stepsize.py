@@ -75,7 +75,7 @@ def test_the_factors_of_the_learning_rate():
     found = StepSizes()
     found.reach = {"a": {"near": 0.5 * REACH, "far": 4 * REACH, "none": 0.0}}
     assert found.factor("near", ["a"]) == found.factor("none", ["a"]) == found.factor("other", []) == 1.0
-    assert found.factor("far", ["a"]) == found.factor("far", ["outputs", "a"]) == 0.25
+    assert found.factor("far", ["a"]) == found.factor("far", ["outputs", "a"]) == 0.125
     assert found.factor("readout", ["outputs"]) == READOUT
     found.summed = 2.0
     assert found.factor("readout", ["outputs"]) == READOUT / 2
@@ -86,6 +86,20 @@ def test_the_factors_of_the_learning_rate():
     assert found.factor("poor", ["outputs"]) == 9.0  # but does not turn the readout around
     assert found.factor("bias", ["outputs"]) == MOST_READOUT
     assert found.factor("inside", ["weight noise"]) == 1.0
+
+
+@pytest.mark.parametrize("moves", [[0.2], [3.0], [0.9, 0.9], [0.1, 0.3, 7.0], [0.1, 0.3, 0.7, 5.0, 9.0], [0.4] * 9])
+def test_all_parameters_together_keep_to_one_bound(moves):
+    """Those that move little move as they would, and all others by the same number of thresholds."""
+    found = StepSizes()
+    for i, move in enumerate(moves):
+        found.reach[f"site{i % 2}"] = found.reach.get(f"site{i % 2}", {}) | {str(i): move * REACH}
+    found.reach["outputs"] = {"readout": 5 * REACH}
+    kept = [move * found.factor(str(i), [f"site{i % 2}"]) for i, move in enumerate(moves)]
+    assert sum(kept) == pytest.approx(min(1.0, sum(moves)))
+    bounded = [after for before, after in zip(moves, kept, strict=True) if after < before]
+    assert all(after == pytest.approx(max(kept)) for after in bounded)
+    assert all(after == before for before, after in zip(moves, kept, strict=True) if before < 0.99 * max(kept))
 
 
 def test_the_size_of_a_readout_is_that_of_its_weights_at_the_start_and_is_kept():

@@ -2,13 +2,15 @@
 
 Adam moves every weight by about the learning rate, whatever its gradient. If n inputs have leaky traces of mean m, such
 a step moves a membrane by up to lr n m. A move by many thresholds makes a layer silent or saturated, and few spikes
-teach it to return. A readout of average rates has no thresholds and needs large weights, which small steps reach too
-slowly. So a parameter's learning rate is
+teach it to return. All parameters move at once, and towards the same loss, so that their moves add up. A readout of
+average rates has no thresholds and needs large weights, which small steps reach too slowly. So a parameter's learning
+rate is
 
-    lr min(1, REACH / G)     of parameters that feed a spiking layer
+    lr min(1, C / G)     of parameters that feed a spiking layer
     lr max(READOUT / τ, min(OUTPUTS / H, MOST_READOUT, SIZE W))     of parameters of a readout, with exact gradients
 
     G = sum over a parameter's entries of |m| / threshold, m the mean of ∂u/∂entry over samples, times and neurons
+    C = the bound of each with which all parameters together keep to Σ min(G, C) = REACH; infinite if Σ G is smaller
     H = the same sum for an output that the loss sees, without a threshold: how far a step of learning rate 1 moves it
     W = root mean square of its weights at the start, infinite of parameters of one dimension
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
@@ -29,7 +31,7 @@ from ulr_snn.kernels import ranks
 from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.model.passes import Pass
 
-REACH = 200.0  # thresholds by which a step of learning rate 1 may move a membrane
+REACH = 200.0  # thresholds by which a step of learning rate 1 may move membranes, in all layers together
 READOUT = 6.0
 NONLINEAR = 0.5  # largest factor of a readout that is not linear
 OUTPUTS, MOST_READOUT = 50.0, 20.0  # how far a step of learning rate 1 may move an output; the largest factor for it
@@ -88,7 +90,17 @@ class StepSizes:
             size = self.size.get(parameter, math.inf)
             return max(least, min(OUTPUTS / moved, MOST_READOUT, SIZE * size) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
-        return min([1.0, *(REACH / g for g in reached if g)])
+        return min([1.0, *(self._bound / g for g in reached if g)])
+
+    @property
+    def _bound(self) -> float:
+        """C, the largest that each G may become so that all together keep to REACH."""
+        left, ordered = REACH, sorted(g for site in self.reach.keys() - {"outputs"} for g in self.reach[site].values())
+        for i, g in enumerate(ordered):
+            if g * (len(ordered) - i) >= left:
+                return left / (len(ordered) - i)
+            left -= g
+        return math.inf
 
     def state_dict(self) -> dict[str, Any]:
         reach = {source: dict(found) for source, found in self.reach.items()}
