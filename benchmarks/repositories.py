@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,11 +37,9 @@ CLONES = {
     "Gus-Lab/temporal_efficient_training": "f9bde41",
     "thiswinex/STBP-simple": "a15de7c",
     "yjwu17/BP-for-SpikingNN": "8453086",
-    "Intelligent-Computing-Lab-Yale/BNTT-Batch-Normalization-Through-Time": "bdf5250",
     "HuuYuLong/Complementary-LIF": "d76af59",
     "putshua/SNN_conversion_QCFS": "c27a446",
     "ridgerchu/SpikeGPT": "029f86f",
-    "nitin-rathi/hybrid-snn-conversion": "3f6832c",
     "lava-nc/lava-dl": "d825ac5",
     "Thvnvtos/SNN-delays": "d169b4e",
 }
@@ -191,12 +188,6 @@ def spatio_temporal() -> nn.Module:
     return As(module.SCNN(), call)
 
 
-def bntt() -> nn.Module:
-    with code_of("BNTT-Batch-Normalization-Through-Time") as load:
-        module = load("model")
-    return As(module.SNN_VGG9_BNTT(5, img_size=16), lambda model, x: model(x.mean(0)))
-
-
 def clif_sequence() -> nn.Module:
     with code_of("Complementary-LIF", OLD_SPIKINGJELLY) as load:
         neuron = load("modules.neuron")
@@ -237,23 +228,6 @@ def converted() -> nn.Module:
     return As(nn.Sequential(*one, *two, nn.Flatten(), nn.Linear(512, 128), node(), nn.Linear(128, 10)), call)
 
 
-def hybrid(activation: str) -> nn.Module:
-    with code_of("hybrid-snn-conversion/self_models") as load:
-        module = load("spiking_model")
-    module.cfg["VGG5"] = [8, "A", 16, 128, "A"]
-
-    class Small(nn.Linear):
-        def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
-            super().__init__(*(128 if n == 4096 else n for n in (inputs, outputs)), bias=bias)
-
-    Linear, module.nn.Linear = module.nn.Linear, Small
-    try:
-        model = module.VGG_SNN_STDB("VGG5", activation, timesteps=8, leak=0.99, dataset="MNIST")
-    finally:
-        module.nn.Linear = Linear
-    return As(model, lambda model, x: model(x.mean(0)))
-
-
 def slayer(kind: str, **options: Any) -> nn.Module:
     with code_of("lava-dl/src") as load:
         without("lava.lib.dl.slayer.object_detection")
@@ -283,12 +257,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
-def larger(root: str, channels: int = 1) -> Parts:
-    """Digits of 28 x 28 pixels, with one channel: either polarity."""
+def larger(root: str) -> Parts:
+    """Digits of 28 x 28 pixels, with one channel for both polarities."""
     return tuple((pad(x.amax(2, keepdim=True), (6, 6, 6, 6)), y) for x, y in digits(root))  # type: ignore[return-value]
 
-
-three = partial(digits, channels=3)
 
 add("r_sparch_lif", partial(sparch, "LIF"), digit_rows)
 add("r_sparch_adlif", partial(sparch, "adLIF"), digit_rows)
@@ -302,19 +274,15 @@ add("r_tet", tet, digits)
 add("r_stbp_mnist", stbp, larger)
 add("r_stbp_conv", stbp_convolutions, digits)
 add("r_stbp", spatio_temporal, larger)
-add("r_bntt", bntt, three)
 add("r_clif", clif_sequence, digits)
 add("r_clif_vgg", partial(clif, "ComplementaryLIFNeuron"), digits)
 add("r_bptt_vgg", partial(clif, "BPTTNeuron"), digits)
 add("r_plif_vgg", partial(clif, "PLIFNeuron"), digits)
 add("r_qcfs", converted, digits)
-add("r_hybrid", partial(hybrid, "Linear"), larger)
-add("r_hybrid_stdb", partial(hybrid, "STDB"), larger)
 add("r_slayer_cuba", partial(slayer, "cuba"), digit_rows)
 add("r_slayer_delay", partial(slayer, "cuba", delay=True), digit_rows)
 add("r_slayer_alif", partial(slayer, "alif"), digit_rows)
-if find_spec("DCLS"):
-    add("r_delays", delays, digit_rows)
+add("r_delays", delays, digit_rows)
 
 REPOSITORIES = [name for name in ZOO if name not in BEFORE]
 
