@@ -33,6 +33,8 @@ TUNED = (
     *("v_sew12", "sj_spikformer", "snn_stmnist", "v_lin", "snn_slstm", "sj_seq_fb", "snn_t7_msecount", "v_deep8"),
     *("v_deep12", "v_sew4", "sj_ms18", "v_spike_LIF", "sj_sew18_AND", "sj_lif_fc", "sj_nmnist_lif", "no_memory_lsnn"),
     *("snn_rleaky", "snn_sae", "v_lin_LIF", "v_lin_nobn", "v_lin_avg"),
+    # looked at while the bound of all steps together was chosen:
+    *("r_s2net", "r_s2net_lateral", "r_s2net_conv", "r_srnn", "r_stbp_mnist", "r_slayer_cuba"),
 )
 
 

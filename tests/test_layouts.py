@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
-from ulr_snn import LIF, ULR, Global, UsageError, attach, evaluate, plan, train
+from ulr_snn import LIF, ULR, Global, UsageError, WeightNoise, attach, evaluate, plan, train
+from ulr_snn.model.activity import Activity
 from ulr_snn.runs.recording import record
 
 STEPS, BATCH, INPUTS = 7, 5, 6
@@ -531,3 +532,98 @@ def test_layers_that_run_over_fewer_steps_take_no_lengths_and_no_reward_to_go():
         ulr.backward(x, y)
     with attach(strided("scan", True), ULR()) as ulr, pytest.raises(UsageError, match="runs over other time steps"):
         ulr.backward(x, y, lengths=torch.tensor([8, 7, 6, 5, 4]))
+
+
+class Between(nn.Module):
+    """Two layers, of which the second sees every second time step; it is called in one of several ways."""
+
+    def __init__(self, batch_first: bool = False, whole: bool = True, by_name: bool = False) -> None:
+        super().__init__()
+        norse = pytest.importorskip("norse.torch")
+        torch.manual_seed(0)
+        self.batch_first, self.whole, self.by_name = batch_first, whole, by_name
+        self.into, self.inner, self.out = nn.Linear(INPUTS, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.second = (norse.LIF(norse.LIFParameters(v_th=torch.tensor(0.1))) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x.transpose(0, 1) if self.batch_first else x)
+        if self.whole:
+            spikes, _ = self.first(input_tensor=x) if self.by_name else self.first(x)
+        else:
+            early, state = self.first(x[:2])
+            late, _ = self.first(x[2:], state)
+            spikes = torch.cat([early, late])
+        outputs = self.out(self.second(self.inner(spikes[::2]))[0])
+        return outputs.transpose(0, 1) if self.batch_first else outputs
+
+
+@pytest.mark.parametrize("other", [{"by_name": True}, {"whole": False}, {"batch_first": True}])
+@pytest.mark.parametrize("steps", [6, 8])  # half of 6 is as many as the samples of a trial
+def test_ways_to_call_layers_of_other_time_steps_change_no_number(other, steps):
+    x, y = data(steps)
+    expected, others = gradients(Between().double(), 20 * x, y, ULR())
+    layout = "BT" if "batch_first" in other else "TB"
+    given = 20 * x.transpose(0, 1) if layout == "BT" else 20 * x
+    found, losses = gradients(Between(**other).double(), given, y, ULR(), layout=layout)
+    torch.testing.assert_close(losses, others)
+    torch.testing.assert_close(found, expected)
+    outputs = evaluate(Between(**other), [(given.float(), y)], loss="ce_rate", layout=layout)
+    assert outputs["loss"] == evaluate(Between(), [(20 * x.float(), y)], loss="ce_rate")["loss"]
+
+
+def test_a_model_that_turns_its_axes_is_told_so():
+    x, y = data(steps=8)
+    with pytest.raises(UsageError, match="runs over the samples as if they were time steps"):
+        gradients(Between(batch_first=True).double(), 20 * x, y, ULR())
+
+
+@pytest.mark.parametrize("options", [{"maps": "learned"}, {"noise": {"inner.weight": WeightNoise(per_sample=True)}}])
+def test_what_layers_of_different_time_steps_cannot_have(options):
+    x, y = data(steps=8)
+    with pytest.raises(UsageError, match=r"same time steps|events' time steps"):
+        gradients(Between().double(), 20 * x, y, ULR(**options))
+
+
+def test_a_layer_of_other_time_steps_in_long_sequences_takes_no_lengths():
+    """The model looks as if it kept all time steps where it is tried with few."""
+    x = (torch.rand(60, BATCH, INPUTS) < 0.5).float()
+    model = nn.Sequential(Beginning(), strided("scan", False).float())
+    with pytest.raises(UsageError, match="leave lengths out"):
+        evaluate(model, [(x, torch.arange(BATCH) % 3, torch.tensor([60, 50, 40, 30, 20]))])
+
+
+class Beginning(nn.Module):
+    """The first forty time steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:40]
+
+
+def test_rates_and_samples_of_layers_of_other_time_steps():
+    x, y = data(steps=8)
+    found = record(Between(), (20 * x.float(), y))
+    spikes = found.layers["second"].spikes
+    assert len(spikes) == 4
+    torch.testing.assert_close(found.rates()["second"], spikes.mean((0, 1)))
+    assert torch.equal(found.sample(2).layers["second"].spikes, spikes[:, 2:3])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((4, 6, 3), [12, 0, 0, 0, 0, 0]),  # [T, B, F]
+        ((24, 6, 3), [72, 0, 0, 0, 0, 0]),  # [T * B, N, F], with as many tokens as samples
+        ((2, 6, 3), [6, 0, 0, 0, 0, 0]),  # other time steps
+        ((9, 6, 3), [27, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_spikes_are_counted_for_their_sample(shape, expected):
+    sequence = torch.zeros(shape)
+    if shape[0] == 24:
+        sequence.unflatten(0, (4, 6))[:, 0] = 1
+    else:
+        sequence[:, 0] = 1
+    activity = Activity(4, 6, None)
+    activity.see("spikes", nn.Identity(), sequence)
+    activity.finish()
+    assert activity["spikes"].tolist() == expected

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.estimators.step_sizes import MOST_READOUT, NONLINEAR, OUTPUTS, REACH, READOUT, SIZE, StepSizes
+from ulr_snn.estimators.step_sizes import MOST_READOUT, NONLINEAR, OUTPUTS, REACH, READOUT, SELDOM, SIZE, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -100,6 +100,21 @@ def test_all_parameters_together_keep_to_one_bound(moves):
     bounded = [after for before, after in zip(moves, kept, strict=True) if after < before]
     assert all(after == pytest.approx(max(kept)) for after in bounded)
     assert all(after == before for before, after in zip(moves, kept, strict=True) if before < 0.99 * max(kept))
+
+
+def test_layers_that_learn_no_more_leave_their_part_of_the_bound():
+    net = model()
+    with attach(net, seed=0) as ulr:
+        ulr.learner.step_sizes = StepSizes()
+        ulr.backward(*data())
+        assert set(ulr.learner.step_sizes.reach) == {"1", "outputs"}
+        net[0].requires_grad_(False)
+        for _ in range(SELDOM):
+            ulr.backward(*data())
+        assert not ulr.learner.step_sizes.reach.get("1")
+    found = StepSizes()
+    found.reach = {"a": {"w": float("nan")}, "b": {"v": 4 * REACH}}
+    assert found.factor("v", ["b"]) == 0.25
 
 
 def test_the_size_of_a_readout_is_that_of_its_weights_at_the_start_and_is_kept():

@@ -22,7 +22,6 @@ from torch import Tensor
 from ulr_snn.credit.base import Credit
 from ulr_snn.credit.baseline import baseline, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.kinds import CreditKind
-from ulr_snn.errors import UsageError
 from ulr_snn.model.passes import Group, Pass
 from ulr_snn.sampling.kinds import Sampling
 from ulr_snn.sites.records import Record
@@ -126,11 +125,7 @@ class Formula:
         if self.credit.reward_to_go:
             losses = group.joined("loss_in_time")  # [K, B, T]
             steps = losses.shape[-1]
-            if others := [record.site for record in p.records if len(record.x) != steps]:
-                raise UsageError(
-                    f"reward_to_go needs layers with the {steps} time steps of the outputs, and {others[0]} has "
-                    "others; leave reward_to_go out"
-                )
+            p.check_times(steps, "reward_to_go")
             losses = to_go(losses)
             mean = None if mean is None else to_go((mean / steps).expand(steps))
         signal = (losses[p.copies] - baseline(losses, p.copies, self.sampling.group, mean)).flatten(0, 1)

@@ -89,6 +89,7 @@ class Prediction:
         sites = {name: [p.records[i] for p in passes] for i, name in enumerate(r.site for r in passes[0].records)}
         spikes = {name: [r.spikes.detach() for r in records] for name, records in sites.items()}
         valid = joined([p.records[0].valid_steps() for p in passes])  # [T, rows]
+        passes[0].check_times(len(valid), "a learned map")
         batch = passes[0].loss.shape[1]
         for regression in self.maps.regressions(list(sites), ranks.all_rows(valid), ranks.joined(batch), step):
             records, size = sites[regression.target], len(valid) - regression.before

@@ -10,7 +10,7 @@ rate is
     lr max(READOUT / τ, min(OUTPUTS / H, MOST_READOUT, SIZE W))     of parameters of a readout, with exact gradients
 
     G = sum over a parameter's entries of |m| / threshold, m the mean of ∂u/∂entry over samples, times and neurons
-    C = the bound of each with which all parameters together keep to Σ min(G, C) = REACH; infinite if Σ G is smaller
+    C = the largest move of one parameter at a site, so that Σ min(G, C) = REACH over all; infinite if Σ G is smaller
     H = the same sum for an output that the loss sees, without a threshold: how far a step of learning rate 1 moves it
     W = root mean square of its weights at the start, infinite of parameters of one dimension
     τ = time steps of the outputs that the loss adds up (1 where it averages over them)
@@ -65,6 +65,7 @@ class StepSizes:
         }
         for record in p.records:
             x = record.x
+            self.reach.pop(record.site, None)
             if x.requires_grad:
                 unit = record.scale / record.neuron.threshold.detach() * (1 if record.mask is None else record.mask)
                 self.reach[record.site] = reach(derivatives(x * unit.to(x.dtype) / x.numel(), parameters))
@@ -90,12 +91,15 @@ class StepSizes:
             size = self.size.get(parameter, math.inf)
             return max(least, min(OUTPUTS / moved, MOST_READOUT, SIZE * size) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
-        return min([1.0, *(self._bound / g for g in reached if g)])
+        if not any(reached):
+            return 1.0
+        bound = self._bound()
+        return min([1.0, *(bound / g for g in reached if g)])
 
-    @property
     def _bound(self) -> float:
-        """C, the largest that each G may become so that all together keep to REACH."""
-        left, ordered = REACH, sorted(g for site in self.reach.keys() - {"outputs"} for g in self.reach[site].values())
+        """Returns C."""
+        left, sites = REACH, [found for site, found in self.reach.items() if site != "outputs"]
+        ordered = sorted(g for found in sites for g in found.values() if math.isfinite(g))
         for i, g in enumerate(ordered):
             if g * (len(ordered) - i) >= left:
                 return left / (len(ordered) - i)

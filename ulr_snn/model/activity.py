@@ -38,11 +38,12 @@ class Activity(dict[str, Tensor]):
         sums = self.sums.setdefault((name, id(module)), Sums())
         if len(sequence) == self.rows:
             sums.steps.append(sequence.flatten(1).sum(1) if sequence.ndim > 1 else sequence)
-        other = len(sequence) != self.rows  # a layer may run over other time steps than the events'
-        if sequence.ndim > 2 and sequence.shape[1] == self.rows and (len(sequence) == self.size or other):
+        if sequence.ndim > 2 and sequence.shape[:2] == (self.size, self.rows):
             sums.whole.append(sequence.flatten(2).sum(2))
         elif len(sequence) == self.size * self.rows:
             sums.whole.append(sequence.unflatten(0, (self.size, self.rows)).flatten(2).sum(2))
+        elif len(sequence) != self.rows and sequence.ndim > 2 and sequence.shape[1] == self.rows:
+            sums.whole.append(sequence.flatten(2).sum(2))  # over other time steps than the events'
 
     def finish(self) -> None:
         """Sums the calls without padding. A module with as many calls as time steps ran one time step a call."""

@@ -132,6 +132,11 @@ class Binder:
         seen = self._look(batch)
         if self._bound is None or seen != self._seen:
             found = BoundModel.of(self.model, batch, self.noise, self.own_code)
+            if not found.seen.keeps_time and any(getattr(noise, "per_sample", False) for noise in self.noise.values()):
+                raise UsageError(
+                    "WeightNoise(per_sample=True) needs layers and outputs with the events' time steps; use "
+                    "per_sample=False"
+                )
             attributes = self._seen is not None and self._seen[1:] == seen[1:]  # nothing else has changed
             if self._bound is None or not (attributes and same_chain(self._bound.model, found.model)):
                 self._bound = found

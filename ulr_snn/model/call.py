@@ -263,13 +263,14 @@ def state_arguments(model: nn.Module) -> tuple[str, ...]:
     return tuple(argument.name for argument in found if argument.default is None)
 
 
-def check_outputs(outputs: Tensor, steps: int, rows: int) -> None:
-    """Raises UsageError unless outputs are [T, B, ...] or [B, C]."""
+def check_outputs(outputs: Tensor, steps: int, rows: int, padded: bool = False) -> None:
+    """Raises UsageError unless outputs are [T, B, ...] or [B, C]. padded: T has to be the number of steps."""
     shape = tuple(outputs.shape)
     if outputs.is_complex() or outputs.is_meta:
         held = "complex numbers" if outputs.is_complex() else "a tensor on the meta device"
         raise UsageError(f"the model returned {held}; return real numbers with values, [T, B, C] or [B, C]")
-    if shape[1:2] != (rows,) if outputs.ndim > 2 else outputs.ndim < 2 or shape[0] != rows:
+    over_time = shape[1:2] == (rows,) and (not padded or len(outputs) == steps)
+    if not over_time if outputs.ndim > 2 else outputs.ndim < 2 or shape[0] != rows:
         raise UsageError(
             f"the model returned shape {shape} for {steps} steps of a batch of {rows}; return [T, B, C] or [B, C]"
         )

@@ -22,6 +22,7 @@ from ulr_snn.sites.step import ANY_STEPS
 
 # Errors that modules raise for a wrong shape. Any other error is a mistake in the model itself.
 OF_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+OTHER = 5  # samples of a second trial, where two or three samples may pass for time steps
 STEPS = 32  # time steps of a long sequence with which models are tried
 WAYS = {
     "sequence": "a whole sequence [T, B, ...]",
@@ -70,6 +71,17 @@ class Trial:
         seen += [shape[0] for name, shapes in self.shapes.items() if name not in self.by_call for shape in shapes]
         return all(length == steps for length in seen)
 
+    def turns(self, steps: int, samples: int) -> bool:
+        """Returns whether a layer that runs by itself over time saw the samples as time steps."""
+        known = {name for name, _ in self.layers} - self.by_call.keys()
+        return any(shape[:2] == (samples, steps) for name in known for shape in self.shapes.get(name, ()))
+
+    def ambiguous(self, samples: int) -> bool:
+        """Returns whether an output or a layer shows a number of time steps that is also the number of samples."""
+        seen = [part.shape for part in tensors(self.selected)]
+        seen += [shape for name, shapes in self.shapes.items() if name not in self.by_call for shape in shapes]
+        return any(len(shape) > 2 and shape[:2] == (samples, samples) for shape in seen)
+
     def sees(self, steps: int, samples: int) -> bool:
         """Returns whether all layers saw these axes. A layer that runs by itself over time shows which axis is time; it
         may run over another number of steps."""
@@ -112,6 +124,13 @@ def found_with(model: nn.Module, x: Tensor, batch: Batch) -> tuple[Call, int]:
             inputs = batch.inputs.turned("BT" if way == "batch first" else "TB")
             call = Call(way, interface, inputs, carries=carries, states=states)
             trial = tried(model, layers, call, x, check=interface.layout == "BT")
+            if way != "static" and x.shape[1] < OTHER and trial.ambiguous(x.shape[1]):
+                return found_with(model, few(batch, len(x), OTHER + (len(x) == OTHER)), batch)
+            if way == "sequence" and interface.layout == "TB" and trial.turns(len(x), x.shape[1]):
+                raise UsageError(
+                    "the model runs over the samples as if they were time steps; use layout='BT' if events are "
+                    "[B, T, ...]"
+                )
             done = None if trial.error else finished(model, call, trial, x)
             if done is None:
                 trials.append(trial)
@@ -178,16 +197,17 @@ def watching(model: nn.Module, trial: Trial) -> Iterator[None]:
     modules |= {name: module for name, module in model.named_modules() if name in others}
 
     def noted(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-            if given and isinstance(given[0], Tensor):
-                trial.shapes.setdefault(name, []).append(given[0].shape)
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found = next((item for item in (*given, *named.values()) if isinstance(item, Tensor)), None)
+            if found is not None:
+                trial.shapes.setdefault(name, []).append(found.shape)
 
         return hook
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_hook(lambda _, given, result: trial.results.append(result)).remove)
         for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(noted(name)).remove)
+            stack.callback(module.register_forward_pre_hook(noted(name), with_kwargs=True).remove)
         yield
 
 
@@ -197,7 +217,7 @@ def finished(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> Call | No
     steps, samples = trial.steps() if call.way == "static" else len(x), x.shape[1]
     found = tensors(trial.selected)
     over_time = [True] * len(found)
-    if call.way == "batch first" and any(part.shape[1:2] == (steps,) for part in found):
+    if call.way == "batch first" and any(part.shape[1:2] == (steps,) or part.ndim > 2 for part in found):
         over_time = follow_time(model, call, trial, x)
     slots = []
     for number, (part, timed) in enumerate(zip(found, over_time, strict=True)):
@@ -225,6 +245,8 @@ def form_of(part: Tensor, steps: int, samples: int, way: str, timed: bool) -> Sl
     static = Slot("B", part.shape[1:]) if part.shape[:1] == (samples,) else None
     if not timed:
         return static
+    if way == "batch first" and part.ndim > 2 and part.shape[0] == samples:
+        return Slot("BT", part.shape[2:])  # its second axis may have other time steps than the events
     slot = Slot.of(part, steps, samples, way == "batch first")
     if way == "static" and steps == 1:
         return slot or static
@@ -238,13 +260,13 @@ def form_of(part: Tensor, steps: int, samples: int, way: str, timed: bool) -> Sl
 def follow_time(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> list[bool]:
     """Returns of each output whether its second axis follows the number of time steps, as [B, T, C] does, and [B, C]
     with as many classes as time steps does not. A model that takes no other number of steps has [B, T, C] or [B, C]."""
-    other = x[:-1] if len(x) > 2 else torch.cat([x, x[-1:]])
+    other = x[: (len(x) + 1) // 2] if len(x) > 2 else torch.cat([x, x[-1:]])
     again = tried(model, trial.layers, call, other, check=False)
-    found = tensors(trial.selected)
+    found, samples = tensors(trial.selected), x.shape[1]
     if again.error is not None or len(tensors(again.selected)) != len(found):
-        return [part.ndim > 2 for part in found]
+        return [(part.ndim > 2 and part.shape[1] == len(x)) or part.shape[:1] != (samples,) for part in found]
     pairs = zip(found, tensors(again.selected), strict=True)
-    return [before.shape[1:2] != after.shape[1:2] or before.shape[1:2] != (len(x),) for before, after in pairs]
+    return [before.shape[1:2] != after.shape[1:2] or before.shape[:1] != (samples,) for before, after in pairs]
 
 
 def refused(trials: list[Trial]) -> Exception:

@@ -96,7 +96,7 @@ class Forward:
         pooling = SpikePooling() if self.pools else None
         with self.side_effects_once(), disturbed, counted as activity, pooling or nullcontext():
             outputs, records, changes = outputs_of()
-        check_outputs(outputs, size[0], size[1] * k)
+        check_outputs(outputs, size[0], size[1] * k, lengths is not None)
         evaluation = self.evaluate(batch, outputs, activity, copies)
         pools = pooling is not None and pooling.used
         return Pass(copies, outputs, records, activity, evaluation, pools, changes, self.links is not None)

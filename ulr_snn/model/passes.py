@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulr_snn.errors import UsageError
 from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.sites.records import Record
 
@@ -47,6 +48,14 @@ class Pass:
     def error(self) -> Tensor | None:
         """∂loss/∂outputs in the shape of the outputs; None if the loss has no gradient."""
         return self.evaluation.error
+
+    def check_times(self, steps: int, asker: str) -> None:
+        """Raises UsageError unless all layers ran over so many time steps."""
+        if others := [record for record in self.records if len(record.x) != steps]:
+            raise UsageError(
+                f"{asker} needs layers and outputs with the same time steps, and {others[0].site} has "
+                f"{len(others[0].x)} where others have {steps}; leave it out"
+            )
 
     @property
     def ends(self) -> list[tuple[Tensor, Tensor]]:

@@ -37,7 +37,7 @@ class Runner:
                 self.bound.measure_levels(self.level, partial(self._outputs, x, noise, lengths))
             with counting(self.bound.model, self.bound.layers, counts, *size, lengths) as activity:
                 outputs = widened(self._outputs(x, noise, lengths))
-            check_outputs(outputs, *size)
+            check_outputs(outputs, *size, lengths is not None)
             found.append((outputs, activity))
         return found
 

@@ -68,7 +68,7 @@ class Totals:
     """Sums over batches."""
 
     samples: int = 0
-    steps: int = 0
+    steps: dict[str, int] = field(default_factory=dict)  # of all samples, by layer
     spikes: dict[str, Tensor] = field(default_factory=dict)  # of each neuron, by layer
     activity: dict[tuple[str, str], float] = field(default_factory=dict)  # by module and kind
     confusion: Tensor | None = None
@@ -83,10 +83,9 @@ class Totals:
             counts = torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, classes)
             self.confusion = counts if self.confusion is None else self.confusion + counts
         self._keep_examples(recording, labels, predictions)
-        lengths = recording.lengths
         self.samples += recording.samples
-        self.steps += len(recording.events) * recording.samples if lengths is None else int(lengths.sum())
         for name, layer in recording.layers.items():
+            self.steps[name] = self.steps.get(name, 0) + recording.steps_of(layer)
             self.spikes[name] = self.spikes.get(name, 0) + layer.spikes.double().sum((0, 1))
         for key, counted in recording.activity.items():
             self.activity[key] = self.activity.get(key, 0.0) + counted.double().sum().item()
@@ -104,7 +103,7 @@ class Totals:
                 self.examples.append(Example(self.samples + row, recording.sample(row), label, predicted))
 
     def rates(self) -> dict[str, Tensor]:
-        return {name: spikes / self.steps for name, spikes in self.spikes.items()}
+        return {name: spikes / self.steps[name] for name, spikes in self.spikes.items()}
 
     def layers(self, model: nn.Module) -> list[LayerActivity]:
         """Returns the activity of every module that fires or has connections, in the order of the model."""

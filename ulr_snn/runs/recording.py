@@ -71,8 +71,11 @@ class Recording:
 
     def rates(self) -> dict[str, Tensor]:
         """Returns the firing rate of each neuron by layer, [...]: spikes of all samples over their time steps."""
-        steps = len(self.events) * self.samples if self.lengths is None else int(self.lengths.sum())
-        return {name: layer.spikes.sum((0, 1)) / steps for name, layer in self.layers.items()}
+        return {name: layer.spikes.sum((0, 1)) / self.steps_of(layer) for name, layer in self.layers.items()}
+
+    def steps_of(self, layer: LayerRecording) -> int:
+        """Returns the number of time steps of all samples in a layer, which may have others than the events."""
+        return len(layer.spikes) * self.samples if self.lengths is None else int(self.lengths.sum())
 
     def totals(self, device: torch.device) -> dict[str, Tensor]:
         """Returns the spikes and operations of all modules, [B] each, on a device."""
@@ -86,7 +89,8 @@ class Recording:
         if not -self.samples <= index < self.samples:
             raise UsageError(f"sample={index} is not recorded; the batch has {self.samples} samples, from 0 on")
         index %= self.samples
-        steps, rows = slice(self.steps(index)), slice(index, index + 1)
+        steps = slice(None if self.lengths is None else self.steps(index))
+        rows = slice(index, index + 1)
 
         def of(sequence: Tensor) -> Tensor:
             return sequence[steps, rows].clone()

@@ -38,6 +38,7 @@ class Site:
     lengths: Tensor | None
     links: Links | None  # keep spikes in the graph behind the current; None: spikes are autograd leaves
     guard: InPlaceGuard
+    steps: int = 0  # time steps of the events; 0: not known
     calls: int = 0
 
     def fire_sequence(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
@@ -47,6 +48,8 @@ class Site:
 
     def _fired(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         call, self.calls = self.calls, self.calls + 1
+        if self.lengths is not None and self.steps and len(current) != self.steps:
+            raise UsageError(f"{self.name} runs over other time steps than those of the events, so leave lengths out")
         if self.noise is None:
             with torch.no_grad():
                 return neuron.fired(current)[0]
@@ -200,7 +203,7 @@ def bind(
     for index, (name, neuron) in enumerate(layers):
         own = None if name in level.noiseless or never_fires(neuron) else noise
         if isinstance(neuron, SpikingNeuron) or (neuron.scans and own is not None):
-            sites.append(Site(name, index, level, own, records, lengths, links, guard))
+            sites.append(Site(name, index, level, own, records, lengths, links, guard, steps))
         else:
             arguments = name, index, level, own, records, neuron, neuron.calls_in(steps), lengths, guard
             sites.append(CurrentSite(*arguments) if isinstance(neuron, BlackBox) else StepSite(*arguments, links=links))
@@ -248,6 +251,22 @@ def turn(model: nn.Module) -> Any:
 
 
 @contextmanager
+def seeing_sequences(module: nn.Module, site: StepSite) -> Iterator[None]:
+    """Within this context, a site takes each sequence before its module runs over it."""
+
+    def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sequence = next((item for item in (*arguments, *named.values()) if isinstance(item, Tensor)), None)
+        if sequence is not None:
+            site.takes(sequence)
+
+    hook = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def bind_sites(
     model: nn.Module, sites: Sequence[Any], lengths: Tensor | None, layers: Layers | None = None
 ) -> Iterator[None]:
@@ -266,8 +285,7 @@ def bind_sites(
             if isinstance(neuron, StepNeuron):
                 stack.enter_context(neuron.bound(site))
                 if isinstance(site, StepSite) and neuron.by_sequence and not neuron.whole:
-                    hook = module.register_forward_pre_hook(lambda _, given, site=site: site.over(given[0]))
-                    stack.callback(hook.remove)
+                    stack.enter_context(seeing_sequences(module, site))
             if site is not None and slot:
                 module.__dict__[slot] = site
                 stack.callback(module.__dict__.pop, slot, None)

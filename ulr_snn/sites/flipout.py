@@ -111,6 +111,8 @@ def placed(values: Tensor, sequence: Tensor, module: nn.Module, steps: int) -> T
         lead = [1, rows]
     elif len(sequence) == steps * rows:
         values, lead = values.repeat(steps, 1), [steps * rows]
+    elif sequence.ndim >= 3 + positions and sequence.shape[1] == rows != len(sequence):
+        lead = [1, rows]  # over other time steps than the events'
     else:
         lead = [rows]
     between = sequence.ndim - len(lead) - 1 - positions

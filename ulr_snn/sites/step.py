@@ -23,9 +23,9 @@ class StepSite:
     """The firing site of a layer that its own library's code runs (see `adapters.Step`).
 
     records: records of the pass; the site holds the place of its record until `bind` replaces it. steps: number of time
-    steps of the events, until `over` tells that the layer has another. measured: whether the layer is in its first
-    pass, in which it fires deterministically to calibrate the scale of its noise. links: keep spikes in the graph
-    behind their drive; None: spikes are leaves.
+    steps of the events, or of a longer first sequence; given: number of time steps of the sequences that the layer got.
+    measured: whether the layer is in its first pass, in which it fires deterministically to calibrate the scale of its
+    noise. links: keep spikes in the graph behind their drive; None: spikes are leaves.
     """
 
     name: str
@@ -40,6 +40,7 @@ class StepSite:
     resetting: Tensor | None = None
     measured: bool = False
     calls: int = 0
+    given: int = 0
     links: Links | None = None
     arrived: list[Tensor] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
@@ -50,10 +51,14 @@ class StepSite:
     _over: Tensor | None = None
     _link: Any = None
 
-    def over(self, sequence: Tensor) -> None:
-        """Takes the sequence [T, B, ...] over which the layer is about to run. It may be longer than the events."""
+    def takes(self, sequence: Tensor) -> None:
+        """Takes a sequence [T, B, ...] over which the layer is about to run. The first may be shorter or longer than
+        the events."""
+        if self.lengths is not None and len(sequence) > self.steps:
+            raise UsageError(f"{self.name} runs over other time steps than those of the events, so leave lengths out")
         if self.calls == 0:
-            self.steps = len(sequence)
+            self.steps = max(self.steps, len(sequence))
+        self.given += len(sequence)
 
     def begin(self, current: Tensor) -> None:
         if self.calls == 0 and self.noise is not None:
@@ -128,7 +133,9 @@ class StepSite:
 
     def finish(self) -> None:
         """Checks that the layer ran once a step. Calibrates the scale of its noise if it was measured."""
-        if self.calls not in (0, self.steps) and self.steps != ANY_STEPS:
+        if self.lengths is not None and self.given not in (0, self.steps):
+            raise UsageError(f"{self.name} runs over other time steps than those of the events, so leave lengths out")
+        if self.calls not in (0, self.steps, self.given) and self.steps != ANY_STEPS:
             raise UsageError(
                 f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step "
                 "(layout='BT' if events are [B, T, ...])"
