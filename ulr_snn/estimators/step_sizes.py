@@ -138,8 +138,9 @@ def linear(values: Tensor, parameters: dict[str, nn.Parameter], found: dict[str,
 
 
 def reach(found: dict[str, Tensor]) -> dict[str, float]:
-    """Returns Σ |derivative| of each parameter: how far a sign step of size 1 moves the sum of the values."""
-    return {name: float(g.abs().sum()) for name, g in found.items()}
+    """Returns Σ |derivative| of each parameter: how far a sign step of size 1 moves the sum of the values. In double
+    precision, so that the number of threads that add up changes no bit of a step in single precision."""
+    return {name: float(g.abs().sum(dtype=torch.float64)) for name, g in found.items()}
 
 
 def derivatives(values: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
