@@ -121,8 +121,8 @@ class Learner:
         """See `Attachment.learning_rates`."""
         if self.step_sizes is None or self.structure is None:
             return {}
-        found = self.structure.parameters.items()
-        return {name: self.step_sizes.factor(name, sources) / self.times for name, sources in found}
+        found, bound = self.structure.parameters.items(), self.step_sizes.bound()
+        return {name: self.step_sizes.factor(name, sources, bound) / self.times for name, sources in found}
 
     def observe_again(self) -> None:
         """Drops the structure, so that the next pass is observed."""

@@ -81,8 +81,9 @@ class StepSizes:
         """True if this step measures."""
         return step < OFTEN or step % SELDOM == 0
 
-    def factor(self, parameter: str, sources: list[str]) -> float:
-        """Returns the learning rate factor of a parameter with gradients from these sites or "outputs"."""
+    def factor(self, parameter: str, sources: list[str], bound: float | None = None) -> float:
+        """Returns the learning rate factor of a parameter with gradients from these sites or "outputs". bound: that of
+        `bound`, if it is known."""
         if sources == ["outputs"]:
             least = READOUT / (self.summed or 1.0)
             if not self.linear:
@@ -91,13 +92,11 @@ class StepSizes:
             size = self.size.get(parameter, math.inf)
             return max(least, min(OUTPUTS / moved, MOST_READOUT, SIZE * size) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
-        if not any(reached):
-            return 1.0
-        bound = self._bound()
+        bound = self.bound() if bound is None else bound
         return min([1.0, *(bound / g for g in reached if g)])
 
-    def _bound(self) -> float:
-        """Returns C."""
+    def bound(self) -> float:
+        """Returns C, which is the same for all parameters."""
         left, sites = REACH, [found for site, found in self.reach.items() if site != "outputs"]
         ordered = sorted(g for found in sites for g in found.values() if math.isfinite(g))
         for i, g in enumerate(ordered):

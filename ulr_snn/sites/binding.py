@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, fresh_state, libraries
+from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, current_of, fresh_state, libraries
 from ulr_snn.adapters.intercept import SKIPPED
 from ulr_snn.adapters.memories import own_memories
 from ulr_snn.errors import UsageError
@@ -23,7 +23,7 @@ from ulr_snn.noise.random import Drawer, Noise
 from ulr_snn.noise.secant import farthest
 from ulr_snn.sites.current import CurrentSite
 from ulr_snn.sites.records import InPlaceGuard, Links, Record
-from ulr_snn.sites.step import StepSite
+from ulr_snn.sites.step import StepSite, other_steps
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Site:
     def _fired(self, neuron: SpikingNeuron, current: Tensor) -> Tensor:
         call, self.calls = self.calls, self.calls + 1
         if self.lengths is not None and self.steps and len(current) != self.steps:
-            raise UsageError(f"{self.name} runs over other time steps than those of the events, so leave lengths out")
+            raise other_steps(self.name)
         if self.noise is None:
             with torch.no_grad():
                 return neuron.fired(current)[0]
@@ -255,7 +255,7 @@ def seeing_sequences(module: nn.Module, site: StepSite) -> Iterator[None]:
     """Within this context, a site takes each sequence before its module runs over it."""
 
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        sequence = next((item for item in (*arguments, *named.values()) if isinstance(item, Tensor)), None)
+        sequence = current_of(arguments, named)
         if sequence is not None:
             site.takes(sequence)
 

@@ -55,7 +55,7 @@ class StepSite:
         """Takes a sequence [T, B, ...] over which the layer is about to run. The first may be shorter or longer than
         the events."""
         if self.lengths is not None and len(sequence) > self.steps:
-            raise UsageError(f"{self.name} runs over other time steps than those of the events, so leave lengths out")
+            raise other_steps(self.name)
         if self.calls == 0:
             self.steps = max(self.steps, len(sequence))
         self.given += len(sequence)
@@ -134,7 +134,7 @@ class StepSite:
     def finish(self) -> None:
         """Checks that the layer ran once a step. Calibrates the scale of its noise if it was measured."""
         if self.lengths is not None and self.given not in (0, self.steps):
-            raise UsageError(f"{self.name} runs over other time steps than those of the events, so leave lengths out")
+            raise other_steps(self.name)
         if self.calls not in (0, self.steps, self.given) and self.steps != ANY_STEPS:
             raise UsageError(
                 f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step "
@@ -173,3 +173,8 @@ class StepSite:
 
     def _mask(self, sequence: Tensor) -> Tensor | None:
         return None if self.lengths is None else step_mask(self.lengths, sequence)
+
+
+def other_steps(name: str) -> UsageError:
+    """Returns the error of a layer that runs over other time steps than the events, which have lengths."""
+    return UsageError(f"{name} runs over other time steps than those of the events, so leave lengths out")
