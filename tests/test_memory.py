@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ulr_snn.kernels import pool as memory
 from ulr_snn.kernels import sparse, stateless
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import Pool, blocks, empty, in_step
-from ulr_snn.kernels.stateless import run
+from ulr_snn.kernels.stateless import quick_convolutions, run
 
 LARGE = (limits.smallest // 16, 8)  # twice the smallest
 
@@ -106,6 +107,12 @@ def test_training_is_the_same_with_memory_that_is_kept(monkeypatch):
 # -- blocks of rows ----------------------------------------------------------------------------------------
 
 
+def passed(module: nn.Module, x: Tensor) -> Tensor:
+    """What a bound model's module gives."""
+    with quick_convolutions(module):
+        return run(module, x)
+
+
 def test_blocks_are_all_rows_in_order(monkeypatch):
     monkeypatch.setattr(limits, "block", 100)
     assert blocks(7, 8) == [slice(0, 3), slice(3, 6), slice(6, 7)]
@@ -129,7 +136,7 @@ def test_convolution_in_blocks_is_the_convolution(options, monkeypatch):
     expected = module(x)
     g = torch.randn_like(expected)
     with Pool().used():
-        found = run(module, x)
+        found = passed(module, x)
         assert type(found.grad_fn).__name__ == "_ConvolutionBackward"
         wanted = [x, *module.parameters()]
         mine = torch.autograd.grad(found, wanted, g)
@@ -156,57 +163,69 @@ def test_no_gradient_is_made_that_nothing_asks_for(monkeypatch):
     module, leaf = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6, requires_grad=True)
     with Pool().used():
         x = leaf * 1
-        y = run(module, x)
+        y = passed(module, x)
         for inputs, expected in (([module.weight], [False, True, True]), ([x, module.weight], [True, True, True])):
             with Masks() as masks:
                 torch.autograd.backward(y, torch.ones_like(y), inputs=inputs, retain_graph=True)
             assert masks.seen == [expected] * 4
-        (found,) = torch.autograd.grad(run(module, leaf).sum(), leaf)
+        (found,) = torch.autograd.grad(passed(module, leaf).sum(), leaf)
         assert torch.allclose(found, torch.autograd.grad(module(leaf).sum(), leaf)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["hook", "hook of all", "compiled", "subclass", "own forward", "reflect", "same", "double", "outside", "few"],
-)
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+@pytest.mark.parametrize("kind", ["own code", "reflect", "same", "double", "outside", "few", "autocast"])
 def test_other_convolutions_are_left_alone(kind, monkeypatch):
     monkeypatch.setattr(limits, "block", 4 * 2 * 36 * (100 if kind == "few" else 1))
+    options = {"reflect": {"padding": 1, "padding_mode": "reflect"}, "same": {"padding": "same"}}.get(kind, {})
+    module, x = (Doubled if kind == "own code" else nn.Conv2d)(2, 3, 3, **options), torch.randn(4, 2, 6, 6)
+    if kind == "double":
+        module, x = module.double(), x.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        expected = module(x)
+        with nullcontext() if kind == "outside" else Pool().used():
+            found = passed(module, x)
+    assert torch.equal(found, expected) and type(found.grad_fn).__name__ != "_ConvolutionBackward"
+    assert "_conv_forward" not in vars(module)
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook of all", "compiled", "subclass", "own forward"])
+def test_what_users_put_around_a_convolution_runs(kind, monkeypatch):
+    monkeypatch.setattr(limits, "block", 4 * 2 * 36)
     seen: list[str] = []
 
     class Mine(nn.Conv2d):
-        pass
+        def forward(self, x):
+            seen.append("called")
+            return super().forward(x)
 
-    options = {"reflect": {"padding": 1, "padding_mode": "reflect"}, "same": {"padding": "same"}}.get(kind, {})
-    module, x = (Mine if kind == "subclass" else nn.Conv2d)(2, 3, 3, **options), torch.randn(4, 2, 6, 6)
-    if kind == "hook":
-        module.register_forward_hook(lambda *_: seen.append("called"))
-    if kind == "hook of all":
-        removed = nn.modules.module.register_module_forward_hook(lambda *_: seen.append("called"))
-    if kind == "compiled":
-        module._compiled_call_impl = lambda x: seen.append("called") or module._call_impl(x)
-    if kind == "own forward":
-        forward = module.forward
-        module.forward = lambda x: seen.append("called") or forward(x)
-    if kind == "double":
-        module, x = module.double(), x.double()
-    expected = module(x)
-    seen.clear()
-    pool = Pool()
-    if kind == "outside":
-        found = run(module, x)
-    else:
-        with pool.used():
-            found = run(module, x)
-    if kind == "hook of all":
-        removed.remove()
-    assert torch.equal(found, expected) and type(found.grad_fn).__name__ != "_ConvolutionBackward"
-    assert seen == (["called"] if kind in ("hook", "hook of all", "compiled", "own forward") else [])
+    module, x = (Mine if kind == "subclass" else nn.Conv2d)(2, 3, 3), torch.randn(4, 2, 6, 6)
+    with ExitStack() as stack:
+        if kind == "hook":
+            module.register_forward_hook(lambda *_: seen.append("called"))
+        if kind == "hook of all":
+            handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append("called"))
+            stack.callback(handle.remove)
+        if kind == "compiled":
+            module._compiled_call_impl = lambda x: seen.append("called") or module._call_impl(x)
+        if kind == "own forward":
+            forward = module.forward
+            module.forward = lambda x: seen.append("called") or forward(x)
+        expected = module(x)
+        seen.clear()
+        stack.enter_context(Pool().used())
+        found = passed(module, x)
+    assert torch.allclose(found, expected, atol=1e-6) and type(found.grad_fn).__name__ == "_ConvolutionBackward"
+    assert seen == ["called"]
 
 
 def test_wrong_shapes_raise_as_the_module_does(monkeypatch):
     monkeypatch.setattr(limits, "block", 4 * 2 * 36)
     with Pool().used(), pytest.raises(RuntimeError, match="channels"):
-        run(nn.Conv2d(3, 3, 3), torch.randn(4, 2, 6, 6))
+        passed(nn.Conv2d(3, 3, 3), torch.randn(4, 2, 6, 6))
 
 
 def test_credit_through_a_window_in_blocks_is_that_of_all_rows(monkeypatch):
@@ -287,7 +306,7 @@ def test_gradients_can_be_differentiated(kind, monkeypatch):
 
     expected = second(module(x))
     with Pool().used():
-        y = run(module, x)
+        y = passed(module, x)
         assert type(y.grad_fn).__name__ != type(module(x).grad_fn).__name__
         found = second(y)
     for one, other in zip(found, expected, strict=True):

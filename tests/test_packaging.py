@@ -21,6 +21,7 @@ ORDER = [
     "kernels",
     "kernels.bits",
     "kernels.cpu",
+    "kernels.layout",
     "kernels.limits",
     "kernels.pool",
     "kernels.precision",

@@ -56,7 +56,7 @@ class Layout:
         turned = turned or (not self.whole and self.each > 1 and not self.outer)
         rows = rows.transpose(0, 1) if turned else rows
         rows = rows.flatten(0, 1) if self.each > 1 else rows
-        return (rows.movedim(0, self.axis) if self.axis else rows).contiguous()
+        return rows.movedim(0, self.axis).contiguous() if self.axis or turned else rows
 
     def features(self, x: Tensor) -> tuple[int, ...]:
         """Returns the sizes of the axes that hold neither samples nor time."""

@@ -64,7 +64,7 @@ class Recurrence:
         """Returns (a + h g + C g, g) [T, B, ...]: the total credit of every spike, and ∂L/∂J of every input current.
         Without `totals` the first is None. later: g [B, ...] of the step after the last; it is overwritten by g of the
         first step. overwrite: the memory of a may be reused."""
-        later = a.new_zeros(a.shape[1:]) if later is None else later
+        later = torch.zeros_like(self.spikes[0], dtype=a.dtype) if later is None else later
         if self.fused is not None and (self.weight is None or self._dense):
             done = self.fused(a, later, totals, overwrite, self.weight)
             if done is not None:

@@ -24,7 +24,7 @@ _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4
 _FARTHEST = _f(80)  # largest argument of exp, whose result fits float32
 NEAR = _f(60)  # largest distance d for which e^-|x| / e^-d differs from zero wherever it matters
 _LEAST_SLOPE, _LEAST_CREDIT = _f(1e-25), _f(1e-30)  # smaller values become zero, since denormal numbers are slow
-_M1, _M2, _GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
+_M1, _M2, GOLDEN = _u(0x7FEB352D), _u(0x846CA68B), _u(0x9E3779B9)
 BLOCK = 64  # outputs that one thread sums in the cache
 LINE = 16  # float32 numbers in a cache line
 TILE = 4  # rows whose products with LINE columns stay in registers together
@@ -214,10 +214,10 @@ def _gaussian(x):
 
 
 @compiled()
-def _uniforms(row1, row2, mirrored, out):
-    """Computes `Noise.uniform` of one row at one time step."""
+def _uniforms(row1, row2, mirrored, counters, out):
+    """Computes `Noise.uniform` of one row at one time step. counters: those of neurons, times GOLDEN."""
     for n in range(len(out)):
-        h = _u(_u(n) * _GOLDEN + row1)  # numba widens products and sums, so each result is cut to 32 bits
+        h = _u(counters[n] + row1)  # numba widens products and sums, so each result is cut to 32 bits
         h = _u(_u(h ^ (h >> _u(16))) * _M1 + row2)
         h = _u(_u(h ^ (h >> _u(15))) * _M2)
         h = _u(h ^ (h >> _u(16)))
@@ -310,12 +310,13 @@ def _recurrent(weight, before, places, values, blank, out):
 
 
 @compiled(nogil=True)
-def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, own, membrane, before,
-         spikes, x, fed_back):  # fmt: skip
+def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, counters, own, membrane,
+         before, spikes, x, fed_back):  # fmt: skip
     """Runs rows of a layer over time. Membrane and spikes (before) [B, N] of the previous step become the last step's.
 
     current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or None; beta, threshold, scale [N];
-    row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; own [B]: number of steps without padding.
+    row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; counters [N] uint32: see `_uniforms`; own [B]:
+    number of steps without padding.
     Writes spikes (with law KNOWN it reads them), standardised drives and, with recurrent weights, the recurrent
     current, all [T, B, N].
     """
@@ -337,7 +338,7 @@ def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, 
             for n in range(neurons):
                 here[n] = (membrane[b, n] - threshold[n]) / scale[n]
             if _draws(law):
-                _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
+                _uniforms(row1[t, b], row2[t, b], mirrored[b], counters, uniform)
             _fire(law, here, uniform, fired)
             if t >= own[b]:
                 _copy(blank, fired)
@@ -403,10 +404,10 @@ def _slope(law, x, over, scale, valid, out):
 
 
 @compiled(nogil=True)
-def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, slope, farthest, spikes):
+def fire(first, end, drive, t, scale, law, row1, row2, mirrored, counters, own, over, slope, farthest, spikes):
     """Draws the spikes [B, N] of some rows at time step t from drives [B, N], and computes their `_slope` [T, B, N].
-    row1, row2, mirrored, own: as for `scan`; farthest [B]: bits of the largest |drive / scale| so far. The bits of
-    positive floats have the order of the floats."""
+    row1, row2, mirrored, counters, own: as for `scan`; farthest [B]: bits of the largest |drive / scale| so far. The
+    bits of positive floats have the order of the floats."""
     neurons = drive.shape[1]
     x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
     for b in range(first, end):
@@ -416,7 +417,7 @@ def fire(first, end, drive, t, scale, law, row1, row2, mirrored, own, over, slop
         if t >= own[b]:
             _fill(spikes[b], _f(0))
             continue
-        _uniforms(row1[t, b], row2[t, b], mirrored[b], uniform)
+        _uniforms(row1[t, b], row2[t, b], mirrored[b], counters, uniform)
         _fire(law, x, uniform, spikes[b])
         bits, largest = x.view(np.int32), farthest[b]
         for n in range(neurons):
@@ -619,9 +620,9 @@ def gather(first, end, starts, places, values, columns, inputs, start, out, widt
 
 
 @compiled(nogil=True)
-def spread(first, end, starts, places, values, to, which, patches, blank, steps, wide, shape, out):
+def spread(first, end, starts, places, values, to, which, patches, blank, steps, wide, shape, last, out):
     """Computes the convolution [n, outputs, high, across] of some rows of events (see `sparse.Patches`). blank: the
-    grid without events; steps: `Patches.steps`."""
+    grid without events; steps: `Patches.steps`; last: the flat result has channels last."""
     _, outputs, high, across = shape
     lines, length, step, lead = steps
     grid = np.empty(len(blank), np.float32)  # one frame, which stays in the cache; outputs are its last axis
@@ -631,14 +632,19 @@ def spread(first, end, starts, places, values, to, which, patches, blank, steps,
             t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
             _add_lines(grid, t, step, patches, s, length, value, lines, length)
         for y in range(high):
-            at = (r * outputs * high + y) * across
-            _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
+            if last:
+                for x in range(across):
+                    at, source = ((r * high + y) * across + x) * outputs, lead + y * step + x * wide
+                    _copy(grid[source : source + outputs], out[at:])
+            else:
+                at = (r * outputs * high + y) * across
+                _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
 
 
 @compiled(nogil=True)
-def spread_weight(first, end, starts, places, values, to, which, own, steps, wide, size, shape, g):
+def spread_weight(first, end, starts, places, values, to, which, own, steps, wide, size, shape, last, g):
     """Adds the gradient of the patches from some rows to `own`. g: flat gradient of the outputs; size: number of places
-    in the grid."""
+    in the grid; last: g has channels last."""
     _, outputs, high, across = shape
     lines, length, step, lead = steps
     grid = np.zeros(size * wide, np.float32)
@@ -646,8 +652,13 @@ def spread_weight(first, end, starts, places, values, to, which, own, steps, wid
         if starts[r] == starts[r + 1]:
             continue
         for y in range(high):
-            at = (r * outputs * high + y) * across
-            _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)
+            if last:
+                for x in range(across):
+                    at, to_x = ((r * high + y) * across + x) * outputs, lead + y * step + x * wide
+                    _copy(g[at : at + outputs], grid[to_x:])
+            else:
+                at = (r * outputs * high + y) * across
+                _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)
         for k in range(starts[r], starts[r + 1]):
             t, s, value = np.int64(to[places[k]]), np.int64(which[places[k]]), values[k]
             _add_lines(own, s, length, grid, t, step, value, lines, length)

@@ -7,8 +7,9 @@ the caller then runs the reference. An error in a kernel is raised; nothing fall
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels.layout import channels_last, laid, shown, stored
 from ulr_snn.kernels.limits import limits
-from ulr_snn.kernels.pool import empty, lean, traced
+from ulr_snn.kernels.pool import empty, empty_like, lean, traced
 from ulr_snn.kernels.state import RESETS, Draw, State
 from ulr_snn.kernels.weight_cache import once
 
@@ -93,24 +95,25 @@ def scan(
         return gpu.scan(current, weight, beta, threshold, reset, draw, lengths, state)
     if cpu is None or (weight is not None and weight.dtype != current.dtype):
         return None
-    features, (steps, rows) = current.shape[2:], current.shape[:2]
+    last, features, (steps, rows) = channels_last(current), current.shape[2:], current.shape[:2]
     scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
-    per_neuron = [_per_neuron(value, features) for value in (beta, threshold, scale)]
-    state = State(*torch.zeros(2, *current.shape[1:], dtype=torch.float32).unbind()) if state is None else state
-    spikes, x = empty(*current.shape) if known is None else known.contiguous(), empty(*current.shape)
+    per_neuron = [_per_neuron(value, features, last) for value in (beta, threshold, scale)]
+    state = State(*(torch.zeros_like(current[0]) for _ in range(2))) if state is None else state
+    spikes, x = empty_like(current) if known is None else laid(known, last), empty_like(current)
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
     sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool) if draw is None or draw.mirrored is None else draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
-    given = (
-        _array(current), sources, *per_neuron, RESETS.index(reset),
-        law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
-        mirrored.numpy(), _own(lengths, steps, rows), _rows(state.membrane), _rows(state.spikes),
-        _array(spikes), _array(x), fed_back.flatten(2).numpy(),
-    )  # fmt: skip
-    shared(rows, lambda first, end: cpu.scan(first, end, *given))
+    with _rows(last, state.membrane, state.spikes) as states:
+        given = (
+            _array(current, last), sources, *per_neuron, RESETS.index(reset),
+            law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
+            mirrored.numpy(), counters(features, last), _own(lengths, steps, rows), *states,
+            _array(spikes, last), _array(x, last), fed_back.flatten(2).numpy(),
+        )  # fmt: skip
+        shared(rows, lambda first, end: cpu.scan(first, end, *given))
     return spikes, x, None if weight is None else fed_back
 
 
@@ -152,12 +155,15 @@ class StepDraw:
         if draw.words is None:
             raise UsageError("a draw step by step needs the words of the noise")
         steps, rows = draw.words[0].shape
-        self.slope = empty(steps, *like.shape)
+        self._last = last = channels_last(like)
+        self.slope = shown(empty(steps, *stored(like, last).shape), last)
         self._farthest = np.zeros(rows, np.int32)
         mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
         words = [word.numpy().view("uint32") for word in draw.words]
-        arguments = mirrored.numpy(), _own(lengths, steps, rows), _distances(over), _array(self.slope)
-        self._given = _per_neuron(draw.scale, like.shape[1:]), LAWS[draw.law], *words, *arguments, self._farthest
+        features = like.shape[1:]
+        drawn = mirrored.numpy(), counters(features, last), _own(lengths, steps, rows)
+        arguments = *drawn, _distances(over), _array(self.slope, last), self._farthest
+        self._given = _per_neuron(draw.scale, features, last), LAWS[draw.law], *words, *arguments
         self._parts = None if like.numel() > SMALL else 1
         self._fire = cpu_kernels().fire
 
@@ -168,12 +174,12 @@ class StepDraw:
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes [B, ...] of time step t, without a graph."""
-        drive = drive.detach().contiguous()
+        drive = laid(drive.detach(), self._last)
         return self._drawn(t, drive, torch.empty_like(drive))
 
     def linked(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes of time step t. In the graph they are `slope` times the drive."""
-        drive = drive.contiguous()
+        drive = laid(drive, self._last)
         spikes = drive * self.slope[t]  # keeps the memory of the slope; both get their values below
         self._drawn(t, drive.detach(), spikes.detach())
         return spikes
@@ -181,7 +187,8 @@ class StepDraw:
     def _drawn(self, t: int, drive: Tensor, spikes: Tensor) -> Tensor:
         """Overwrites the spikes, and the slope of this step."""
         rows = len(drive)
-        given = drive.view(rows, -1).numpy(), t, *self._given, spikes.view(rows, -1).numpy()
+        arrays = [stored(each, self._last).view(rows, -1).numpy() for each in (drive, spikes)]
+        given = arrays[0], t, *self._given, arrays[1]
         if self._parts == 1:
             self._fire(0, rows, *given)
         else:
@@ -194,9 +201,9 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Ten
     cpu = kernels(x)
     if cpu is None:
         return None
-    out, (steps, rows) = empty(*x.shape), x.shape[:2]
-    of_neurons = _distances(over), _per_neuron(scale, x.shape[2:])
-    given = LAWS[law], _array(x), *of_neurons, _own(lengths, steps, rows), _array(out)
+    out, last, (steps, rows) = empty_like(x), channels_last(x), x.shape[:2]
+    of_neurons = _distances(over), _per_neuron(scale, x.shape[2:], last)
+    given = LAWS[law], _array(x, last), *of_neurons, _own(lengths, steps, rows), _array(out, last)
     shared(rows, lambda first, end: cpu.slopes(first, end, *given))
     return out
 
@@ -225,16 +232,19 @@ def credit(
         return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals, weight, over)
     if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
-    total = empty(*(a.shape if totals else (0, 0, 0)))
-    currents = a if overwrite and a.is_contiguous() else empty(*a.shape)
-    of_scale, of_beta, of_threshold = (_per_neuron(value, a.shape[2:]) for value in (scale, beta, threshold))
+    last = channels_last(x)
+    total = empty_like(x) if totals else empty(0, 0, 0)
+    currents = a if overwrite and stored(a, last).is_contiguous() else empty_like(x)
+    of_scale, of_beta, of_threshold = (_per_neuron(value, a.shape[2:], last) for value in (scale, beta, threshold))
     columns = None if weight is None else in_columns(weight, cpu.LINE).numpy()
     each = a if a.stride(0) else a[:1]  # stride 0: a is the same at every step
-    given = (
-        _array(each), _array(x), LAWS[law], _distances(over), of_scale, _own(lengths, *a.shape[:2]), _array(spikes),
-        of_beta, of_threshold, columns, RESETS.index(reset), _rows(later), _array(total), _array(currents),
-    )  # fmt: skip
-    shared(a.shape[1], lambda first, end: cpu.credit(first, end, *given))
+    with _rows(last, later) as (g,):
+        given = (
+            _array(each, last), _array(x, last), LAWS[law], _distances(over), of_scale, _own(lengths, *a.shape[:2]),
+            _array(spikes, last), of_beta, of_threshold, columns, RESETS.index(reset), g,
+            _array(total, last and totals), _array(currents, last),
+        )  # fmt: skip
+        shared(a.shape[1], lambda first, end: cpu.credit(first, end, *given))
     return total if totals else None, currents
 
 
@@ -243,9 +253,11 @@ def leak_gradient(g: Tensor, x: Tensor, scale: Tensor, threshold: Tensor, spikes
     cpu = kernels(g)
     if cpu is None or not g.dtype == x.dtype == spikes.dtype:
         return None
-    per_neuron = (_per_neuron(value, g.shape[2:]) for value in (scale, threshold))
-    given = _array(g), _array(x), *per_neuron, _array(spikes), RESETS.index(reset)
-    return summed(g.shape[1], g.shape[2:], lambda first, end, out: cpu.leak(first, end, *given, out))
+    last, features = channels_last(g), g.shape[2:]
+    per_neuron = (_per_neuron(value, features, last) for value in (scale, threshold))
+    given = _array(g, last), _array(x, last), *per_neuron, _array(spikes, last), RESETS.index(reset)
+    shape = stored(g[0, 0], last).shape
+    return shown(summed(g.shape[1], shape, lambda first, end, out: cpu.leak(first, end, *given, out)), last)
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -325,9 +337,9 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
         return gpu.leaky(c, spikes, beta, reset)
     if cpu is None:
         return None
-    out, later = empty(*c.shape), torch.zeros(c.shape[1:], dtype=torch.float32)
-    arrays = [_array(c), _array(c if spikes is None else spikes)]
-    given = *arrays, _per_neuron(beta, c.shape[2:]), RESETS.index(reset), _rows(later), _array(out)
+    out, last, later = empty_like(c), channels_last(c), torch.zeros(c.shape[1], math.prod(c.shape[2:]))
+    arrays = [_array(c, last), _array(c if spikes is None else spikes, last)]
+    given = *arrays, _per_neuron(beta, c.shape[2:], last), RESETS.index(reset), later.numpy(), _array(out, last)
     shared(c.shape[1], lambda first, end: cpu.leaky(first, end, *given))
     return out
 
@@ -337,11 +349,14 @@ def window_sums(x: Tensor, windows: tuple[Pair, Pair, Pair], size: Pair) -> tupl
     step and margin of the windows; size: size of the result."""
     if kernels(x) is None:
         return None
-    from ulr_snn.kernels.windows import fired
+    from ulr_snn.kernels.windows import fired, fired_last
 
-    out, spikes = empty(*x.shape[:-2], *size), list[bool]()
-    pictures, sums = (t.contiguous().view(-1, *t.shape[-2:]).numpy() for t in (x, out))
-    shared(len(pictures), lambda first, end: spikes.append(fired(first, end, pictures, windows, sums)))
+    last, spikes = channels_last(x), list[bool]()
+    frame = x.new_empty(()).expand(*x.shape[:-2], *size)
+    out = shown(empty(*stored(frame, last).shape), last)
+    pictures, sums = (_pictures(t, last) for t in (x, out))
+    count = fired_last if last else fired
+    shared(len(pictures), lambda first, end: spikes.append(count(first, end, pictures, windows, sums)))
     return out, all(spikes)
 
 
@@ -349,13 +364,20 @@ def window_credit(x: Tensor, total: Tensor, g: Tensor, windows: tuple[Pair, Pair
     """Returns the gradient of spikes x, from the gradient g of their OR over windows with sums `total`."""
     if kernels(x) is None or g.dtype != x.dtype or total.dtype != x.dtype:
         return None
-    from ulr_snn.kernels.windows import credited
+    from ulr_snn.kernels.windows import credited, credited_last
 
-    out = empty(*x.shape)
-    given = [t.detach().contiguous().view(-1, *t.shape[-2:]).numpy() for t in (x, total, g)]
-    to = out.view(-1, *x.shape[-2:]).numpy()
-    shared(len(to), lambda first, end: credited(first, end, *given, windows, to))
+    last, out = channels_last(x), empty_like(x)
+    *given, to = (_pictures(t, last) for t in (x, total, g, out))
+    credit = credited_last if last else credited
+    shared(len(to), lambda first, end: credit(first, end, *given, windows, to))
     return out
+
+
+def _pictures(x: Tensor, last: bool) -> Any:
+    """Returns pictures [..., C, H, W] as an array [n, H, W, C] if channels are last, else [n, H, W]. It shares the
+    memory of pictures in this layout."""
+    rows = stored(x.detach(), last).contiguous()
+    return (rows.flatten(0, -4) if last else rows.view(-1, *rows.shape[-2:])).numpy()
 
 
 def turned(x: Tensor) -> Tensor:
@@ -373,21 +395,35 @@ def turned(x: Tensor) -> Tensor:
     return out
 
 
-def _array(sequence: Tensor) -> Any:
-    """Returns [T, B, ...] as an array [T, B, N], which shares its memory if it is contiguous."""
-    return sequence.detach().contiguous().flatten(2).numpy()
+def _array(sequence: Tensor, last: bool) -> Any:
+    """Returns [T, B, ...] as an array [T, B, N] with neurons in the order of this layout. It shares the memory of a
+    sequence in this layout."""
+    return stored(sequence.detach(), last).contiguous().flatten(2).numpy()
 
 
-def _rows(state: Tensor) -> Any:
-    """Returns [B, ...] as an array [B, N], which shares its memory."""
-    return state.view(len(state), -1).numpy()
+@contextmanager
+def _rows(last: bool, *states: Tensor) -> Iterator[list[Any]]:
+    """Gives states [B, ...] as arrays [B, N] with neurons in the order of this layout. At the end, the states have the
+    values of the arrays."""
+    arrays = [laid(state, last) for state in states]
+    yield [stored(array, last).view(len(array), -1).numpy() for array in arrays]
+    for state, array in zip(states, arrays, strict=True):
+        if array.data_ptr() != state.data_ptr():
+            state.copy_(array)
 
 
-def _per_neuron(value: Tensor, features: torch.Size) -> Any:
-    """Broadcasts a value to features [...] and returns it as an array [N] float32."""
+def _per_neuron(value: Tensor, features: torch.Size, last: bool) -> Any:
+    """Broadcasts a value to features [...] and returns it as an array [N] float32 in the order of this layout."""
     while value.ndim > len(features) and value.shape[0] == 1:
         value = value[0]
-    return value.detach().to(torch.float32).expand(features).reshape(-1).contiguous().numpy()
+    return stored(value.detach().to(torch.float32).expand(features), last).reshape(-1).contiguous().numpy()
+
+
+@lru_cache(maxsize=64)
+def counters(features: torch.Size, last: bool) -> Any:
+    """Returns what `Noise` counts neurons with, times the constant of its hash, in the order of this layout."""
+    places = stored(torch.arange(math.prod(features)).view(features), last).reshape(-1)
+    return places.numpy().astype(np.uint32) * cpu_kernels().GOLDEN
 
 
 def _distances(over: Tensor | None) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ulr_snn.kernels.layout import channels_last, shown, stored
 from ulr_snn.kernels.limits import limits
 
 UNUSED = 2  # number of steps for which the pool keeps an unused array
@@ -106,9 +107,14 @@ def fits(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """Returns `torch.empty_like(x)`, from the pool if x `fits`."""
-    return empty(*x.shape) if fits(x) else torch.empty_like(x)
+def empty_like(x: Tensor, rows: int | None = None) -> Tensor:
+    """Returns an uninitialised tensor like x [n, ...], with so many rows. If x `fits`, it comes from the pool, in the
+    layout of x."""
+    rows = len(x) if rows is None else rows
+    if not fits(x):
+        return x.new_empty(rows, *x.shape[1:])
+    last = channels_last(x)
+    return shown(empty(rows, *stored(x, last).shape[1:]), last)
 
 
 def blocks(rows: int, size: int) -> list[slice]:
@@ -123,6 +129,6 @@ def by_blocks(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Ten
     out: Tensor | None = None
     for rows in blocks(len(x), size):
         block = function(x[rows])
-        out = empty(len(x), *block.shape[1:]) if out is None else out
+        out = empty_like(block, len(x)) if out is None else out
         out[rows] = block
     return function(x) if out is None else out

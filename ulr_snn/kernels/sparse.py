@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.kernels import dispatch
+from ulr_snn.kernels.layout import channels_last, layout_is_free, shown, stored
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty
 
@@ -226,26 +227,27 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, weight: Any, bias: Any, rows: Any, patches: Any) -> Tensor:
         ctx.rows, ctx.patches = rows, patches
         n, outputs, (high, across) = len(rows.starts) - 1, len(weight), (patches.high, patches.across)
-        out = empty(n, outputs, high.outputs, across.outputs)
+        shape, last = (n, outputs, high.outputs, across.outputs), layout_is_free()
+        out = empty(n, *shape[2:], outputs) if last else empty(*shape)
         start = torch.zeros(patches.wide, dtype=torch.float32)
         if bias is not None:
             start[:outputs] = bias.detach()
         blank = start.repeat(high.grid * across.grid)
         cpu, places = dispatch.cpu_kernels(), (patches.to.numpy(), patches.which.numpy())
         given = *rows.arrays, *places, patches.made(weight).flatten().numpy(), blank.numpy()
-        arguments = patches.steps, patches.wide, tuple(out.shape), out.flatten().numpy()
+        arguments = patches.steps, patches.wide, shape, last, out.flatten().numpy()
         dispatch.shared(n, lambda first, end: cpu.spread(first, end, *given, *arguments))
-        return out
+        return shown(out, last)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
         rows, patches = ctx.rows, ctx.patches
         d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            g = g.contiguous()
+            last = channels_last(g)
             cpu, given = dispatch.cpu_kernels(), (*rows.arrays, patches.to.numpy(), patches.which.numpy())
-            arguments = patches.steps, patches.wide, patches.high.grid * patches.across.grid, tuple(g.shape)
-            flat = g.detach().flatten().numpy()
+            arguments = patches.steps, patches.wide, patches.high.grid * patches.across.grid, tuple(g.shape), last
+            flat = stored(g.detach(), last).contiguous().flatten().numpy()
             add = lambda first, end, out: cpu.spread_weight(first, end, *given, out, *arguments, flat)  # noqa: E731
             d_weight = patches.taken(dispatch.summed(len(g), patches.size, add), g.shape[1])
         if ctx.needs_input_grad[1]:

@@ -1,6 +1,7 @@
 """The OR of spikes over windows of pictures on a CPU, fused by numba. `credit/pooling.py` defines the results.
 
-All arrays are float32 [n, high, across]. windows: size, step and margin of the windows along both axes.
+All arrays are float32 [n, high, across], or [n, high, across, channels] with channels last. windows: size, step and
+margin of the windows along both axes.
 """
 
 import numpy as np
@@ -70,3 +71,47 @@ def credited(first, end, x, total, g, windows, out):
                     for j in range(low, high_j):
                         at = j * right + k - left
                         to[at] += silent[j] + source[at] * alone[j]
+
+
+@compiled(nogil=True)
+def fired_last(first, end, x, windows, out):
+    """Computes `fired` with channels last."""
+    (high, across), (down, right), (above, left) = windows
+    odd = 0
+    for i in range(first, end):
+        picture = x[i].reshape(-1)
+        for n in range(len(picture)):
+            odd += picture[n] * picture[n] != picture[n]
+        for row in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                total = out[i, row, j]
+                for c in range(len(total)):
+                    total[c] = 0
+                for y in range(max(0, row * down - above), min(x.shape[1], row * down - above + high)):
+                    for k in range(max(0, j * right - left), min(x.shape[2], j * right - left + across)):
+                        source = x[i, y, k]
+                        for c in range(len(total)):
+                            total[c] += source[c]
+    return odd == 0
+
+
+@compiled(nogil=True)
+def credited_last(first, end, x, total, g, windows, out):
+    """Computes `credited` with channels last."""
+    (high, across), (down, right), (above, left) = windows
+    silent, alone = np.empty(g.shape[3], np.float32), np.empty(g.shape[3], np.float32)
+    for i in range(first, end):
+        picture = out[i].reshape(-1)
+        for n in range(len(picture)):
+            picture[n] = 0
+        for row in range(g.shape[1]):
+            for j in range(g.shape[2]):
+                credit, sums = g[i, row, j], total[i, row, j]
+                for c in range(len(silent)):
+                    silent[c] = credit[c] * _f(sums[c] == 0)
+                    alone[c] = credit[c] * _f(sums[c] == 1)
+                for y in range(max(0, row * down - above), min(x.shape[1], row * down - above + high)):
+                    for k in range(max(0, j * right - left), min(x.shape[2], j * right - left + across)):
+                        source, to = x[i, y, k], out[i, y, k]
+                        for c in range(len(silent)):
+                            to[c] += silent[c] + source[c] * alone[c]

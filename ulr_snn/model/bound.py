@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels.layout import Views, free_layout
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.call import Call, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
@@ -28,7 +29,8 @@ class BoundModel:
     """A model with its noisy layers and its way of being called. model: the module that runs, the user's model or a
     chain in its place. call: how this module is called. seen: how the user's model is called. steps: time steps of a
     pass over a static input, else None. layers: the layers that get noise, by name. notes: a line for every other
-    module that cuts the graph. why: the reason why no chain runs. findings: what users have found out about it."""
+    module that cuts the graph. why: the reason why no chain runs. views: the user's code needs pictures with channels
+    first. findings: what users have found out about it."""
 
     model: nn.Module
     call: Call
@@ -37,6 +39,7 @@ class BoundModel:
     layers: Layers
     notes: tuple[str, ...] = ()
     why: str = ""
+    views: bool = False
     findings: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -44,7 +47,8 @@ class BoundModel:
         """Binds a model to batches like this one. noise: see `ULR`; own_code: no chain is looked for."""
         running, why = model, ""
         notes: list[str] = []
-        seen, steps = find_call(model, batch)
+        with Views() as views:
+            seen, steps = find_call(model, batch)
         batch = batch.over(steps)
         try:
             chain = None if own_code else recognise(model, seen, batch.frames, batch.dtype, noise)
@@ -57,7 +61,7 @@ class BoundModel:
             why = str(error)
         call = seen if running is model else Call(view=seen.view.time_first)
         layers = find_layers(running, lambda: batch.x, call, noise, notes)
-        return cls(running, call, seen, steps if batch.static else None, layers, tuple(notes), why)
+        return cls(running, call, seen, steps if batch.static else None, layers, tuple(notes), why, views.found)
 
     def adapted(self, batch: Batch) -> Batch:
         """Returns a batch as the model sees it: its objective and targets fit the outputs, and a static input is
@@ -92,7 +96,8 @@ class BoundModel:
     ) -> tuple[Tensor, list[Record]]:
         """Runs one pass over x [T, B, ...]. Returns the outputs and a record of each layer that drew spikes. Without
         noise, firing is deterministic. lengths, links, guard: see `bind`."""
-        with bind(self.model, level, noise, lengths, len(x), self.layers, links, guard) as records:
+        bound = bind(self.model, level, noise, lengths, len(x), self.layers, links, guard)
+        with free_layout(isinstance(self.model, Chain) or not self.views), bound as records:
             outputs = self.call.outputs(self.model, x)
         return outputs, records
 

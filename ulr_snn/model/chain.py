@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.kernels.layout import channels_last, free_layout, shown, stored
 from ulr_snn.kernels.stateless import run
 from ulr_snn.model.neurons import LIF
 
@@ -47,7 +48,10 @@ class Chain(nn.Module):
         known = x
         for stage in self.stages:
             known = run(stage, known)
-        return known if self.tail is None else self.tail(x, known)
+        if self.tail is None:
+            return known
+        with free_layout(False):  # the model's own code may view pictures
+            return self.tail(x, known.contiguous())
 
     @property
     def recurs(self) -> bool:
@@ -85,7 +89,10 @@ class StepByStep(nn.Sequential):
     which normalises each time step by itself."""
 
     def forward(self, sequence: Tensor) -> Tensor:
-        return torch.stack([super(StepByStep, self).forward(x) for x in sequence])
+        last = channels_last(sequence)  # which torch.stack does not keep
+        found = [super(StepByStep, self).forward(shown(x, last)) for x in stored(sequence, last)]
+        last = last and channels_last(found[0])
+        return shown(torch.stack([stored(x, last) for x in found]), last)
 
 
 class Shape(nn.Module):

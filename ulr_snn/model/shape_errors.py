@@ -13,6 +13,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.sites.binding import spiking_layers
 
+BETWEEN = "torch", "ulr_snn.credit.pooling", "ulr_snn.kernels"  # they run in the place of torch's functions
 CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # with the number of input dimensions
 
 
@@ -73,7 +74,7 @@ def refused(traceback: TracebackType | None) -> tuple[nn.Module | None, Any]:
         owner, where = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
         if where.startswith("torch.nn.modules") and type(owner).__module__.startswith("torch.nn.modules"):
             module, x = owner, frame.f_locals.get("input", x if owner is module else None)
-        elif not where.startswith(("torch", "ulr_snn.credit.pooling")):  # the error came from other code
+        elif not where.startswith(BETWEEN):  # the error came from other code
             module = x = None
         traceback = traceback.tb_next
     return module, x

@@ -24,6 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ulr_snn.kernels.layout import channels_last, stored
+
 
 def secant(probability: Callable[[Tensor], Tensor], x: Tensor, distances: Tensor) -> Tensor:
     """Returns the mean slope k(x) of the secants over these distances [K], in the shape of x."""
@@ -35,7 +37,8 @@ def secant(probability: Callable[[Tensor], Tensor], x: Tensor, distances: Tensor
 
 def farthest(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the largest |x|, a scalar. mask: 0 on entries to leave out."""
-    low, high = (x if mask is None else x * mask).detach().aminmax()
+    x = (x if mask is None else x * mask).detach()
+    low, high = stored(x, channels_last(x)).aminmax()  # which copies what is not contiguous
     return torch.maximum(-low, high)
 
 

@@ -16,6 +16,7 @@ from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, current_of, f
 from ulr_snn.adapters.intercept import SKIPPED
 from ulr_snn.adapters.memories import own_memories
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels.stateless import quick_convolutions
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
 from ulr_snn.noise.level import NoiseLevel
@@ -280,6 +281,7 @@ def bind_sites(
         if any(slot and module.__dict__.get(slot) is not None for module, slot in zip(modules, slots, strict=True)):
             raise UsageError(f"{type(model).__name__} is already bound; leave the other attach or evaluate first")
         stack.enter_context(fresh_state(model))
+        stack.enter_context(quick_convolutions(own_code(model)))
         stack.enter_context(own_memories(user_modules(own_code(model))))
         for neuron, module, slot, site in zip(neurons, modules, slots, sites, strict=True):
             if isinstance(neuron, StepNeuron):
