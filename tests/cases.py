@@ -91,11 +91,19 @@ class Case:
         x = self.x.unsqueeze(1).expand(-1, samples, *self.x.shape[1:])
         return x, torch.full((samples,), TARGET, device=x.device)
 
-    def draws(self, estimator: ULR, samples: int, steps: int, warm_up: int = 0, seed: int = 0) -> Tensor:
+    def draws(
+        self,
+        estimator: ULR,
+        samples: int,
+        steps: int,
+        warm_up: int = 0,
+        seed: int = 0,
+        enough: Callable[[Tensor], bool] | None = None,
+    ) -> Tensor:
         rest = [name for name, _ in self.model.named_parameters()]  # weights without a site are not to be noised here
         estimator = dataclasses.replace(estimator, noise=self.noise | dict.fromkeys(rest))
         with attach(self.model, estimator, self.named or self.loss, seed=seed) as ulr:
-            return gradient_draws(ulr, self.batch(samples), self.parameters(), steps, warm_up)
+            return gradient_draws(ulr, self.batch(samples), self.parameters(), steps, warm_up, enough)
 
 
 def affine(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

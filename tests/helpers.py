@@ -1,7 +1,9 @@
 """What several test files use: small nets and tasks, losses, and models of the other libraries."""
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ def errors(outputs: Tensor, targets: Tensor) -> Tensor:
     """1 where the prediction is wrong: a loss without a gradient."""
     outputs = outputs.sum(0) if outputs.ndim == 3 else outputs
     return (outputs.detach().argmax(1) != targets).to(outputs.dtype)
+
+
+@contextmanager
+def only_new_objects() -> Iterator[None]:
+    """What there is already is not among the objects that `gc` knows within, so that few are looked through."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 # -- a task that takes a second ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ of seeds or noise fails it.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
@@ -25,6 +26,7 @@ SHARES = {  # family: (share of the budget, most comparisons; room for a second 
 }
 assert sum(share for share, _ in SHARES.values()) <= BUDGET * (1 + 1e-12)
 
+GROUP = 24  # draws between two looks at their spread, so that a t-test has 23 degrees of freedom at least
 _made: Counter[str] = Counter()
 
 
@@ -97,8 +99,16 @@ def frequency(family: str, hits: Tensor, draws: int, probability: Tensor) -> Ver
     return Verdict(p, float("nan"), p >= level(family))
 
 
-def gradient_draws(ulr, batch, parameters: list[Tensor], steps: int, warm_up: int = 0) -> Tensor:
-    """Gradients of `steps` independent steps of `ulr.backward(*batch)`, flattened, [steps, n]."""
+def gradient_draws(
+    ulr,
+    batch,
+    parameters: list[Tensor],
+    steps: int,
+    warm_up: int = 0,
+    enough: Callable[[Tensor], bool] | None = None,
+) -> Tensor:
+    """Gradients of `steps` independent steps of `ulr.backward(*batch)`, flattened, [steps, n]. enough: asked after
+    every `GROUP` draws whether these are enough."""
     rows = []
     for step in range(warm_up + steps):
         for parameter in parameters:
@@ -107,4 +117,6 @@ def gradient_draws(ulr, batch, parameters: list[Tensor], steps: int, warm_up: in
         if step >= warm_up:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in parameters]
             rows.append(torch.cat([g.flatten() for g in grads]))
+            if enough is not None and len(rows) % GROUP == 0 and enough(torch.stack(rows)):
+                break
     return torch.stack(rows)

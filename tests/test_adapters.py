@@ -388,7 +388,7 @@ def test_training_calls_no_surrogate_and_leaves_a_plain_model(library, monkeypat
             monkeypatch.setattr(import_module(f"norse.torch.functional.{module}"), "threshold", raising)
     keys, kind = list(model.state_dict()), type(model)
     before = [p.detach().clone() for p in model.parameters()]
-    result = train(model, batches, 25, val_loader=batches, seed=0, progress=False, run_dir=tmp_path / "run")
+    result = train(model, batches, 14, val_loader=batches, seed=0, progress=False, run_dir=tmp_path / "run")
     assert result.history[-1]["val_accuracy"] > 0.8
     assert list(model.state_dict()) == keys and type(model) is kind
     assert all((p - q).abs().sum() > 0 for p, q in zip(before, trainable(model).values(), strict=True))
@@ -656,5 +656,5 @@ def test_derived_neurons_train_by_their_own_equations(name, monkeypatch):
         monkeypatch.setattr(kind, "forward", lambda *_: pytest.fail("a surrogate was asked for"))
     says = {site: noise for site, noise, _ in plan(model, batches[0]).sites}["n"]
     assert says.startswith("gaussian on its current" if name in ("Rounding", "Firing") else "logistic")
-    result = ulr_snn.train(model, batches * 4, 12, progress=False, device="cpu")
+    result = ulr_snn.train(model, batches * 4, 6, progress=False, device="cpu")
     assert result.history[-1]["train_accuracy"] > 0.8  # chance: 0.33

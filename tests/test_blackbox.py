@@ -620,13 +620,13 @@ def test_black_boxes_train():
     tests = ulr_snn.data.loader(test_set, 64)
     torch.manual_seed(0)
     latch = nn.Sequential(nn.Flatten(2), nn.Linear(512, 128), Latch(), TimeAverage(), nn.Linear(128, 10))
-    result = train(latch, loader, 8, val_loader=tests, device="cpu", progress=False)
+    result = train(latch, loader, 6, val_loader=tests, device="cpu", progress=False)
     assert result.metrics["test_accuracy"] > 0.88
     torch.manual_seed(0)
     threshold = nn.init.constant_(Stepwise(512, 128, 10).neuron.threshold, 1.0).clone()
     torch.manual_seed(0)
     leaves_torch = Stepwise(512, 128, 10)
-    result = train(leaves_torch, loader, 6, val_loader=tests, device="cpu", progress=False)
+    result = train(leaves_torch, loader, 5, val_loader=tests, device="cpu", progress=False)
     assert result.metrics["test_accuracy"] > 0.88
     assert not torch.equal(leaves_torch.neuron.threshold, threshold)
 

@@ -115,15 +115,16 @@ MARGINS = {  # what ULR may be behind BPTT in accuracy or loss; the regression's
     "spikingjelly-csnn": 0.04,
     "spikingjelly-sew": 0.02,
 }
+SEEDS = dict.fromkeys(("snntorch-5", "snntorch-regression-1"), (10, 11))  # whose seeds differ by half of it or more
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MARGINS)
 def test_ulr_is_behind_bptt_by_no_more_than_a_margin(name):
-    """Mean of two seeds at the learning rate that the benchmark chose, to BPTT's mean in the benchmark."""
+    """One seed at the learning rate that the benchmark chose, or the mean of some, to BPTT's mean in the benchmark."""
     found = brought.rows(brought.RESULTS)
     lr = brought.best_rate(found, name, "ulr-rate")
-    ours = mean(brought.run(name, "ulr-rate", "test", lr, seed)["value"] for seed in (10, 11))
+    ours = mean(brought.run(name, "ulr-rate", "test", lr, seed)["value"] for seed in SEEDS.get(name, (10,)))
     tested = [r for r in found if (r["case"], r["method"], r["part"]) == (name, "bptt", "test")]
     peer = mean(float(r["value"]) for r in tested)
     behind = ours - peer if CASES[name].metric == "loss" else peer - ours

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ulr_snn
+from tests.helpers import only_new_objects
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
 from ulr_snn.estimators.step_sizes import StepSizes
 from ulr_snn.kernels.limits import limits as kernel_limits
@@ -166,7 +167,8 @@ def test_a_step_keeps_no_more_states_than_it_may(monkeypatch):
         yield from original(self, *arguments)
 
     monkeypatch.setattr(chunked.ChunkedRun, "_contributions", counting)
-    gradients(nets()["dense"], "replay", BATCH * 17, states=8)
+    with only_new_objects():
+        gradients(nets()["dense"], "replay", BATCH * 17, states=8)
     assert len(seen) == 3 * STEPS and 3 <= max(seen) <= 8 + 1  # the one that it begins from
 
 

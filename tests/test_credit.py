@@ -133,7 +133,7 @@ def test_bias_of_feedback_between_wide_layers_is_bounded(name, case, device):
     case_.to(device)
     firing = dataclasses.replace(case_.firing, secants=0)
     estimator = ULR(credit=Feedback(refresh=1, limits=PATHS[name]), maps="learned", firing=firing)
-    draws = case_.draws(estimator, 2048, 40, warm_up=60).cpu()
+    draws = case_.draws(estimator, 1024, 32, warm_up=40).cpu()
     first = slice(0, case_.model[0].weight.numel() if case != "convolution" else case_.model[0][0].weight.numel())
     for what, part in (("all", slice(None)), ("first layer", first)):
         mean, expected = draws[:, part].mean(0), exact[part]

@@ -641,4 +641,6 @@ def test_second_load_takes_under_two_seconds(saccade_mnist, cache_dir):
         seen, elapsed, slow_import = run.stdout.split()
         assert seen == "6000" and slow_import == "False"
         seconds.append(float(elapsed))
+        if seconds[-1] < 2.0:
+            break
     assert min(seconds) < 2.0

@@ -15,13 +15,13 @@ RECORDINGS = Path(os.environ.get("ULR_SNN_DATA", EXAMPLES.parents[1] / "shared" 
 REACHES = {  # epochs and test accuracy, or minus the loss on the test part; updates and mean return of cartpole
     "train_digits": (15, 0.90),
     "own_loop": (4, 0.85),
-    "black_box": (5, 0.85),
-    "written_out": (5, 0.85),
-    "objectives": (10, 0.85),
+    "black_box": (4, 0.85),
+    "written_out": (3, 0.85),
+    "objectives": (5, 0.85),
     "two_processes": (20, 0.92),  # 0.88 if the first half does not learn
-    "snntorch_tutorial": (6, 0.6),
+    "snntorch_tutorial": (4, 0.6),
     "norse_recurrent": (6, 0.5),
-    "spikingjelly_conv": (8, 0.5),
+    "spikingjelly_conv": (6, 0.5),
     "cartpole": (40, 300),  # an untrained policy has less than 60
     "static_images": (4, 0.8),
     "regression": (6, -0.02),
@@ -29,13 +29,13 @@ REACHES = {  # epochs and test accuracy, or minus the loss on the test part; upd
     "population": (5, 0.8),
     "lightning_loop": (4, 0.85),
     "accelerate_loop": (4, 0.85),
-    "pictures": (4, 0.85),
+    "pictures": (3, 0.85),
 }
 BESIDE_TORCHVISION = {"lightning_loop": "lightning", "accelerate_loop": "accelerate"}
 NEEDS = {  # library, recordings, and into how many parts they are cut, of which one is used
-    "snntorch_tutorial": ("snntorch", "saccade-mnist", 2),
-    "norse_recurrent": ("norse", "spoken-digits", 2),
-    "spikingjelly_conv": ("spikingjelly", "saccade-mnist", 5),
+    "snntorch_tutorial": ("snntorch", "saccade-mnist", 4),
+    "norse_recurrent": ("norse", "spoken-digits", 4),
+    "spikingjelly_conv": ("spikingjelly", "saccade-mnist", 8),
 }
 IMPORTS = {  # packages that an example without recordings imports
     "cartpole": ("gymnasium", "snntorch"),

@@ -163,7 +163,7 @@ def test_encoders_in_front_of_the_model(encoder):
     x, y = torch.rand(32, INPUTS, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
     x[torch.arange(32), y] = 1.0
     x = (x > 0.9).float() * 0.9
-    result = train(Encoded(), [(x, y)] * 10, 10, layout="B", progress=False, device="cpu")
+    result = train(Encoded(), [(x, y)] * 10, 8, layout="B", progress=False, device="cpu")
     assert result.history[-1]["train_accuracy"] > 0.9
 
 

@@ -373,7 +373,7 @@ def test_losses_without_a_gradient_lower(make):
     for loss in ("zero_one", {"ce_count": 0.5, "zero_one": 1.0}):
         model = make()
         before = evaluate(model, [(x, y)], device="cpu", loss=loss)
-        ulr_snn.train(model, [(x, y)] * 30, 8, loss=loss, device="cpu", progress=False)
+        ulr_snn.train(model, [(x, y)] * 30, 4, loss=loss, device="cpu", progress=False)
         after = evaluate(model, [(x, y)], device="cpu", loss=loss)
         assert after["loss"] < before["loss"] - 0.15, (loss, before, after)
 

@@ -234,6 +234,8 @@ def test_views_that_need_channels_first_are_noted():
         (lambda: x.view(4, 6, 21), True),
         (lambda: x.view(2, 2, 6, 3, 7), False),
         (lambda: x.flatten(1), False),
+        (lambda: x.mean((2, 3), keepdim=True).view(4, 6), False),
+        (lambda: x[:, :1].view(4, 21), False),
         (lambda: x[0].view(6, -1), False),
         (lambda: x.view(torch.int32), False),
     ):

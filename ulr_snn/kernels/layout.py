@@ -4,6 +4,7 @@ Shapes do not tell: a picture with channels last is a view of one that is stored
 does not take it, of all that a model's own code may do.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,8 +40,9 @@ class Views(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
-        if func in (Tensor.view, Tensor.view_as) and isinstance(result, Tensor) and args[0].ndim >= 4:
-            self.found |= result.shape[-3:] != args[0].shape[-3:]
+        if func in (Tensor.view, Tensor.view_as) and args[0].ndim >= 4:
+            channels, *places = picture = args[0].shape[-3:]
+            self.found |= result.shape[-3:] != picture and channels > 1 and math.prod(places) > 1
         return result
 
 
