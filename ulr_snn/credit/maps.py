@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.dispatch import turned
+from ulr_snn.kernels.layout import channels_last, shown, stored
 from ulr_snn.kernels.pool import blocks, by_blocks, fits
 
 Shape = tuple[int, ...]
@@ -138,7 +139,8 @@ class Shared(Path):
         kernel = weight.T.unflatten(1, (self.source[0], *self.extent))
         if x.ndim == 4:  # the order in memory for which the transposed convolution is fast
             kernel = kernel.contiguous(memory_format=torch.channels_last)
-            x = turned(x.contiguous().flatten(2)[:, None]).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+            if not channels_last(x):
+                x = shown(turned(x.contiguous().flatten(2)[:, None]).view(stored(x).shape))
         return torch.convolution(x, kernel, None, self.stride, none, one, transposed, none, 1)
 
     def _margins(self) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.layout import channels_last, laid, shown, stored
 from ulr_snn.kernels.limits import limits
-from ulr_snn.kernels.pool import empty, empty_like, lean, traced
+from ulr_snn.kernels.pool import empty, lean, traced
 from ulr_snn.kernels.state import RESETS, Draw, State
 from ulr_snn.kernels.weight_cache import once
 
@@ -95,11 +95,15 @@ def scan(
         return gpu.scan(current, weight, beta, threshold, reset, draw, lengths, state)
     if cpu is None or (weight is not None and weight.dtype != current.dtype):
         return None
-    last, features, (steps, rows) = channels_last(current), current.shape[2:], current.shape[:2]
+    last, features, (steps, rows) = channels_last(current, 2), current.shape[2:], current.shape[:2]
     scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
     per_neuron = [_per_neuron(value, features, last) for value in (beta, threshold, scale)]
-    state = State(*(torch.zeros_like(current[0]) for _ in range(2))) if state is None else state
-    spikes, x = empty_like(current) if known is None else laid(known, last), empty_like(current)
+    state = (
+        State(*shown(torch.zeros(2, *stored(current, last).shape[1:], dtype=torch.float32), last).unbind())
+        if state is None
+        else state
+    )
+    spikes, x = _empty(current, last) if known is None else laid(known, last), _empty(current, last)
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
     sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()
     words = None if draw is None else draw.words
@@ -201,7 +205,8 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Ten
     cpu = kernels(x)
     if cpu is None:
         return None
-    out, last, (steps, rows) = empty_like(x), channels_last(x), x.shape[:2]
+    last, (steps, rows) = channels_last(x, 2), x.shape[:2]
+    out = _empty(x, last)
     of_neurons = _distances(over), _per_neuron(scale, x.shape[2:], last)
     given = LAWS[law], _array(x, last), *of_neurons, _own(lengths, steps, rows), _array(out, last)
     shared(rows, lambda first, end: cpu.slopes(first, end, *given))
@@ -232,9 +237,9 @@ def credit(
         return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals, weight, over)
     if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
-    last = channels_last(x)
-    total = empty_like(x) if totals else empty(0, 0, 0)
-    currents = a if overwrite and stored(a, last).is_contiguous() else empty_like(x)
+    last = channels_last(x, 2)
+    total = _empty(x, last) if totals else empty(0, 0, 0)
+    currents = a if overwrite and stored(a, last).is_contiguous() else _empty(x, last)
     of_scale, of_beta, of_threshold = (_per_neuron(value, a.shape[2:], last) for value in (scale, beta, threshold))
     columns = None if weight is None else in_columns(weight, cpu.LINE).numpy()
     each = a if a.stride(0) else a[:1]  # stride 0: a is the same at every step
@@ -253,10 +258,10 @@ def leak_gradient(g: Tensor, x: Tensor, scale: Tensor, threshold: Tensor, spikes
     cpu = kernels(g)
     if cpu is None or not g.dtype == x.dtype == spikes.dtype:
         return None
-    last, features = channels_last(g), g.shape[2:]
+    last, features = channels_last(g, 2), g.shape[2:]
     per_neuron = (_per_neuron(value, features, last) for value in (scale, threshold))
     given = _array(g, last), _array(x, last), *per_neuron, _array(spikes, last), RESETS.index(reset)
-    shape = stored(g[0, 0], last).shape
+    shape = stored(g, last).shape[2:]
     return shown(summed(g.shape[1], shape, lambda first, end, out: cpu.leak(first, end, *given, out)), last)
 
 
@@ -337,7 +342,8 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
         return gpu.leaky(c, spikes, beta, reset)
     if cpu is None:
         return None
-    out, last, later = empty_like(c), channels_last(c), torch.zeros(c.shape[1], math.prod(c.shape[2:]))
+    last = channels_last(c, 2)
+    out, later = _empty(c, last), torch.zeros(c.shape[1], math.prod(c.shape[2:]), dtype=torch.float32)
     arrays = [_array(c, last), _array(c if spikes is None else spikes, last)]
     given = *arrays, _per_neuron(beta, c.shape[2:], last), RESETS.index(reset), later.numpy(), _array(out, last)
     shared(c.shape[1], lambda first, end: cpu.leaky(first, end, *given))
@@ -352,8 +358,7 @@ def window_sums(x: Tensor, windows: tuple[Pair, Pair, Pair], size: Pair) -> tupl
     from ulr_snn.kernels.windows import fired, fired_last
 
     last, spikes = channels_last(x), list[bool]()
-    frame = x.new_empty(()).expand(*x.shape[:-2], *size)
-    out = shown(empty(*stored(frame, last).shape), last)
+    out = _empty(x.new_empty(()).expand(*x.shape[:-2], *size), last)
     pictures, sums = (_pictures(t, last) for t in (x, out))
     count = fired_last if last else fired
     shared(len(pictures), lambda first, end: spikes.append(count(first, end, pictures, windows, sums)))
@@ -366,7 +371,8 @@ def window_credit(x: Tensor, total: Tensor, g: Tensor, windows: tuple[Pair, Pair
         return None
     from ulr_snn.kernels.windows import credited, credited_last
 
-    last, out = channels_last(x), empty_like(x)
+    last = channels_last(x)
+    out = _empty(x, last)
     *given, to = (_pictures(t, last) for t in (x, total, g, out))
     credit = credited_last if last else credited
     shared(len(to), lambda first, end: credit(first, end, *given, windows, to))
@@ -395,6 +401,11 @@ def turned(x: Tensor) -> Tensor:
     return out
 
 
+def _empty(like: Tensor, last: bool) -> Tensor:
+    """Returns an uninitialised tensor of the shape of `like`, in this layout, from `empty`."""
+    return shown(empty(*stored(like, last).shape), last)
+
+
 def _array(sequence: Tensor, last: bool) -> Any:
     """Returns [T, B, ...] as an array [T, B, N] with neurons in the order of this layout. It shares the memory of a
     sequence in this layout."""
@@ -419,7 +430,7 @@ def _per_neuron(value: Tensor, features: torch.Size, last: bool) -> Any:
     return stored(value.detach().to(torch.float32).expand(features), last).reshape(-1).contiguous().numpy()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def counters(features: torch.Size, last: bool) -> Any:
     """Returns what `Noise` counts neurons with, times the constant of its hash, in the order of this layout."""
     places = stored(torch.arange(math.prod(features)).view(features), last).reshape(-1)

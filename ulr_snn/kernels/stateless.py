@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -80,22 +81,23 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
 @contextmanager
 def quick_convolutions(model: nn.Module) -> Iterator[None]:
     """Within this context, `convolution` runs in all convolutions of a model that compute as torch's do."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Conv2d) and type(m)._conv_forward is USUAL]
-    modules = [m for m in modules if "_conv_forward" not in vars(m)]
+    modules = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m._conv_forward == MethodType(USUAL, m)]
     for module in modules:
         vars(module)["_conv_forward"] = partial(convolution, module)
     try:
         yield
     finally:
         for module in modules:
-            del vars(module)["_conv_forward"]
+            vars(module).pop("_conv_forward", None)
 
 
 def convolution(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes `Conv2d._conv_forward`, in a training step in blocks of rows, and with channels last where it may."""
     if not in_step() or torch.is_autocast_enabled("cpu") or x.ndim != 4 or not _usual(x, weight, bias):
         return USUAL(module, x, weight, bias)
-    if layout_is_free():
+    if layout_is_free() and x.shape[1] == 1 and not x.requires_grad:  # whose layout only the strides tell
+        x = x.contiguous().as_strided(x.shape, (x.shape[2] * x.shape[3], 1, x.shape[3], 1))
+    elif layout_is_free():
         x = laid(x, last=True)
     padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not padded or len(blocks(len(x), math.prod(x.shape[1:]))) < 2:

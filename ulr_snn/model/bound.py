@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron
 from ulr_snn.errors import UsageError
-from ulr_snn.kernels.layout import Views, free_layout
+from ulr_snn.kernels.layout import Views, channels_last, free_layout, laid
+from ulr_snn.kernels.pool import in_step
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.call import Call, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
@@ -47,7 +48,7 @@ class BoundModel:
         """Binds a model to batches like this one. noise: see `ULR`; own_code: no chain is looked for."""
         running, why = model, ""
         notes: list[str] = []
-        with Views() as views:
+        with Views(model) as views:
             seen, steps = find_call(model, batch)
         batch = batch.over(steps)
         try:
@@ -96,10 +97,16 @@ class BoundModel:
     ) -> tuple[Tensor, list[Record]]:
         """Runs one pass over x [T, B, ...]. Returns the outputs and a record of each layer that drew spikes. Without
         noise, firing is deterministic. lengths, links, guard: see `bind`."""
-        bound = bind(self.model, level, noise, lengths, len(x), self.layers, links, guard)
-        with free_layout(isinstance(self.model, Chain) or not self.views), bound as records:
-            outputs = self.call.outputs(self.model, x)
+        with bind(self.model, level, noise, lengths, len(x), self.layers, links, guard) as records:
+            outputs = self.called(x)
         return outputs, records
+
+    def called(self, x: Tensor) -> Tensor:
+        """Calls the model, whose sites are bound, with x [T, B, ...]. Within a step, pictures may have channels last,
+        but not the outputs, which users' losses read."""
+        with free_layout(in_step() and (isinstance(self.model, Chain) or not self.views)):
+            outputs = self.call.outputs(self.model, x)
+        return laid(outputs, last=False) if channels_last(outputs) else outputs
 
     def measure_levels(self, level: NoiseLevel, run: Callable[[], Any]) -> int:
         """Runs passes until all layers run by their library's code have a noise level. Returns the number of passes."""

@@ -89,7 +89,7 @@ class StepByStep(nn.Sequential):
     which normalises each time step by itself."""
 
     def forward(self, sequence: Tensor) -> Tensor:
-        last = channels_last(sequence)  # which torch.stack does not keep
+        last = channels_last(sequence, 2)  # which torch.stack does not keep
         found = [super(StepByStep, self).forward(shown(x, last)) for x in stored(sequence, last)]
         last = last and channels_last(found[0])
         return shown(torch.stack([stored(x, last) for x in found]), last)

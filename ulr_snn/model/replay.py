@@ -50,7 +50,7 @@ def replayed(forward: Forward, batch: Batch, p: Pass, x: Tensor, flipped: str | 
     currents: dict[str, Tensor] = {}
     replays = [Replay(name, records, currents, batch.lengths, flipped) for name, _ in bound.layers]
     with forward.side_effects_once(), bind_sites(bound.model, replays, batch.lengths, bound.layers):
-        outputs = bound.call.outputs(bound.model, x)
+        outputs = bound.called(x)
     return outputs, {r.site for r in p.records if r.current is None or not torch.equal(currents[r.site], r.current)}
 
 
