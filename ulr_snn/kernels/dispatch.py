@@ -98,11 +98,9 @@ def scan(
     last, features, (steps, rows) = channels_last(current, 2), current.shape[2:], current.shape[:2]
     scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
     per_neuron = [_per_neuron(value, features, last) for value in (beta, threshold, scale)]
-    state = (
-        State(*shown(torch.zeros(2, *stored(current, last).shape[1:], dtype=torch.float32), last).unbind())
-        if state is None
-        else state
-    )
+    if state is None:
+        rest = torch.zeros(2, *stored(current, last).shape[1:], dtype=torch.float32)
+        state = State(*shown(rest, last).unbind())
     spikes, x = _empty(current, last) if known is None else laid(known, last), _empty(current, last)
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
     sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()

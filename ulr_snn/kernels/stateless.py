@@ -62,17 +62,14 @@ def _sequential(module: nn.Sequential, x: Tensor) -> Any:
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
-    if (
-        not _usual(x, module.weight, module.bias)
-        or x.shape[-1:] != module.weight.shape[1:]
-        or len(module.weight) < LEAST
-    ):
+    weight = module.weight
+    if not _usual(x, weight, module.bias) or x.shape[-1:] != weight.shape[1:] or len(weight) < LEAST:
         return None
     flat = x.reshape(-1, x.shape[-1])
     rows = few(flat)
     if rows is None:
         return None
-    return linear(rows, module.weight, module.bias, flat).view(*x.shape[:-1], len(module.weight))
+    return linear(rows, weight, module.bias, flat).view(*x.shape[:-1], len(weight))
 
 
 # -- convolution -------------------------------------------------------------------------------------------
