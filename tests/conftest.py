@@ -37,6 +37,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU: torch.cuda.is_available() is False")
 
 
+@pytest.fixture
+def own_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`snntorch.utils.reset` resets every neuron of the process, and fails for those that have not run yet."""
+    monkeypatch.setattr("snntorch.SpikingNeuron.instances", [])
+
+
 @pytest.fixture(params=["cpu", GPU])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)

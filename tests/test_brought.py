@@ -16,7 +16,6 @@ from tests.helpers import beside_torchvision, library_of
 for library in ("snntorch", "norse.torch", "spikingjelly", "sklearn"):
     library_of(library)
 
-import snntorch  # noqa: E402
 
 from benchmarks import brought  # noqa: E402
 from benchmarks.brought_models import CASES, Case, Tutorial5, images  # noqa: E402
@@ -26,10 +25,7 @@ TRAINED = [name for name, case in CASES.items() if case.loop is None]
 LOOPS = [name for name, case in CASES.items() if case.loop is not None]
 
 
-@pytest.fixture(autouse=True)
-def own_instances(monkeypatch):
-    """`snntorch.utils.reset` resets every neuron of the process, and fails for a DeltaLeaky that has not run yet."""
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+pytestmark = pytest.mark.usefixtures("own_instances")
 
 
 def few(case: Case, train: int = 96, test: int = 80) -> tuple[Subset, Subset]:

@@ -9,16 +9,10 @@ from ulr_snn import attach
 for library in "spikingjelly", "snntorch", "norse":
     library_of(library)
 
-import snntorch  # noqa: E402
-
 from benchmarks.kinds import NETWORKS  # noqa: E402
 from benchmarks.zoo_networks import ZOO  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def own_instances(monkeypatch):
-    """`snntorch.utils.reset` resets every neuron of the process, and fails for those that have not run yet."""
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+pytestmark = pytest.mark.usefixtures("own_instances")
 
 
 @pytest.mark.product

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.maps import Full, Path
-from ulr_snn.kernels.layout import channels_last, shown, stored
+from ulr_snn.kernels.layout import rest
 from ulr_snn.kernels.pool import empty_like
 from ulr_snn.model.neurons import SpikingNeuron
 from ulr_snn.sites.records import Record
@@ -65,9 +65,7 @@ class Recurrence:
         """Returns (a + h g + C g, g) [T, B, ...]: the total credit of every spike, and ∂L/∂J of every input current.
         Without `totals` the first is None. later: g [B, ...] of the step after the last; it is overwritten by g of the
         first step. overwrite: the memory of a may be reused."""
-        if later is None:
-            last = channels_last(self.spikes, 2)
-            later = shown(a.new_zeros(stored(self.spikes, last).shape[1:]), last)
+        later = rest(self.spikes).to(a.dtype) if later is None else later
         if self.fused is not None and (self.weight is None or self._dense):
             done = self.fused(a, later, totals, overwrite, self.weight)
             if done is not None:

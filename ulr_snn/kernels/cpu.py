@@ -559,6 +559,13 @@ def _turn(to, t, to_step, source, s, step, rows, columns):
 
 
 @compiled(inline="always")
+def _lines(to, t, to_step, source, s, step, rows, columns):
+    """Sets to[t + i to_step + j] = source[s + i step + j] for i < rows, j < columns, for flat arrays."""
+    for i in range(rows):
+        _copy(source[s + i * step : s + i * step + columns], to[t + i * to_step :])
+
+
+@compiled(inline="always")
 def _add(to, t, source, s, value, count):
     """Adds to[t : t + count] += value * source[s : s + count], for a count divisible by 4."""
     wide = count & ~15
@@ -633,9 +640,8 @@ def spread(first, end, starts, places, values, to, which, patches, blank, steps,
             _add_lines(grid, t, step, patches, s, length, value, lines, length)
         for y in range(high):
             if last:
-                for x in range(across):
-                    at, source = ((r * high + y) * across + x) * outputs, lead + y * step + x * wide
-                    _copy(grid[source : source + outputs], out[at:])
+                at = (r * high + y) * across * outputs
+                _lines(out, at, outputs, grid, lead + y * step, wide, across, outputs)
             else:
                 at = (r * outputs * high + y) * across
                 _turn(out, at, high * across, grid, lead + y * step, wide, across, outputs)
@@ -653,9 +659,8 @@ def spread_weight(first, end, starts, places, values, to, which, own, steps, wid
             continue
         for y in range(high):
             if last:
-                for x in range(across):
-                    at, to_x = ((r * high + y) * across + x) * outputs, lead + y * step + x * wide
-                    _copy(g[at : at + outputs], grid[to_x:])
+                at = (r * high + y) * across * outputs
+                _lines(grid, lead + y * step, wide, g, at, outputs, across, outputs)
             else:
                 at = (r * outputs * high + y) * across
                 _turn(grid, lead + y * step, wide, g, at, high * across, outputs, across)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.errors import UsageError
-from ulr_snn.kernels.layout import channels_last, laid, shown, stored
+from ulr_snn.kernels.layout import channels_last, laid, rest, shown, stored
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty, lean, traced
 from ulr_snn.kernels.state import RESETS, Draw, State
@@ -98,10 +98,11 @@ def scan(
     last, features, (steps, rows) = channels_last(current, 2), current.shape[2:], current.shape[:2]
     scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
     per_neuron = [_per_neuron(value, features, last) for value in (beta, threshold, scale)]
-    if state is None:
-        rest = torch.zeros(2, *stored(current, last).shape[1:], dtype=torch.float32)
-        state = State(*shown(rest, last).unbind())
-    spikes, x = _empty(current, last) if known is None else laid(known, last), _empty(current, last)
+    state = State(rest(current), rest(current)) if state is None else state
+    spikes, x = (
+        empty(*current.shape, last=last) if known is None else laid(known, last),
+        empty(*current.shape, last=last),
+    )
     fed_back = empty(*(current.shape if weight is not None else (0, 0, 0)))
     sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()
     words = None if draw is None else draw.words
@@ -112,7 +113,7 @@ def scan(
         given = (
             _array(current, last), sources, *per_neuron, RESETS.index(reset),
             law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
-            mirrored.numpy(), counters(features, last), _own(lengths, steps, rows), *states,
+            mirrored.numpy(), _counters(features, last), _own(lengths, steps, rows), *states,
             _array(spikes, last), _array(x, last), fed_back.flatten(2).numpy(),
         )  # fmt: skip
         shared(rows, lambda first, end: cpu.scan(first, end, *given))
@@ -158,14 +159,16 @@ class StepDraw:
             raise UsageError("a draw step by step needs the words of the noise")
         steps, rows = draw.words[0].shape
         self._last = last = channels_last(like)
-        self.slope = shown(empty(steps, *stored(like, last).shape), last)
+        self.slope = empty(steps, *like.shape, last=last)
         self._farthest = np.zeros(rows, np.int32)
         mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
         words = [word.numpy().view("uint32") for word in draw.words]
         features = like.shape[1:]
-        drawn = mirrored.numpy(), counters(features, last), _own(lengths, steps, rows)
-        arguments = *drawn, _distances(over), _array(self.slope, last), self._farthest
-        self._given = _per_neuron(draw.scale, features, last), LAWS[draw.law], *words, *arguments
+        self._given = (
+            _per_neuron(draw.scale, features, last), LAWS[draw.law], *words, mirrored.numpy(),
+            _counters(features, last), _own(lengths, steps, rows), _distances(over), _array(self.slope, last),
+            self._farthest,
+        )  # fmt: skip
         self._parts = None if like.numel() > SMALL else 1
         self._fire = cpu_kernels().fire
 
@@ -204,7 +207,7 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Ten
     if cpu is None:
         return None
     last, (steps, rows) = channels_last(x, 2), x.shape[:2]
-    out = _empty(x, last)
+    out = empty(*x.shape, last=last)
     of_neurons = _distances(over), _per_neuron(scale, x.shape[2:], last)
     given = LAWS[law], _array(x, last), *of_neurons, _own(lengths, steps, rows), _array(out, last)
     shared(rows, lambda first, end: cpu.slopes(first, end, *given))
@@ -236,8 +239,8 @@ def credit(
     if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
     last = channels_last(x, 2)
-    total = _empty(x, last) if totals else empty(0, 0, 0)
-    currents = a if overwrite and stored(a, last).is_contiguous() else _empty(x, last)
+    total = empty(*x.shape, last=last) if totals else empty(0, 0, 0)
+    currents = a if overwrite and stored(a, last).is_contiguous() else empty(*x.shape, last=last)
     of_scale, of_beta, of_threshold = (_per_neuron(value, a.shape[2:], last) for value in (scale, beta, threshold))
     columns = None if weight is None else in_columns(weight, cpu.LINE).numpy()
     each = a if a.stride(0) else a[:1]  # stride 0: a is the same at every step
@@ -341,7 +344,7 @@ def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor 
     if cpu is None:
         return None
     last = channels_last(c, 2)
-    out, later = _empty(c, last), torch.zeros(c.shape[1], math.prod(c.shape[2:]), dtype=torch.float32)
+    out, later = empty(*c.shape, last=last), torch.zeros(c.shape[1], math.prod(c.shape[2:]), dtype=torch.float32)
     arrays = [_array(c, last), _array(c if spikes is None else spikes, last)]
     given = *arrays, _per_neuron(beta, c.shape[2:], last), RESETS.index(reset), later.numpy(), _array(out, last)
     shared(c.shape[1], lambda first, end: cpu.leaky(first, end, *given))
@@ -356,7 +359,7 @@ def window_sums(x: Tensor, windows: tuple[Pair, Pair, Pair], size: Pair) -> tupl
     from ulr_snn.kernels.windows import fired, fired_last
 
     last, spikes = channels_last(x), list[bool]()
-    out = _empty(x.new_empty(()).expand(*x.shape[:-2], *size), last)
+    out = empty(*x.shape[:-2], *size, last=last)
     pictures, sums = (_pictures(t, last) for t in (x, out))
     count = fired_last if last else fired
     shared(len(pictures), lambda first, end: spikes.append(count(first, end, pictures, windows, sums)))
@@ -370,7 +373,7 @@ def window_credit(x: Tensor, total: Tensor, g: Tensor, windows: tuple[Pair, Pair
     from ulr_snn.kernels.windows import credited, credited_last
 
     last = channels_last(x)
-    out = _empty(x, last)
+    out = empty(*x.shape, last=last)
     *given, to = (_pictures(t, last) for t in (x, total, g, out))
     credit = credited_last if last else credited
     shared(len(to), lambda first, end: credit(first, end, *given, windows, to))
@@ -399,11 +402,6 @@ def turned(x: Tensor) -> Tensor:
     return out
 
 
-def _empty(like: Tensor, last: bool) -> Tensor:
-    """Returns an uninitialised tensor of the shape of `like`, in this layout, from `empty`."""
-    return shown(empty(*stored(like, last).shape), last)
-
-
 def _array(sequence: Tensor, last: bool) -> Any:
     """Returns [T, B, ...] as an array [T, B, N] with neurons in the order of this layout. It shares the memory of a
     sequence in this layout."""
@@ -429,7 +427,7 @@ def _per_neuron(value: Tensor, features: torch.Size, last: bool) -> Any:
 
 
 @lru_cache(maxsize=32)
-def counters(features: torch.Size, last: bool) -> Any:
+def _counters(features: torch.Size, last: bool) -> Any:
     """Returns what `Noise` counts neurons with, times the constant of its hash, in the order of this layout."""
     places = stored(torch.arange(math.prod(features)).view(features), last).reshape(-1)
     return places.numpy().astype(np.uint32) * cpu_kernels().GOLDEN

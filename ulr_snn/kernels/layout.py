@@ -79,6 +79,12 @@ def shown(x: Tensor, last: bool = True) -> Tensor:
     return x.movedim(-1, -3) if last else x
 
 
+def rest(sequence: Tensor) -> Tensor:
+    """Returns zeros [B, ...] for one time step of a sequence [T, B, ...], in its layout."""
+    last = channels_last(sequence, 2)
+    return shown(sequence.new_zeros(stored(sequence, last).shape[1:]), last)
+
+
 def laid(x: Tensor, last: bool) -> Tensor:
     """Returns x in this layout: itself, or a copy."""
     return shown(stored(x, last).contiguous(), last)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ulr_snn.kernels.layout import channels_last, shown, stored
+from ulr_snn.kernels.layout import channels_last, shown
 from ulr_snn.kernels.limits import limits
 
 UNUSED = 2  # number of steps for which the pool keeps an unused array
@@ -94,8 +94,12 @@ def lean() -> bool:
     return pool is None or pool.lean
 
 
-def empty(*shape: int) -> Tensor:
-    """Returns an uninitialised float32 tensor on the CPU. A large one comes from the pool of the running step."""
+def empty(*shape: int, last: bool = False) -> Tensor:
+    """Returns an uninitialised float32 tensor on the CPU. A large one comes from the pool of the running step. last:
+    the tensor [..., C, H, W] has channels last in memory."""
+    if last:
+        *lead, channels, high, across = shape
+        return shown(empty(*lead, high, across, channels))
     pool = _current.get()
     if pool is None or pool.lean or 4 * math.prod(shape) < limits.smallest:
         return torch.empty(shape, dtype=torch.float32)
@@ -111,10 +115,8 @@ def empty_like(x: Tensor, rows: int | None = None) -> Tensor:
     """Returns an uninitialised tensor like x [n, ...], with so many rows. If x `fits`, it comes from the pool, in the
     layout of x."""
     rows = len(x) if rows is None else rows
-    if not fits(x):
-        return x.new_empty(rows, *x.shape[1:])
-    last = channels_last(x)
-    return shown(empty(rows, *stored(x, last).shape[1:]), last)
+    shape = rows, *x.shape[1:]
+    return empty(*shape, last=channels_last(x)) if fits(x) else x.new_empty(shape)
 
 
 def blocks(rows: int, size: int) -> list[slice]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.kernels import dispatch
-from ulr_snn.kernels.layout import channels_last, layout_is_free, shown, stored
+from ulr_snn.kernels.layout import channels_last, layout_is_free, stored
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty
 
@@ -228,16 +228,16 @@ class _Convolution(torch.autograd.Function):
         ctx.rows, ctx.patches = rows, patches
         n, outputs, (high, across) = len(rows.starts) - 1, len(weight), (patches.high, patches.across)
         shape, last = (n, outputs, high.outputs, across.outputs), layout_is_free()
-        out = empty(n, *shape[2:], outputs) if last else empty(*shape)
+        out = empty(*shape, last=last)
         start = torch.zeros(patches.wide, dtype=torch.float32)
         if bias is not None:
             start[:outputs] = bias.detach()
         blank = start.repeat(high.grid * across.grid)
         cpu, places = dispatch.cpu_kernels(), (patches.to.numpy(), patches.which.numpy())
         given = *rows.arrays, *places, patches.made(weight).flatten().numpy(), blank.numpy()
-        arguments = patches.steps, patches.wide, shape, last, out.flatten().numpy()
+        arguments = patches.steps, patches.wide, shape, last, stored(out, last).flatten().numpy()
         dispatch.shared(n, lambda first, end: cpu.spread(first, end, *given, *arguments))
-        return shown(out, last)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
