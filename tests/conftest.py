@@ -8,6 +8,7 @@ options (at least one), drawn by name, runs with the fast tests, and the others 
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from zlib import crc32
 
 import pytest
@@ -41,6 +42,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def own_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     """`snntorch.utils.reset` resets every neuron of the process, and fails for those that have not run yet."""
     monkeypatch.setattr("snntorch.SpikingNeuron.instances", [])
+
+
+@pytest.fixture
+def some_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads until the test ends."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", GPU])

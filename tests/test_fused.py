@@ -140,13 +140,13 @@ def test_credit_and_filter_equal_the_reference(shape, reset, recurrent, law, ref
 
 
 @each_reset
-def test_rows_in_parts_are_those_of_the_whole(reset, monkeypatch):
-    """For threads to share: three, and five rows."""
+def test_rows_in_parts_are_those_of_the_whole(reset, some_threads):
+    """Three threads share five rows."""
     shape, found = (7, 5, 18), []
     neuron, x, spikes = neuron_of(shape, reset, True), current_of(shape, 2), (current_of(shape, 4) > 0.5).float()
     a, weight, later = current_of(shape, 1), current_of((18, 18), 5) / 18, current_of(shape[1:], 3)
-    for parts in (1, 3):
-        monkeypatch.setattr(dispatch, "threads", lambda rows, parts=parts: parts)
+    for threads in (1, 3):
+        some_threads(threads)
         torch.manual_seed(2)
         with torch.no_grad():
             fired = neuron.fired(x, drawer_of(shape, Logistic(), False, len(x)))

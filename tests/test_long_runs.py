@@ -93,10 +93,10 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tens
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.bin"
         return torch.from_numpy(numpy.memmap(path, numpy.float32, "w+", shape=shape))
 
+    shared = lambda rows, work: work(rows - 1 if rows > 1 << 20 else 0, rows)  # noqa: E731
     for module in (dispatch, sparse):
         monkeypatch.setattr(module, "empty", zeros)
-    shared = lambda rows, work, parts=None: work(rows - 1 if rows > 1 << 20 else 0, rows)  # noqa: E731
-    monkeypatch.setattr(dispatch, "shared", shared)
+        monkeypatch.setattr(module, "shared", shared)
     return zeros
 
 

@@ -27,6 +27,7 @@ ORDER = [
     "kernels.precision",
     "kernels.ranks",
     "kernels.state",
+    "kernels.team",
     "kernels.triton",
     "kernels.gpu",
     "kernels.weight_cache",

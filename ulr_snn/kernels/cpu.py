@@ -1,7 +1,7 @@
 """The time scans on a CPU, fused by numba. One pass over a row's neurons and time steps draws, fires and resets.
 
 `reference.py` defines their results. Each kernel processes the rows (samples, copies) from `first` to `end`, so that
-threads can share the rows (`dispatch.shared`). Loops over neurons are short and without branches, so that they become
+threads can share the rows (`team.shared`). Loops over neurons are short and without branches, so that they become
 vector instructions. All arrays are float32, [T, B, N] with features flattened.
 """
 

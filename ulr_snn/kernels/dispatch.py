@@ -6,9 +6,7 @@ the caller then runs the reference. An error in a kernel is raised; nothing fall
 
 import importlib.util
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -23,6 +21,7 @@ from ulr_snn.kernels.layout import channels_last, laid, rest, shown, stored
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty, lean, traced
 from ulr_snn.kernels.state import RESETS, Draw, State
+from ulr_snn.kernels.team import shared, summed
 from ulr_snn.kernels.weight_cache import once
 
 Pair = tuple[int, int]
@@ -284,53 +283,6 @@ def in_columns(weight: Tensor, width: int) -> Tensor:
         return out
 
     return made(weight) if lean() else once(weight, f"columns {width}", made)
-
-
-def threads(rows: int) -> int:
-    """Returns the number of threads that share rows on a CPU, at most the number that torch uses."""
-    return max(1, min(torch.get_num_threads(), rows))
-
-
-def shared(rows: int, work: Callable[[int, int], Any], parts: int | None = None) -> None:
-    """Calls work(first, end) for nearly equal ranges of all rows, each in a thread. parts: number of ranges; None: the
-    number of threads that torch uses."""
-    parts = threads(rows) if parts is None else parts
-    ends = [part * rows // parts for part in range(parts + 1)]
-    others = [_workers().submit(work, *ends[i : i + 2]) for i in range(1, parts)]
-    work(*ends[:2])
-    for other in others:
-        other.result()
-
-
-def summed(rows: int, shape: Sequence[int], add: Callable[[int, int, Any], Any]) -> Tensor:
-    """Returns the sum [*shape] of terms of all rows. Each thread calls add(first, end, out), which adds the terms of a
-    range of rows to its own flat array."""
-    sums: dict[tuple[int, int], Tensor] = {}
-
-    def work(first: int, end: int) -> None:
-        own = sums[first, end] = torch.zeros(math.prod(shape), dtype=torch.float32)
-        add(first, end, own.numpy())
-
-    shared(rows, work)
-    first, *others = (sums[part] for part in sorted(sums))  # a fixed order, whichever thread ends first
-    return sum(others, first).view(*shape)
-
-
-@lru_cache
-def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
-
-
-def _after_fork() -> None:
-    """Lets a forked child go on without its parent's threads, which it lacks. OpenMP would wait for its threads for
-    ever, so the child's torch has one thread, as in the workers of a DataLoader."""
-    _workers.cache_clear()
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def leaky(c: Tensor, spikes: Tensor | None, beta: Tensor, reset: str) -> Tensor | None:

@@ -17,6 +17,7 @@ from ulr_snn.kernels import dispatch
 from ulr_snn.kernels.layout import channels_last, layout_is_free, stored
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import empty
+from ulr_snn.kernels.team import shared, summed
 
 WIDTH = 4  # vector width of the convolution's kernels, to a multiple of which channels are padded
 COLUMNS = 64, 256  # least and most outputs in a block of a product
@@ -42,13 +43,13 @@ class Rows:
         cpu = dispatch.cpu_kernels()
         starts = torch.zeros(len(frames) + 1, dtype=torch.int64)
         counts, rows = starts[1:].numpy(), frames.numpy()
-        dispatch.shared(len(rows), lambda first, end: cpu.count(first, end, rows, counts))
+        shared(len(rows), lambda first, end: cpu.count(first, end, rows, counts))
         starts = starts.cumsum(0)
         if starts[-1] > most:
             return None
         places, values = (torch.empty(int(starts[-1]), dtype=dtype) for dtype in (torch.int32, torch.float32))
         found = rows, starts.numpy(), places.numpy(), values.numpy()
-        dispatch.shared(len(rows), lambda first, end: cpu.collect(first, end, *found))
+        shared(len(rows), lambda first, end: cpu.collect(first, end, *found))
         return cls(starts, places, values, frames.shape[1])
 
     def product(self, g: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class Rows:
         out = empty(g.shape[1], self.inputs)
         cpu, given = dispatch.cpu_kernels(), (*self.arrays, g.detach().contiguous().numpy(), self.inputs)
         flat, blocks = out.flatten().numpy(), -(-g.shape[1] // cpu.BLOCK)
-        dispatch.shared(blocks, lambda first, end: cpu.scatter(first, end, *given, flat))
+        shared(blocks, lambda first, end: cpu.scatter(first, end, *given, flat))
         return out
 
     @property
@@ -88,7 +89,7 @@ def gathered(rows: Rows, weight: Tensor, bias: Tensor | None) -> Tensor:
     width = max(1, -(-len(weight) // (cpu.LINE * blocks))) * cpu.LINE
     columns = dispatch.in_columns(weight, width).numpy()
     given = *rows.arrays, columns, rows.inputs, start.contiguous().numpy(), out.numpy(), width
-    dispatch.shared(len(out), lambda first, end: cpu.gather(first, end, *given))
+    shared(len(out), lambda first, end: cpu.gather(first, end, *given))
     return out
 
 
@@ -236,7 +237,7 @@ class _Convolution(torch.autograd.Function):
         cpu, places = dispatch.cpu_kernels(), (patches.to.numpy(), patches.which.numpy())
         given = *rows.arrays, *places, patches.made(weight).flatten().numpy(), blank.numpy()
         arguments = patches.steps, patches.wide, shape, last, stored(out, last).flatten().numpy()
-        dispatch.shared(n, lambda first, end: cpu.spread(first, end, *given, *arguments))
+        shared(n, lambda first, end: cpu.spread(first, end, *given, *arguments))
         return out
 
     @staticmethod
@@ -249,7 +250,7 @@ class _Convolution(torch.autograd.Function):
             arguments = patches.steps, patches.wide, patches.high.grid * patches.across.grid, tuple(g.shape), last
             flat = stored(g.detach(), last).contiguous().flatten().numpy()
             add = lambda first, end, out: cpu.spread_weight(first, end, *given, out, *arguments, flat)  # noqa: E731
-            d_weight = patches.taken(dispatch.summed(len(g), patches.size, add), g.shape[1])
+            d_weight = patches.taken(summed(len(g), patches.size, add), g.shape[1])
         if ctx.needs_input_grad[1]:
             d_bias = g.sum((0, 2, 3))
         return d_weight, d_bias, None, None
