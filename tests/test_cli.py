@@ -177,6 +177,7 @@ def test_plan_shows_every_parameter(here, capsys, needs_data_and_runs):
         (("plan", "no-such-set"), "no-such-set"),
         (("evaluate", "no/such/run"), "no/such/run"),
         (("evaluate", ".", "--mode", "loud"), "loud"),
+        (("train", "nmnist", "--data-root", "no/such"), "another --data-root, or let tonic fetch them (--download)"),
     ],
 )
 def test_wrong_use_is_one_line(here, capsys, arguments, told):
@@ -192,6 +193,7 @@ def test_wrong_use_is_one_line(here, capsys, arguments, told):
         (("--run-dir", "file"), "is a file"),
         (("--device", "abacus"), "abacus"),
         (("--lr", "-1"), "lr"),
+        (("--copies", "3"), "use an even number\n"),
     ],
 )
 def test_wrong_training_is_one_line_and_leaves_nothing(here, capsys, needs_data_and_runs, arguments, told):

@@ -134,6 +134,11 @@ def test_methods_that_are_not_known_are_refused(methods):
         quiet(model(), separable(), separable(), methods=methods)
 
 
+def test_learning_rates_of_methods_that_are_not_compared_are_refused():
+    with pytest.raises(UsageError, match="compare got lr for 'ULR'; the methods are ulr, surrogate"):
+        quiet(model(), separable(), separable(), lr={"ULR": 1e-3, "surrogate": 1e-2})
+
+
 def test_estimators_by_name_of_ones_own():
     found = quiet(model(), separable(), separable(), {"pairs": ulr_snn.ULR(copies=2)}, epochs=1)
     assert [row["method"] for row in found.rows] == ["pairs"]

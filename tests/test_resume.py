@@ -428,6 +428,21 @@ def test_changed_settings_are_taken_where_asked_for(tmp_path):
     assert 0 < usual(tmp_path, "changed", 6, lr=0.5).history[-1]["lr"] < 0.5  # the cosine of six epochs
 
 
+@pytest.mark.parametrize(
+    "first, second, epochs",
+    [((1, 3), (1, 6), [1, 1]), ((1, 6), (2, 12), [1, 2]), ((2, 8), (3, 18), [1, 2, 2, 3]), ((2, 6), (2, 12), [1, 2])],
+)
+def test_an_epoch_that_max_steps_has_ended_goes_on(first, second, epochs, tmp_path):
+    loader, told = batches(), []
+    for resume, (most, steps) in enumerate((first, second)):
+        options = {"max_steps": steps, "run_dir": tmp_path, "resume": bool(resume), "progress": False}
+        callbacks = [lambda entry, model: told.append(entry["epoch"])]
+        result = ulr_snn.train(net(), loader, most, callbacks=callbacks, **options)
+        assert (result.metrics["steps"], result.metrics["epochs"]) == (steps, -(-steps // len(loader)))
+    assert [entry["forward_passes"] for entry in result.history] == [sum(len(y) for _, y in loader)] * second[0]
+    assert told == epochs
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,8 @@ def compare(
     options: see `train`. Raises UsageError for an unknown method, and as `train` does.
     """
     estimators = chosen(methods)
+    if isinstance(lr, Mapping) and (others := [name for name in lr if name not in estimators]):
+        raise UsageError(f"compare got lr for {', '.join(map(repr, others))}; the methods are {', '.join(estimators)}")
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
         raise UsageError("compare got run_dir, resume or an optimizer of its own; every training starts anew")
     device = pick_device(device)

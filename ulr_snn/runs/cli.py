@@ -21,6 +21,15 @@ import ulr_snn
 from ulr_snn.errors import LoaderError, OwnError, RankError, SaveError, Terminated, UsageError
 from ulr_snn.errors.arguments import Count, Draws, FilePath, Interval, Positive, Threads, Whole, typed
 
+# What errors advise, and what a command line has in its place.
+OPTIONS = {
+    "resume='changed'": "--changed",
+    "resume=True and run_dir=": "--resume --run-dir ",
+    " root=": " --data-root",
+    "download=True": "--download",
+    "an even number or antithetic=False": "an even number",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -52,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _advised(error: BaseException) -> str:
     """Returns the sentence of an error, with the options of this command line in place of arguments of Python's."""
     text = ". ".join([str(error), *getattr(error, "__notes__", [])])
-    text = text.replace("resume='changed'", "--changed").replace("resume=True and run_dir=", "--resume --run-dir ")
+    for ours, option in OPTIONS.items():
+        text = text.replace(ours, option)
     return re.sub(r"(?<![/\w-])run_dir(?=[ ,:;])", "--run-dir", text)
 
 

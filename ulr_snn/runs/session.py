@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import length_hint
 from time import perf_counter
 from typing import Any
 
@@ -69,7 +70,8 @@ class Session:
 
     epoch: epochs so far, without the one that is under way; best: the epoch with the best validation; stopped: a
     callback has ended the training; batch: the last one of an epoch under way; told: states of the callbacks before
-    they saw it; generators: their states after the last step, where later code may draw from them.
+    they saw it; generators: their states after the last step, where later code may draw from them; cut: the state of
+    the last epoch if `max_steps` has ended it, since a resumed run may make more steps of it.
     """
 
     model: nn.Module
@@ -90,6 +92,7 @@ class Session:
     generators: State | None = None
     batch: Any = None
     told: list[Any] | None = None
+    cut: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.attached.online and self.settings.accumulate > 1:
@@ -169,7 +172,7 @@ class Session:
     def train_epoch(self, epoch: Epoch, epochs: int, progress: bool) -> None:
         """Makes the steps of an epoch that are left."""
         self.stepper.zero_grad()
-        waiting, before = 0, epoch.seconds
+        waiting, before, self.cut = 0, epoch.seconds, None
         started = perf_counter()
         set_epoch(self.loader, epoch.number)
         with progress_bar(self.loader, f"epoch {epoch.number}/{epochs}", progress) as shown:
@@ -191,6 +194,8 @@ class Session:
                 if waiting == 0:
                     self.end_between_steps()
                 if self.finished:
+                    whole = epoch.batches == length_hint(self.loader, -1)
+                    self.cut = None if whole else epoch.state_dict()
                     break
             if waiting:
                 self.end_step(epoch, waiting)
@@ -268,6 +273,7 @@ class Session:
         own = {
             "under_way": None if self.under_way is None else self.under_way.state_dict(),
             "generators": self.generators or states(self.loader),
+            "cut": self.cut,
         }
         return {name: getattr(self, name) for name in PLAIN} | {
             "attached": self.attached.state_dict(),
@@ -298,10 +304,14 @@ class Session:
             start_workers(self.loader)
         own = state["ranks"][ranks.rank() % len(state["ranks"])]
         restore(own["generators"], self.loader)
-        if own["under_way"] is None:
-            return
+        under_way = own["under_way"]
         cut_alike = repeats(self.loader) and len(state["ranks"]) == ranks.count()
-        if not (cut_alike or own["under_way"]["trained"]):
+        if own["cut"] is not None and not self.finished:
+            under_way, self.epoch = own["cut"], self.epoch - 1
+            self.seconds -= self.history.pop()["seconds"]
+        if under_way is None:
+            return
+        if not (cut_alike or under_way["trained"]):
             warnings.warn(
                 f"{type(self.loader).__name__} cannot be begun in the midst of epoch {self.epoch + 1}: it goes on from "
                 f"the epoch's first batch, with the weights after step {self.steps}",
@@ -309,5 +319,5 @@ class Session:
             )
             return
         tally = Tally(self.settings.metrics)
-        tally.load_state_dict(own["under_way"]["tally"])
-        self.under_way = Epoch(**own["under_way"] | {"tally": tally})
+        tally.load_state_dict(under_way["tally"])
+        self.under_way = Epoch(**under_way | {"tally": tally})
