@@ -194,6 +194,13 @@ def test_estimators_and_noise():
     assert [noise for _, noise, _ in plan(dense(), data()).sites] == expected
 
 
+def test_batch_norm_that_sees_padding_is_noted():
+    x, y = data()
+    short = x, y, torch.full((len(y),), len(x) - 1)
+    assert any("padding" in note for note in plan(normed(), short).notes)
+    assert not any("padding" in note for note in [*plan(normed().eval(), short).notes, *plan(normed(), (x, y)).notes])
+
+
 def test_copies_that_run_apart_are_noted():
     assert any("batch norm or dropout" in note for note in plan(normed(), data()).notes)
     assert not any("batch norm or dropout" in note for note in plan(normed().eval(), data()).notes)

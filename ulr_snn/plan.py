@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulr_snn.credit.kinds import Learned
 from ulr_snn.credit.maps import Shared
@@ -183,6 +184,8 @@ def _notes(step: Step, copies: int) -> list[str]:
         notes.append(
             "training batch norm or dropout: copies run one after another, and each loss counts for its own sample"
         )
+    if step.batch.lengths is not None and any(isinstance(m, _BatchNorm) and m.training for m in step.model.modules()):
+        notes.append("training batch norm counts the padding of short samples in its means and variances")
     credit = structure.credit
     if structure.needs_pairs and isinstance(credit, Learned) and not credit.unbiased and sampling.copies is None:
         notes.append(
