@@ -11,6 +11,7 @@ class KernelLimits:
     smallest: least bytes of an array of the pool; smaller memory seldom returns to the system.
     density: share of non-zero inputs beyond which a dense product is faster.
     fewest: least number of inputs for which sparse layers pay.
+    narrow: width of pictures up to which convolutions are faster with channels first.
     share: share of a dense convolution's multiply-adds beyond which the dense one is faster.
     recurrent: largest number of neurons of a recurrent layer that a GPU runs by one kernel. A wider layer runs step by
         step, since the kernel uses few of the GPU's processors.
@@ -20,6 +21,7 @@ class KernelLimits:
     smallest: int = 1 << 20
     density: float = 0.1
     fewest: int = 1 << 16
+    narrow: int = 4
     share: float = 0.1
     recurrent: int = 1024
 

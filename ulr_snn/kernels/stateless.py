@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.kernels.layout import laid, layout_is_free
+from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import blocks, by_blocks, empty_like, in_step
 from ulr_snn.kernels.sparse import few, linear, wanted
 
@@ -92,10 +93,11 @@ def convolution(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
     """Computes `Conv2d._conv_forward`, in a training step in blocks of rows, and with channels last where it may."""
     if not in_step() or torch.is_autocast_enabled("cpu") or x.ndim != 4 or not _usual(x, weight, bias):
         return USUAL(module, x, weight, bias)
-    if layout_is_free() and x.shape[1] == 1 and not x.requires_grad:  # whose layout only the strides tell
+    last = layout_is_free() and x.shape[3] // module.stride[1] > limits.narrow
+    if last and x.shape[1] == 1 and not x.requires_grad:  # whose layout only the strides tell
         x = x.contiguous().as_strided(x.shape, (x.shape[2] * x.shape[3], 1, x.shape[3], 1))
     elif layout_is_free():
-        x = laid(x, last=True)
+        x = laid(x, last)
     padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not padded or len(blocks(len(x), math.prod(x.shape[1:]))) < 2:
         return USUAL(module, x, weight, bias)
