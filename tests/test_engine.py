@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from tests.helpers import library_of
@@ -1154,3 +1155,39 @@ def test_evaluation_in_bfloat16_gives_the_models_own_outputs(library):
         outputs = model_outputs(model.eval(), x)
     expected = nn.functional.cross_entropy(outputs.float().sum(0), y)
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+class OtherWeights(nn.Module):
+    """Runs a network with other weights than its own, which are the same at the start."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        snntorch = library_of("snntorch")
+        self.net, self.how = nn.ModuleList([nn.Linear(4, 6), snntorch.Leaky(0.9)]), how
+        self.out, self.delta = nn.Linear(6, 3), nn.Parameter(torch.zeros(6, 4))
+        if how == "attribute":
+            self.base = nn.Parameter(self.net[0].weight.detach().clone())
+            del self.net[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear, neuron = self.net
+        state, outputs = neuron.init_leaky(), []
+        if self.how == "attribute":
+            linear.weight = self.base + self.delta
+        weights = {"weight": self.delta + (0 if self.how == "attribute" else linear.weight)}
+        for step in x:
+            current = linear(step) if self.how == "attribute" else functional_call(linear, weights, (step,))
+            spikes, state = neuron(current, state)
+            outputs.append(self.out(spikes))
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("how", ["functional_call", "attribute"])
+def test_other_parameters_than_a_modules_own_keep_the_models_own_code(how):
+    torch.manual_seed(0)
+    model, (x, y) = OtherWeights(how), ((torch.rand(7, 5, 4) > 0.5).float(), torch.arange(5) % 3)
+    assert any("parameter" in line for line in plan(model, (x, y)).engine)
+    with attach(model, seed=0) as ulr:
+        for _ in range(3):
+            ulr.backward(x, y)
+    assert model.delta.grad.any()

@@ -186,3 +186,23 @@ def test_modules_put_into_evaluation_mode_stay_there_in_training():
     still[0][1][1].eval()
     assert not running_mean(still).any()
     assert running_mean(normed().eval()).any()  # as after inference: all of it trains
+
+
+class FrozenNorm(nn.Sequential):
+    """Keeps its batch norm in evaluation mode, as people do who fine-tune a network."""
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_train_method_of_ones_own_is_called(called):
+    norm = Fold(nn.BatchNorm1d(6))
+    model = nn.Sequential(FrozenNorm(nn.Linear(4, 6), norm), LIF(), TimeAverage(), nn.Linear(6, 3))
+    if called:
+        model.train()
+    x, y = torch.rand(5, 8, 4), torch.arange(8) % 3
+    train(model, [(x, y)] * 2, 1, device="cpu", progress=False)
+    assert not norm[0].running_mean.any() and model[1].training

@@ -75,6 +75,8 @@ def check_module(name: str, module: nn.Module, neuron: bool = False) -> None:
         raise NoChain(f"{name or 'the model'} has hooks")
     if module._modules or neuron:
         return
+    if row_by_row(module) and any(isinstance(value, Tensor) for value in vars(module).values()):
+        raise NoChain(f"{name} has a tensor in the place of a parameter")
     if type(module) not in EACH_ROW and coupled_modules(module):
         raise NoChain(f"{type(module).__name__} in training mode is not known to see one time step at a time")
     if not row_by_row(module):

@@ -20,11 +20,21 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     if not (training and model.training):
         model.train(training)
+    if training:
+        for module in modules_with_own_modes(model):
+            module.train()  # as the user's own loop would do
+        for module, mode in modes if modes[0][1] else ():
+            module.training &= mode
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def modules_with_own_modes(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules in training mode whose classes say what that means, such as those that freeze a norm."""
+    return [module for module in model.modules() if module.training and type(module).train is not nn.Module.train]
 
 
 def check_model(model: Any) -> nn.Module:

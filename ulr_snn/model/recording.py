@@ -90,6 +90,11 @@ def leading(mode: str, steps: int, rows: int) -> tuple[int, ...]:
     return {"step": (rows,), "whole": (steps, rows), "folded": (steps * rows,)}[mode]
 
 
+def own_tensors(module: nn.Module) -> list[int]:
+    """Returns the ids of a module's parameters, and of tensors that stand in their place."""
+    return [id(q) for q in (*module._parameters.values(), *vars(module).values()) if isinstance(q, Tensor)]
+
+
 class Recorder:
     """Records the calls of a model's innermost modules and neurons in a pass of deterministic firing.
 
@@ -108,6 +113,7 @@ class Recorder:
         for name, module in model.named_modules():
             if name in self.neurons or not (module._modules or any(inside(name, other) for other in self.neurons)):
                 self.modules[name] = module
+        self._own = {name: own_tensors(module) for name, module in self.modules.items()}
 
     @property
     def inside(self) -> bool:
@@ -132,6 +138,8 @@ class Recorder:
         try:
             if not torch.is_grad_enabled():
                 raise NoChain(f"{name} runs without gradients")
+            if name not in self.neurons and own_tensors(self.modules[name]) != self._own[name]:
+                raise NoChain(f"{name} runs with other parameters than its own")
             if not arguments or not isinstance(arguments[0], Tensor):
                 raise NoChain(f"{name} is not called with a tensor")
             if name in self.neurons:
