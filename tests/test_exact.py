@@ -20,7 +20,7 @@ from ulr_snn.model.call import Call
 from ulr_snn.model.forward import Forward
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.noise.secant import between, secant
+from ulr_snn.noise.secant import distances, secant
 from ulr_snn.sites.binding import spiking_layers
 
 STEPS, BATCH = 5, 3
@@ -168,8 +168,19 @@ def test_a_secant_is_exact_for_its_own_changes_and_tends_to_the_slope(firing):
 
 
 def test_distances_go_from_the_noise_to_the_farthest_membrane():
-    torch.testing.assert_close(between(torch.tensor(81.0), 2), torch.tensor([3.0, 27.0]))  # 1, 3, 9, 27, 81
-    torch.testing.assert_close(between(torch.tensor(0.2), 4), torch.ones(4))  # all within the noise
+    both_sides = torch.tensor([81.0, 2.0])
+    torch.testing.assert_close(distances(both_sides, 2), torch.tensor([3.0, 27.0]))  # 1, 3, 9, 27, 81
+    torch.testing.assert_close(distances(torch.tensor([81.0, -20.0]), 2), torch.tensor([3.0, 27.0]))  # -20 is within 27
+    torch.testing.assert_close(distances(torch.tensor([0.1, 0.2]), 4), torch.ones(4))  # all within the noise
+
+
+@pytest.mark.parametrize("rest", [[81.0, -81.0], [81.0, -30.0], [-81.0, 81.0]])
+def test_a_layer_far_from_its_threshold_has_credit(rest):
+    """Such as a silent layer at rest."""
+    found = distances(torch.tensor(rest), 2)
+    torch.testing.assert_close(found, torch.tensor([81.0 ** (1 / 3), 81.0]))
+    assert all(secant(Logistic().probability, torch.tensor([x]), found) > 1e-3 for x in (-81.0, 81.0))  # 0.25 / 81
+    assert secant(Logistic().probability, torch.tensor([81.0]), torch.tensor([3.0, 27.0])) < 1e-20
 
 
 def test_secants_come_from_the_step_before():
@@ -181,7 +192,7 @@ def test_secants_come_from_the_step_before():
         ulr.backward(x, y)
         farthest = ulr.state_dict()["farthest"]["1"]
     drive = one_pass(model, x, 0.1).records[0].x
-    assert float(farthest) == pytest.approx(0.1 * float(drive.detach().abs().max()), rel=1e-5)
+    torch.testing.assert_close(farthest, 0.1 * torch.stack([-drive.min(), drive.max()]).detach())
     with pytest.raises(UsageError, match="secants"):
         Logistic(secants=-1)
 

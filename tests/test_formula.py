@@ -100,7 +100,11 @@ def simulate(
         response = slope
         if farthest is not None and wrong != "slopes in place of secants":
             spread = torch.as_tensor(sigma, dtype=x.dtype).mean()
-            deltas = [max(float(farthest / spread), 1.0) ** ((k + 0.5) / firing.secants) for k in range(firing.secants)]
+            middles = [(k + 0.5) / firing.secants for k in range(firing.secants)]
+            end = max(float(farthest.max() / spread), 1.0)
+            if -float(farthest.min() / spread) > end ** middles[-1]:  # no membrane is so near
+                middles = [middle / middles[-1] for middle in middles]
+            deltas = [end**middle for middle in middles]
             ups = [distribution(firing, d / sigma + delta)[0] for delta in deltas]
             downs = [distribution(firing, d / sigma - delta)[0] for delta in deltas]
             response = sum((a - b) / (2 * delta) for a, b, delta in zip(ups, downs, deltas, strict=True))

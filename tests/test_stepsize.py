@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, LeakyReadout, RecurrentLIF, TimeAverage, attach, train
-from ulr_snn.estimators.step_sizes import MOST_READOUT, NONLINEAR, OUTPUTS, REACH, READOUT, SELDOM, SIZE, StepSizes
+from ulr_snn.estimators.step_sizes import NONLINEAR, OUTPUTS, REACH, READOUT, SELDOM, SIZE, StepSizes
 
 STEPS, BATCH, PIXELS, CLASSES, BETA, THRESHOLD = 6, 5, 3, 4, 0.8, 1.5
 
@@ -80,11 +80,11 @@ def test_the_factors_of_the_learning_rate():
     found.summed = 2.0
     assert found.factor("readout", ["outputs"]) == READOUT / 2
     found.reach["outputs"] = {"readout": OUTPUTS / 5, "rich": 100 * OUTPUTS, "silent": 0.0, "poor": 1e-3, "bias": 1e-3}
-    found.size = {"readout": 1.0, "rich": 1.0, "silent": 1.0, "poor": 9 / SIZE}
+    found.size = {"readout": 1.0, "rich": 1.0, "silent": 1.0, "poor": 4 / SIZE}
     assert found.factor("readout", ["outputs"]) == 5.0  # so that a step moves the outputs far enough
     assert found.factor("rich", ["outputs"]) == found.factor("silent", ["outputs"]) == READOUT / 2
-    assert found.factor("poor", ["outputs"]) == 9.0  # but does not turn the readout around
-    assert found.factor("bias", ["outputs"]) == MOST_READOUT
+    assert found.factor("poor", ["outputs"]) == 4.0  # but does not turn the readout around
+    assert found.factor("bias", ["outputs"]) == READOUT
     assert found.factor("inside", ["weight noise"]) == 1.0
 
 

@@ -111,7 +111,7 @@ class StepLink:
             largest = self._draw.farthest
         else:
             own = (zero_padding(x, t, self.lengths, self.whole) for t, x in self._x.items())
-            largest = torch.stack([farthest(x) for x in own]).max()
+            largest = torch.stack([farthest(x) for x in own]).amax(0)
         return LinkedRecord(site, largest * self.scale.detach().mean())
 
 

@@ -7,7 +7,7 @@ average rates has no thresholds and needs large weights, which small steps reach
 rate is
 
     lr min(1, C / G)     of parameters that feed a spiking layer
-    lr max(READOUT / τ, min(OUTPUTS / H, MOST_READOUT, SIZE W))     of parameters of a readout, with exact gradients
+    lr max(READOUT / τ, min(OUTPUTS / H, READOUT, SIZE W))     of parameters of a readout, with exact gradients
 
     G = sum over a parameter's entries of |m| / threshold, m the mean of ∂u/∂entry over samples, times and neurons
     C = the largest move of one parameter at a site, so that Σ min(G, C) = REACH over all; infinite if Σ G is smaller
@@ -32,9 +32,9 @@ from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.model.passes import Pass
 
 REACH = 200.0  # thresholds by which a step of learning rate 1 may move membranes, in all layers together
-READOUT = 6.0
+READOUT = 6.0  # largest factor of a readout
 NONLINEAR = 0.5  # largest factor of a readout that is not linear
-OUTPUTS, MOST_READOUT = 50.0, 20.0  # how far a step of learning rate 1 may move an output; the largest factor for it
+OUTPUTS = 50.0  # how far a step of learning rate 1 may move an output
 SIZE = 140.0  # multiple of W by which a step of learning rate 1 may move a readout weight
 LINEAR = 0.03  # relative error of `linear`
 OFTEN, SELDOM = 4, 16  # G is measured at the first OFTEN steps, then at every SELDOM-th
@@ -90,7 +90,7 @@ class StepSizes:
                 return min(NONLINEAR, least)
             moved = self.reach.get("outputs", {}).get(parameter)
             size = self.size.get(parameter, math.inf)
-            return max(least, min(OUTPUTS / moved, MOST_READOUT, SIZE * size) if moved else 0.0)
+            return max(least, min(OUTPUTS / moved, READOUT, SIZE * size) if moved else 0.0)
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
         bound = self.bound() if bound is None else bound
         return min([1.0, *(bound / g for g in reached if g)])

@@ -20,6 +20,7 @@ SUBTRACT, ZERO, NONE = 0, 1, 2  # resets
 
 _f, _u = np.float32, np.uint32
 _ONE, _HALF, _BIT = _f(1), _f(0.5), _f(2.0**-23)
+_SIGN = np.int32(-(2**31))
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 _FARTHEST = _f(80)  # largest argument of exp, whose result fits float32
 NEAR = _f(60)  # largest distance d for which e^-|x| / e^-d differs from zero wherever it matters
@@ -403,11 +404,17 @@ def _slope(law, x, over, scale, valid, out):
         out[n] *= _f(abs(out[n]) >= _LEAST_SLOPE) / scale[n]
 
 
+@compiled()
+def _ordered(bits):
+    """Returns the bits of a float as an integer that has the order of the floats, or the bits of such an integer."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
 @compiled(nogil=True)
 def fire(first, end, drive, t, scale, law, row1, row2, mirrored, counters, own, over, slope, farthest, spikes):
     """Draws the spikes [B, N] of some rows at time step t from drives [B, N], and computes their `_slope` [T, B, N].
-    row1, row2, mirrored, counters, own: as for `scan`; farthest [B]: bits of the largest |drive / scale| so far. The
-    bits of positive floats have the order of the floats."""
+    row1, row2, mirrored, counters, own: as for `scan`; farthest [B, 2]: `_ordered` bits of the largest -drive /
+    scale and of the largest drive / scale so far."""
     neurons = drive.shape[1]
     x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
     for b in range(first, end):
@@ -419,10 +426,11 @@ def fire(first, end, drive, t, scale, law, row1, row2, mirrored, counters, own, 
             continue
         _uniforms(row1[t, b], row2[t, b], mirrored[b], counters, uniform)
         _fire(law, x, uniform, spikes[b])
-        bits, largest = x.view(np.int32), farthest[b]
+        bits, below, above = x.view(np.int32), farthest[b, 0], farthest[b, 1]
         for n in range(neurons):
-            largest = max(largest, bits[n] & np.int32(0x7FFFFFFF))
-        farthest[b] = largest
+            below = max(below, _ordered(bits[n] ^ _SIGN))
+            above = max(above, _ordered(bits[n]))
+        farthest[b, 0], farthest[b, 1] = below, above
 
 
 @compiled(nogil=True)

@@ -159,7 +159,7 @@ class StepDraw:
         steps, rows = draw.words[0].shape
         self._last = last = channels_last(like)
         self.slope = empty(steps, *like.shape, last=last)
-        self._farthest = np.zeros(rows, np.int32)
+        self._farthest = np.full((rows, 2), -(2**31), np.int32)
         mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
         words = [word.numpy().view("uint32") for word in draw.words]
         features = like.shape[1:]
@@ -173,8 +173,9 @@ class StepDraw:
 
     @property
     def farthest(self) -> Tensor:
-        """Largest |drive / scale| so far, a scalar."""
-        return torch.from_numpy(self._farthest.view(np.float32)).max()
+        """Largest -drive / scale and largest drive / scale so far, [2]."""
+        bits = torch.from_numpy(self._farthest).amax(0)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)  # see `cpu._ordered`
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes [B, ...] of time step t, without a graph."""

@@ -35,7 +35,7 @@ class Fired:
 
     @property
     def farthest(self) -> Tensor:
-        """Largest distance of a membrane to the threshold."""
+        """Largest distances of membranes below and above the threshold, [2]."""
         return farthest(self.x, self.mask) * self.scale.mean()
 
 

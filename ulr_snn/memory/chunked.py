@@ -203,7 +203,7 @@ class RegressionRows:
 
 
 def see_farthest(found: dict[str, Tensor], fired: dict[str, Fired]) -> None:
-    """Keeps the largest distance of a membrane to its threshold, by site."""
+    """Keeps the largest distances of membranes to their thresholds, by site."""
     for name, layer in fired.items():
         here = layer.farthest
         found[name] = torch.maximum(found.get(name, here), here)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_snn.kernels import ranks
 from ulr_snn.noise.firing import Firing
 from ulr_snn.noise.kinds import CurrentNoise
-from ulr_snn.noise.secant import between
+from ulr_snn.noise.secant import distances
 
 LEVELS = (0.07, 3.0)  # bounds of a calibrated starting scale, in units of the threshold
 WIDENING = 0.1  # share of the training in which `widen` acts: the warm-up may move layers far from the first batch
@@ -35,8 +35,8 @@ class NoiseLevel:
     progress: from 0, the first step, to 1, the end of training. currents: noise of the sites on input currents. starts:
     by site, the calibrated scale over the threshold; for input currents, their standard deviation. resting: sites that
     started with the narrowest noise. idle: sites that did not run in the calibration. noiseless: sites without noise.
-    floors: by site, the least unit of the scale. farthest: by site, the largest distance between a membrane and the
-    threshold in the last step.
+    floors: by site, the least unit of the scale. farthest: by site, the largest distances of membranes below and above
+    the threshold in the last step, [2].
     """
 
     firing: Firing
@@ -53,7 +53,7 @@ class NoiseLevel:
         """Returns the standardised distances [K] for the secants of a site with noise of this scale. None: credit uses
         the derivative."""
         found = self.farthest.get(site) if self.firing.secants else None
-        return None if found is None else between(found / scale.detach().mean(), self.firing.secants)
+        return None if found is None else distances(found / scale.detach().mean(), self.firing.secants)
 
     def measure_distances(self, passes: Iterable[list[Any]]) -> None:
         """Measures how far membranes are from the threshold, for the secants of the next step. passes: records of each
@@ -69,7 +69,7 @@ class NoiseLevel:
         if self.firing.secants and found:
             largest = ranks.greatest(torch.stack(list(found.values()))).unbind()
             pairs = zip(found, largest, strict=True)
-            self.farthest |= {site: distance for site, distance in pairs if distance.isfinite()}
+            self.farthest |= {site: farthest for site, farthest in pairs if farthest.isfinite().all()}
 
     def is_calibrated(self, site: str) -> bool:
         """Returns whether the scale of this site needs no calibration, or has been calibrated."""

@@ -14,9 +14,11 @@ For δ -> 0 it is p'. Credit is exact for a network whose firing is linear in it
 The distance that a membrane has to cross differs between neurons and samples, and its order of magnitude is unknown. So
 the K distances sample a log-uniform distribution: they are the middles of K equal parts of a logarithmic scale. The
 scale begins at the scale of the noise, below which F is straight and every secant is p'. It ends at the farthest
-membrane of the layer's last step, or, before the first step, of deterministic firing. The distances do not depend on
-the draws of the current step, so that credit from independent copies keeps the unbiased estimators unbiased. The first
-step needs secants, too, since an optimizer that divides by past gradients remembers it for long.
+membrane of the layer's last step, or, before the first step, of deterministic firing. No secant reaches that far.
+So a layer that has all membranes there, such as a silent one at rest, would get no credit and never fire again. If no
+membrane is within the largest of the distances, that becomes the distance of the farthest. The distances do not depend
+on the draws of the current step, so that credit from independent copies keeps the unbiased estimators unbiased. The
+first step needs secants, too, since an optimizer that divides by past gradients remembers it for long.
 """
 
 from collections.abc import Callable
@@ -36,14 +38,16 @@ def secant(probability: Callable[[Tensor], Tensor], x: Tensor, distances: Tensor
 
 
 def farthest(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Returns the largest |x|, a scalar. mask: 0 on entries to leave out."""
+    """Returns the largest -x and the largest x, [2]. mask: 0 on entries to leave out."""
     x = (x if mask is None else x * mask).detach()
     low, high = stored(x, channels_last(x)).aminmax()  # which copies what is not contiguous
-    return torch.maximum(-low, high)
+    return torch.stack([-low, high])
 
 
-def between(end: Tensor, count: int) -> Tensor:
+def distances(found: Tensor, count: int) -> Tensor:
     """Returns [count] standardised distances: the middles of equal parts of the logarithmic scale from 1, the scale of
-    the noise, to `end`, raised to at least 1."""
-    middles = (torch.arange(count, device=end.device, dtype=end.dtype) + 0.5) / count
-    return end.clamp(min=1.0) ** middles
+    the noise, to the farthest membrane, or to beyond it if the nearest is farther than all of them. found: `farthest`
+    of the layer, standardised."""
+    middles = (torch.arange(count, device=found.device, dtype=found.dtype) + 0.5) / count
+    end, nearest = found.max().clamp(min=1.0), -found.min()
+    return torch.where(nearest > end ** middles[-1], end ** (middles / middles[-1]), end**middles)

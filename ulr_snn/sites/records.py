@@ -64,7 +64,7 @@ class Record:
 
     @property
     def farthest(self) -> Tensor:
-        """Largest distance of a membrane to the threshold, a scalar, without padding."""
+        """Largest distances of membranes below and above the threshold, [2], without padding."""
         return farthest(self.x, self.mask) * self.scale.detach().mean()
 
     @property
