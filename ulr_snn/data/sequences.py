@@ -1,18 +1,17 @@
 """Data sets that are not registered: tonic's own, and any sequence of events and labels."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from ulr_snn.data import identity
 from ulr_snn.data.assemble import Augment, Clock, Options, assemble
 from ulr_snn.data.binning import Recordings, TimeBins
 from ulr_snn.data.entry import Raw, Recorded
 from ulr_snn.data.events import EventDataset
-from ulr_snn.data.files import CHUNK, CHUNK_EVENTS, MOST_CLASSES, fingerprint, offsets
+from ulr_snn.data.files import CHUNK, CHUNK_EVENTS, MOST_CLASSES, offsets
 from ulr_snn.data.registry import ENTRIES
 from ulr_snn.data.view import Polarity, View
 from ulr_snn.errors import UsageError
@@ -58,9 +57,10 @@ def from_tonic(
     binary, cache_dir, crop, downsample, polarity, augment, validation, per_class, seed, stream: see `load`. With
         `validation` the held-out recordings follow the training recordings: `(train, validation, test)`.
 
-    Recordings are read once and cached. A data set of tonic is read again after a change of its files, arguments or
-    transforms. Other sequences are read in full at each call, to see whether they have changed. A transform of tonic's
-    data set that is random is cached as it was drawn; give it as `augment` instead.
+    Recordings are read once and cached. A data set of tonic is read again after a change of its files, attributes or
+    transforms. Sequences, classes and transforms that are not tonic's are read in full at each call, to see whether
+    recordings have changed. A transform of tonic's data set that is random is cached as it was drawn; give it as
+    `augment` instead.
 
     Raises UsageError for events without `t` or `x`, outside the sensor or before time 0, and for labels of two kinds.
     """
@@ -106,24 +106,29 @@ class _Reader:
         self.classes = classes
 
     def find(self, parts: dict[str, Any]) -> Recorded:
-        """Returns where the recordings lie, what they depend on, and how to read them."""
-        told = [_description(part) for part in parts.values()]
-        arguments = f"{self.sensor_size} {self.clock_us} {self.align} {self.classes}"
-        if all(told):
-            place = "\n".join(text for text, _ in filter(None, told))
-            state = " ".join(files for _, files in filter(None, told))
-        else:
-            place = state = " ".join(_contents(part) for part in parts.values())
-        return Recorded(f"{place}\n{arguments}", state, lambda: self.read(parts))
+        """Returns how to read the recordings, and what they are cached under."""
+        states = [identity.of_tonic(part) for part in parts.values()]
+        told = [state for state in states if state is not None]
+        if len(told) < len(states):
+            layout = self.layout(parts)
+            contents = identity.of_contents(self.read(parts, *layout))
+            return Recorded(contents, contents, lambda: self.read(parts, *layout))
+        own = [(getattr(part, "sensor_size", None), _listed(part)) for part in parts.values()]
+        arguments = f"{self.sensor_size} {self.clock_us} {self.align} {self.classes} {own}"
+        place = "\n".join([arguments, *(state for state, _ in told)])
+        return Recorded(place, " ".join(files for _, files in told), lambda: self.read(parts, *self.layout(parts)))
 
-    def read(self, parts: dict[str, Any]) -> Raw:
-        """Returns the recordings, chunk by chunk."""
+    def layout(self, parts: dict[str, Any]) -> tuple[tuple[int, ...], int | None, list[str]]:
+        """Returns the shape of a time step, the number of classes, and their names, if labels are names."""
         own = getattr(parts["train"], "sensor_size", None)
         width, height, channels = self.sensor_size or own or _smallest_sensor(list(parts.values()))
         shape = (width,) if height == channels == 1 else (channels, height, width)
         names = _names(list(parts.values()))
-        known: Any = names or getattr(parts["train"], "classes", None)
-        classes = self.classes or (len(known) if hasattr(known, "__len__") else None)
+        known = names or _listed(parts["train"])
+        return shape, self.classes or (None if known is None else len(known)), names
+
+    def read(self, parts: dict[str, Any], shape: tuple[int, ...], classes: int | None, names: list[str]) -> Raw:
+        """Returns the recordings, chunk by chunk. The other arguments are the results of `layout`."""
         splits = {split: self.chunks(part, split, shape, names) for split, part in parts.items()}
         if "test" not in parts:
             nothing = np.empty(0, np.int64)
@@ -210,6 +215,12 @@ def _names(parts: list[Any]) -> list[str]:
     return sorted(map(str, found))
 
 
+def _listed(part: Any) -> list[Any] | None:
+    """Returns the classes that a data set lists by itself."""
+    known: Any = getattr(part, "classes", None)
+    return list(known) if hasattr(known, "__len__") else None
+
+
 def _smallest_sensor(parts: list[Any]) -> Sensor:
     largest = {"x": 0, "y": 0}
     fields: set[str] = set()
@@ -220,29 +231,3 @@ def _smallest_sensor(parts: list[Any]) -> Sensor:
             for field in fields & set(largest):
                 largest[field] = max(largest[field], int(events[field].max(initial=0)))
     return largest["x"] + 1, largest["y"] + 1, 2 if {"y", "p"} <= fields else 1
-
-
-def _description(dataset: Any) -> tuple[str, str] | None:
-    """Returns what a data set of tonic depends on, and the state of its files; None if that is not all written down."""
-    if not _is_tonic(dataset):
-        return None
-    known = {
-        name: value
-        for name, value in vars(dataset).items()
-        if value is None or isinstance(value, (bool, int, float, str, tuple)) or "transform" in name
-    }
-    text = f"{type(dataset).__module__}.{type(dataset).__qualname__} {sorted(known.items(), key=lambda item: item[0])}"
-    if " at 0x" in text or "..." in text:  # a function, or an object that does not show all of its arguments
-        return None
-    files = sorted(file for file in Path(dataset.location_on_system).rglob("*") if file.is_file())
-    return (text, fingerprint(files)) if files else None
-
-
-def _contents(part: Any) -> str:
-    """Returns a hash of all recordings of a sequence."""
-    state = hashlib.blake2b(digest_size=16)
-    for index in range(len(part)):
-        events, label = _recording(part, index, f"recording {index}")
-        state.update(f"{events.dtype} {len(events)} {label!r}\n".encode())
-        state.update(np.ascontiguousarray(events).tobytes())
-    return state.hexdigest()

@@ -1,0 +1,132 @@
+"""`from_tonic` on sequences that people bring: what is cached, the fields of events, their clock, and labels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import recordings
+from ulr_snn import data
+
+FIELDS = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", bool)])
+
+
+def event_list(count: int, x: int = 1) -> np.ndarray:
+    """Events at the times 0, 10, 20, ... of one pixel."""
+    events = np.zeros(count, FIELDS)
+    events["t"], events["x"], events["p"] = 10 * np.arange(count), x, True
+    return events
+
+
+class Own(list):
+    """A data set of one's own: recordings with the attributes that are given."""
+
+    def __init__(self, items, **attributes):
+        super().__init__(items)
+        self.__dict__.update(attributes)
+
+
+def opened(parts, folder: Path, **options):
+    return data.from_tonic(parts, cache_dir=folder, **{"time_bins": 5, "bin_us": 10} | options)
+
+
+# ---- what is cached
+
+
+@pytest.mark.parametrize("attributes, seen", [
+    ({"sensor_size": (4, 4, 2)}, ((2, 4, 4), 2)),
+    ({"sensor_size": (8, 8, 2)}, ((2, 8, 8), 2)),
+    ({"classes": ["a", "b"]}, ((2, 1, 2), 2)),
+    ({"classes": list("abcde")}, ((2, 1, 2), 5)),
+])  # fmt: skip
+def test_attributes_of_a_sequence_are_part_of_the_cache(attributes, seen, tmp_path):
+    items = [(event_list(3), 0), (event_list(4), 1)]
+    opened(Own(items, sensor_size=(6, 6, 2), classes=["a", "b", "c"]), tmp_path)
+    found = opened(Own(items, **attributes), tmp_path)
+    assert (found.sample_shape, found.classes) == seen
+
+
+class Cut:
+    """A transform that does not show its argument."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, events):
+        return events[: self.count]
+
+    def __repr__(self):
+        return "Cut()"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Makes a data set with tonic's base class, which has a file, and takes a list of recordings."""
+    tonic = pytest.importorskip("tonic")
+
+    class Mine(tonic.Dataset):
+        sensor_size = (4, 4, 2)
+        classes = ("a", "b")
+
+        def __init__(self, subjects=range(6), **options):
+            super().__init__(str(tmp_path), **options)
+            recordings.write(Path(self.location_on_system) / "file.bin", b"content")
+            self.subjects = subjects
+            self.data = [event_list(3 + subject) for subject in subjects]
+            self.targets = [subject % 2 for subject in subjects]
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, index):
+            events = self.data[index]
+            return (events if self.transform is None else self.transform(events)), self.targets[index]
+
+    return Mine
+
+
+def test_a_set_of_tonics_base_class_is_told_by_its_recordings(mine, tmp_path):
+    def lengths(dataset):
+        found = opened(dataset, tmp_path / "cache", time_bins="full")
+        return found.lengths.tolist(), found.targets.tolist()
+
+    assert lengths(mine([0, 1])) == ([3, 4], [0, 1])
+    assert lengths(mine([2, 3, 4])) == ([5, 6, 7], [0, 1, 0])
+    shorter, other = mine(), mine()
+    assert lengths(mine()) == ([3, 4, 5, 6, 7, 8], [0, 1] * 3)
+    shorter.data, other.targets = shorter.data[:2], [1, 0] * 3
+    assert lengths(shorter) == ([3, 4], [0, 1])
+    assert lengths(other) == ([3, 4, 5, 6, 7, 8], [1, 0] * 3)
+    assert lengths(mine([0, 1], transform=Cut(1))) == ([1, 1], [0, 1])
+    assert lengths(mine([0, 1], transform=Cut(2))) == ([2, 2], [0, 1])
+
+
+def test_a_set_of_tonic_is_told_by_its_state_and_files(tmp_path, monkeypatch):
+    tonic = pytest.importorskip("tonic")
+    recordings.dvsgesture(tmp_path)
+    monkeypatch.setattr(tonic.datasets.DVSGesture, "_check_exists", lambda self: True)
+    reads = []
+    item = tonic.datasets.DVSGesture.__getitem__
+    monkeypatch.setattr(tonic.datasets.DVSGesture, "__getitem__", lambda self, i: reads.append(i) or item(self, i))
+
+    def load(cut=None, targets=None, **attributes):
+        given = tonic.datasets.DVSGesture(save_to=str(tmp_path))
+        given.data, given.targets = given.data[:cut], targets or given.targets[:cut]
+        vars(given).update(attributes)
+        reads.clear()
+        return data.from_tonic(given, cache_dir=tmp_path / "cache"), bool(reads)
+
+    assert [load()[1], load()[1]] == [True, False]
+    assert len(load(cut=1)[0]) == 1 and len(load()[0]) == 2
+    assert load(targets=[1, 2])[0].targets.tolist() == [1, 2]
+    assert load(classes=range(12))[0].classes == 12
+    assert load(sensor_size=(130, 128, 2))[0].sample_shape == (2, 128, 130)
+    assert load(transform=Cut(1))[0][0][0].sum() == 1 and load(transform=Cut(2))[0][0][0].sum() == 2
+    assert load(transform=tonic.transforms.Compose([Cut(1)]))[0][0][0].sum() == 1
+    assert not load()[1]
+    known = tonic.transforms.Compose([tonic.transforms.TimeSkew(2, 0)])
+    assert [load(transform=known)[1], load(transform=known)[1]] == [True, False]
+    outside = tmp_path / "outside.npy"
+    for x in (1, 2):  # a file that is not in the data set's folder
+        recordings.write_npy(outside, [(x, 0, 0, 0)])
+        assert load(cut=1, data=[str(outside)])[0][0][0].nonzero()[0, -1] == x
