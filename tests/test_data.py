@@ -222,6 +222,59 @@ def test_collate_errors():
         data.collate([(torch.ones(2, 3), 1), (torch.ones(2, 4), 1)])
 
 
+def steps(*lengths: int) -> list[torch.Tensor]:
+    return [torch.ones(length, 2) for length in lengths]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_labels_of_time_steps_have_time_first(dtype):
+    labels = [torch.arange(4, dtype=dtype), torch.arange(4, 8, dtype=dtype)]
+    _, y = data.collate(list(zip(steps(4, 4), labels, strict=True)))
+    assert y.dtype == torch.int64 and torch.equal(y, torch.stack(labels, 1).long())
+    pairs = list(zip(steps(4, 2), [labels[0], labels[1][:2]], strict=True))
+    _, y, lengths = next(iter(data.loader(pairs, batch_size=2)))
+    assert y.T.tolist() == [[0, 1, 2, 3], [4, 5, -100, -100]] and lengths.tolist() == [4, 2]
+
+
+def test_values_of_time_steps_are_padded_by_zero():
+    for shape in ((), (3,)):  # vectors of unequal length are no vectors of classes
+        _, y, _ = data.collate([(x, torch.ones(len(x), *shape)) for x in steps(4, 2)])
+        assert y.shape == (4, 2, *shape) and y[2:, 1].eq(0).all() and y.sum() == 6 * max(1, len(shape) * 3)
+
+
+@pytest.mark.parametrize("target", [torch.ones(5), torch.ones(5, dtype=torch.int64), torch.ones(6, 4)])
+def test_vectors_and_pictures_are_no_targets_of_time_steps(target):
+    _, y = data.collate([(x, target) for x in steps(4, 4)])
+    assert torch.equal(y, torch.stack([target, target]))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool, torch.int64])
+def test_vectors_as_long_as_their_recordings(kind):
+    """Indices are labels of time steps; others may be classes, and one is asked."""
+    items = [(x, torch.arange(4).to(kind)) for x in steps(4, 4)]
+    for over_time, shape in ((True, (4, 2)), (False, (2, 4))):
+        _, y = data.collate(items, over_time=over_time)
+        assert y.shape == shape and torch.equal(y if over_time else y.T, torch.stack([items[0][1]] * 2, 1))
+    if kind == torch.int64:
+        assert torch.equal(data.collate(items)[1], data.collate(items, over_time=True)[1])
+    else:
+        with pytest.raises(UsageError, match=r"4 time steps.*over_time=True"):
+            next(iter(data.loader(items, 2)))
+
+
+@pytest.mark.parametrize("targets, options, complaint", [
+    ([torch.zeros(4), torch.zeros(3)], {}, r"\[4\] time steps .* \[\(3,\), \(4,\)\]"),
+    ([torch.zeros(3), torch.zeros(3)], {"over_time": True}, "an entry for each time step"),
+    ([torch.zeros(4, 2), torch.zeros(4, 3)], {}, "same shape"),
+    ([0, torch.zeros(3)], {}, "same shape"),
+    (["a", "b"], {}, "targets of type str"),
+    ([{"a": 1}, {"a": 1}], {}, "targets of type dict"),
+])  # fmt: skip
+def test_targets_that_make_no_batch_are_told(targets, options, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        data.collate(list(zip(steps(4, 4), targets, strict=True)), **options)
+
+
 def test_other_collate_functions_see_items():
     dataset = data.EventDataset(bin_recordings([random_recordings()], 6, 7, 70), (6,), 3, True)
     x, y = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))

@@ -16,6 +16,7 @@ from ulr_snn.data.augment import Transform, augmented
 from ulr_snn.data.binning import Binned, Rows, Timed, bin_events
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Count, Flag, Natural, Whole, checked, iterates, where
+from ulr_snn.model.targets import padded
 
 Examples = Annotated[Dataset[Any], where("a data set of examples (x, y)", iterates)]
 Place = int | tuple[int, int]
@@ -224,37 +225,64 @@ class EventBatch(Sequence[Any]):
         return self.dataset[self.indices[index]]
 
 
-def collate(items: Sequence[tuple[Any, Any]], sparse: bool = False) -> Collated:
+@checked
+def collate(items: Sequence[tuple[Any, Any]], sparse: Flag = False, over_time: Flag | None = None) -> Collated:
     """Collates recordings to a batch, time first.
 
     items: `(x, y)` pairs, x `[T_i, ...]` (tensor or array, the same `...` for all), y a class index or another target.
-        A tensor y `[T_i, ..., D]` of two or more dimensions has a target for each time step.
     sparse: whether x is a sparse COO tensor. For this package's data sets it is made without frames.
-    Returns `(x [T, B, ...], y [B])` if all recordings have the same length, otherwise
-    `(x [T, B, ...], y [B], lengths [B])`, where x is zero beyond a recording's length. x keeps its type (uint8 for this
-    package's data sets), y and lengths are int64. Targets for each time step are y `[T, B, ..., D]`, padded as x.
-    Raises UsageError for an empty batch and for recordings whose time steps differ in shape.
+    over_time: whether targets `[T_i, ...]` have an entry for each time step. None: they do if every target of the batch
+        is as long as its recording.
+    Returns `(x [T, B, ...], y [B, ...])` if all recordings have the same length, otherwise
+    `(x [T, B, ...], y [B, ...], lengths [B])`, where x is zero beyond a recording's length. x keeps its type (uint8 for
+    this package's data sets), class indices and lengths are int64. Targets over time are y `[T, B, ...]`. Beyond a
+    recording's length class indices are -100, which losses leave out, and values are 0.
+    Raises UsageError for an empty batch, for recordings or targets that differ in shape, and for vectors of floats or
+    bools that may be targets over time or not.
     """
     if len(items) == 0:
         raise UsageError("collate got an empty batch; give it at least one (x, y) item")
     if isinstance(items, EventBatch):
         x, y, lengths = (items.dataset.sparse if sparse else items.dataset.dense)(items.indices)
     else:
-        x, y, lengths = _pad([torch.as_tensor(item[0]) for item in items], [item[1] for item in items])
+        x, lengths = _pad([torch.as_tensor(item[0]) for item in items])
+        y = _targets([item[1] for item in items], lengths.tolist(), over_time)
         x = x.to_sparse() if sparse else x
     return (x, y) if bool((lengths == len(x)).all()) else (x, y, lengths)
 
 
-def _pad(recordings: list[Tensor], labels: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(recordings: list[Tensor]) -> tuple[Tensor, Tensor]:
     if any(recording.ndim == 0 for recording in recordings):
         raise UsageError("a recording is a single number; collate takes recordings with the axes [T, ...]")
     shapes = sorted({tuple(recording.shape[1:]) for recording in recordings})
     if len(shapes) > 1:
         raise UsageError(f"one batch holds time steps of shapes {shapes}; collate recordings of one sensor only")
-    lengths = torch.tensor([len(recording) for recording in recordings])
-    targets = [torch.as_tensor(label) for label in labels]
-    over_time = all(y.ndim > 1 and len(y) == len(x) for x, y in zip(recordings, targets, strict=True))
-    return pad_sequence(recordings), pad_sequence(targets) if over_time else torch.stack(targets), lengths
+    return pad_sequence(recordings), torch.tensor([len(recording) for recording in recordings])
+
+
+def _targets(given: list[Any], lengths: list[int], over_time: bool | None) -> Tensor:
+    """Returns the targets of recordings of these lengths, [B, ...], or [T, B, ...] if they are over time."""
+    try:
+        targets = [torch.as_tensor(target) for target in given]
+    except (TypeError, ValueError, RuntimeError):
+        kinds = ", ".join(sorted({type(target).__name__ for target in given}))
+        raise UsageError(f"collate got targets of type {kinds}; give numbers, tensors or arrays") from None
+    fits = all(y.ndim > 0 and len(y) == length for y, length in zip(targets, lengths, strict=True))
+    vectors = all(y.ndim == 1 and (y.is_floating_point() or y.dtype == torch.bool) for y in targets)
+    if fits and vectors and over_time is None and len(set(lengths)) == 1:
+        raise UsageError(
+            f"targets are vectors of {lengths[0]} numbers, and recordings have {lengths[0]} time steps; give loader or "
+            "collate over_time=True for a number for each time step, or over_time=False for a vector of each recording"
+        )
+    if fits and over_time is not False and len({y.shape[1:] for y in targets}) == 1:
+        return padded(targets, batch_first=False)
+    shapes = sorted({tuple(y.shape) for y in targets})
+    if over_time or len(shapes) > 1:
+        raise UsageError(
+            f"recordings of {sorted(set(lengths))} time steps have targets of shapes {shapes} in one batch; give all "
+            "targets the same shape, or an entry for each time step of their recording"
+        )
+    return torch.stack(targets)
 
 
 @checked
@@ -267,6 +295,7 @@ def loader(
     num_workers: Natural = 0,
     sparse: Flag = False,
     pin_memory: Flag | None = None,
+    over_time: Flag | None = None,
 ) -> DataLoader[Any]:
     """Returns a DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
@@ -275,7 +304,7 @@ def loader(
 
     num_workers: number of processes that fetch batches ahead. sparse: whether batches are sparse tensors. pin_memory:
     whether batches are in pinned memory, which a GPU reads while it computes; None: only if there is a GPU and batches
-    are dense.
+    are dense. over_time: see `collate`.
     """
     if pin_memory is None:
         pin_memory = torch.cuda.is_available() and not sparse
@@ -292,6 +321,6 @@ def loader(
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=partial(collate, sparse=sparse),
+        collate_fn=partial(collate, sparse=sparse, over_time=over_time),
         generator=generator,
     )

@@ -138,8 +138,11 @@ def of_sequences(targets: list[Any], layout: str, lengths: Tensor) -> Any:
 
 
 def padded(parts: list[Tensor], batch_first: bool) -> Tensor:
-    """Returns targets over time of unequal length as one tensor. Values are padded by 0, class indices by -100."""
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first, 0 if parts[0].is_floating_point() else IGNORED)
+    """Returns targets over time of unequal length as one tensor. Values and bools are padded by 0. Class indices become
+    int64 and are padded by -100."""
+    values = any(part.is_floating_point() or part.is_complex() or part.dtype == torch.bool for part in parts)
+    parts = parts if values else [part.long() for part in parts]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first, 0 if values else IGNORED)
 
 
 def ragged(items: list[Any]) -> bool:
