@@ -167,6 +167,7 @@ ORDER = [
     "data.sets.ncars",
     "data.sets.smnist",
     "data.registry",
+    "data.columns",
     "data.identity",
     "data.sequences",
     "data",

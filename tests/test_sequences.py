@@ -7,6 +7,7 @@ import pytest
 
 from tests import recordings
 from ulr_snn import data
+from ulr_snn.errors import UsageError
 
 FIELDS = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", bool)])
 
@@ -130,3 +131,42 @@ def test_a_set_of_tonic_is_told_by_its_state_and_files(tmp_path, monkeypatch):
     for x in (1, 2):  # a file that is not in the data set's folder
         recordings.write_npy(outside, [(x, 0, 0, 0)])
         assert load(cut=1, data=[str(outside)])[0][0][0].nonzero()[0, -1] == x
+
+
+# ---- the clock
+
+
+def recorded(times, dtype) -> np.ndarray:
+    events = np.zeros(len(times), [("t", dtype), ("x", np.int16)])
+    events["t"] = times
+    return events
+
+
+def bins(times, folder, dtype, **options):
+    """Returns the number of events in each time bin."""
+    return opened([(recorded(times, dtype), 0)], folder, **options)[0][0].flatten().tolist()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", ">u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"])
+def test_every_type_of_times_counts_milliseconds(dtype, tmp_path):
+    one_each = bins(range(0, 200, 10), tmp_path, dtype, clock_us=1_000, bin_us=10_000, time_bins=20)
+    assert one_each == [1] * 20
+    minutes = [0, 2**32 // 1_000 if dtype[1:] in ("4", "8") else 200]
+    found = opened([(recorded(minutes, dtype), 0)], tmp_path, clock_us=1_000, bin_us=10**6, time_bins="full")
+    assert found.lengths.tolist() == [minutes[1] // 1_000 + 1]  # beyond 32 bits of microseconds
+
+
+@pytest.mark.parametrize("dtype, count", [("f8", 200_000), ("f4", 2_000)])
+def test_seconds_are_rounded_to_microseconds(dtype, count, tmp_path):
+    found = bins(np.arange(count) / 1_000, tmp_path, dtype, clock_us=1e6, bin_us=1_000, time_bins=count)
+    assert found == [1] * count
+
+
+def test_times_of_signed_types_are_aligned_without_wrapping(tmp_path):
+    assert bins([-100, 100], tmp_path, "i1", align=True, bin_us=100, time_bins=3) == [1, 0, 1]
+    assert bins([0, 3], tmp_path, "i8", clock_us=2.5, bin_us=1, time_bins=10) == [1] + [0] * 7 + [1, 0]
+    with pytest.raises(UsageError, match="before time 0"):
+        bins([-1, 0], tmp_path, "i1")
+    for late, dtype, options in ((2**61, "i8", {"clock_us": 1_000}), (2**63, "u8", {"align": True})):
+        with pytest.raises(UsageError, match="no numbers of microseconds"):
+            bins([late, late + 5], tmp_path, dtype, **options)

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from ulr_snn.data import identity
+from ulr_snn.data import columns, identity
 from ulr_snn.data.assemble import Augment, Clock, Options, assemble
 from ulr_snn.data.binning import Recordings, TimeBins
 from ulr_snn.data.entry import Raw, Recorded
@@ -17,7 +17,6 @@ from ulr_snn.data.view import Polarity, View
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Count, Flag, Positive, Whole, checked
 
-LATEST = 2**62  # microseconds that int64 holds
 Sensor = tuple[int, int, int]  # width, height and polarities, as in tonic; units lie along the width
 
 
@@ -51,7 +50,7 @@ def from_tonic(
         events. One row of pixels and one polarity make units, with time steps of shape [width].
     time_bins, bin_us: see `load`. Data sets that `load` knows have its defaults. Otherwise bins cover the longest
         recording, by default 20 of them.
-    clock_us: microseconds in one unit of `t`.
+    clock_us: microseconds in one unit of `t`. Times are rounded to whole microseconds.
     align: whether the first event of each recording is at time 0; default: as in `load`, else False.
     classes: number of classes; default: the data set's own, else 1 + the largest label.
     binary, cache_dir, crop, downsample, polarity, augment, validation, per_class, seed, stream: see `load`. With
@@ -143,26 +142,13 @@ class _Reader:
         for index in range(len(part)):
             where = f"recording {index} of the {split}ing set"
             events, label = _recording(part, index, where)
-            times.append(self.times(events, where))
+            times.append(columns.times(events["t"], self.clock_us, self.align, where))
             features.append(_features(events, shape, where))
             labels.append(names.index(str(label)) if names else _class_index(label, where, self.classes))
             if len(labels) == CHUNK or sum(map(len, times)) >= CHUNK_EVENTS or index == len(part) - 1:
                 sizes = [len(time) for time in times]
                 yield Recordings(np.concatenate(times), np.concatenate(features), offsets(sizes), np.array(labels))
                 times, features, labels = [], [], []
-
-    def times(self, events: np.ndarray, where: str) -> np.ndarray:
-        """Returns the times of events in whole microseconds, int64."""
-        t = events["t"]
-        if len(t) and t.dtype.kind in "iuf":
-            with np.errstate(invalid="ignore", over="ignore"):  # of times that are refused below
-                t = t - t.min() if self.align else t
-                t = t * self.clock_us if self.clock_us != 1 else t
-            if t.min() < 0:
-                raise UsageError(f"{where} has an event before time 0; use align=True")
-        if t.dtype.kind not in "iuf" or not t.max(initial=0) < LATEST:  # NaN is not
-            raise UsageError(f"{where} has times that are no numbers of microseconds; clean them, or give clock_us=")
-        return t.astype(np.int64)
 
 
 def _recording(part: Any, index: int, where: str) -> tuple[np.ndarray, Any]:
