@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests import recordings
 from ulr_snn import data
@@ -170,3 +171,60 @@ def test_times_of_signed_types_are_aligned_without_wrapping(tmp_path):
     for late, dtype, options in ((2**61, "i8", {"clock_us": 1_000}), (2**63, "u8", {"align": True})):
         with pytest.raises(UsageError, match="no numbers of microseconds"):
             bins([late, late + 5], tmp_path, dtype, **options)
+
+
+# ---- the fields of events
+
+
+def fields(places=True, **values) -> list[tuple[np.ndarray, int]]:
+    """A recording of four events with these fields, and t, x and y."""
+    values = {"t": [0, 10, 20, 30], "x": [1, 1, 2, 2]} | ({"y": [0, 0, 1, 1]} if places else {}) | values
+    columns = {name: np.asarray(column) for name, column in values.items()}
+    events = np.zeros(4, [(name, column.dtype) for name, column in columns.items()])
+    for name, column in columns.items():
+        events[name] = column
+    return [(events, 0)]
+
+
+@pytest.mark.parametrize("name", ["p", "pol", "polarity"])
+@pytest.mark.parametrize("values", [[0, 1, 0, 1], [-1, 1, -1, 1], [False, True, False, True], [0.0, 1.0, 0.0, 1.0]])
+@pytest.mark.parametrize("options", [{}, {"sensor_size": (3, 2, 2)}])
+def test_polarities_of_every_name_and_code(name, values, options, tmp_path):
+    dense = opened(fields(**{name: values}), tmp_path, **options)[0][0]
+    assert [cell[1:] for cell in dense.nonzero().tolist()] == [[0, 0, 1], [1, 0, 1], [0, 1, 2], [1, 1, 2]]
+
+
+def test_polarities_of_units(tmp_path):
+    both = opened(fields(False, p=[0, 1, 0, 1]), tmp_path)
+    assert both.sample_shape == (2, 1, 3) and both[0][0].sum((0, 2, 3)).tolist() == [2, 2]
+    assert opened(fields(False, p=[1, 1, 1, 1]), tmp_path).sample_shape == (3,)  # as of tonic's units
+    assert opened(fields(False, p=[0, 1, 0, 1]), tmp_path, sensor_size=(3, 1, 1)).sample_shape == (3,)
+    assert opened(fields(p=[0, 1, 2, 2]), tmp_path, sensor_size=(3, 2, 3))[0][0].sum((0, 2, 3)).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["ts", "time", "timestamp"])
+def test_times_of_every_name(name, tmp_path):
+    ((events, label),) = fields()
+    events.dtype.names = (name, "x", "y")
+    assert torch.equal(opened([(events, label)], tmp_path)[0][0], opened(fields(), tmp_path)[0][0])
+
+
+@pytest.mark.parametrize("parts, options, complaint", [
+    (fields(p=[1, 2, 1, 2]), {}, "polarities 1, 2; give 0 and 1"),
+    (fields(p=[1, 2, 1, 2]), {"sensor_size": (3, 2, 2)}, "polarities 1, 2"),
+    (fields(False, p=[1, 2, 1, 2]), {}, "polarities 1, 2"),
+    (fields(p=[-1, 0, 1, 1]), {}, "polarities -1, 0, 1"),
+    (fields(p=list("abab")), {}, "p of type <U1"),
+    (fields(x=list("abab")), {}, "x of type <U1"),
+    (fields(p=[0.5, 1, 0, 1]), {}, "p=0.5"),
+    (fields(x=[0.1, 0.4, 0.6, 0.9]), {}, "x=0.1; give whole numbers"),
+    (fields(y=[0.0, 0.5, np.nan, 1.0]), {"sensor_size": (3, 2, 1)}, "y=0.5"),
+    (fields(z=[0, 0, 0, 0]), {}, r"fields \('t', 'x', 'y', 'z'\)"),
+    (fields(p=[0, 1, 0, 1], pol=[0, 1, 0, 1]), {}, r"fields .*'p', 'pol'"),
+    (fields(), {"sensor_size": (3, 2, 2)}, "without p"),
+    (fields(False), {"sensor_size": (3, 2, 1)}, "without y"),
+    (fields(), {"sensor_size": (3, 1, 1)}, "y=1, outside the sensor"),
+])  # fmt: skip
+def test_fields_that_would_be_lost_are_told(parts, options, complaint, tmp_path):
+    with pytest.raises(UsageError, match=complaint):
+        opened(parts, tmp_path, **options)

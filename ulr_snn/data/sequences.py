@@ -44,10 +44,12 @@ def from_tonic(
     """Returns a tonic data set, or any sequence of recordings, as `load` returns those that it knows.
 
     dataset: a data set of tonic, or a sequence of `(events, label)`. Events are a structured array with the fields `t`
-        and `x`, and `y` and `p` if the sensor has them. A label is a class index or a name; names are numbered in
+        and `x`, and `y` and `p` if the sensor has them, or `ts`, `time`, `timestamp`, `pol`, `polarity`. Places are
+        whole numbers, polarities 0 and 1, -1 and 1, or bools. A label is a class index or a name; names are numbered in
         alphabetical order. A pair of these, `(train, test)`, gives a pair of data sets; a single one gives one.
     sensor_size: (width, height, polarities), as in tonic; default: the data set's own, else the smallest that holds all
-        events. One row of pixels and one polarity make units, with time steps of shape [width].
+        events. One row of pixels and one polarity make units, with time steps of shape [width]. Polarities are left
+        out if the sensor has one, and may be any index if it has more than two.
     time_bins, bin_us: see `load`. Data sets that `load` knows have its defaults. Otherwise bins cover the longest
         recording, by default 20 of them.
     clock_us: microseconds in one unit of `t`. Times are rounded to whole microseconds.
@@ -61,16 +63,10 @@ def from_tonic(
     recordings have changed. A transform of tonic's data set that is random is cached as it was drawn; give it as
     `augment` instead.
 
-    Raises UsageError for events without `t` or `x`, outside the sensor or before time 0, and for labels of two kinds.
+    Raises UsageError for events with other fields, outside the sensor or before time 0, and for labels of two kinds.
     """
     pair = isinstance(dataset, tuple) and len(dataset) == 2 and not any(map(_is_recording, dataset))
-    parts: dict[str, Any] = dict(zip(("train", "test"), dataset if pair else (dataset,), strict=False))
-    for split, part in parts.items():
-        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or len(part) == 0 or _is_recording(part):
-            raise UsageError(
-                f"from_tonic got {type(part).__name__} as the {split}ing set; give a tonic data set or a sequence of "
-                "(events, label), which is not empty"
-            )
+    parts = _parts(dataset if pair else (dataset,))
     name = type(parts["train"]).__name__.lower()
     entry = ENTRIES.get(name) if _is_tonic(parts["train"]) else None
     clock = Clock(time_bins, bin_us, entry.span_us if entry else None, entry.bin_us if entry else None)
@@ -81,6 +77,17 @@ def from_tonic(
     if pair:
         return found
     return found[0] if validation is None else found[:-1]
+
+
+def _parts(given: tuple[Any, ...]) -> dict[str, Any]:
+    parts = dict(zip(("train", "test"), given, strict=False))
+    for split, part in parts.items():
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or len(part) == 0 or _is_recording(part):
+            raise UsageError(
+                f"from_tonic got {type(part).__name__} as the {split}ing set; give a tonic data set or a sequence of "
+                "(events, label), which is not empty"
+            )
+    return parts
 
 
 def _is_recording(part: Any) -> bool:
@@ -120,7 +127,7 @@ class _Reader:
     def layout(self, parts: dict[str, Any]) -> tuple[tuple[int, ...], int | None, list[str]]:
         """Returns the shape of a time step, the number of classes, and their names, if labels are names."""
         own = getattr(parts["train"], "sensor_size", None)
-        width, height, channels = self.sensor_size or own or _smallest_sensor(list(parts.values()))
+        width, height, channels = self.sensor_size or own or _smallest_sensor(parts)
         shape = (width,) if height == channels == 1 else (channels, height, width)
         names = _names(list(parts.values()))
         known = names or _listed(parts["train"])
@@ -143,7 +150,7 @@ class _Reader:
             where = f"recording {index} of the {split}ing set"
             events, label = _recording(part, index, where)
             times.append(columns.times(events["t"], self.clock_us, self.align, where))
-            features.append(_features(events, shape, where))
+            features.append(columns.features(events, shape, where))
             labels.append(names.index(str(label)) if names else _class_index(label, where, self.classes))
             if len(labels) == CHUNK or sum(map(len, times)) >= CHUNK_EVENTS or index == len(part) - 1:
                 sizes = [len(time) for time in times]
@@ -151,31 +158,11 @@ class _Reader:
                 times, features, labels = [], [], []
 
 
-def _recording(part: Any, index: int, where: str) -> tuple[np.ndarray, Any]:
+def _recording(part: Any, index: int, where: str) -> tuple[columns.Columns, Any]:
     item = part[index]
     if not (isinstance(item, Sequence) and len(item) == 2 and _is_events(item[0])):
         raise UsageError(f"{where} is {type(item).__name__}, not (structured array of events, label); leave frames out")
-    if not {"t", "x"} <= set(item[0].dtype.names or ()):
-        raise UsageError(f"{where} has events with the fields {item[0].dtype.names}; they need t and x")
-    return item[0].ravel(), item[1]  # those of tonic's ASLDVS have the shape [n, 1]
-
-
-def _features(events: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
-    channels, height, width = shape if len(shape) == 3 else (1, 1, *shape)
-    feature = np.zeros(len(events), np.int64)
-    for field, size in (("p", channels), ("y", height), ("x", width)):
-        if size == 1 and field != "x":  # tonic gives units a polarity of 1
-            continue
-        values = events[field] if field in (events.dtype.names or ()) else np.zeros(len(events), np.int64)
-        if field == "p" and size == 2:
-            values = values > 0  # some sensors write -1 and 1
-        if len(values) and not (values.min() >= 0 and values.max() < size):  # NaN is neither
-            raise UsageError(
-                f"{where} has an event at {field}={values.max() if values.max() >= size else values.min()}, outside "
-                f"the sensor of (width, height, polarities) = ({width}, {height}, {channels}); give sensor_size="
-            )
-        feature = feature * size + values.astype(np.int64)
-    return feature
+    return columns.of_events(item[0], where), item[1]
 
 
 def _class_index(label: Any, where: str, classes: int | None) -> int:
@@ -207,13 +194,19 @@ def _listed(part: Any) -> list[Any] | None:
     return list(known) if hasattr(known, "__len__") else None
 
 
-def _smallest_sensor(parts: list[Any]) -> Sensor:
-    largest = {"x": 0, "y": 0}
+def _smallest_sensor(parts: dict[str, Any]) -> Sensor:
+    """Returns the smallest sensor with all events. It has two polarities if events have p, and y or both polarities."""
+    width = height = 1
     fields: set[str] = set()
-    for part in parts:
+    polarities: set[bool] = set()
+    for split, part in parts.items():
         for index in range(len(part)):
-            events, _ = _recording(part, index, f"recording {index}")
-            fields |= set(events.dtype.names or ())
-            for field in fields & set(largest):
-                largest[field] = max(largest[field], int(events[field].max(initial=0)))
-    return largest["x"] + 1, largest["y"] + 1, 2 if {"y", "p"} <= fields else 1
+            where = f"recording {index} of the {split}ing set"
+            events, _ = _recording(part, index, where)
+            fields |= set(events)
+            width = max(width, int(events["x"].max(initial=0)) + 1)
+            if "y" in events:
+                height = max(height, int(events["y"].max(initial=0)) + 1)
+            if "p" in events:
+                polarities |= set(np.unique(columns.on(events["p"], where)).tolist())
+    return width, height, 2 if "p" in fields and ("y" in fields or len(polarities) == 2) else 1
