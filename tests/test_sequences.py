@@ -228,3 +228,30 @@ def test_times_of_every_name(name, tmp_path):
 def test_fields_that_would_be_lost_are_told(parts, options, complaint, tmp_path):
     with pytest.raises(UsageError, match=complaint):
         opened(parts, tmp_path, **options)
+
+
+# ---- the window
+
+
+@pytest.mark.parametrize("augment", [None, []])
+def test_recordings_behind_the_last_bin_are_told(augment, tmp_path):
+    late = event_list(3)
+    late["t"] += 1_600_000_000
+    parts = [(event_list(3), 0), (event_list(0), 1), (late, 2)]
+    with pytest.raises(UsageError, match=r"recording 2 .* 3 events, .* 1,600,000,000 us, .* 50 us; .*align=True"):
+        opened(parts, tmp_path, augment=augment)
+    aligned = opened(parts, tmp_path, augment=augment, align=True)
+    assert [int(aligned[index][0].sum()) for index in range(3)] == [3, 0, 3]
+    partly = opened([(event_list(8), 0)], tmp_path, augment=augment)  # as windows that are shorter than recordings do
+    assert partly[0][0].sum() == 5
+
+
+def test_a_shorter_window_is_not_taken_from_the_cache_of_a_longer_one(tmp_path, monkeypatch):
+    tonic = pytest.importorskip("tonic")
+    recordings.write_npy(tmp_path / "DVSGesture/ibmGestureTrain/user01_led/0.npy", [(0, 0, 90_000, 0)])
+    monkeypatch.setattr(tonic.datasets.DVSGesture, "_check_exists", lambda self: True)
+    given = tonic.datasets.DVSGesture(save_to=str(tmp_path))
+    options = {"bin_us": 10_000, "align": False, "augment": []}
+    assert opened(given, tmp_path / "cache", time_bins=10, **options)[0][0].sum() == 1
+    with pytest.raises(UsageError, match="align=True"):
+        opened(given, tmp_path / "cache", time_bins=5, **options)

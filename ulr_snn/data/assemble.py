@@ -49,6 +49,12 @@ class Clock:
         """Whether the window is known before the recordings are read."""
         return self.span_us is not None or (self.time_bins is not None and self.bin_us is not None)
 
+    @property
+    def end_us(self) -> int | None:
+        """The end of the last bin, or None if it follows from the recordings."""
+        bins, width = self.window(0) if self.known else ("full", 0)
+        return None if isinstance(bins, str) else bins * width
+
     def window(self, longest_us: int) -> tuple[TimeBins, int]:
         """Returns the number of bins and their width, by default 20 bins where nothing is known of the data set."""
         span = self.span_us or longest_us

@@ -53,7 +53,8 @@ def from_tonic(
     time_bins, bin_us: see `load`. Data sets that `load` knows have its defaults. Otherwise bins cover the longest
         recording, by default 20 of them.
     clock_us: microseconds in one unit of `t`. Times are rounded to whole microseconds.
-    align: whether the first event of each recording is at time 0; default: as in `load`, else False.
+    align: whether the first event of each recording is at time 0; default: as in `load`, else False. It is needed for
+        times of a clock that runs on, as in slices of recordings.
     classes: number of classes; default: the data set's own, else 1 + the largest label.
     binary, cache_dir, crop, downsample, polarity, augment, validation, per_class, seed, stream: see `load`. With
         `validation` the held-out recordings follow the training recordings: `(train, validation, test)`.
@@ -63,14 +64,16 @@ def from_tonic(
     recordings have changed. A transform of tonic's data set that is random is cached as it was drawn; give it as
     `augment` instead.
 
-    Raises UsageError for events with other fields, outside the sensor or before time 0, and for labels of two kinds.
+    Raises UsageError for events with other fields, outside the sensor or before time 0, recordings without an event in
+    any time bin, and for labels of two kinds.
     """
     pair = isinstance(dataset, tuple) and len(dataset) == 2 and not any(map(_is_recording, dataset))
     parts = _parts(dataset if pair else (dataset,))
     name = type(parts["train"]).__name__.lower()
     entry = ENTRIES.get(name) if _is_tonic(parts["train"]) else None
     clock = Clock(time_bins, bin_us, entry.span_us if entry else None, entry.bin_us if entry else None)
-    reader = _Reader(sensor_size, clock_us, bool(entry and entry.align) if align is None else align, classes)
+    align = bool(entry and entry.align) if align is None else align
+    reader = _Reader(sensor_size, clock_us, align, classes, clock.end_us)
     view = View(crop, downsample, polarity)
     options = Options(binary, view, augment, validation, per_class, seed, cache_dir, stream)
     found = assemble(name if _is_tonic(parts["train"]) else "events", reader.find(parts), clock, options)
@@ -103,13 +106,17 @@ def _is_tonic(dataset: Any) -> bool:
 
 
 class _Reader:
-    """Reads sequences of recordings. The arguments are those of `from_tonic`."""
+    """Reads sequences of recordings. end_us: end of the last time bin, if it is known; the other arguments are those of
+    `from_tonic`."""
 
-    def __init__(self, sensor_size: Sensor | None, clock_us: float, align: bool, classes: int | None) -> None:
+    def __init__(
+        self, sensor_size: Sensor | None, clock_us: float, align: bool, classes: int | None, end_us: int | None
+    ) -> None:
         self.sensor_size = sensor_size
         self.clock_us = clock_us
         self.align = align
         self.classes = classes
+        self.end_us = end_us
 
     def find(self, parts: dict[str, Any]) -> Recorded:
         """Returns how to read the recordings, and what they are cached under."""
@@ -120,7 +127,7 @@ class _Reader:
             contents = identity.of_contents(self.read(parts, *layout))
             return Recorded(contents, contents, lambda: self.read(parts, *layout))
         own = [(getattr(part, "sensor_size", None), _listed(part)) for part in parts.values()]
-        arguments = f"{self.sensor_size} {self.clock_us} {self.align} {self.classes} {own}"
+        arguments = f"{self.sensor_size} {self.clock_us} {self.align} {self.classes} {self.end_us} {own}"
         place = "\n".join([arguments, *(state for state, _ in told)])
         return Recorded(place, " ".join(files for _, files in told), lambda: self.read(parts, *self.layout(parts)))
 
@@ -149,13 +156,23 @@ class _Reader:
         for index in range(len(part)):
             where = f"recording {index} of the {split}ing set"
             events, label = _recording(part, index, where)
-            times.append(columns.times(events["t"], self.clock_us, self.align, where))
+            times.append(self.times(events["t"], where))
             features.append(columns.features(events, shape, where))
             labels.append(names.index(str(label)) if names else _class_index(label, where, self.classes))
             if len(labels) == CHUNK or sum(map(len, times)) >= CHUNK_EVENTS or index == len(part) - 1:
                 sizes = [len(time) for time in times]
                 yield Recordings(np.concatenate(times), np.concatenate(features), offsets(sizes), np.array(labels))
                 times, features, labels = [], [], []
+
+    def times(self, t: np.ndarray, where: str) -> np.ndarray:
+        """Returns times in microseconds. Raises UsageError if all of them lie behind the last time bin."""
+        found = columns.times(t, self.clock_us, self.align, where)
+        if self.end_us is not None and found.min(initial=self.end_us) >= self.end_us and len(found):
+            raise UsageError(
+                f"{where} has {len(found):,} events, the first of them at {found.min():,} us, but time bins end at "
+                f"{self.end_us:,} us; let times start with each recording (align=True), or give other bins"
+            )
+        return found
 
 
 def _recording(part: Any, index: int, where: str) -> tuple[columns.Columns, Any]:
