@@ -143,6 +143,43 @@ def test_a_seed_gives_the_same_events_whatever_the_number_of_workers(shuffle, tm
     assert not torch.equal(here[0], epochs(train, shuffle=shuffle, seed=5)[0])
 
 
+class Doubled(torch.utils.data.Dataset):
+    """A data set of one's own, which holds another."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return 2 * x, y
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda made: torch.utils.data.Subset(made, [3, 1, 5, 0, 8, 2]),
+    lambda made: torch.utils.data.Subset(torch.utils.data.Subset(made, range(9)), range(1, 8)),
+    lambda made: torch.utils.data.ConcatDataset([made, made.plain()]),
+    lambda made: torch.utils.data.Subset(torch.utils.data.ConcatDataset([made, made]), range(3, 15)),
+    lambda made: torch.utils.data.random_split(made, [8, 4], torch.Generator().manual_seed(0))[0],
+    lambda made: Doubled(made),
+])  # fmt: skip
+def test_a_seed_gives_the_same_events_in_sets_that_hold_others(wrap, tmp_path):
+    train = opened(made(12), tmp_path, augment=data.Augmentation(shift=2))
+    torch.manual_seed(0)
+    here = epochs(wrap(train), seed=4)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    for options in ({}, {"num_workers": 1}, {"num_workers": 2}):
+        assert all(map(torch.equal, here, epochs(wrap(train), seed=4, **options)))
+    assert not torch.equal(here[0], here[1]) and not torch.equal(here[0], epochs(wrap(train), seed=5)[0])
+    epochs(wrap(opened(made(12), tmp_path)), seed=4)
+    torch.set_rng_state(state)
+    plain = wrap(train.plain())
+    assert torch.equal(epochs(plain)[0], torch.stack([plain[index][0] for index in range(len(plain))], 1))
+
+
 def test_augmentation_goes_on_where_the_loaders_generator_is_set_back(tmp_path):
     train = opened(made(12), tmp_path, augment=data.Augmentation(shift=2))
     loader = data.loader(train, batch_size=5, shuffle=True)

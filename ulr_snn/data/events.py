@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
 
 from ulr_snn.data.augment import Transform, augmented
 from ulr_snn.data.binning import Binned, Rows, Timed, bin_events
@@ -210,6 +210,47 @@ class SeededSampler(Sampler[Place]):
             yield index, epoch * 2**32 + index
 
 
+class SeededItems(Dataset[Any]):
+    """Items of a data set that holds event sets. At a place `(index, seed)` the seed determines the augmentation."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: Place) -> Any:
+        index, seed = _split(place)
+        if seed is None:
+            return self.dataset[index]
+        before = torch.get_rng_state()
+        # The generator takes 32 bits of its seed; those of `SeedSequence` depend on all bits of the place's seed.
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        try:
+            return self.dataset[index]
+        finally:
+            torch.set_rng_state(before)
+
+
+def _augments(dataset: Any) -> bool:
+    """Returns whether a data set, or one that it holds, such as those of a `ConcatDataset`, augments."""
+    if isinstance(dataset, EventDataset):
+        return dataset.augments
+    return any(map(_augments, _held(dataset)))
+
+
+def _held(dataset: Any) -> list[Any]:
+    several = getattr(dataset, "datasets", ())
+    held = [getattr(dataset, "dataset", None), *(several if isinstance(several, list | tuple) else ())]
+    return [part for part in held if isinstance(part, Dataset) and part is not dataset]
+
+
+def _whole(dataset: Any) -> Any:
+    """Returns a `Subset` of an event set as an event set, and other data sets as they are."""
+    inner = _whole(dataset.dataset) if type(dataset) is Subset else None
+    return inner.subset(dataset.indices) if isinstance(inner, EventDataset) else dataset
+
+
 class EventBatch(Sequence[Any]):
     """A batch that a DataLoader fetches. `collate` makes it dense in one scatter; for other collate functions it is a
     sequence of `(x, y)` items."""
@@ -300,7 +341,8 @@ def loader(
     """Returns a DataLoader of time-first batches (see `collate`), in the same order for the same `seed`.
 
     With `shuffle=True` every epoch has another order. A data set that augments gives other events in every epoch, the
-    same for the same `seed`, whatever the number of processes.
+    same for the same `seed`, whatever the number of processes. So does a data set that holds such sets: a `Subset`, a
+    `ConcatDataset`, or one of your own with an attribute `dataset` or a list `datasets`.
 
     num_workers: number of processes that fetch batches ahead. sparse: whether batches are sparse tensors. pin_memory:
     whether batches are in pinned memory, which a GPU reads while it computes; None: only if there is a GPU and batches
@@ -310,7 +352,9 @@ def loader(
         pin_memory = torch.cuda.is_available() and not sparse
     generator = torch.Generator().manual_seed(seed % 2**64)
     sampler = None
-    if isinstance(dataset, EventDataset) and dataset.augments:
+    if _augments(dataset):
+        dataset = _whole(dataset)
+        dataset = dataset if isinstance(dataset, EventDataset) else SeededItems(dataset)
         indices = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
         sampler, shuffle = SeededSampler(indices, generator), False
     return DataLoader(
