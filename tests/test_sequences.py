@@ -255,3 +255,37 @@ def test_a_shorter_window_is_not_taken_from_the_cache_of_a_longer_one(tmp_path, 
     assert opened(given, tmp_path / "cache", time_bins=10, **options)[0][0].sum() == 1
     with pytest.raises(UsageError, match="align=True"):
         opened(given, tmp_path / "cache", time_bins=5, **options)
+
+
+# ---- labels
+
+
+def labelled(*labels) -> list[tuple[np.ndarray, object]]:
+    return [(event_list(3), label) for label in labels]
+
+
+def test_names_are_numbered_as_the_data_set_lists_them(tmp_path):
+    listed = {"classes": ["dog", "cat", "bee", "ape"]}
+    found = opened(Own(labelled("bee", "ape"), **listed), tmp_path)
+    assert found.targets.tolist() == [2, 3] and found.classes == 4
+    alone = opened(Own(labelled("cat"), **listed), tmp_path)  # splits that are opened one by one agree
+    assert alone.targets.tolist() == [1] and alone.classes == 4
+    numbered = Own(labelled("bee"), classes={"bee": 1, "ape": 0})
+    assert opened(numbered, tmp_path).targets.tolist() == [1]
+    numbers = Own(labelled(*np.array(["cat", "dog"])), targets=[0, 1])
+    assert opened(numbers, tmp_path).targets.tolist() == [0, 1]
+    assert opened(Own(labelled(0, 1), classes=5), tmp_path).classes == 5
+
+
+@pytest.mark.parametrize("parts, options, complaint", [
+    (labelled("a", 1), {}, "recording 1 .* label 1; labels are all names"),
+    (labelled("1", 1), {}, "label 1; labels are all names"),
+    (labelled(1, "1"), {}, "label '1'; labels are all names"),
+    ((labelled("a", "b"), labelled(0)), {}, "recording 0 of the testing set has the label 0; labels are all names"),
+    (Own(labelled("bee", "ape"), classes=list("wxyz")), {}, "label 'bee', .* none of the 4 classes .*'w'"),
+    (labelled("a", "b", "c"), {"classes": 2}, "label 'c', .* 2 classes"),
+    (Own(labelled(0, 1, 2), classes=["a", "b"]), {}, "label 2; .* from 0 to 1"),
+])  # fmt: skip
+def test_labels_of_two_kinds_are_told(parts, options, complaint, tmp_path):
+    with pytest.raises(UsageError, match=complaint):
+        opened(parts, tmp_path, **options)

@@ -15,7 +15,7 @@ from ulr_snn.data.files import CHUNK, CHUNK_EVENTS, MOST_CLASSES, offsets
 from ulr_snn.data.registry import ENTRIES
 from ulr_snn.data.view import Polarity, View
 from ulr_snn.errors import UsageError
-from ulr_snn.errors.arguments import Count, Flag, Positive, Whole, checked
+from ulr_snn.errors.arguments import Count, Flag, Positive, Whole, checked, shown
 
 Sensor = tuple[int, int, int]  # width, height and polarities, as in tonic; units lie along the width
 
@@ -45,8 +45,9 @@ def from_tonic(
 
     dataset: a data set of tonic, or a sequence of `(events, label)`. Events are a structured array with the fields `t`
         and `x`, and `y` and `p` if the sensor has them, or `ts`, `time`, `timestamp`, `pol`, `polarity`. Places are
-        whole numbers, polarities 0 and 1, -1 and 1, or bools. A label is a class index or a name; names are numbered in
-        alphabetical order. A pair of these, `(train, test)`, gives a pair of data sets; a single one gives one.
+        whole numbers, polarities 0 and 1, -1 and 1, or bools. A label is a class index or a name. Names are numbered as
+        in the data set's attribute `classes`, else in alphabetical order. A pair of these, `(train, test)`, gives a
+        pair of data sets; a single one gives one.
     sensor_size: (width, height, polarities), as in tonic; default: the data set's own, else the smallest that holds all
         events. One row of pixels and one polarity make units, with time steps of shape [width]. Polarities are left
         out if the sensor has one, and may be any index if it has more than two.
@@ -137,18 +138,21 @@ class _Reader:
         width, height, channels = self.sensor_size or own or _smallest_sensor(parts)
         shape = (width,) if height == channels == 1 else (channels, height, width)
         names = _names(list(parts.values()))
-        known = names or _listed(parts["train"])
-        return shape, self.classes or (None if known is None else len(known)), names
+        known = getattr(parts["train"], "classes", None)
+        own_classes = len(names or _listed(parts["train"])) or (known if isinstance(known, int) else None)
+        return shape, self.classes or own_classes, names
 
     def read(self, parts: dict[str, Any], shape: tuple[int, ...], classes: int | None, names: list[str]) -> Raw:
         """Returns the recordings, chunk by chunk. The other arguments are the results of `layout`."""
-        splits = {split: self.chunks(part, split, shape, names) for split, part in parts.items()}
+        splits = {split: self.chunks(part, split, shape, classes, names) for split, part in parts.items()}
         if "test" not in parts:
             nothing = np.empty(0, np.int64)
             splits["test"] = iter([Recordings(nothing, nothing, np.zeros(1, np.int64), nothing)])
         return Raw(shape, classes, dict(splits))
 
-    def chunks(self, part: Any, split: str, shape: tuple[int, ...], names: list[str]) -> Iterator[Recordings]:
+    def chunks(
+        self, part: Any, split: str, shape: tuple[int, ...], classes: int | None, names: list[str]
+    ) -> Iterator[Recordings]:
         """Yields the recordings of a sequence with times in microseconds."""
         times: list[np.ndarray] = []
         features: list[np.ndarray] = []
@@ -158,7 +162,7 @@ class _Reader:
             events, label = _recording(part, index, where)
             times.append(self.times(events["t"], where))
             features.append(columns.features(events, shape, where))
-            labels.append(names.index(str(label)) if names else _class_index(label, where, self.classes))
+            labels.append(_class_index(label, names, where, classes))
             if len(labels) == CHUNK or sum(map(len, times)) >= CHUNK_EVENTS or index == len(part) - 1:
                 sizes = [len(time) for time in times]
                 yield Recordings(np.concatenate(times), np.concatenate(features), offsets(sizes), np.array(labels))
@@ -182,10 +186,18 @@ def _recording(part: Any, index: int, where: str) -> tuple[columns.Columns, Any]
     return columns.of_events(item[0], where), item[1]
 
 
-def _class_index(label: Any, where: str, classes: int | None) -> int:
+def _class_index(label: Any, names: list[str], where: str, classes: int | None) -> int:
+    """Returns the index of a label. names: of the classes, in their order, if labels are names."""
+    if names and isinstance(label, str):
+        if label in names[:classes]:
+            return names.index(label)
+        raise UsageError(
+            f"{where} has the label {label!r}, which is none of the {len(names[:classes])} classes "
+            f"{shown(names[:classes])}; list it in the data set's .classes, or give more classes="
+        )
     try:
         found = int(label)
-        known = bool(found == label)
+        known = bool(found == label) and not names
     except (TypeError, ValueError, OverflowError):
         found, known = -1, False
     if not known or not 0 <= found < (classes or MOST_CLASSES):
@@ -195,20 +207,30 @@ def _class_index(label: Any, where: str, classes: int | None) -> int:
 
 
 def _names(parts: list[Any]) -> list[str]:
-    """Returns the names of the classes in alphabetical order, or nothing if labels are numbers."""
+    """Returns the names of the classes in the order of the data set's own list, else in alphabetical order. It returns
+    nothing if labels are numbers."""
     if not isinstance(_recording(parts[0], 0, "recording 0")[1], str):
         return []
-    found: set[str] = set()
+    listed = next(filter(None, map(_listed, parts)), [])
+    if listed and all(isinstance(name, str) for name in listed):
+        return listed
+    found: set[Any] = set()
     for part in parts:
-        listed = getattr(part, "targets", None) if getattr(part, "target_transform", None) is None else None
-        found |= set(listed if listed is not None else (part[i][1] for i in range(len(part))))
+        targets: Any = getattr(part, "targets", None)
+        changed = any(getattr(part, name, None) is not None for name in ("target_transform", "transforms"))
+        changed = changed or not hasattr(targets, "__len__") or len(targets) != len(part)
+        if changed or not all(isinstance(target, str) for target in targets):
+            targets = (part[index][1] for index in range(len(part)))
+        found |= {target for target in targets if isinstance(target, str)}
     return sorted(map(str, found))
 
 
-def _listed(part: Any) -> list[Any] | None:
-    """Returns the classes that a data set lists by itself."""
+def _listed(part: Any) -> list[Any]:
+    """Returns the classes that a data set lists by itself, in the order of their indices."""
     known: Any = getattr(part, "classes", None)
-    return list(known) if hasattr(known, "__len__") else None
+    if isinstance(known, dict) and all(isinstance(index, int) for index in known.values()):
+        return sorted(known, key=lambda name: known[name])
+    return list(known) if hasattr(known, "__len__") else []
 
 
 def _smallest_sensor(parts: dict[str, Any]) -> Sensor:
