@@ -228,6 +228,20 @@ def test_wrong_augmentations_are_named(wrong, tmp_path):
         opened(made(3), tmp_path, augment=data.Augmentation(**wrong))
 
 
+@pytest.mark.parametrize("augment, complaint", [
+    ("flip", "augment got 'flip'; give an Augmentation"),
+    (3, "augment got 3"),
+    ([Doubled, "flip"], "augment got 'flip'"),
+    (data.Augmentation(transforms=[None]), "augment got None"),
+    (lambda events: None, "the augmentation .*lambda.* returned NoneType, not a structured array"),
+    (lambda events: np.zeros((3, 2, 5, 6)), "returned ndarray, not a structured array of events .*frames"),
+    (lambda events: events[["t", "x"]], "fields x, y, t and p"),
+])  # fmt: skip
+def test_what_is_no_augmentation_is_told(augment, complaint, tmp_path):
+    with pytest.raises(UsageError, match=complaint):
+        epochs(opened(made(3), tmp_path, augment=augment), 1)
+
+
 def test_events_are_cached_before_they_are_augmented(tmp_path):
     for augment in (data.Augmentation(shift=1), data.Augmentation(shift=2), []):
         for bins in (10, 5):
@@ -310,7 +324,8 @@ def test_names_are_numbered_in_alphabetical_order(tmp_path):
 @pytest.mark.parametrize("parts, complaint", [
     ([], "not empty"),
     (3, "got int"),
-    ([(np.zeros((3, 2)), 0)], "structured array"),
+    ([(np.zeros((3, 2)), 0)], "has events of type ndarray, which is no structured array"),
+    ([made(1)[0][0]], "recording 0 .* is ndarray, not a pair"),
     ([(np.zeros(3, np.dtype([("t", int)])), 0)], "need t and x"),
     ([(made(1)[0][0], -1)], "label -1"),
     ([(made(1)[0][0], 0.5)], "label 0.5"),

@@ -5,13 +5,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ulr_snn.data.binning import Recordings
 from ulr_snn.errors import UsageError
-from ulr_snn.errors.arguments import Flag, Fraction, Natural, NotNegative, check_fields
+from ulr_snn.errors.arguments import Flag, Fraction, Natural, NotNegative, check_fields, shown
 
 Transform = Callable[[np.ndarray], np.ndarray]
 FIELDS = np.dtype([(name, np.int64) for name in ("x", "y", "t", "p")])
@@ -77,7 +77,13 @@ class Shift:
 def bind(augment: "Augmentation | Transform | Sequence[Transform]", sample_shape: tuple[int, ...]) -> list[Transform]:
     """Returns the functions of the events that `augment` stands for."""
     if not isinstance(augment, Augmentation):
-        augment = Augmentation(transforms=[augment] if callable(augment) else tuple(augment))
+        several = isinstance(augment, Sequence) and not isinstance(augment, str)
+        augment = Augmentation(transforms=cast(Sequence[Transform], augment if several else [augment]))
+    if wrong := [transform for transform in augment.transforms if not callable(transform)]:
+        raise UsageError(
+            f"augment got {shown(wrong[0])}; give an Augmentation, a function of a structured array of events, or a "
+            "list of such functions"
+        )
     return augment.bound(sample_shape)
 
 
@@ -102,7 +108,7 @@ def augmented(
         if len(events) and transforms:
             with _seeded(seed):
                 for transform in transforms:
-                    events = transform(events)
+                    events = _changed(events, transform)
         changed.append(events)
     owner = np.repeat(np.arange(len(changed)), [len(events) for events in changed])
     x, y, t, p = (np.concatenate([events[name].astype(np.int64) for events in changed]) for name in FIELDS.names or ())
@@ -110,6 +116,16 @@ def augmented(
     feature = ((p * height + y) * width + x)[kept]
     none = np.empty(0, np.int64)  # offsets and labels, which the caller knows
     return Recordings(t[kept], feature, none, none), owner[kept]
+
+
+def _changed(events: np.ndarray, transform: Transform) -> np.ndarray:
+    found = transform(events)
+    if not isinstance(found, np.ndarray) or not set(FIELDS.names or ()) <= set(found.dtype.names or ()):
+        raise UsageError(
+            f"the augmentation {shown(transform)} returned {type(found).__name__}, not a structured array of events "
+            "with the fields x, y, t and p; leave out what makes frames, and return the events"
+        )
+    return found
 
 
 @contextmanager

@@ -181,8 +181,13 @@ class _Reader:
 
 def _recording(part: Any, index: int, where: str) -> tuple[columns.Columns, Any]:
     item = part[index]
-    if not (isinstance(item, Sequence) and len(item) == 2 and _is_events(item[0])):
-        raise UsageError(f"{where} is {type(item).__name__}, not (structured array of events, label); leave frames out")
+    if not (isinstance(item, Sequence) and len(item) == 2):
+        raise UsageError(f"{where} is {type(item).__name__}, not a pair (structured array of events, label)")
+    if not _is_events(item[0]):
+        raise UsageError(
+            f"{where} has events of type {type(item[0]).__name__}, which is no structured array with fields such as t "
+            "and x; leave out transforms that make frames"
+        )
     return columns.of_events(item[0], where), item[1]
 
 
@@ -209,7 +214,7 @@ def _class_index(label: Any, names: list[str], where: str, classes: int | None) 
 def _names(parts: list[Any]) -> list[str]:
     """Returns the names of the classes in the order of the data set's own list, else in alphabetical order. It returns
     nothing if labels are numbers."""
-    if not isinstance(_recording(parts[0], 0, "recording 0")[1], str):
+    if not isinstance(_recording(parts[0], 0, "recording 0 of the training set")[1], str):
         return []
     listed = next(filter(None, map(_listed, parts)), [])
     if listed and all(isinstance(name, str) for name in listed):
