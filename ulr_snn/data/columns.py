@@ -38,8 +38,8 @@ def _whole(values: np.ndarray, name: str, where: str) -> np.ndarray:
 
 def on(polarities: np.ndarray, where: str) -> np.ndarray:
     """Returns which events are ON. Raises UsageError for polarities of another code."""
-    known = ({0, 1}, {-1, 1})
-    if not any(np.isin(polarities, list(code)).all() for code in known):
+    least, most = polarities.min(initial=0), polarities.max(initial=0)
+    if least < -1 or most > 1 or (least == -1 and (polarities == 0).any()):
         seen = ", ".join(map(str, np.unique(polarities)[:4]))
         raise UsageError(f"{where} has the polarities {seen}; give 0 and 1, -1 and 1, or bools")
     return polarities > 0
@@ -63,7 +63,8 @@ def features(columns: Columns, shape: tuple[int, ...], where: str) -> np.ndarray
         if len(values) and not 0 <= values.min() <= values.max() < size:
             worst = values.max() if values.max() >= size else values.min()
             raise UsageError(f"{where} has an event at {field}={worst}, outside {sensor}")
-        feature = feature * size + values
+        feature *= size
+        feature += values
     return feature
 
 

@@ -67,5 +67,5 @@ def of_contents(raw: Raw) -> str:
             state.update(f"{split}\n".encode())
             for column in (chunk.time, chunk.feature, chunk.offsets, chunk.labels):
                 state.update(f"{len(column)}\n".encode())
-                state.update(np.ascontiguousarray(column, np.int64).tobytes())
+                state.update(np.ascontiguousarray(column, np.int64).data)
     return state.hexdigest()

@@ -252,5 +252,6 @@ def _smallest_sensor(parts: dict[str, Any]) -> Sensor:
             if "y" in events:
                 height = max(height, int(events["y"].max(initial=0)) + 1)
             if "p" in events:
-                polarities |= set(np.unique(columns.on(events["p"], where)).tolist())
+                on = columns.on(events["p"], where)
+                polarities |= {value for value, seen in ((True, on.any()), (False, not on.all())) if seen}
     return width, height, 2 if "p" in fields and ("y" in fields or len(polarities) == 2) else 1
