@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tests.helpers import separable
-from ulr_snn import UsageError, train
+from ulr_snn import LIF, ULR, Online, TimeAverage, UsageError, attach, train
 from ulr_snn.losses.evaluation import by_flips
-from ulr_snn.losses.named import LOSSES, resolve, total
+from ulr_snn.losses.named import LOSSES, NamedLoss, resolve, total
+from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
 from ulr_snn.model.targets import Leaf, Targets
 
 STEPS, BATCH, CLASSES = 5, 4, 3
@@ -197,3 +199,72 @@ def test_snntorchs_losses_of_spike_times(weight):
         timed = {"timed": lambda outputs, y: functional.accuracy_temporal(outputs, y)}
         result = train(model, separable(), 30, loss=loss, metrics=timed, progress=False, device="cpu")
         assert result.history[-1]["train_timed"] > 0.7 and result.metrics["forward_passes"] < 40 * 48
+
+
+# -- losses with parameters --------------------------------------------------------------------------------
+
+
+class Prototypes(nn.Module):
+    """Distances of the mean outputs to learned points, and a penalty of a model's weights."""
+
+    def __init__(self, model: nn.Module, penalty: float) -> None:
+        super().__init__()
+        self.points, self.penalty = nn.Parameter(torch.eye(CLASSES)), penalty
+        self.weights = [model[0].weight, model[-1].weight]
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        means = outputs.mean(0) if outputs.ndim == 3 else outputs
+        distances = (means[:, None] - self.points).square().sum(2)
+        return F.cross_entropy(-distances, targets, reduction="none") + self.penalty * sum(
+            weight.abs().sum() for weight in self.weights
+        )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ULR(),
+        ULR(copies=4),
+        ULR(credit="global", copies=4),
+        ULR(credit="residual", copies=4),
+        ULR(memory=TimeChunks(limits=ChunkLimits(whole=0, short=0, roomy=1, together=(1, 1)))),
+        ULR(memory="replay"),
+    ],
+    ids=["one pass", "copies", "global", "residual", "chunks", "replay"],
+)
+def test_parameters_of_a_loss_get_their_gradient(estimator):
+    """That of a penalty is its derivative, and that of the points the mean over samples and copies."""
+    x, y = separable()[0]
+    found = []
+    for penalty in (0.0, 0.1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+        loss = Prototypes(model, penalty)
+        with attach(model, estimator, loss, seed=1) as ulr:
+            for _ in range(2):
+                model.zero_grad()
+                loss.zero_grad()
+                estimate = ulr.backward(x, y)
+        found.append([q.grad for q in (model[0].weight, model[-1].weight, loss.points)])
+    for without, penalised, weight in zip(*found, (model[0].weight, model[-1].weight), strict=False):
+        torch.testing.assert_close(penalised - without, 0.1 * weight.sign(), rtol=1e-4, atol=1e-5)
+    outputs = estimate.packed
+    expected = torch.stack([loss(each.detach(), y).mean() for each in outputs]).mean()
+    (points,) = torch.autograd.grad(expected, loss.points)
+    torch.testing.assert_close(found[1][2], points, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_of_a_loss_get_their_gradient_at_every_time_step():
+    x, y = separable()[0]
+    torch.manual_seed(0)
+    model, factors = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), nn.Linear(6, CLASSES)), nn.Parameter(torch.ones(1))
+
+    def each_step(outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.stack([F.cross_entropy(now * factors, targets, reduction="none") for now in outputs])
+
+    loss = NamedLoss(lambda *given: each_step(*given).mean(0), steps=each_step)
+    with attach(model, Online(), loss, total_steps=10) as ulr:
+        for estimate in ulr.steps(x, y):
+            (expected,) = torch.autograd.grad(each_step(estimate.packed[0], y, None).mean() / len(x), factors)
+            torch.testing.assert_close(factors.grad, expected)
+            factors.grad = None

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.losses.named import Objective, total
+from ulr_snn.model.graph import leaves, variables
 from ulr_snn.model.targets import Targets
 from ulr_snn.noise.kinds import OutputNoise
 from ulr_snn.noise.random import Noise
@@ -53,6 +54,8 @@ class LossEvaluation:
     treatment: LossTreatment
     weights: tuple[float, ...]  # weights of the losses
     steps: Tensor | None  # contribution of each time step to the loss [T, rows], for `in_time`
+    # Weighted losses [rows] that depend on parameters also without the outputs, in the graph of these parameters.
+    others: tuple[Tensor, ...] = ()
 
     @cached_property
     def loss(self) -> Tensor:
@@ -69,6 +72,11 @@ class LossEvaluation:
     def gradientless_loss(self) -> Tensor:
         """Sum of the losses without a gradient, [rows]."""
         return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.treatment.gradientless)])
+
+    def brought(self, model: nn.Module) -> list[Tensor]:
+        """Returns the parameters that the losses bring themselves, such as prototypes of classes."""
+        own = {id(q) for q in model.parameters()} if self.others else set()
+        return [q for q in variables(self.others).values() if q is not None and id(q) not in own]
 
     def without_gradient(self, flat: bool) -> frozenset[int]:
         """Returns the indices of losses without a gradient. flat: a gradient that is zero everywhere counts as none."""
@@ -96,6 +104,7 @@ def evaluate_losses(
     outputs = widened(outputs.detach())
     errors: list[Tensor | None] = []
     values: list[Tensor] = []
+    others: list[Tensor] = []
     for i, (weight, loss) in enumerate(objective.losses):
         if noise is not None and i in treatment.smoothed:
             of_totals = i in objective.of_totals
@@ -105,7 +114,8 @@ def evaluate_losses(
         elif i in treatment.gradientless:
             value, error = loss(outputs, targets, mask), None
         else:
-            value, error = with_gradient(loss, outputs, targets, mask)
+            value, error, graph = with_gradient(loss, outputs, targets, mask)
+            others += [] if graph is None else [weight * graph]
         values.append(weight * value)
         errors.append(None if error is None else weight * error)
     costs = []
@@ -120,7 +130,8 @@ def evaluate_losses(
         (gradient,) = torch.autograd.grad(value, counted, torch.ones_like(value))
         costs.append((activity[cost.counts], gradient, value.detach()))
     steps = in_time(objective, outputs, targets, mask) if treatment.in_time else None
-    return LossEvaluation(values, errors, costs, treatment, tuple(weight for weight, _ in objective.losses), steps)
+    weights = tuple(weight for weight, _ in objective.losses)
+    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(others))
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
@@ -135,8 +146,9 @@ def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tenso
 
 def with_gradient(
     loss: Callable[[Tensor, Targets, Tensor | None], Tensor], outputs: Tensor, targets: Targets, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the loss [rows], and its gradient in the shape of the outputs; None if it has none."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the loss [rows], its gradient in the shape of the outputs, or None if it has none, and the loss in the
+    graph of parameters, or None if it depends on outputs alone."""
     leaf = outputs.detach().requires_grad_()
     try:
         with torch.enable_grad():
@@ -146,8 +158,10 @@ def with_gradient(
             raise
         value = loss(outputs, targets, mask)
     if not value.requires_grad:
-        return value, None
-    return value.detach(), torch.autograd.grad(value, leaf, torch.ones_like(value), allow_unused=True)[0]
+        return value, None, None
+    alone = leaves([value]) <= {id(leaf)}
+    found = torch.autograd.grad(value, leaf, torch.ones_like(value), retain_graph=not alone, allow_unused=True)
+    return value.detach(), found[0], None if alone else value
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ulr_snn.credit.formula import Contribution, Formula, enter
 from ulr_snn.credit.map_learning import MapLearning, RegressionBatch, means
@@ -122,12 +122,12 @@ class ChunkedRun:
 
     # -- backwards -------------------------------------------------------------------------------------------
 
-    def backward(self, error: Tensor, prediction: Prediction, formula: Formula, wanted: list[nn.Parameter]) -> None:
+    def backward(self, error: Tensor, prediction: Prediction, formula: Formula, wanted: list[Tensor]) -> None:
         """Adds the gradient of the batch's mean loss. error: each sample's ∂L/∂ result of `forward`."""
         while self.kept:
             for chunk, states in self._backwards(*self.kept.pop()):
                 contributions = list(self._contributions(chunk, states, error, prediction, formula))
-                enter([(part.tensor, part.gradient) for part in contributions], list(wanted))
+                enter([(part.tensor, part.gradient) for part in contributions], wanted)
 
     def _backwards(self, group: list[range], states: LayerStates) -> Iterator[tuple[range, LayerStates]]:
         """Yields the chunks of a group, last to first, each with the recomputed states before it."""

@@ -92,13 +92,14 @@ def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list
         contributions += found
     credit.learn_after(learner.prediction, groups, now)
     contributions.sort(key=lambda part: part.by_score)
-    enter([(part.tensor, part.gradient) for part in contributions], list(step.parameters.values()))
+    wanted = [*step.parameters.values(), *(q for p in passes for q in p.evaluation.brought(step.model))]
+    enter([(part.tensor, part.gradient) for part in contributions], wanted)
 
 
 def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], counted: list[Pass]) -> None:
     """Adds the same gradient pass by pass, where a pass needs only the losses of all passes, `counted`."""
-    wanted: list[Tensor] = list(step.parameters.values())
     for p in passes:
+        wanted = [*step.parameters.values(), *p.evaluation.brought(step.model)]
         predictions = formula.credit.predict(step.learner.prediction, [p], step.config.sampling.group)
         contributions = formula.of_group(Group(None, [p], counted), predictions, 1.0)
         enter([(part.tensor, part.gradient) for part in contributions], wanted)

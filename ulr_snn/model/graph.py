@@ -4,22 +4,29 @@ The outputs of functions that fire (`adapters.places`) count as leaves.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 
 def leaves(tensors: Iterable[Tensor]) -> set[int]:
     """Returns the ids of the leaf tensors (parameters, spikes) on which the tensors depend differentiably."""
+    return set(variables(tensors))
+
+
+def variables(tensors: Iterable[Tensor]) -> dict[int, Tensor | None]:
+    """Returns by id the leaf tensors on which the tensors depend differentiably. None: outputs of functions that
+    fire."""
     tensors = list(tensors)  # an iterator can be read only once
-    found = {id(tensor) for tensor in tensors if tensor.requires_grad and tensor.grad_fn is None}
+    found: dict[int, Tensor | None] = {id(t): t for t in tensors if t.requires_grad and t.grad_fn is None}
     stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(stack)
     while stack:
-        node = stack.pop()
+        node: Any = stack.pop()  # torch does not declare what nodes hold
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            found[id(node.variable)] = node.variable
         if hasattr(node, "fired"):
-            found.add(node.fired)
+            found[node.fired] = None
             continue
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:

@@ -59,8 +59,9 @@ class Pass:
 
     @property
     def ends(self) -> list[tuple[Tensor, Tensor]]:
-        """The tensors at which spikes reach the loss differentiably, with the loss's gradient at each."""
+        """The tensors through which the loss depends differentiably on spikes and parameters, with its gradients."""
         ends = [] if self.error is None else [(self.outputs, self.error)]
+        ends += [(loss, torch.ones_like(loss)) for loss in self.evaluation.others]
         return ends + [(activity, gradient) for activity, gradient, _ in self.evaluation.costs]
 
 
