@@ -217,7 +217,8 @@ def finished(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> Call | No
     steps, samples = trial.steps() if call.way == "static" else len(x), x.shape[1]
     found = tensors(trial.selected)
     over_time = [True] * len(found)
-    if call.way == "batch first" and any(part.shape[1:2] == (steps,) or part.ndim > 2 for part in found):
+    pictures = call.way == "sequence" and any(part.ndim > 2 and part.shape[:2] == (samples, steps) for part in found)
+    if pictures or (call.way == "batch first" and any(part.shape[1:2] == (steps,) or part.ndim > 2 for part in found)):
         over_time = follow_time(model, call, trial, x)
     slots = []
     for number, (part, timed) in enumerate(zip(found, over_time, strict=True)):
@@ -261,6 +262,8 @@ def follow_time(model: nn.Module, call: Call, trial: Trial, x: Tensor) -> list[b
     """Returns of each output whether its second axis follows the number of time steps, as [B, T, C] does, and [B, C]
     with as many classes as time steps does not. A model that takes no other number of steps has [B, T, C] or [B, C]."""
     other = x[: (len(x) + 1) // 2] if len(x) > 2 else torch.cat([x, x[-1:]])
+    if call.way == "sequence":
+        other = torch.cat([other, other[:, :1]], 1)  # a model that takes no other number of samples is refused as it is
     again = tried(model, trial.layers, call, other, check=False)
     found, samples = tensors(trial.selected), x.shape[1]
     if again.error is not None or len(tensors(again.selected)) != len(found):
