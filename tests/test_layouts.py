@@ -452,6 +452,46 @@ def test_lengths_and_a_model_that_reduces_over_time_do_not_meet():
     train(averaging, [(X, Y, lengths)], 1, progress=False, device="cpu")
 
 
+def test_lengths_without_padding_are_no_lengths():
+    """A model that reduces its outputs over time itself takes them, and lists of equal sequences."""
+    x, y = data()
+    model = Loop("TB", reduced=True)
+    whole = evaluate(model, [(x, y)], device="cpu")
+    assert evaluate(model, [(x, y, torch.full((BATCH,), STEPS))], device="cpu") == whole
+    assert evaluate(model, [(list(x.transpose(0, 1)), y)], device="cpu") == whole
+
+
+@pytest.mark.parametrize("samples", [3, 5])
+@pytest.mark.parametrize("layout", ["TB", "BT"])
+@pytest.mark.parametrize("kind", ["values", "over time", "one over time"])
+def test_lists_of_targets_are_as_their_tensor(kind, layout, samples):
+    """Vectors as long as the sequences are values of samples, unless outputs have one feature."""
+    torch.manual_seed(0)
+    steps = outputs = 3
+    model = nn.Sequential(nn.Linear(4, 6), ulr_snn.LIF(), nn.Linear(6, 1 if kind == "one over time" else outputs))
+    x = (torch.rand(steps, samples, 4) < 0.5).float()
+    given = {
+        "values": torch.randn(samples, outputs),
+        "over time": torch.randn(samples, steps, outputs),
+        "one over time": torch.randn(samples, steps),
+    }[kind]
+    with torch.no_grad():
+        seen = model(x)
+    goal = given if kind == "values" else given.transpose(0, 1).reshape(seen.shape)
+    each = (seen - goal) ** 2
+    batch = [(list(x.transpose(0, 1)), list(given))]
+    found = evaluate(model, batch, loss="mse", layout=layout, device="cpu")["loss"]
+    assert found == pytest.approx(each.sum(2).mean().item(), rel=1e-5)
+
+    def own(result: Tensor, targets: Tensor) -> Tensor:
+        assert kind == "values" or result.shape[:2] == targets.shape[:2]
+        return ((result - targets.reshape(-1, samples, result.shape[2])) ** 2).mean((0, 2))
+
+    if layout == "TB":
+        found = evaluate(model, batch, loss=own, layout=layout, device="cpu")["loss"]
+        assert found == pytest.approx(each.mean().item(), rel=1e-5)
+
+
 # -- layers over other time steps than the events' ---------------------------------------------------------
 
 

@@ -294,6 +294,69 @@ def test_copies_keep_their_targets(estimator):
             torch.testing.assert_close(q.grad, other.grad)
 
 
+class Square(nn.Module):
+    """As many time steps, samples and features as one another. form: that of a sample's outputs."""
+
+    def __init__(self, size: int, form: tuple[int, ...], reduced: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        count = torch.Size(form).numel()
+        self.layers, self.reduced = nn.Sequential(nn.Linear(size, 6), LIF(), nn.Linear(6, count)), reduced
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layers(x).unflatten(-1, self.form)
+        return found.mean(0) if self.reduced else found
+
+
+def of_maps(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+def of_labels(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(outputs, targets.float(), reduction="none").mean(1)
+
+
+@pytest.mark.parametrize("credit", ["global", "residual"])
+@pytest.mark.parametrize(
+    ("form", "reduced", "loss", "kind"),
+    [
+        ((3, 4, 2), True, of_maps, "maps"),
+        ((4,), True, of_labels, "int"),
+        ((4,), True, of_labels, "bool"),
+        ((4, 2, 2), False, "mse", "values"),
+        ((4,), False, "mse", "bool"),
+    ],
+)
+def test_targets_of_samples_are_told_from_targets_over_time_by_the_outputs(credit, form, reduced, loss, kind):
+    """Their first axes are as long as those of time and samples."""
+    size = 4
+    model = Square(size, form, reduced)
+    x = (torch.rand(size, size, size, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    torch.manual_seed(0)
+    targets = {
+        "maps": torch.randint(3, (size, *form[1:])),
+        "int": torch.randint(2, (size, *form)),
+        "bool": torch.rand(size, *form) < 0.5,
+        "values": torch.randn(size, *form),
+    }[kind]
+    with torch.no_grad():
+        outputs = model(x)
+    own = loss(outputs, targets) if callable(loss) else ((outputs - targets.float()) ** 2).flatten(2).sum(2).mean(0)
+    assert loss_of(model, x, targets, loss) == pytest.approx(own.mean().item(), rel=1e-5)
+    with attach(model, ULR(credit=credit, copies=4), loss=loss) as ulr:
+        assert ulr.backward(x, targets).loss.shape == (size,)
+
+
+def test_a_picture_with_as_many_channels_as_time_steps():
+    x, _ = data()
+    x = x[:2]
+    model, goal = Static(2, 3, 3), torch.rand(BATCH, 2, 3, 3)
+    with torch.no_grad():
+        own = F.mse_loss(model(x), goal).item()
+    assert loss_of(model, x, goal, nn.MSELoss()) == pytest.approx(own, rel=1e-5)
+
+
 def test_long_sequences_keep_their_targets_in_chunks():
     x, _ = data()
     found = []

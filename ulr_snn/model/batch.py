@@ -56,8 +56,9 @@ class Batch:
         x_given = x
         x, inputs, own_lengths = one_tensor(x, targets, interface, takes(model))
         x = tracked(x)
+        listed = False
         if own_lengths is not None and isinstance(targets, list) and targets is not x_given:
-            targets = of_sequences(targets, interface.layout, own_lengths)
+            targets, listed = of_sequences(targets, interface.layout, own_lengths)
         lengths = own_lengths if lengths is None else lengths_of(lengths)
         if targets is x_given and objective.needs_labels:
             raise UsageError("the batches hold no targets, which the loss needs; give (x, y), or a loss of the outputs")
@@ -65,11 +66,13 @@ class Batch:
         check_samples(tree, interface.layout, steps, samples)
         if lengths is not None and (lengths.shape != (samples,) or lengths.min() < 1 or lengths.max() > steps):
             raise UsageError(f"lengths must be [B], each from 1 to the {steps} steps of the batch")
+        if lengths is not None and bool((lengths == steps).all()):
+            lengths = None  # there is no padding
         reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
         dtype = reference.dtype if reference is not None else torch.get_default_dtype()
         frames = EventList.of(x) if x.layout is torch.sparse_coo else x
         check_events(frames, dtype, inputs, interface.layout == "B")
-        placed = Targets.of(tree, interface.layout, steps, samples)
+        placed = Targets.of(tree, interface.layout, steps, samples, listed)
         check_targets(placed, objective)
         device = reference.device if reference is not None else x.device
         lengths = None if lengths is None else lengths.to(device)
@@ -90,10 +93,7 @@ class Batch:
     def seen_by(self, view: View) -> "Batch":
         """Returns the batch as a model sees it whose outputs have this form. Raises UsageError if the objective does
         not fit the outputs."""
-        features = view.slots[0].shape[-1:].numel() if view.over_time and len(view.slots) == 1 else None
-        features = 0 if view.slots and not view.over_time else features
-        tree = self.targets.external()
-        targets = Targets.of(tree, self.interface.layout, self.steps, self.samples, features)
+        targets = self.targets.seen_by(view, self.interface.layout, self.steps, self.samples)
         return replace(self, view=view, targets=targets, objective=self.objective.seen_by(view))
 
     @property

@@ -1,6 +1,6 @@
 """The targets of a batch: a tensor, or a tree of tensors, for each sample or for each of its time steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -9,30 +9,37 @@ from torch import Tensor
 
 from ulr_snn.errors import UsageError
 from ulr_snn.model.trees import mapped, tensors
+from ulr_snn.model.view import AS_IS, View
 
 IGNORED = -100  # the label that torch's cross-entropies leave out
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of targets, [T, B, ...] if over_time, else [B, ...]. turned: users gave it as [B, T, ...]."""
+    """A tensor of targets, [T, B, ...] if over_time, else [B, ...]. turned: users gave it as [B, T, ...]. listed: users
+    gave a list with an item for each sample."""
 
     tensor: Tensor
     over_time: bool = False
     turned: bool = False
+    listed: bool = False
 
     @classmethod
-    def of(cls, tensor: Tensor, layout: str, steps: int, samples: int, features: int | None) -> "Leaf":
-        """Makes a leaf. features: number of outputs over time; 0 if outputs have no time axis; None: not known."""
-        shape = tensor.shape
-        values = tensor.ndim == 2 and tensor.is_floating_point()  # [B, C] may look like [B, T] or [T, B]
-        if tensor.ndim < 2 or (values and shape[0] == samples and features not in (None, 1)):
-            return cls(tensor)
-        if layout != "BT" and shape[:2] == (steps, samples):
-            return cls(tensor, over_time=True)
-        if layout != "TB" and features != 0 and shape[:2] == (samples, steps):
-            return cls(tensor.transpose(0, 1), over_time=True, turned=True)
-        return cls(tensor)
+    def of(cls, given: Tensor, layout: str, steps: int, samples: int, view: View, listed: bool = False) -> "Leaf":
+        """Makes a leaf from a tensor in the batch's layout; [B, ...] if listed. view: the form of the outputs."""
+        shape = given.shape
+        if given.ndim < 2 or (shape[0] == samples and of_samples(given, view)):
+            return cls(given, listed=listed)
+        if layout != "BT" and not listed and shape[:2] == (steps, samples):
+            return cls(given, over_time=True)
+        if (layout != "TB" or listed) and shape[:2] == (samples, steps):
+            return cls(given.transpose(0, 1), over_time=True, turned=layout != "TB", listed=listed)
+        return cls(given, listed=listed)
+
+    def seen_by(self, view: View, layout: str, steps: int, samples: int) -> "Leaf":
+        """Returns the leaf for outputs of this form, which show whether an axis is time."""
+        given = self.tensor.transpose(0, 1) if self.listed and self.over_time else self.external()
+        return Leaf.of(given, layout, steps, samples, view, self.listed)
 
     @property
     def axis(self) -> int:
@@ -51,9 +58,9 @@ class Targets:
     tree: Any
 
     @classmethod
-    def of(cls, tree: Any, layout: str, steps: int, samples: int, features: int | None = None) -> "Targets":
-        """Makes targets from tensors in the batch's layout. features: see `Leaf.of`."""
-        return cls(mapped(tree, lambda tensor: Leaf.of(tensor, layout, steps, samples, features)))
+    def of(cls, tree: Any, layout: str, steps: int, samples: int, listed: bool = False) -> "Targets":
+        """Makes targets from tensors in the batch's layout. listed: see `Leaf`."""
+        return cls(mapped(tree, lambda tensor: Leaf.of(tensor, layout, steps, samples, AS_IS, listed)))
 
     @classmethod
     def alone(cls, targets: "Targets | Tensor") -> "Targets":
@@ -62,7 +69,11 @@ class Targets:
 
     def moved(self, function: Any) -> "Targets":
         """Returns targets with function(leaf) in place of each tensor."""
-        return Targets(mapped(self.tree, lambda x: Leaf(function(x), x.over_time, x.turned), Leaf))
+        return Targets(mapped(self.tree, lambda x: replace(x, tensor=function(x)), Leaf))
+
+    def seen_by(self, view: View, layout: str, steps: int, samples: int) -> "Targets":
+        """Returns the targets for outputs of this form."""
+        return Targets(mapped(self.tree, lambda x: x.seen_by(view, layout, steps, samples), Leaf))
 
     def repeated(self, count: int) -> "Targets":
         """Returns the targets of `count` copies of the batch, row = copy * B + sample."""
@@ -126,15 +137,31 @@ def as_tensors(given: Any) -> Any:
     raise UsageError(f"the targets hold {type(given).__name__} {given!r:.40}; give tensors, arrays or numbers")
 
 
-def of_sequences(targets: list[Any], layout: str, lengths: Tensor) -> Any:
-    """Returns the targets of a list of sequences of these lengths, one item a sample, as one tensor: [B, ...], or over
-    time in the layout of the batch if every item is as long as its sequence. Padding is 0, or -100 for labels."""
+def of_samples(targets: Tensor, view: View) -> bool:
+    """Returns whether the outputs show that targets [B, N, ...] have no time axis, even if N is the number of steps:
+    values of the shape of a sample's outputs, or class indices for all their axes but that of classes."""
+    if not view.slots or not view.over_time:
+        return bool(view.slots)
+    if len(view.slots) > 1:
+        return False
+    shape, own = view.slots[0].shape, targets.shape[1:]
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        return own == shape or (len(own) == 1 and shape[-1:].numel() != 1)  # [B, C] may look like [B, T] or [T, B]
+    return len(shape) > 1 and own == shape[1:]
+
+
+def of_sequences(targets: list[Any], layout: str, lengths: Tensor) -> tuple[Any, bool]:
+    """Returns the targets of a list of sequences of these lengths, one item a sample, and whether they are a tensor
+    [B, ...], over time or not. Items as long as sequences of unequal lengths are padded over time instead, in the
+    layout of the batch: by 0, or by -100 for labels."""
     if not all(isinstance(item, Tensor | numpy.ndarray) for item in targets):
-        return targets
+        return targets, False
     parts = [torch.as_tensor(item) for item in targets]
+    if len({part.shape for part in parts}) == 1:
+        return torch.stack(parts), True
     if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths.tolist(), strict=True)):
-        return torch.stack(parts) if len({part.shape for part in parts}) == 1 else targets
-    return padded(parts, batch_first=layout == "BT")
+        return targets, False
+    return padded(parts, batch_first=layout == "BT"), False
 
 
 def padded(parts: list[Tensor], batch_first: bool) -> Tensor:
