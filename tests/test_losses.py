@@ -154,6 +154,12 @@ def test_wrong_uses_are_named(loss, targets, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["CTCLoss", "GaussianNLLLoss", "CosineEmbeddingLoss", "TripletMarginLoss"])
+def test_losses_of_other_arguments_are_refused_by_name(kind):
+    with pytest.raises(UsageError, match=f"the loss {kind} does not take two arguments; give a function"):
+        resolve(getattr(torch.nn, kind)())
+
+
 # -- losses of output spikes -------------------------------------------------------------------------------
 
 

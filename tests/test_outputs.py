@@ -3,6 +3,7 @@
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import beside_torchvision
-from ulr_snn import LIF, ULR, LeakyReadout, UsageError, attach, compare, evaluate, plan, train
+from ulr_snn import LIF, ULR, LeakyReadout, TimeAverage, UsageError, attach, compare, evaluate, plan, train
 
 STEPS, BATCH, INPUTS, CLASSES = 7, 5, 6, 3
 unread = pytest.mark.filterwarnings("ignore:no gradient reaches")  # of a head that no loss reads
@@ -516,6 +517,50 @@ def test_metrics_of_torchmetrics_are_losses_too():
 def test_wrong_metrics_are_named(metrics, says):
     with pytest.raises(UsageError, match=says):
         train(readout(), [data()], 1, metrics=metrics, **CPU)
+
+
+@pytest.mark.parametrize("index", [-1, 0, 255])
+@pytest.mark.parametrize("steps", [False, True])
+def test_accuracy_leaves_out_the_labels_that_the_loss_leaves_out(index, steps):
+    x, _ = data()
+    model = readout() if steps else nn.Sequential(readout(), TimeAverage())
+    labels = (LABELS if steps else torch.tensor([1, 2, 0, 1, 2])).clone()
+    (labels[:3] if steps else labels)[..., ::2] = index
+    with torch.no_grad():
+        right = (model(x).argmax(-1) == labels)[labels != index].float().mean().item()
+    rest = torch.where(labels == index, 1, labels)
+    loss = nn.CrossEntropyLoss(ignore_index=index)
+    batches = [(x, labels), (x, rest if index else labels)]
+    with torch.no_grad():
+        kept = torch.cat([(model(x).argmax(-1) == y)[y != index] for _, y in batches]).float()
+    assert evaluate(model, batches[:1], loss=loss, device="cpu")["accuracy"] == pytest.approx(right)
+    assert evaluate(model, batches, loss=loss, device="cpu")["accuracy"] == pytest.approx(kept.mean().item())
+    if not steps:
+        own = partial(F.cross_entropy, ignore_index=index, reduction="none")
+        assert evaluate(model, batches, loss=own, device="cpu")["accuracy"] == pytest.approx(kept.mean().item())
+
+
+def test_targets_that_are_no_classes_of_the_outputs_have_no_accuracy():
+    """It does not depend on the cut into batches."""
+    x, _ = data()
+    counts = torch.tensor([0, 9, 1, 2, 3])
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.sum((0, 2)) - targets) ** 2
+
+    alone = [(x[:, i : i + 1], counts[i : i + 1]) for i in range(BATCH)]
+    for batches in (alone, [(x, counts)]):
+        assert evaluate(readout(), batches, loss=loss, device="cpu")["accuracy"] is None
+        assert "calibration_error" not in evaluate(readout(), batches, loss=loss, samples=2, device="cpu")
+    assert train(readout(), alone, 1, loss=loss, **CPU).history[0]["train_accuracy"] is None
+
+
+@pytest.mark.parametrize("loss", ["zero_one", "ce_count", "ce_rate", "latency"])
+def test_a_label_of_uint8_is_no_negative_number(loss):
+    x, _ = data()
+    model, labels = nn.Sequential(readout(200), LIF()), torch.full((BATCH,), 156, dtype=torch.uint8)
+    found = evaluate(model, [(x, labels)], loss=loss, device="cpu")
+    assert found == evaluate(model, [(x, labels.long())], loss=loss, device="cpu") and found["accuracy"] == 0
 
 
 def test_population_codes_are_counted_by_class():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import accepts, shown
 from ulr_snn.kernels import ranks
-from ulr_snn.model.targets import Targets
+from ulr_snn.model.targets import IGNORED, Targets, left_out
 from ulr_snn.model.view import AS_IS, View
 
 LIBRARIES = ("torch", "snntorch", "torchmetrics")
@@ -52,9 +52,10 @@ class Brought:
         if isinstance(loss, type):
             raise UsageError(f"the loss is the class {loss.__name__}; give an object, as in {loss.__name__}()")
         loss = FUNCTIONS[loss]() if loss in FUNCTIONS else loss
-        if not accepts(loss, 2):
+        if not accepts(loss.forward if isinstance(loss, nn.Module) else loss, 2):
             raise UsageError(
-                f"the loss {name_of(loss)} does not take two arguments; give a callable (outputs, targets) -> [B]"
+                f"the loss {name_of(loss)} does not take two arguments; give a function (outputs, targets) -> [B], "
+                "which may call it with others"
             )
         if of_torchmetrics(loss) and loss.higher_is_better:
             raise UsageError(
@@ -80,6 +81,12 @@ class Brought:
     def number_of_classes(self) -> int | None:
         """The number of classes of a population code (snnTorch's losses); None without one."""
         return getattr(self.loss, "num_classes", None) if getattr(self.loss, "population_code", False) else None
+
+    @property
+    def ignored(self) -> int:
+        """The label that the loss leaves out."""
+        given = getattr(self.loss, "keywords", {}).get("ignore_index", IGNORED)  # of functools.partial
+        return int(getattr(getattr(self.loss, "loss_fn", self.loss), "ignore_index", given))
 
     @property
     def reduction(self) -> str:
@@ -175,9 +182,9 @@ class Brought:
         loss = getattr(self.loss, "loss_fn", self.loss)
         if not isinstance(loss, BY_CLASS) or targets.is_floating_point():
             return None
-        kept = targets != loss.ignore_index
+        kept = ~left_out(targets, loss.ignore_index)
         kept = kept if mask is None else kept & (mask.reshape(targets.shape) > 0)
-        return kept.sum() if loss.weight is None else loss.weight[targets[kept]].sum()
+        return kept.sum() if loss.weight is None else loss.weight[targets[kept].long()].sum()
 
 
 def name_of(loss: Any) -> str:

@@ -15,9 +15,10 @@ from ulr_snn.losses.brought import of_torchmetrics
 from ulr_snn.losses.named import total
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.neurons import output_mask
-from ulr_snn.model.targets import IGNORED
+from ulr_snn.model.targets import IGNORED, left_out
 
 BINS = 15  # number of confidence bins in the calibration error
+COUNTS = ("samples", "loss", "correct", "labelled", "classes")  # of a `Tally`
 TAKEN = ("loss", "accuracy", "samples", "seconds", "bound", "spikes", "operations")
 
 
@@ -33,7 +34,9 @@ def scores(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
     if slots and len(slots[0].shape) != 1:
         return None  # an image, or a single number
     mask = output_mask(batch.lengths, outputs)
-    kept = labels != IGNORED
+    kept = torch.ones_like(labels, dtype=torch.bool)
+    for index in {IGNORED, *(loss.ignored for loss in batch.objective.brought)}:
+        kept &= ~left_out(labels, index)
     if labels.ndim == 1:
         found = total(outputs, mask)
     elif outputs.ndim == 3:
@@ -45,20 +48,22 @@ def scores(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
     if populations:
         found = found.unflatten(-1, (populations[0], -1)).sum(-1)
     found, labels = found[kept], labels[kept].long()
-    if found.shape[-1] < 2 or (len(labels) and int(labels.max()) >= found.shape[-1]):
+    if found.shape[-1] < 2 or not bool(((labels >= 0) & (labels < found.shape[-1])).all()):
         return None
     return found, labels
 
 
 @dataclass
 class Tally:
-    """Running means of loss, accuracy and metrics over samples. metrics: see `OwnMetric`."""
+    """Running means of loss, accuracy and metrics over samples. metrics: see `OwnMetric`. classes: the targets of all
+    batches so far are class indices of the outputs."""
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 0
     loss: float = 0.0
-    correct: int | None = None
+    correct: int = 0
     labelled: int = 0
+    classes: bool = True
 
     def __post_init__(self) -> None:
         self.own = {name: OwnMetric(metric) for name, metric in self.metrics.items()}
@@ -67,8 +72,9 @@ class Tally:
         """Adds a batch. loss: [B]; outputs: in the form inside the library; scored: see `scores`."""
         self.samples += len(loss)
         self.loss += loss.sum().item()
+        self.classes &= scored is not None
         if scored is not None:
-            self.correct = (self.correct or 0) + int((scored[0].argmax(-1) == scored[1]).sum())
+            self.correct += int((scored[0].argmax(-1) == scored[1]).sum())
             self.labelled += len(scored[1])
         for name, metric in self.own.items():
             metric.add(name, outputs, batch)
@@ -80,10 +86,10 @@ class Tally:
             return self
         found = copy.copy(self)
         own = [number for metric in self.own.values() for number in (metric.sum, metric.samples)]
-        counts = self.samples, self.loss, self.correct or 0, self.labelled, self.correct is not None, *own
-        samples, found.loss, correct, labelled, known, *of_metrics = ranks.totals([float(count) for count in counts])
-        found.samples, found.labelled = int(samples), int(labelled)
-        found.correct = int(correct) if known else None
+        counts = self.samples, self.loss, self.correct, self.labelled, not self.classes, *own
+        samples, found.loss, correct, labelled, others, *of_metrics = ranks.totals([float(count) for count in counts])
+        found.samples, found.correct, found.labelled = int(samples), int(correct), int(labelled)
+        found.classes = not others
         found.own = {name: copy.copy(metric) for name, metric in self.own.items()}
         for i, metric in enumerate(found.own.values()):
             metric.sum, metric.samples = of_metrics[2 * i], int(of_metrics[2 * i + 1])
@@ -92,17 +98,16 @@ class Tally:
     def running(self) -> dict[str, float]:
         """Returns the means of the loss and, if targets are class indices, of the accuracy so far."""
         found = {"loss": self.loss / max(1, self.samples)}
-        if self.correct is not None and self.labelled:
+        if self.classes and self.labelled:
             found["accuracy"] = self.correct / self.labelled
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("samples", "loss", "correct", "labelled")
         own = {name: metric.state_dict() for name, metric in self.own.items()}
-        return {name: getattr(self, name) for name in names} | {"own": own}
+        return {name: getattr(self, name) for name in COUNTS} | {"own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("samples", "loss", "correct", "labelled"):
+        for name in COUNTS:
             setattr(self, name, state[name])
         for name, found in state["own"].items():
             if name in self.own:
@@ -213,7 +218,7 @@ class Several:
         if not self.bound:
             return {}
         found = {"bound": torch.cat(self.bound).mean().item()}
-        if self.differ:
+        if len(self.differ) == len(self.bound):  # all batches have class indices
             error = calibration_error(torch.cat(self.confidence), torch.cat(self.right))
             found |= {"calibration_error": error, "disagreement": torch.cat(self.differ).mean().item()}
         return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Flag, Positive, check_fields, number
 from ulr_snn.losses.brought import Brought, checked, name_of
-from ulr_snn.model.targets import IGNORED, Targets
+from ulr_snn.model.targets import Targets, left_out
 from ulr_snn.model.view import View
 
 WEIGHT = number("a finite number", lambda value: True)
@@ -63,7 +63,7 @@ def ce_rate_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) 
     if not each_step(outputs, targets):
         targets = targets.expand(len(outputs), *targets.shape)
     elif not targets.is_floating_point():
-        labelled = (targets != IGNORED).to(outputs.dtype)[..., None]
+        labelled = (~left_out(targets)).to(outputs.dtype)[..., None]
         mask = labelled if mask is None else labelled * mask.reshape(*rows, 1)
     steps = F.cross_entropy(outputs.flatten(0, 1), classes(targets.flatten(0, 1)), reduction="none")
     return of_mean(steps.view(rows), mask)
@@ -111,7 +111,7 @@ def of_mean(steps: Tensor, mask: Tensor | None) -> Tensor:
 def zero_one(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns 0 if the outputs summed over time are largest for the target, otherwise 1."""
     totals = total(outputs, mask)
-    return ((totals.argmax(1) != targets) & (targets != IGNORED)).to(totals.dtype)
+    return ((totals.argmax(1) != targets) & ~left_out(targets)).to(totals.dtype)
 
 
 def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -127,7 +127,7 @@ def latency(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Ten
     decision = spikes[first, rows]  # [B, C]
     right = any_spike.any(0) & decision[rows, targets.long().clamp(min=0)] & (decision.sum(1) == 1)
     losses = torch.where(right, first.to(outputs.dtype) / steps, 1.0)
-    return torch.where(targets == IGNORED, 0.0, losses).to(outputs.dtype)
+    return torch.where(left_out(targets), 0.0, losses).to(outputs.dtype)
 
 
 def negative_return(outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -306,7 +306,7 @@ def loss_of(loss: str | Loss | NamedLoss) -> NamedLoss | Brought:
 
 
 def check_labels(targets: Tensor, outputs: Tensor, soft: bool) -> None:
-    """Raises UsageError unless targets are class indices from 0 to the number of outputs less 1, or IGNORED, or class
+    """Raises UsageError unless targets are class indices from 0 to the number of outputs less 1, or -100, or class
     probabilities where the loss takes these (soft)."""
     number = outputs.shape[-1]
     axes = 2 if each_step(outputs, targets) else 1
@@ -322,7 +322,7 @@ def check_labels(targets: Tensor, outputs: Tensor, soft: bool) -> None:
             f"targets are {targets.dtype} of shape {tuple(targets.shape)}; a cross-entropy takes class indices "
             f"[B]{advice}"
         )
-    known = targets[targets != IGNORED]
+    known = targets[~left_out(targets)]
     low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
     if low < 0 or high >= number:
         raise UsageError(

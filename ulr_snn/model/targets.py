@@ -112,6 +112,11 @@ class Targets:
         return leaf.tensor if leaf.tensor.ndim == 1 + leaf.axis else None
 
 
+def left_out(labels: Tensor, index: int = IGNORED) -> Tensor:
+    """Returns whether each label is the index that a loss leaves out. In uint8, 156 is not -100."""
+    return labels.long() == index
+
+
 def as_tensors(given: Any) -> Any:
     """Returns a tree of tensors. NumPy arrays, numbers and lists of numbers become tensors.
 
