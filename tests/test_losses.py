@@ -160,6 +160,52 @@ def test_losses_of_other_arguments_are_refused_by_name(kind):
         resolve(getattr(torch.nn, kind)())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ce_rate", "ce_count", "mse_count", "ce_max_membrane", "mse_membrane", "ce_temporal", "mse_temporal", "weighted"],
+)
+def test_padding_counts_for_nothing_in_losses_of_snntorch(kind, reduction):
+    functional = pytest.importorskip("snntorch.functional")
+    weights = {"weight": torch.tensor([0.5, 1.0, 2.0])} if kind == "weighted" else {}
+    loss = getattr(functional, f"{'ce_temporal' if weights else kind}_loss")(reduction=reduction, **weights)
+    lengths = torch.tensor([5, 3, 1, 3])
+    mask = (torch.arange(STEPS)[:, None] < lengths).float()[..., None]
+    outputs = (OUTPUTS > 0).float() if weights or "temporal" in kind else OUTPUTS.float()
+    outputs = outputs.where(mask.bool(), torch.ones(()))
+    leaf = outputs.clone().requires_grad_()
+    values = resolve(loss)(leaf, LABELS, mask)
+    alone = [loss(outputs[:length, [i]], LABELS[[i]]).squeeze() for i, length in enumerate(lengths)]
+    if reduction == "sum":
+        expected = BATCH * torch.stack(alone)
+    elif weights:
+        own = weights["weight"][LABELS]
+        expected = torch.stack(alone) * own * BATCH / own.sum()
+    else:
+        expected = torch.stack(alone)
+    torch.testing.assert_close(values, expected)
+    if values.requires_grad:
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        assert gradient.any() and not (gradient * (1 - mask)).any()
+    longer = torch.nn.functional.pad
+    more = resolve(loss)(longer(outputs, (0, 0, 0, 0, 0, 7)), LABELS, longer(mask, (0, 0, 0, 0, 0, 7)))
+    torch.testing.assert_close(more, values.detach())
+
+
+@pytest.mark.parametrize("over_time", [False, True])
+def test_a_divergence_by_its_batch_mean_is_what_the_object_gives_itself(over_time):
+    outputs = OUTPUTS.log_softmax(-1)
+    goal = (OUTPUTS + VALUES).softmax(-1)
+    outputs, goal = (outputs, goal) if over_time else (outputs[0], goal[0])
+    loss = torch.nn.KLDivLoss(reduction="batchmean")
+    torch.testing.assert_close(resolve(loss)(outputs, goal, None).mean(), loss(outputs, goal))
+    if over_time:
+        mask = (torch.arange(STEPS)[:, None] < torch.tensor([5, 3, 1, 3])).double()[..., None]
+        parts = zip(range(BATCH), (5, 3, 1, 3), strict=True)
+        alone = [loss(outputs[:length, i], goal[:length, i]) for i, length in parts]
+        torch.testing.assert_close(resolve(loss)(outputs, goal, mask), BATCH * torch.stack(alone))
+
+
 # -- losses of output spikes -------------------------------------------------------------------------------
 
 

@@ -519,6 +519,31 @@ def test_wrong_metrics_are_named(metrics, says):
         train(readout(), [data()], 1, metrics=metrics, **CPU)
 
 
+@pytest.mark.parametrize("samples", [3, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_objects_of_torchmetrics_over_time(samples, padded):
+    """Time steps are so many samples, without padding, also where there are as many samples as classes."""
+    metrics = beside_torchvision("torchmetrics")
+    x, _ = data()
+    x, labels, goal = x[:, :samples], LABELS[:, :samples], VALUES[:, :samples]
+    lengths = torch.tensor([STEPS, 3, 2, 5, 3])[:samples] if padded else torch.full((samples,), STEPS)
+    own = torch.arange(STEPS)[:, None] < lengths
+    model = readout()
+    with torch.no_grad():
+        outputs = model(x)
+    right = (outputs.argmax(-1) == labels)[own].float().mean().item()
+    accuracy = {"right": metrics.Accuracy(task="multiclass", num_classes=CLASSES)}
+    found = evaluate(model, [(x, labels, lengths)], loss="ce_rate", metrics=accuracy, device="cpu")
+    assert found["right"] == pytest.approx(right) == pytest.approx(found["accuracy"])
+    errors = {"squared": metrics.MeanSquaredError(), "absolute": metrics.MeanAbsoluteError()}
+    found = evaluate(model, [(x, goal, lengths)], loss=errors["squared"], metrics=errors, device="cpu")
+    each = outputs - goal
+    assert found["squared"] == pytest.approx((each[own] ** 2).mean().item(), rel=1e-5)
+    assert found["absolute"] == pytest.approx(each[own].abs().mean().item(), rel=1e-5)
+    alone = [(each[:length, i] ** 2).mean() for i, length in enumerate(lengths)]
+    assert found["loss"] == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("index", [-1, 0, 255])
 @pytest.mark.parametrize("steps", [False, True])
 def test_accuracy_leaves_out_the_labels_that_the_loss_leaves_out(index, steps):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import accepts, shown
 from ulr_snn.kernels import ranks
-from ulr_snn.model.targets import IGNORED, Targets, left_out
+from ulr_snn.model.targets import IGNORED, Leaf, Targets, left_out
 from ulr_snn.model.view import AS_IS, View
 
 LIBRARIES = ("torch", "snntorch", "torchmetrics")
@@ -91,7 +91,7 @@ class Brought:
     @property
     def reduction(self) -> str:
         found = getattr(self.loss, "reduction", "none")
-        return found if found in ("mean", "sum") else "none"
+        return found if found in ("mean", "sum", "batchmean") else "none"
 
     @cached_property
     def unreduced(self) -> Callable[[Any, Any], Any]:
@@ -106,15 +106,13 @@ class Brought:
         return own
 
     def __call__(self, outputs: Tensor, targets: Targets | Tensor, mask: Tensor | None) -> Tensor:
-        targets = Targets.alone(targets)
+        targets = Targets.alone(targets, outputs)
         whole = outputs
         outputs = outputs if mask is None or outputs.ndim < 3 else outputs * mask
         if hasattr(self.loss, "spk_time_fn"):
             outputs = outputs.detach()  # the derivative of snnTorch's spike times is a surrogate
-        if of_torchmetrics(self.loss):
-            value = by_sample(copy.deepcopy(self.loss), self._time_first(outputs), targets.tensor, outputs.ndim >= 3)
-        elif self.reads_one:
-            value = self._of_library(outputs, targets.tensor, mask)
+        if self.reads_one or of_torchmetrics(self.loss):
+            value = self._of_library(outputs, targets.only, mask)
         else:
             value = self.unreduced(self.view.external(outputs), targets.external())
             if self.reduction != "none":
@@ -122,17 +120,35 @@ class Brought:
                 value = self._reduced(value, whole, None, None, batch_first=first)
         return checked(value, whole)
 
-    def _of_library(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Any:
-        """Returns the value of a library's object, which sees time first."""
-        seen, over_time = self._time_first(outputs), outputs.ndim >= 3
-        if isinstance(self.loss, BY_CLASS) and over_time and targets.shape[:2] == outputs.shape[:2]:
-            each = self.unreduced(outputs.flatten(0, 1), targets.flatten(0, 1))
+    def _of_library(self, outputs: Tensor, targets: Leaf, mask: Tensor | None) -> Any:
+        """Returns the value of a library's object, which sees time first. Samples of the same length are evaluated
+        together, without padding."""
+        over_time, labels = outputs.ndim >= 3, targets.tensor
+        if isinstance(self.loss, BY_CLASS) and over_time and targets.over_time:
+            each = self.unreduced(outputs.flatten(0, 1), labels.flatten(0, 1))
             value = each.view(outputs.shape[:2]) if isinstance(each, Tensor) and each.ndim == 1 else each
-        else:
-            value = self._answer(seen, targets)
-            if isinstance(value, Tensor) and value.ndim == 0:  # a number for the whole batch all the same
-                return by_sample(self.loss, seen, targets, over_time)
-        return self._reduced(value, outputs, targets, mask)
+            return self._reduced(value, outputs, labels, mask)
+        if mask is None or not over_time:
+            return self._alike(outputs, targets, labels)
+        lengths = mask.flatten(1).sum(0).long()
+        rows = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+        values = []
+        for some in rows:
+            own = slice(int(lengths[some[0]]))
+            part = labels[own, some] if targets.over_time else labels[some]
+            value = self._alike(outputs[own, some], replace(targets, tensor=part), labels)
+            values.append(checked(value, outputs[own, some]))
+        return torch.cat(values)[torch.cat(rows).argsort()]
+
+    def _alike(self, outputs: Tensor, targets: Leaf, labels: Tensor) -> Any:
+        """Returns the value of a library's object for samples of the same length. labels: targets of the batch."""
+        seen = self._time_first(outputs)
+        if of_torchmetrics(self.loss):
+            return by_sample(copy.deepcopy(self.loss), seen, targets, outputs.ndim >= 3)
+        value = self._answer(seen, targets.tensor)
+        if isinstance(value, Tensor) and value.ndim == 0:  # a number for the whole batch all the same
+            return by_sample(self.loss, seen, targets, outputs.ndim >= 3)
+        return self._reduced(value, outputs, labels, None, samples=labels.shape[targets.axis])
 
     def _time_first(self, outputs: Tensor) -> Any:
         """Returns the outputs in the user's form, but with time first."""
@@ -152,24 +168,34 @@ class Brought:
             raise UsageError(f"{name_of(self.loss)} got {shapes}, and refused them; {advice}") from error
 
     def _reduced(
-        self, value: Any, outputs: Tensor, targets: Tensor | None, mask: Tensor | None, batch_first: bool = False
+        self,
+        value: Any,
+        outputs: Tensor,
+        targets: Tensor | None,
+        mask: Tensor | None,
+        batch_first: bool = False,
+        samples: int | None = None,
     ) -> Any:
-        """Returns one value a sample, whose mean over the batch is what the object gives itself. targets: None if their
-        weights are not known; batch_first: the first axis of values over time is that of the samples."""
+        """Returns one value a sample, whose mean over the batch is what the object gives itself. targets: those of the
+        batch; None if their weights are not known; batch_first: the first axis of values over time is that of the
+        samples; samples: those of the batch, if the outputs are only some."""
         if self.reduction == "none" or not isinstance(value, Tensor) or value.ndim < 1:
             return value
         batch = int(outputs.ndim >= 3 and value.shape[:2] == outputs.shape[:2] and not batch_first)
         if batch and mask is not None:
             value = value * mask.reshape(*mask.shape[:2], *[1] * (value.ndim - 2))
         sums = value.movedim(batch, 0).flatten(1).sum(1) if value.ndim > 1 else value
+        samples = samples or len(sums)
         if self.reduction == "sum":
-            return sums * ranks.joined(len(sums))
+            return sums * ranks.joined(samples)
+        if self.reduction == "batchmean":  # torch takes the first axis for that of the samples
+            return sums * (ranks.joined(samples) / len(value)) if batch else sums
         weights = None if targets is None else self._weights(targets, mask if batch else None)
         if weights is not None:
             if ranks.share() is not None:  # once, because all calls of a step see the same targets
-                each = weights / len(sums)
-                weights = ranks.once(id(self.loss), lambda: ranks.averaged([each])[0]) * len(sums)
-            return sums * len(sums) / weights.clamp(min=torch.finfo(sums.dtype).tiny)
+                each = weights / samples
+                weights = ranks.once(id(self.loss), lambda: ranks.averaged([each])[0]) * samples
+            return sums * samples / weights.clamp(min=torch.finfo(sums.dtype).tiny)
         each = value.numel() / len(sums)
         if batch and mask is not None:
             own = mask.reshape(*mask.shape[:2]).sum(0)
@@ -197,17 +223,19 @@ def of_torchmetrics(loss: Any) -> bool:
     return any(kind.__module__ == "torchmetrics.metric" for kind in type(loss).__mro__)
 
 
-def by_sample(loss: Any, outputs: Tensor, targets: Tensor, over_time: bool) -> Tensor:
+def by_sample(loss: Any, outputs: Tensor, targets: Leaf, over_time: bool) -> Tensor:
     """Returns the value of a loss, or of a metric of torchmetrics, for each sample alone, [B]. over_time: outputs are
     [T, B, ...]."""
     axis = int(over_time)
-    target_axis = int(over_time and targets.shape[:2] == outputs.shape[:2])
     values = []
     for sample in range(outputs.shape[axis]):
+        one = outputs.narrow(axis, sample, 1).contiguous()
+        target = targets.tensor.narrow(targets.axis, sample, 1).contiguous()
         if of_torchmetrics(loss):
             loss.reset()
-        one = outputs.narrow(axis, sample, 1).contiguous()
-        values.append(loss(one, targets.narrow(target_axis, sample, 1).contiguous()))
+            if over_time and targets.over_time:
+                one, target = one.flatten(0, 1), target.flatten(0, 1)
+        values.append(loss(one, target))
     return torch.stack(values)
 
 

@@ -16,6 +16,7 @@ from ulr_snn.losses.named import total
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.neurons import output_mask
 from ulr_snn.model.targets import IGNORED, left_out
+from ulr_snn.model.trees import mapped
 
 BINS = 15  # number of confidence bins in the calibration error
 COUNTS = ("samples", "loss", "correct", "labelled", "classes")  # of a `Tally`
@@ -124,7 +125,8 @@ class OwnMetric:
     """A metric of the user's: a function (outputs, targets) -> [B] or a number, or an object of torchmetrics.
 
     A function gets outputs and targets in the user's form, and its values are averaged over samples. An object of
-    torchmetrics gets them with time first; outputs over time are summed where the targets have no time axis.
+    torchmetrics gets time steps as so many samples, without padding; outputs over time are summed where the targets
+    have no time axis.
     """
 
     def __init__(self, metric: Any) -> None:
@@ -150,10 +152,7 @@ class OwnMetric:
         mask = output_mask(batch.lengths, outputs)
         outputs = outputs if mask is None else outputs * mask
         if self.collects:
-            targets = batch.targets.tensor
-            summed = outputs.ndim >= 3 and targets.shape[:2] != outputs.shape[:2]
-            seen = outputs.sum(0) if summed else batch.view.time_first.external(outputs)
-            self.metric.to(outputs.device).update(seen, targets)
+            self.metric.to(outputs.device).update(*seen_by_torchmetrics(outputs, batch))
             return
         value = self.metric(batch.view.external(outputs), batch.targets.external())
         try:
@@ -175,6 +174,19 @@ class OwnMetric:
             return self.sum / max(1, self.samples)
         found = self.metric.compute()
         return found.tolist() if isinstance(found, Tensor) else found
+
+
+def seen_by_torchmetrics(outputs: Tensor, batch: Batch) -> tuple[Any, Tensor]:
+    """Returns the outputs, zero on padding, and the targets of a batch as an object of torchmetrics gets them."""
+    leaf = batch.targets.only
+    if outputs.ndim < 3:
+        return batch.view.external(outputs), leaf.tensor
+    if not leaf.over_time:
+        return outputs.sum(0), leaf.tensor
+    mask = output_mask(batch.lengths, outputs)
+    own = outputs.new_ones(outputs.shape[:2], dtype=torch.bool) if mask is None else mask.flatten(1).bool()
+    seen = mapped(batch.view.time_first.external(outputs), lambda part: part[own])
+    return seen, leaf.tensor[own]
 
 
 def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class NamedLoss:
     of_totals: bool = False
 
     def __call__(self, outputs: Tensor, targets: Tensor | Targets, mask: Tensor | None = None) -> Tensor:
-        targets = Targets.alone(targets).tensor
+        targets = Targets.alone(targets, outputs).tensor
         if self.labels:
             check_labels(targets, outputs, self.soft)
         return checked(self.value(outputs, targets, mask), outputs)
@@ -169,7 +169,7 @@ class NamedLoss:
     def in_time(self, outputs: Tensor, targets: Tensor | Targets, mask: Tensor | None = None) -> Tensor:
         """Returns the contribution of each time step, [T, B], if the loss is a sum over time."""
         assert self.steps is not None
-        return self.steps(outputs, Targets.alone(targets).tensor, mask)
+        return self.steps(outputs, Targets.alone(targets, outputs).tensor, mask)
 
     def seen_by(self, view: View) -> "NamedLoss":
         """Returns the loss for a model whose outputs have this form."""

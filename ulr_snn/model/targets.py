@@ -63,9 +63,13 @@ class Targets:
         return cls(mapped(tree, lambda tensor: Leaf.of(tensor, layout, steps, samples, AS_IS, listed)))
 
     @classmethod
-    def alone(cls, targets: "Targets | Tensor") -> "Targets":
-        """Returns targets as they are, or makes them from a tensor in the form inside the library."""
-        return targets if isinstance(targets, Targets) else cls(Leaf(targets))
+    def alone(cls, targets: "Targets | Tensor", outputs: Tensor) -> "Targets":
+        """Returns targets as they are, or makes them from a tensor in the form inside the library, with outputs
+        [T, B, ...] or [B, F]."""
+        if isinstance(targets, Targets):
+            return targets
+        several = targets.ndim > 2 or not targets.is_floating_point() or outputs.shape[-1] == 1  # else [B, C]
+        return cls(Leaf(targets, outputs.ndim > 2 and several and targets.shape[:2] == outputs.shape[:2]))
 
     def moved(self, function: Any) -> "Targets":
         """Returns targets with function(leaf) in place of each tensor."""
@@ -91,6 +95,11 @@ class Targets:
 
     @property
     def tensor(self) -> Tensor:
+        """The tensor of `only`."""
+        return self.only.tensor
+
+    @property
+    def only(self) -> Leaf:
         """The only tensor, [T, B, ...] or [B, ...]. Raises UsageError for a tree of several."""
         if not isinstance(self.tree, Leaf):
             found: list[Leaf] = []
@@ -100,8 +109,8 @@ class Targets:
                     f"the targets are a {type(self.tree).__name__} of {len(found)} tensors; give a loss and metrics of "
                     "your own that take them"
                 )
-            return found[0].tensor
-        return self.tree.tensor
+            return found[0]
+        return self.tree
 
     @property
     def labels(self) -> Tensor | None:
