@@ -56,11 +56,13 @@ def data() -> tuple[Tensor, Tensor]:
     return (torch.rand(STEPS, BATCH, INPUTS, generator=generator) < 0.5).float() * 2, torch.arange(BATCH) % CLASSES
 
 
-def gradients(model: nn.Module, x: object, y: object, loss: object, **options: object) -> dict[str, Tensor]:
+def gradients(
+    model: nn.Module, x: object, y: object, loss: object, lengths: Tensor | None = None, **options: object
+) -> dict[str, Tensor]:
     model.zero_grad()
     with attach(model, loss=loss, seed=3, **options) as ulr:
         for _ in range(2):
-            ulr.backward(x, y)
+            ulr.backward(x, y, lengths=lengths)
     return {name: q.grad.clone() for name, q in model.named_parameters() if q.grad is not None and q.grad.any()}
 
 
@@ -450,6 +452,76 @@ def test_an_autoencoder_needs_no_targets():
         assert result.history[-1]["val_loss"] == pytest.approx(after, rel=1e-4) and after < 0.3 * before
     named = evaluate(model, [image], loss="mse", layout="B", device="cpu")["loss"]
     assert named == pytest.approx(16 * after, rel=1e-4)
+
+
+# -- lengths -------------------------------------------------------------------------------------------------
+
+
+class Reduced(nn.Module):
+    """Two heads: one over time, the other reduced over time."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.lif = nn.Linear(INPUTS, 8), LIF()
+        self.over_time, self.static, self.by, self.average = nn.Linear(8, CLASSES), nn.Linear(8, 2), by, TimeAverage()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        spikes = self.lif(2 * self.hidden(x))
+        averages = {
+            "average": lambda: self.average(spikes),
+            "average of outputs": lambda: spikes,
+            "mean": lambda: spikes.mean(0),
+            "both": lambda: spikes.mean(0) + 0 * self.average(spikes),
+        }
+        static = self.static(averages[self.by]())
+        return {"over_time": self.over_time(spikes), "static": self.average(static) if static.ndim > 2 else static}
+
+
+PADDED = torch.tensor([3, STEPS, 2, STEPS, 1])
+
+
+@unread
+@pytest.mark.parametrize("by", ["average", "average of outputs"])
+def test_a_head_without_time_beside_one_over_time_leaves_padding_out(by):
+    x, y = data()
+    model, seen = Reduced(by), []
+
+    def of_static(result: dict[str, Tensor], targets: Tensor) -> Tensor:
+        seen.append(result["static"].detach())
+        return (result["static"] ** 2).sum(1) + 0 * result["over_time"].sum((0, 2))
+
+    def alone(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs**2).sum(1)
+
+    with torch.no_grad():
+        expected = torch.cat([model(x[:length, [i]])["static"] for i, length in enumerate(PADDED)])
+    found = evaluate(
+        model,
+        [(x, y, PADDED)],
+        loss=of_static,
+        output="all",
+        metrics={"first": lambda result, _: result["static"][:, 0]},
+        device="cpu",
+    )
+    torch.testing.assert_close(seen[-1], expected)
+    assert found["first"] == pytest.approx(expected[:, 0].mean().item(), rel=1e-4)
+    together = gradients(model, x, y, of_static, output="all", lengths=PADDED)
+    for name, gradient in gradients(Reduced(by), x, y, alone, output="static", lengths=PADDED).items():
+        torch.testing.assert_close(together[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("by", ["mean", "both"])
+@pytest.mark.parametrize("output", ["all", "static"])
+def test_a_head_that_is_reduced_over_padding_is_refused(by, output, sparse):
+    x, y = data()
+
+    def loss(result: object, targets: Tensor) -> Tensor:
+        return (result["static"] if isinstance(result, dict) else result).sum(1)
+
+    with pytest.raises(UsageError, match="padding included, so that lengths cannot be kept"):
+        evaluate(Reduced(by), [(x.to_sparse() if sparse else x, y, PADDED)], loss=loss, output=output, device="cpu")
 
 
 # -- metrics -------------------------------------------------------------------------------------------------

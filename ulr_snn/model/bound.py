@@ -12,17 +12,22 @@ from ulr_snn.errors import UsageError
 from ulr_snn.kernels.layout import Views, channels_last, free_layout, laid
 from ulr_snn.kernels.pool import in_step
 from ulr_snn.model.batch import Batch
-from ulr_snn.model.call import Call, no_side_effects
+from ulr_snn.model.call import Call, copied, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
 from ulr_snn.model.discovery import find_layers
-from ulr_snn.model.finding import find_call
+from ulr_snn.model.finding import OF_SHAPES, STEPS, few, find_call
 from ulr_snn.model.habits import options
+from ulr_snn.model.mode import mode_of
 from ulr_snn.model.neurons import SpikingNeuron, TimeAverage
 from ulr_snn.model.recognition import recognise
+from ulr_snn.model.trees import tensors
+from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.sites.binding import Layers, bind, spiking_layers
 from ulr_snn.sites.records import InPlaceGuard, Links, Record
+
+PADDING = "leaves padding out"  # a finding about a model
 
 
 @dataclass(frozen=True)
@@ -73,18 +78,44 @@ class BoundModel:
                 f"the model returns {call.count} outputs, and a loss of your own could read any; choose by output=, as "
                 "output=0 for the first or output='all'"
             )
-        honoured = call.view.over_time or any(isinstance(m, TimeAverage) for m in self.model.modules())
         if batch.lengths is not None and not call.keeps_time:
             raise UsageError(
                 "the model runs over other time steps than those of the events, so that lengths cannot be kept; leave "
                 "lengths out"
             )
-        if batch.lengths is not None and not honoured:
+        if batch.lengths is not None and not self._leaves_padding_out(batch):
             raise UsageError(
                 "the model reduces its outputs over time itself, padding included, so that lengths cannot be kept; "
-                "return outputs [T, B, C], or leave lengths out"
+                "return outputs [T, B, C], reduce them by TimeAverage, or leave lengths out"
             )
         return batch.over(self.steps or batch.steps).seen_by(call.view)
+
+    def _leaves_padding_out(self, batch: Batch) -> bool:
+        """Returns whether outputs without a time axis leave padding out. They are tried, once: the outputs of half of
+        the time steps must be the same with the other half as padding. A model that takes no other number of time
+        steps is taken to leave padding out if it has a `TimeAverage`."""
+        reduced = [i for i, slot in enumerate(self.call.view.slots) if not slot.over_time]
+        if not reduced:
+            return True
+        if not any(isinstance(module, TimeAverage) for module in self.model.modules()):
+            return False
+        if PADDING in self.findings:
+            return bool(self.findings[PADDING])
+        x = few(batch, min(STEPS, batch.steps), 3)
+        x = torch.cat([x, 10 * (1 + x.abs())], 1)  # neurons may be silent without a strong input
+        half = len(x) // 2
+        level, lengths = NoiseLevel(Logistic()), torch.full((x.shape[1],), half, device=x.device)
+        found = []
+        try:
+            with mode_of(self.model, training=False), no_side_effects(self.model), torch.no_grad():
+                for events, own in ((x, lengths), (x[:half], None)):
+                    whole = self.call.view.external(self.outputs(copied(events), level, lengths=own)[0])
+                    found.append(torch.cat([tensors(whole)[i].flatten() for i in reduced]))
+            error, scale = (found[0] - found[1]).abs().max(), found[1].abs().max()
+            self.findings[PADDING] = not bool(error > scale * torch.finfo(scale.dtype).eps ** 0.5)
+        except OF_SHAPES:
+            self.findings[PADDING] = True
+        return bool(self.findings[PADDING])
 
     def outputs(
         self,

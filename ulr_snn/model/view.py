@@ -108,7 +108,8 @@ class View:
         return torch.cat(sequences, 2)
 
     def external(self, tensor: Tensor) -> Any:
-        """Returns the tree in the user's form from a tensor [T, B, ...] or [B, F]."""
+        """Returns the tree in the user's form from a tensor [T, B, ...] or [B, F]. A tensor without a time axis beside
+        others over time is read at the first time step, which is no padding in any sample."""
         if not self.slots:
             return tensor
         if len(self.slots) == 1:
@@ -116,7 +117,7 @@ class View:
         else:
             pieces = tensor.split([math.prod(slot.shape) for slot in self.slots], -1)
             parts = [
-                slot.external(piece[-1] if self.over_time and not slot.over_time else piece)
+                slot.external(piece[0] if self.over_time and not slot.over_time else piece)
                 for slot, piece in zip(self.slots, pieces, strict=True)
             ]
         return mapped(self.tree, lambda index: parts[index.number], Index)
