@@ -101,13 +101,15 @@ def library(name: str) -> Callable[[], nn.Module]:
 
 @dataclass
 class Case:
-    """model, estimator, loss: what is trained; lengths: batches have them; shape: of a sample's time step."""
+    """model, estimator, loss: what is trained; lengths: batches have them; shape: of a sample's time step; unlabelled:
+    number of first samples without a label."""
 
     model: Callable[[], nn.Module]
     estimator: Any
     loss: Any = "ce_count"
     lengths: bool = False
     shape: tuple[int, ...] = (PIXELS,)
+    unlabelled: int = 0
     steps: int = 4
     dtype: torch.dtype = torch.float64
     scale: float = 3.0
@@ -118,7 +120,9 @@ class Case:
         x = self.scale * (torch.rand(STEPS, BATCH, *self.shape, generator=generator) < 0.5).to(self.dtype)
         lengths = torch.randint(2, STEPS + 1, (BATCH,), generator=generator)
         lengths[0] = STEPS
-        return x, torch.randint(CLASSES, (BATCH,), generator=generator), lengths if self.lengths else None
+        labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+        labels[: self.unlabelled] = -100
+        return x, labels, lengths if self.lengths else None
 
     def make(self) -> nn.Module:
         torch.manual_seed(1)
@@ -159,6 +163,8 @@ CASES = {
     "output noise": Case(averaging, ULR(noise={"outputs": OutputNoise()}), "zero_one"),
     "flips": Case(spiking, ULR(), "latency"),
     "weighted loss": Case(averaging, ULR(), WEIGHTED),
+    "unlabelled": Case(dense, ULR(), unlabelled=3, steps=2),
+    "unlabelled, surrogate": Case(recurrent, SurrogateBPTT(), "ce_rate", unlabelled=SPLIT),
     "mixed losses": Case(dense, ULR(noise={"outputs": None}), {"ce_count": 1.0, "zero_one": 0.5}),
     "online": Case(recurrent, Online(), "ce_rate", lengths=True, steps=2),
     "online, learned maps": Case(recurrent, Online(maps="learned"), "ce_rate", steps=3),

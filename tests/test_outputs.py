@@ -393,7 +393,7 @@ def test_ignored_and_soft_labels_of_named_losses():
     some = torch.tensor([0, -100, 2, 1, -100])
     found = evaluate(model, [(x, some)], device="cpu")
     each = F.cross_entropy(totals, some, reduction="none")
-    assert found["loss"] == pytest.approx(each.mean().item()) and each[1] == 0
+    assert found["loss"] == pytest.approx(F.cross_entropy(totals, some).item()) and each[1] == 0
     assert found["accuracy"] == pytest.approx((totals.argmax(1) == some)[some >= 0].float().mean().item())
     soft = VALUES[0].softmax(-1)
     found = evaluate(model, [(x, soft)], device="cpu")
@@ -407,6 +407,33 @@ def test_ignored_and_soft_labels_of_named_losses():
     ):
         with pytest.raises(UsageError, match=says):
             plan(model, (x, targets))
+
+
+@pytest.mark.parametrize("loss", ["ce_count", "ce_rate", "zero_one", "latency", "steps"])
+def test_the_mean_of_a_named_loss_is_that_of_labelled_samples(loss):
+    """Samples without a label change neither the loss nor the gradient of the others, in all copies."""
+    x, y = data()
+    kept, name = 2, "ce_rate" if loss == "steps" else loss
+    y = LABELS if loss == "steps" else y
+    some = y.clone()
+    some[..., kept:] = -100
+    model = nn.Sequential(readout(), LIF()) if loss == "latency" else readout()
+    whole = evaluate(model, [(x, some)], loss=name, device="cpu")
+    alone = evaluate(model, [(x[:, :kept], y[..., :kept])], loss=name, device="cpu")
+    assert whole["loss"] == pytest.approx(alone["loss"]) and whole["accuracy"] == pytest.approx(alone["accuracy"])
+    batches = [(x, some), (x, torch.full_like(some, -100)), (x[:, :kept], y[..., :kept])]
+    assert evaluate(model, batches, loss=name, device="cpu")["loss"] == pytest.approx(alone["loss"])
+
+    def own(outputs: Tensor, targets: Tensor) -> Tensor:  # whose mean over all samples is that over labelled ones
+        if loss == "ce_count":
+            return F.cross_entropy(outputs.sum(0), targets, reduction="none") * BATCH / kept
+        each = F.cross_entropy(outputs.flatten(0, 1), targets.expand(outputs.shape[:2]).flatten(), reduction="none")
+        return each.view(outputs.shape[:2]).mean(0) * BATCH / kept
+
+    for estimator in (ULR(), ULR(credit="global", copies=4)) if name.startswith("ce") else ():
+        ours = gradients(model, x, some, name, estimator=estimator)
+        for key, gradient in gradients(model, x, some, own, estimator=estimator).items():
+            torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_targets_may_be_a_tree():

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class LearnedAttachment(Attachment):
             if not self._begun:
                 self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
             step = self.prepared(x, targets, loss, lengths)
-            self._meet(step)
+            step = self._met(step)
             share = ranks.share()
             estimates = self.memory.estimates(step)
         self.forward_passes = self.learner.forward_passes
@@ -99,12 +100,14 @@ class LearnedAttachment(Attachment):
                 return
             yield estimate
 
-    def _meet(self, step: Step) -> None:
+    def _met(self, step: Step) -> Step:
         """Joins the batches of all ranks, if there are several. If the model is new to one, all observe it again."""
         batch, layers = step.batch, [name for name, _ in step.bound.layers]
         known, padded = self.structure is not None, batch.lengths is not None
-        if not ranks.meet(batch.samples, batch.steps, padded, self.learner.step, known, layers):
+        own = batch.samples, batch.steps, padded, self.learner.step, batch.targets.share
+        if not ranks.meet(*own, known, layers):
             self.learner.observe_again()
+        return replace(step, batch=batch.joined())
 
     def _warn(self, step: Step) -> None:
         """Gives each warning about the model and the loss once."""

@@ -37,12 +37,14 @@ Item = TypeVar("Item")
 @dataclass(frozen=True)
 class Share:
     """A rank's share of a joined batch. sizes: samples of every rank; key: index of the first own sample for noise;
-    padded: some rank has lengths; once: values that are computed once in a step."""
+    padded: some rank has lengths; labelled: number of samples of the joined batch that have a label; once: values that
+    are computed once in a step."""
 
     rank: int
     sizes: tuple[int, ...]
     key: int
     padded: bool
+    labelled: int
     once: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -330,7 +332,7 @@ def joint(model: nn.Module, met: Share | None = None, gradients: bool = True) ->
             q.grad = old
         if running.share is None and isinstance(error, Exception) and not isinstance(error, RankError):
             with suppress(RankError):
-                _exchanged([False, 0, 0, False, 0, False, 0])
+                _exchanged([False, 0, 0, False, 0, False, 0, 0])
         raise
     finally:
         _joint.reset(token)
@@ -367,19 +369,30 @@ def _exchanged(numbers: list[int]) -> list[list[int]]:
     return torch.stack(found).tolist()
 
 
-def meet(samples: int, steps: int, padded: bool, step: int, known: bool = True, layers: Iterable[str] = ()) -> bool:
+def meet(
+    samples: int,
+    steps: int,
+    padded: bool,
+    step: int,
+    labelled: Tensor | None = None,
+    known: bool = True,
+    layers: Iterable[str] = (),
+) -> bool:
     """Exchanges the sizes of the ranks' shares. Outside of `joint` it does nothing. Returns whether all ranks `know`.
 
-    samples, steps: size of the own batch; padded: it has lengths; step: number of steps so far; known: the model has
-    been observed; layers: names of the layers that get noise. Raises UsageError if the ranks' batches or layers do not
+    samples, steps: size of the own batch; padded: it has lengths; step: number of steps so far; labelled: the share of
+    its samples that have a label, None for targets without labels; known: the model has been observed; layers: names
+    of the layers that get noise. Raises UsageError if the ranks' batches or layers do not
     fit together, and RankError if a rank has no batch because of an error.
     """
     running = _joint.get()
     if running is None:
         return known
-    rows = _exchanged([True, samples, steps, padded, step, known, zlib.crc32(" ".join(layers).encode())])
+    with_label = samples if labelled is None else round(samples * labelled.item())
+    names = zlib.crc32(" ".join(layers).encode())
+    rows = _exchanged([True, samples, steps, padded, step, known, names, with_label])
     sizes, own = tuple(row[1] for row in rows), rank()
-    running.share = Share(own, sizes, sum(sizes[:own]), any(row[3] for row in rows))
+    running.share = Share(own, sizes, sum(sizes[:own]), any(row[3] for row in rows), sum(row[7] for row in rows))
     failed = [number for number, row in enumerate(rows) if not row[0]]
     if failed:
         raise RankError(f"rank {failed[0]} of {len(rows)} stopped at an error before the step, see its own message")
@@ -405,7 +418,7 @@ def of_first(samples: int) -> Iterator[None]:
         return
     whole = running.share
     sizes = tuple(min(size, samples) for size in whole.sizes)
-    running.share = Share(whole.rank, sizes, whole.key, whole.padded)
+    running.share = Share(whole.rank, sizes, whole.key, whole.padded, whole.labelled)
     try:
         yield
     finally:

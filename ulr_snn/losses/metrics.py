@@ -19,7 +19,7 @@ from ulr_snn.model.targets import IGNORED, left_out
 from ulr_snn.model.trees import mapped
 
 BINS = 15  # number of confidence bins in the calibration error
-COUNTS = ("samples", "loss", "correct", "labelled", "classes")  # of a `Tally`
+COUNTS = ("samples", "weight", "loss", "correct", "labelled", "classes")  # of a `Tally`
 TAKEN = ("loss", "accuracy", "samples", "seconds", "bound", "spikes", "operations")
 
 
@@ -57,10 +57,11 @@ def scores(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
 @dataclass
 class Tally:
     """Running means of loss, accuracy and metrics over samples. metrics: see `OwnMetric`. classes: the targets of all
-    batches so far are class indices of the outputs."""
+    batches so far are class indices of the outputs; weight: number of samples whose losses are averaged."""
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 0
+    weight: float = 0.0
     loss: float = 0.0
     correct: int = 0
     labelled: int = 0
@@ -72,7 +73,10 @@ class Tally:
     def add(self, loss: Tensor, outputs: Tensor, batch: Batch, scored: tuple[Tensor, Tensor] | None) -> None:
         """Adds a batch. loss: [B]; outputs: in the form inside the library; scored: see `scores`."""
         self.samples += len(loss)
-        self.loss += loss.sum().item()
+        share = batch.targets.labelled() if batch.objective.of_labelled else None
+        weight = 1.0 if share is None else share.item()
+        self.weight += len(loss) * weight
+        self.loss += loss.sum().item() * weight
         self.classes &= scored is not None
         if scored is not None:
             self.correct += int((scored[0].argmax(-1) == scored[1]).sum())
@@ -87,8 +91,9 @@ class Tally:
             return self
         found = copy.copy(self)
         own = [number for metric in self.own.values() for number in (metric.sum, metric.samples)]
-        counts = self.samples, self.loss, self.correct, self.labelled, not self.classes, *own
-        samples, found.loss, correct, labelled, others, *of_metrics = ranks.totals([float(count) for count in counts])
+        counts = self.samples, self.weight, self.loss, self.correct, self.labelled, not self.classes, *own
+        totals = ranks.totals([float(count) for count in counts])
+        samples, found.weight, found.loss, correct, labelled, others, *of_metrics = totals
         found.samples, found.correct, found.labelled = int(samples), int(correct), int(labelled)
         found.classes = not others
         found.own = {name: copy.copy(metric) for name, metric in self.own.items()}
@@ -98,7 +103,7 @@ class Tally:
 
     def running(self) -> dict[str, float]:
         """Returns the means of the loss and, if targets are class indices, of the accuracy so far."""
-        found = {"loss": self.loss / max(1, self.samples)}
+        found = {"loss": self.loss / self.weight if self.weight else 0.0}
         if self.classes and self.labelled:
             found["accuracy"] = self.correct / self.labelled
         return found

@@ -145,9 +145,18 @@ def negative_return_steps(outputs: Tensor, targets: Tensor, mask: Tensor | None 
     return -rewards.flatten(2).sum(2)
 
 
+def over_labelled(losses: Tensor, targets: Targets) -> Tensor:
+    """Returns losses [..., B], zero without a label, whose mean over the batch is that over its labelled samples."""
+    share = targets.labelled()
+    if share is None:
+        return losses
+    return losses / share.clamp(min=1e-9).to(losses)
+
+
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss (outputs, targets, mask) -> [B] with its properties, for use by name or as `loss=NamedLoss(...)`.
+    """A loss (outputs, targets, mask) -> [B] with its properties, for use by name or as `loss=NamedLoss(...)`. Its mean
+    is that over the samples that have a label: `value` and `steps` are zero for the others.
 
     steps: function for the contribution of each time step, [T, B], if the loss is a sum over time. labels: whether
     targets are class indices. soft: whether they may be class probabilities instead. of_totals: whether the loss
@@ -161,15 +170,18 @@ class NamedLoss:
     of_totals: bool = False
 
     def __call__(self, outputs: Tensor, targets: Tensor | Targets, mask: Tensor | None = None) -> Tensor:
-        targets = Targets.alone(targets, outputs).tensor
-        if self.labels:
-            check_labels(targets, outputs, self.soft)
-        return checked(self.value(outputs, targets, mask), outputs)
+        targets = Targets.alone(targets, outputs)
+        if not self.labels:
+            return checked(self.value(outputs, targets.tensor, mask), outputs)
+        check_labels(targets.tensor, outputs, self.soft)
+        return over_labelled(checked(self.value(outputs, targets.tensor, mask), outputs), targets)
 
     def in_time(self, outputs: Tensor, targets: Tensor | Targets, mask: Tensor | None = None) -> Tensor:
         """Returns the contribution of each time step, [T, B], if the loss is a sum over time."""
         assert self.steps is not None
-        return self.steps(outputs, Targets.alone(targets, outputs).tensor, mask)
+        targets = Targets.alone(targets, outputs)
+        steps = self.steps(outputs, targets.tensor, mask)
+        return over_labelled(steps, targets) if self.labels else steps
 
     def seen_by(self, view: View) -> "NamedLoss":
         """Returns the loss for a model whose outputs have this form."""
@@ -248,6 +260,11 @@ class Objective:
     def needs_labels(self) -> bool:
         """True if a loss takes class indices."""
         return any(isinstance(loss, NamedLoss) and loss.labels for _, loss in self.losses)
+
+    @property
+    def of_labelled(self) -> bool:
+        """True if the objective's mean is that over samples that have a label."""
+        return not self.costs and all(isinstance(loss, NamedLoss) and loss.labels for _, loss in self.losses)
 
     @property
     def counts(self) -> set[str]:

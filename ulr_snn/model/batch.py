@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import Objective
 from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
@@ -94,6 +95,7 @@ class Batch:
         """Returns the batch as a model sees it whose outputs have this form. Raises UsageError if the objective does
         not fit the outputs."""
         targets = self.targets.seen_by(view, self.interface.layout, self.steps, self.samples)
+        targets = replace(targets, share=targets.labelled(self.valid))
         return replace(self, view=view, targets=targets, objective=self.objective.seen_by(view))
 
     @property
@@ -135,6 +137,13 @@ class Batch:
             one = torch.ones((), dtype=self.dtype, device=self.frames.device)
             return (one / self.steps).expand(self.steps, self.samples)
         return self.valid.to(self.dtype) / self.valid.sum(0)
+
+    def joined(self) -> "Batch":
+        """Returns the batch of this rank, whose losses are means over the labelled samples of the joined batch."""
+        here, own = ranks.share(), self.targets.share
+        if here is None or own is None:
+            return self
+        return replace(self, targets=replace(self.targets, share=torch.full_like(own, here.labelled / here.total)))
 
     def part(self, first: tuple[slice, slice]) -> "Batch":
         """Returns the batch of these first time steps and samples."""

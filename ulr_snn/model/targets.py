@@ -53,9 +53,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of a batch. tree: a `Leaf`, or a tuple, list or dict of leaves."""
+    """The targets of a batch. tree: a `Leaf`, or a tuple, list or dict of leaves. share: the share of a whole batch's
+    samples that have a label, if they are class indices and this is a part of them or has copies."""
 
     tree: Any
+    share: Tensor | None = None
 
     @classmethod
     def of(cls, tree: Any, layout: str, steps: int, samples: int, listed: bool = False) -> "Targets":
@@ -73,7 +75,7 @@ class Targets:
 
     def moved(self, function: Any) -> "Targets":
         """Returns targets with function(leaf) in place of each tensor."""
-        return Targets(mapped(self.tree, lambda x: replace(x, tensor=function(x)), Leaf))
+        return replace(self, tree=mapped(self.tree, lambda x: replace(x, tensor=function(x)), Leaf))
 
     def seen_by(self, view: View, layout: str, steps: int, samples: int) -> "Targets":
         """Returns the targets for outputs of this form."""
@@ -111,6 +113,17 @@ class Targets:
                 )
             return found[0]
         return self.tree
+
+    def labelled(self, valid: Tensor | None = None) -> Tensor | None:
+        """Returns the share of samples that have a label, in a time step that is `valid` [T, B]; None if targets are no
+        class indices."""
+        labels = self.labels
+        if self.share is not None or labels is None:
+            return self.share
+        known = ~left_out(labels)
+        if labels.ndim > 1:
+            known = (known if valid is None else known & valid).any(0)
+        return known.double().mean()
 
     @property
     def labels(self) -> Tensor | None:

@@ -48,8 +48,8 @@ class PeerAttachment(Attachment):
         if not self._begun:
             self.seed, self._begun = ranks.same_start(self.model, self.seed), True
         bound, batch = self.binder.bound(Batch.of(self.model, x, targets, lengths, objective, self.interface))
-        ranks.meet(batch.samples, batch.steps, batch.lengths is not None, self.step)
-        return bound, batch
+        ranks.meet(batch.samples, batch.steps, batch.lengths is not None, self.step, batch.targets.share)
+        return bound, batch.joined()
 
     def counted(self, losses: Tensor, passes: int) -> None:
         """Counts the step. Raises FloatingPointError for a loss that is not finite."""
