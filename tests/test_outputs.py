@@ -421,6 +421,11 @@ def test_the_mean_of_a_named_loss_is_that_of_labelled_samples(loss):
     whole = evaluate(model, [(x, some)], loss=name, device="cpu")
     alone = evaluate(model, [(x[:, :kept], y[..., :kept])], loss=name, device="cpu")
     assert whole["loss"] == pytest.approx(alone["loss"]) and whole["accuracy"] == pytest.approx(alone["accuracy"])
+    several = [
+        evaluate(model, [batch], loss=name, samples=3, device="cpu")
+        for batch in ((x, some), (x[:, :kept], y[..., :kept]))
+    ]
+    assert several[0]["bound"] == pytest.approx(several[1]["bound"])
     batches = [(x, some), (x, torch.full_like(some, -100)), (x[:, :kept], y[..., :kept])]
     assert evaluate(model, batches, loss=name, device="cpu")["loss"] == pytest.approx(alone["loss"])
 

@@ -14,7 +14,7 @@ from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.kernels.precision import Autocast, reduced_precision
-from ulr_snn.losses.metrics import Activities, Several, Tally, check_metrics, scores
+from ulr_snn.losses.metrics import Activities, Several, Tally, check_metrics, scores, share_counted
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
@@ -108,7 +108,8 @@ class Evaluation:
             totals, labels = torch.stack([one for one, _ in found]), found[0][1]
             scored = totals.softmax(-1).mean(0) if self.apart else totals[0], labels
         if self.apart:
-            self.several.add(losses, totals if found else None, labels if found else None)
+            share = share_counted(batch)
+            self.several.add(losses, totals if found else None, labels if found else None, share)
         self.tally.add(losses.mean(0), mean[0], batch, scored)
         self.activities.add(mean[1])
 

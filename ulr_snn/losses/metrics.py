@@ -54,6 +54,13 @@ def scores(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
     return found, labels
 
 
+def share_counted(batch: Batch) -> float:
+    """Returns the share of a batch's samples that a mean of the objective is over: those with a label, if all its
+    losses leave out the others."""
+    share = batch.targets.labelled() if batch.objective.of_labelled else None
+    return 1.0 if share is None else share.item()
+
+
 @dataclass
 class Tally:
     """Running means of loss, accuracy and metrics over samples. metrics: see `OwnMetric`. classes: the targets of all
@@ -73,8 +80,7 @@ class Tally:
     def add(self, loss: Tensor, outputs: Tensor, batch: Batch, scored: tuple[Tensor, Tensor] | None) -> None:
         """Adds a batch. loss: [B]; outputs: in the form inside the library; scored: see `scores`."""
         self.samples += len(loss)
-        share = batch.targets.labelled() if batch.objective.of_labelled else None
-        weight = 1.0 if share is None else share.item()
+        weight = share_counted(batch)
         self.weight += len(loss) * weight
         self.loss += loss.sum().item() * weight
         self.classes &= scored is not None
@@ -217,10 +223,13 @@ class Several:
     confidence: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     differ: list[Tensor] = field(default_factory=list)
+    weight: float = 0.0  # number of samples that the bound is a mean over
 
-    def add(self, losses: Tensor, totals: Tensor | None, targets: Tensor | None) -> None:
-        """Adds a batch. losses: [K, B]; totals: scores [K, N, C] of class indices [N], if there are any."""
-        self.bound.append(multi_sample(losses))
+    def add(self, losses: Tensor, totals: Tensor | None, targets: Tensor | None, share: float = 1.0) -> None:
+        """Adds a batch. losses: [K, B]; totals: scores [K, N, C] of class indices [N], if there are any; share: see
+        `share_counted`."""
+        self.bound.append(multi_sample(losses * share))
+        self.weight += losses.shape[1] * share
         if totals is None or targets is None:
             return
         confidence, predicted = totals.softmax(-1).mean(0).max(-1)
@@ -234,7 +243,7 @@ class Several:
     def means(self) -> dict[str, float]:
         if not self.bound:
             return {}
-        found = {"bound": torch.cat(self.bound).mean().item()}
+        found = {"bound": torch.cat(self.bound).sum().item() / self.weight if self.weight else 0.0}
         if len(self.differ) == len(self.bound):  # all batches have class indices
             error = calibration_error(torch.cat(self.confidence), torch.cat(self.right))
             found |= {"calibration_error": error, "disagreement": torch.cat(self.differ).mean().item()}
