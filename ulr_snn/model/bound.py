@@ -15,6 +15,7 @@ from ulr_snn.model.batch import Batch
 from ulr_snn.model.call import Call, copied, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
 from ulr_snn.model.discovery import find_layers
+from ulr_snn.model.events import Events
 from ulr_snn.model.finding import OF_SHAPES, STEPS, few, find_call
 from ulr_snn.model.habits import options
 from ulr_snn.model.mode import mode_of
@@ -101,14 +102,16 @@ class BoundModel:
             return False
         if PADDING in self.findings:
             return bool(self.findings[PADDING])
-        x = few(batch, min(STEPS, batch.steps), 3)
-        x = torch.cat([x, 10 * (1 + x.abs())], 1)  # neurons may be silent without a strong input
-        half = len(x) // 2
+        steps = min(STEPS, batch.steps)
+        half = steps // 2
+        x, first = few(batch, steps, 3), few(batch, half, 3)
+        if not isinstance(x, Events):  # of events, no frames are made
+            x, first = (torch.cat([part, 10 * (1 + part.abs())], 1) for part in (x, first))  # so that neurons fire
         level, lengths = NoiseLevel(Logistic()), torch.full((x.shape[1],), half, device=x.device)
         found = []
         try:
             with mode_of(self.model, training=False), no_side_effects(self.model), torch.no_grad():
-                for events, own in ((x, lengths), (x[:half], None)):
+                for events, own in ((x, lengths), (first, None)):
                     whole = self.call.view.external(self.outputs(copied(events), level, lengths=own)[0])
                     found.append(torch.cat([tensors(whole)[i].flatten() for i in reduced]))
             error, scale = (found[0] - found[1]).abs().max(), found[1].abs().max()
