@@ -27,6 +27,8 @@ from torch.utils.data import (
 import ulr_snn
 from tests.helpers import batches, net
 from tests.runs_to_kill import BATCHES, EPOCHS, Noisy, figures, killed, plain, stacked, train_one, without_room
+from tests.written import Above
+from tests.written import Own as WrittenOut
 from ulr_snn import ULR, Online, UsageError
 from ulr_snn.errors import Interrupted, LoaderError, SaveError, Terminated
 from ulr_snn.runs import directory
@@ -583,11 +585,18 @@ class Named(nn.Module):
         return torch.stack(outputs)
 
 
+def written() -> nn.Module:
+    """Neurons that are written out, whose biases move the distance from rest to the threshold."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), WrittenOut(0.8, "subtract", Above.apply), nn.Dropout(0.2), nn.Linear(16, 2))
+
+
 @pytest.mark.parametrize("cut", [4, 5, 7])
-def test_a_model_of_another_library_takes_the_same_steps_after_any_step(cut, tmp_path):
+@pytest.mark.parametrize("model", [Named, written])
+def test_a_model_that_runs_by_its_own_code_takes_the_same_steps_after_any_step(model, cut, tmp_path):
     def steps(folder, resume=False, **options):
         torch.manual_seed(3)
-        result = ulr_snn.train(Named(), batches(), 2, run_dir=folder, resume=resume, progress=False, **options)
+        result = ulr_snn.train(model(), batches(), 2, run_dir=folder, resume=resume, progress=False, **options)
         return figures(result)[1]
 
     def cut_off(outputs, targets):

@@ -98,11 +98,11 @@ class Place(StepNeuron):
         self.widest = stairs.widest
         self.axis = 2 if self.whole else 1  # of the thresholds of a flight: the first behind time and samples
         self.watchers: list[Callable[[Tensor], None]] = []
-        self._threshold = torch.tensor(unit, dtype=torch.float64)
+        self.unit = unit
 
     @property
     def threshold(self) -> Tensor:
-        return self._threshold
+        return torch.tensor(self.unit, dtype=torch.float64)
 
     def calls_in(self, steps: int) -> int:
         if self.whole:

@@ -101,12 +101,14 @@ class LearnedAttachment(Attachment):
             yield estimate
 
     def _met(self, step: Step) -> Step:
-        """Joins the batches of all ranks, if there are several. If the model is new to one, all observe it again."""
+        """Joins the batches of all ranks, if there are several. If the model is new to one, all observe it again.
+        All layers then have the units of the first batch."""
         batch, layers = step.batch, [name for name, _ in step.bound.layers]
         known, padded = self.structure is not None, batch.lengths is not None
         own = batch.samples, batch.steps, padded, self.learner.step, batch.targets.share
         if not ranks.meet(*own, known, layers):
             self.learner.observe_again()
+        self.learner.keep_units(step.bound.layers)
         return replace(step, batch=batch.joined())
 
     def _warn(self, step: Step) -> None:

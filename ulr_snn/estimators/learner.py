@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.adapters.places import Place
 from ulr_snn.credit.baseline import moving
 from ulr_snn.credit.feedback import LearnedFeedback
 from ulr_snn.credit.kinds import Learned
@@ -23,7 +24,7 @@ from ulr_snn.model.neurons import spread_without_padding
 from ulr_snn.model.passes import Pass
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.noise.level import WIDENING, NoiseLevel
-from ulr_snn.sites.binding import check_layers
+from ulr_snn.sites.binding import Layers, check_layers
 from ulr_snn.sites.records import Record
 
 
@@ -97,6 +98,14 @@ class Learner:
         check_layers(forward.bound.model, forward.bound.layers, structure.weights)
         self.level.noiseless = structure.noiseless
         return structure
+
+    def keep_units(self, layers: Layers) -> None:
+        """Gives places in the model's code the units that the first batch showed, on the first rank."""
+        places = {name: neuron for name, neuron in layers if isinstance(neuron, Place)}
+        if new := {name: place.unit for name, place in places.items() if name not in self.level.units}:
+            self.level.units |= ranks.gathered(new)[0]
+        for name, place in places.items():
+            place.unit = self.level.units[name]
 
     def measure(self, model: nn.Module, p: Pass, whole: bool = True) -> None:
         """Measures step sizes and the noise of layers that began at rest. whole: the pass is over all time steps."""

@@ -35,8 +35,8 @@ class NoiseLevel:
     progress: from 0, the first step, to 1, the end of training. currents: noise of the sites on input currents. starts:
     by site, the calibrated scale over the threshold; for input currents, their standard deviation. resting: sites that
     started with the narrowest noise. idle: sites that did not run in the calibration. noiseless: sites without noise.
-    floors: by site, the least unit of the scale. farthest: by site, the largest distances of membranes below and above
-    the threshold in the last step, [2].
+    floors: by site, the least unit of the scale. units: thresholds of sites whose threshold is measured in the first
+    batch. farthest: by site, the largest distances of membranes below and above the threshold in the last step, [2].
     """
 
     firing: Firing
@@ -47,6 +47,7 @@ class NoiseLevel:
     idle: set[str] = field(default_factory=set)
     noiseless: set[str] = field(default_factory=set)
     floors: dict[str, float] = field(default_factory=dict)
+    units: dict[str, float] = field(default_factory=dict)
     farthest: dict[str, Tensor] = field(default_factory=dict)
 
     def secants(self, site: str, scale: Tensor) -> Tensor | None:
@@ -124,6 +125,7 @@ class NoiseLevel:
             "noise_starts": dict(self.starts),
             "noise_resting": sorted(self.resting),
             "noise_floors": dict(self.floors),
+            "noise_units": dict(self.units),
             "quiet": sorted(self.noiseless),
             "farthest": dict(self.farthest),
         }
@@ -131,4 +133,5 @@ class NoiseLevel:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.starts, self.resting = dict(state["noise_starts"]), set(state["noise_resting"])
         self.floors, self.noiseless = dict(state.get("noise_floors", {})), set(state.get("quiet", ()))
+        self.units = dict(state.get("noise_units", {}))
         self.farthest = {site: distance.to(device) for site, distance in state.get("farthest", {}).items()}
