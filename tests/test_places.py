@@ -414,6 +414,26 @@ def test_weights_of_few_values_keep_their_functions():
     assert all(float(g.abs().max()) > 0 for g in gradients(Net().double(), ULR()))
 
 
+def test_a_readout_behind_frozen_layers_trains_and_layers_may_thaw():
+    """No surrogate is asked for, before and after."""
+    model, (x, y) = layered(lambda beta: Own(beta, "subtract", Above.apply)), data()
+    model[:4].requires_grad_(False)
+
+    def mean_loss() -> Tensor:
+        return nn.functional.cross_entropy(model(x.double()).sum(0), y)
+
+    with attach(model, seed=5, total_steps=8) as ulr:
+        ulr.backward(x, y)
+        exact = torch.autograd.grad(mean_loss(), list(model[4].parameters()))
+        for q, expected in zip(model[4].parameters(), exact, strict=True):
+            torch.testing.assert_close(q.grad, expected)
+        for thawed, sites in ((model[2], 1), (model[0], 2)):
+            thawed.requires_grad_(True)
+            ulr.backward(x, y)
+            assert all(float(q.grad.abs().max()) > 0 for q in thawed.parameters())
+            assert len(ulr.structure.exact) == sites
+
+
 # -- the rest of the library -------------------------------------------------------------------------------
 
 

@@ -145,7 +145,8 @@ def _noise(config: Config, record: Record, level: NoiseLevel) -> str:
 
 def _credit(structure: Structure, site: str) -> str:
     if site in structure.noiseless:
-        return "none, and no noise: nothing that the loss reads depends on its spikes, or not by a derivative"
+        why = "nothing that the loss reads depends on its spikes, or not by a derivative"
+        return f"none, and no noise: {why}, or nothing is trained before it"
     parts = ["learned response"] * (site in structure.responding)
     parts += ["direct"] * (site in structure.direct)
     parts += [f"exact map to layer {target}" for target in structure.exact.get(site, [])]

@@ -139,8 +139,7 @@ class LearnedAttachment(Attachment):
         bound, batch = self.binder.bound(given)
         if bound is not self._bound:
             check_flow(bound.model, self.config.flow, bound.layers)
-            if self._bound is not None and bound.model is not self._bound.model:
-                learner.observe_again()
+            learner.observe_again()
             self._bound = bound
         learner.level.progress = learner.progress
         return Step(self.config, learner, bound, batch)

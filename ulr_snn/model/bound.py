@@ -193,13 +193,14 @@ class Binder:
         """Returns everything that the bound model depends on, other than parameters and buffers. A chain also depends
         on plain attributes that choose what the model's own code does."""
         modules = [(id(m), m.training, hooked(m)) for m in self.model.modules()]
+        trained = [q.requires_grad for q in self.model.parameters()]  # functions that these lie before may fire
         neurons = [neuron for _, neuron in spiking_layers(self.model)]
         own = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]
         running = None if self._bound is None else self._bound.model
         chosen = options(self.model) if isinstance(running, Chain) else {}
         counted = "operations" in batch.objective.counts
         given = batch.interface, batch.inputs, batch.static and batch.frames.shape[2:]
-        return chosen, modules, own, batch.frames.device, batch.dtype, counted, self.own_code, given
+        return chosen, modules, trained, own, batch.frames.device, batch.dtype, counted, self.own_code, given
 
 
 def same_chain(one: nn.Module, other: nn.Module) -> bool:

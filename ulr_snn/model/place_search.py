@@ -59,6 +59,7 @@ def find_places(
     closed = {id(inner) for name, module in model.named_modules() if name in boxes for inner in module.modules()}
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
     firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
+    firing = firing or [f for f in found if f.fires(trained=True)]  # all that is trained lies behind them
     if notes is not None:
         notes += [f.note() for f in found if f.stairs is None and f.two_valued]
     others = set(first.calls) - {f.key for f in firing}

@@ -199,6 +199,7 @@ def bind(
     """
     guard = guard or InPlaceGuard(copies=True)
     records: list[Any] = []
+    calibrated = set(level.starts)
     layers = spiking_layers(model) if layers is None else layers
     sites: list[Site | StepSite] = []
     for index, (name, neuron) in enumerate(layers):
@@ -219,8 +220,10 @@ def bind(
         return
     first, *later = records[measured[0] :]
     first.finish()
-    for record in later:  # a layer without noise fed them, so their calibration does not count
-        level.starts.pop(record.site if isinstance(record, Record) else record.name, None)
+    for record in later:  # a layer without noise fed them, so their calibration in this pass does not count
+        name = record.site if isinstance(record, Record) else record.name
+        if name not in calibrated:
+            level.starts.pop(name, None)
     records.clear()
 
 
