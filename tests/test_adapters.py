@@ -415,21 +415,53 @@ def test_a_neuron_for_two_layers_is_refused():
     snn = library_of("snntorch")
 
     class Twice(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, apart: bool) -> None:
             super().__init__()
             self.fc, self.lif = nn.Linear(5, 5), snn.Leaky(0.9)
+            self.other = snn.Leaky(0.9) if apart else self.lif
 
         def forward(self, x: Tensor) -> Tensor:
             mem1 = mem2 = self.lif.reset_mem()
             outputs = []
             for step in x:
                 spk, mem1 = self.lif(self.fc(step), mem1)
-                spk, mem2 = self.lif(self.fc(spk), mem2)
+                spk, mem2 = self.other(self.fc(spk), mem2)
                 outputs.append(spk)
             return torch.stack(outputs)
 
-    with pytest.raises(UsageError, match="lif ran more than once in a time step"):
-        train(Twice(), separable(), 1, progress=False)
+    with pytest.raises(UsageError, match=r"lif ran more than once in a time step.*they may share weights"):
+        train(Twice(apart=False), separable(), 1, progress=False)
+    train(Twice(apart=True), separable(), 1, progress=False)
+
+
+class Shared(nn.Module):
+    """One net on two views of a sample, in rows of the batch, or on an axis behind the samples."""
+
+    def __init__(self, neuron: nn.Module, rows: bool) -> None:
+        super().__init__()
+        self.fc, self.neuron, self.out, self.rows = nn.Linear(5, 6), neuron, nn.Linear(6, 2), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = torch.cat([x, x.flip(0)], 1) if self.rows else torch.stack([x, x.flip(0)], 2)
+        state, found = None, []
+        for step in views:
+            spikes, state = self.neuron(self.fc(step), *(() if state is None else (state,)))
+            found.append(self.out(spikes))
+        outputs = torch.stack(found)
+        return sum(outputs.chunk(2, 1)) if self.rows else outputs.sum(2)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("kind", ["snntorch", "norse"])
+def test_views_of_a_sample_lie_behind_it_and_never_in_rows_of_the_batch(kind, samples):
+    library = library_of(kind)
+    neuron = library.Leaky(0.9) if kind == "snntorch" else library.torch.LIFCell()
+    x, y = torch.rand(4, samples, 5), torch.zeros(samples, dtype=torch.long)
+    with attach(Shared(neuron, rows=False), seed=0) as ulr:
+        ulr.backward(x, y)
+    refused = f"neuron got {2 * samples} rows in a pass of {samples} samples; .* an axis behind it"
+    with attach(Shared(neuron, rows=True), seed=0) as ulr, pytest.raises(UsageError, match=refused):
+        ulr.backward(x, y)
 
 
 def covered() -> str:

@@ -134,7 +134,8 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
     if drawn != (steps, rows) or own != rows:
         raise UsageError(
             f"a spiking layer got a current of {steps} time steps and {rows} rows in a pass of {own} samples; keep "
-            "time and samples the first two axes [T, B, ...] of every layer"
+            "time and samples the first two axes [T, B, ...] of every layer, and give patches or views an axis behind "
+            "them ([T, B, P, ...])"
         )
 
 

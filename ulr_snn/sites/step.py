@@ -71,7 +71,8 @@ class StepSite:
         if self.calls >= self.steps:
             raise UsageError(
                 f"{self.name} ran more than once in a time step, or over more steps than the {self.steps} of the "
-                "events; give each layer a neuron of its own, and a step of events to every step (or layout='B' for a "
+                "events; give each use a neuron of its own (they may share weights), give several inputs of one net an "
+                "axis behind the samples ([T, B, 2, ...]), and a step of events to every step (or layout='B' for a "
                 "static input that the model repeats itself)"
             )
         if self.noise is not None and not self.measured and self._link is None:
@@ -86,6 +87,8 @@ class StepSite:
 
     def fire(self, drive: Tensor) -> Tensor:
         t, self.calls = self.calls, self.calls + (self.steps if self.neuron.whole else 1)
+        if t == 0 and self.noise is not None:
+            check_rows(self.name, drive.shape[int(self.neuron.whole) :], len(self.noise.sample))
         if self.measured:
             self.trace.x.append(drive.detach())
         if self.noise is None or self.measured:
@@ -179,3 +182,12 @@ class StepSite:
 def other_steps(name: str) -> UsageError:
     """Returns the error of a layer that runs over other time steps than the events, which have lengths."""
     return UsageError(f"{name} runs over other time steps than those of the events, so leave lengths out")
+
+
+def check_rows(name: str, shape: torch.Size, samples: int) -> None:
+    """Raises UsageError unless a layer's drives [B, ...] in a time step have a row for each sample."""
+    if shape[:1] != (samples,):
+        raise UsageError(
+            f"{name} got {shape[0] if shape else 'no'} rows in a pass of {samples} samples; keep samples the first "
+            "axis of every time step, and give patches or views an axis behind it ([B, P, ...])"
+        )
