@@ -594,6 +594,104 @@ def test_code_that_runs_or_is_made_anew_is_refused():
             plan(nn.Sequential(nn.Linear(INPUTS, 6), kind(), nn.Linear(6, CLASSES)).double(), data())
 
 
+class WholeStep(Unasked):
+    """A time step of LIF neurons, membranes and spikes."""
+
+    @staticmethod
+    def forward(ctx, v, x):
+        spikes = (0.8 * v + x > 1).to(x)
+        return spikes, 0.8 * v + x - spikes
+
+
+class Mapped(Unasked):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return (x > 0).to(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+@torch.library.custom_op("ulr_snn_tests::fire", mutates_args=())
+def fire(x: Tensor) -> Tensor:
+    return (x > 0).to(x)
+
+
+fire.register_autograd(lambda ctx, gradient: gradient)
+
+
+class Looped(nn.Module):
+    """A layer of neurons and a readout. step: the neurons' time step, (membranes, current) -> (spikes, membranes)."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.step, self.input, self.out = step, nn.Linear(INPUTS, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, found = torch.zeros(x.shape[1], 6).to(x), []
+        for now in x:
+            spikes, v = self.step(v, self.input(now))
+            found.append(self.out(spikes))
+        return torch.stack(found)
+
+
+def leaky(fire: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def step(v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        spikes = fire(0.8 * v + x - 1.0)
+        return spikes, 0.8 * v + x - spikes
+
+    return step
+
+
+class Ensemble(nn.Module):
+    """Members of one weight each, by vmap or on an axis behind the samples."""
+
+    def __init__(self, mapped: bool) -> None:
+        super().__init__()
+        self.mapped, self.weight, self.out = mapped, nn.Parameter(torch.rand(3, INPUTS, 6)), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mapped:
+            spikes = torch.func.vmap(lambda weight: Mapped.apply(x @ weight - 1.0))(self.weight)
+            return self.out(spikes).mean(0)
+        return self.out(Mapped.apply(torch.einsum("tbi,eio->tbeo", x, self.weight) - 1.0)).mean(2)
+
+
+class MicroBatches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Looped(leaky(Above.apply))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(part) for part in x.chunk(2, 1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (
+            lambda: Looped(WholeStep.apply),
+            "Looped has no layer that gets noise: WholeStep in Looped .* 2 tensors",
+        ),
+        (lambda: Looped(leaky(fire)), "the operation ulr_snn_tests::fire fires"),
+        (MicroBatches, "Above in Looped fires for a part of the batch in a call"),
+        (lambda: Ensemble(mapped=True), "Mapped runs inside of vmap"),
+    ],
+)
+def test_what_fires_and_gets_no_noise_is_named(model, why):
+    with pytest.raises(UsageError, match=why):
+        train(model().double(), [data()], epochs=1, progress=False, device="cpu")
+
+
+def test_what_is_advised_in_their_place_trains():
+    for model in (Looped(leaky(Above.apply)), Ensemble(mapped=False)):
+        found = plan(model.double(), data())
+        assert found.sites and not found.untrained
+
+
 def test_a_module_that_is_made_anew_fires_at_one_place():
     class Fires(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

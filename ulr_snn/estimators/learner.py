@@ -95,7 +95,7 @@ class Learner:
         structure = observed(forward, p, batch, self.config, self.driven, self.chosen)
         self._prediction = Prediction(structure, self.feedback, self.seed)
         self.chosen, self.driven = None, structure.driven
-        check_layers(forward.bound.model, forward.bound.layers, structure.weights)
+        check_layers(forward.bound.model, forward.bound.layers, structure.weights, forward.bound.notes)
         self.level.noiseless = structure.noiseless
         return structure
 

@@ -14,11 +14,11 @@ from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.graph import leaves
-from ulr_snn.model.place_search import find_places
+from ulr_snn.model.place_search import find_places, operations_that_fire
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.kinds import CurrentNoise
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import Layers, bind, spiking_layers, unknown, user_modules
+from ulr_snn.sites.binding import Layers, bind, open_modules, spiking_layers, unknown, user_modules
 
 DRAWS = 4  # changes of the input by which a black box is probed
 
@@ -43,7 +43,7 @@ def find_layers(
     free = [name for name, module in model.named_modules() if name and id(module) not in placed]
     names = boxes | (set(free) & set(unknown(model)))
     if not names:
-        return [*spiking_layers(model), *places]
+        return noted_layers(model, events, call, [*spiking_layers(model), *places], notes)
     x = events()
     watched = {name: Watch(module) for name, module in model.named_modules() if name in names}
     with no_side_effects(model), torch.enable_grad(), ExitStack() as stack:
@@ -53,7 +53,16 @@ def find_layers(
         call.outputs(model, copied(x))
     with no_side_effects(model):
         found = black_boxes(watched, x, noise, [] if notes is None else notes)
-    return [*spiking_layers(model, found), *places]
+    return noted_layers(model, events, call, [*spiking_layers(model, found), *places], notes)
+
+
+def noted_layers(
+    model: nn.Module, events: Callable[[], Tensor], call: Call, layers: Layers, notes: list[str] | None
+) -> Layers:
+    """Returns the layers. If there are none, notes receives a line for each operation that fires."""
+    if not layers and notes is not None and open_modules(model):
+        notes += operations_that_fire(model, events, call)
+    return layers
 
 
 def find_memories(model: nn.Module, events: Callable[[], Tensor], call: Call) -> None:

@@ -1,6 +1,6 @@
 """Search for the places where a model's own code fires by a function with a surrogate gradient."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public way to see all operations
 
 from ulr_snn.adapters.intercept import SKIPPED, Enter, Path, handled, modules, path, runs_again
 from ulr_snn.adapters.places import Layout, Place
@@ -21,6 +22,7 @@ from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.sites.binding import Layers, bind, open_modules
 
 AT_REST = 0.1  # share of its spread by which a membrane rests below the threshold, or the spread is its unit
+OPERATIONS = "aten", "prim", "prims"  # namespaces of torch's own operations
 
 Key = tuple[type[Function], Path]
 
@@ -51,6 +53,8 @@ def find_places(
                 f"the model makes {min(f.__name__ for f in made)}, a function of autograd, each time it runs; define "
                 "it once, outside of forward"
             )
+    notes = [] if notes is None else notes
+    notes += first.notes
     if not first.calls:
         return []
     run = partial(seen, model, call, functions, layers)
@@ -60,8 +64,7 @@ def find_places(
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
     firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
     firing = firing or [f for f in found if f.fires(trained=True)]  # all that is trained lies behind them
-    if notes is not None:
-        notes += [f.note() for f in found if f.stairs is None and f.two_valued]
+    notes += [f.note() for f in found if f.stairs is None and two_valued(f.calls)]
     others = set(first.calls) - {f.key for f in firing}
     known = {f.function: frozenset(path for function, path in others if function is f.function) for f in firing}
     names = named(model, firing, {name for name, _ in layers})
@@ -85,18 +88,24 @@ def rows(x: Tensor, samples: tuple[int, ...]) -> Tensor:
 class Seen:
     """The calls of functions in a pass. within: ids of the model's modules; calls: arguments and output of each call,
     by function and path; modules: those whose code leads there, from the inside out. leaves_torch: the model's code
-    asks for tensors without a graph."""
+    asks for tensors without a graph. notes: a line for each function that fires in a way that no site can take over."""
 
     model: nn.Module
     within: frozenset[int]
     calls: dict[Key, Calls] = field(default_factory=dict)
     modules: dict[Key, list[nn.Module]] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
     leaves_torch: bool = False
 
     def handler(self, function: type[Function]) -> Callable[..., tuple[Any, Enter | None]]:
         """Returns a handler that lets the function run and notes its calls."""
 
         def noting(own: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
+            if torch._C._are_functorch_transforms_active():  # no public name; as in `kernels.stateless`
+                raise UsageError(
+                    f"{function.__name__} runs inside of vmap or another transform of torch.func, where its calls "
+                    "cannot be seen one by one; write the axis out, as [B, ensemble, ...] with einsum"
+                )
             key = function, path(self.within)
             if key not in self.modules:
                 own_modules = [module for module in modules() if id(module) in self.within]
@@ -113,6 +122,12 @@ class Seen:
             output = own()
             if isinstance(output, Tensor):
                 self.calls.setdefault(key, []).append((kept, output.clone()))
+            elif isinstance(output, tuple) and any(two_valued([(kept, item)]) for item in output):
+                where = type(self.modules[key][0]).__name__
+                self.notes.setdefault(
+                    f"{function.__name__} in {where} fires, but returns {len(output)} tensors, so that it gets no "
+                    "noise; write the step in plain torch, with a function of the membrane alone that gives spikes"
+                )
             return output, None
 
         return noting
@@ -167,7 +182,8 @@ def findings(first: Seen, second: Seen, empty: Seen, steps: int) -> list["Findin
                 rest = empty.calls.get(key, [])
                 at_rest = rest[part[0]][0] if len(rest) == len(calls) else None
                 own = [calls[i] for i in part]
-                found.append(Finding(key, own, first.modules[key], layout, turn, at_rest))
+                parts = layout is None and any(calls[i][1].shape != fewer[i][1].shape for i in part)
+                found.append(Finding(key, own, first.modules[key], layout, turn, at_rest, parts))
     return found
 
 
@@ -203,7 +219,8 @@ def layout_of(more: Tensor, fewer: Tensor, steps: int) -> Layout | None:
 @dataclass(eq=False)
 class Finding:
     """What a function did at one place. modules: those whose code leads there, from the inside out; turn: see `Place`;
-    rest: the arguments of the first call without events."""
+    rest: the arguments of the first call without events; parts: the number of rows follows that of the samples, but not
+    in proportion."""
 
     key: Key
     calls: Calls
@@ -211,6 +228,7 @@ class Finding:
     layout: Layout | None
     turn: int
     rest: tuple[Any, ...] | None
+    parts: bool
     stairs: Staircase | None = None
 
     @property
@@ -232,18 +250,14 @@ class Finding:
         self.stairs = staircase(self.function, self.calls) if trained else None
         return self.stairs is not None
 
-    @property
-    def two_valued(self) -> bool:
-        """True if the outputs are 0 or one other value, though the arguments have more values."""
-        given = torch.cat([a.flatten() for arguments, _ in self.calls for a in arguments if isinstance(a, Tensor)])
-        values = torch.cat([output.flatten() for _, output in self.calls]).unique()
-        return len(given.unique()) > 4 and len(values) == 2 and bool((values == 0).any())
-
     def note(self) -> str:
-        return (
-            f"{self.function.__name__} in {type(self.modules[0]).__name__} gives 0 or one value, by a rule that is not "
-            "a threshold, and keeps a gradient of its own"
-        )
+        says = f"{self.function.__name__} in {type(self.modules[0]).__name__}"
+        if self.parts:
+            return (
+                f"{says} fires for a part of the batch in a call, and keeps a gradient of its own; give it the whole "
+                "batch, without micro-batches in forward"
+            )
+        return f"{says} gives 0 or one value, by a rule that is not a threshold, and keeps a gradient of its own"
 
     def place(self, steps: int, known: frozenset[Path], within: frozenset[int]) -> Place:
         """Returns the place."""
@@ -266,6 +280,43 @@ class Finding:
         if distance > AT_REST * spread:
             return distance
         return spread if 0 < spread < float("inf") else 1.0
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of other libraries, or of the user, that fire. notes: a line for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: dict[str, None] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation.namespace not in OPERATIONS and two_valued([(args, result)]):
+            name = f"{operation.namespace}::{operation.__name__.partition('.')[0]}"
+            self.notes.setdefault(
+                f"the operation {name} fires, with a gradient of its own that ulr_snn cannot replace; make it "
+                "a torch.autograd.Function"
+            )
+        return result
+
+
+def operations_that_fire(model: nn.Module, events: Callable[[], Tensor], call: Call) -> list[str]:
+    """Returns a line for each operation of no library of torch that fires in a pass."""
+    x = rows(events(), (0, 1, 2))
+    with no_side_effects(model), torch.no_grad(), Operations() as found:
+        call.outputs(model, copied(x))
+    return list(found.notes)
+
+
+@torch.no_grad()
+def two_valued(calls: Sequence[tuple[tuple[Any, ...], Any]]) -> bool:
+    """Returns whether the outputs of calls are 0 or one other value, though the arguments have more values."""
+    given = [a.flatten() for arguments, _ in calls for a in arguments if isinstance(a, Tensor)]
+    outputs = [output.flatten() for _, output in calls if isinstance(output, Tensor) and not output.is_complex()]
+    if not given or not outputs:
+        return False
+    values = torch.cat(outputs).unique()
+    return len(torch.cat(given).unique()) > 4 and len(values) == 2 and bool((values == 0).any())
 
 
 def named(model: nn.Module, found: list[Finding], taken: set[str]) -> list[str]:

@@ -45,7 +45,7 @@ def staircase(function: type[Function], calls: Calls) -> Staircase | None:
                 return stairs
         raise UsageError(
             f"{function.__name__} fires by a rule that is not known: a staircase in its argument {membrane} alone, or "
-            "in that less, or over, one other argument; subtract the threshold before the call"
+            "in that less, or over, one other argument; compute membranes, and subtract thresholds, before the call"
         )
     return None
 

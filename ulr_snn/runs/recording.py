@@ -134,7 +134,7 @@ def bound_to_record(model: nn.Module, batch: Batch, estimator: Estimator | None)
     config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no such noise
     with torch.enable_grad():  # binding reads autograd graphs
         bound = BoundModel.of(model, batch, config.noise, own_code=True)
-    check_layers(model, bound.layers)
+    check_layers(model, bound.layers, notes=bound.notes)
     return bound
 
 

@@ -170,9 +170,14 @@ def unknown(model: nn.Module) -> list[str]:
     return [name for name in names if not any(inside(site, name) for site in spiking)]
 
 
-def check_layers(model: nn.Module, layers: Layers, others: Collection[object] = ()) -> None:
-    """Raises UsageError if nothing can get noise. others: anything besides layers that may get noise."""
+def check_layers(
+    model: nn.Module, layers: Layers, others: Collection[object] = (), notes: Collection[str] = ()
+) -> None:
+    """Raises UsageError if nothing can get noise. others: anything besides layers that may get noise; notes: see
+    `BoundModel`."""
     if not layers and not others:
+        if notes:
+            raise UsageError(f"{type(model).__name__} has no layer that gets noise: {next(iter(notes))}")
         raise UsageError(
             f"{type(model).__name__} has no spiking layer that ulr_snn knows, and no module that cuts the graph; use "
             f"ulr_snn.LIF, ulr_snn.RecurrentLIF, or a layer of {', '.join(libraries())}"
