@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import ulr_snn
 from benchmarks.missing_operators import declare_operators
 from tests.helpers import errors, nets
+from tests.written import Above
 from ulr_snn import (
     LIF,
     ULR,
@@ -87,6 +88,17 @@ def boxed() -> nn.Sequential:
     return nn.Sequential(nn.Linear(PIXELS, 8), Hard(), nn.Linear(8, 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
 
 
+class Gates(nn.Module):
+    """Units that are written out and rest at their threshold, so that the unit of their noise depends on the batch."""
+
+    def forward(self, current: Tensor) -> Tensor:
+        return Above.apply(current)
+
+
+def written() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(PIXELS, 8, bias=False), Gates(), nn.Linear(8, CLASSES))
+
+
 def rounding() -> nn.Sequential:
     class Rounded(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -140,6 +152,7 @@ WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 4.0], dtype=torch.
 CASES = {
     "default": Case(dense, ULR(), lengths=True),
     "single precision": Case(dense, ULR(), dtype=torch.float32, steps=2),
+    "written out": Case(written, ULR(), steps=2),
     "recurrent": Case(recurrent, ULR(), "ce_rate"),
     "convolutional": Case(convolutional, ULR(), **IMAGE),
     "learned maps": Case(recurrent, learned(Feedback), lengths=True),

@@ -24,7 +24,7 @@ from ulr_snn.runs import order
 FAST = [
     *("default", "single precision", "convolutional", "learned maps", "from outputs", "residual", "adaptive"),
     *("currents", "weights by sample", "online, learned maps", "time chunks", "weighted loss", "unlabelled"),
-    *("unlabelled, surrogate", "surrogate"),
+    *("unlabelled, surrogate", "surrogate", "written out"),
 ]
 SLOW = [name for name in (*ranked.CASES, *ranked.LIBRARIES) if name not in FAST]
 Found = Callable[[str], list[Any]]
