@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -168,10 +169,11 @@ def test_sparse_layers_with_more_than_2_31_outputs(large):
 
 def test_running_means_over_many_steps_do_not_drift():
     draw, tally = random.Random(0), Tally()
+    batch = SimpleNamespace(objective=SimpleNamespace(of_labelled=False))
     losses = [draw.uniform(0.9, 1.1) for _ in range(10_000)]
     mean = None
     for loss in losses:
-        tally.add(torch.full((64,), loss, dtype=torch.float64), torch.empty(0), None, None)
+        tally.add(torch.full((64,), loss, dtype=torch.float64), torch.empty(0), batch, None)
         mean = moving(mean, torch.tensor([[1.7]]))
     assert tally.running()["loss"] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
     assert float(mean) == pytest.approx(1.7, rel=1e-6)

@@ -138,8 +138,7 @@ class StepSite:
         """Checks that the layer ran once a step. Calibrates the scale of its noise if it was measured."""
         if self.lengths is not None and self.given not in (0, self.steps):
             raise other_steps(self.name)
-        early = self.noise is None and 1 < self.calls < self.steps  # a model may stop when it is sure
-        if self.calls not in (0, self.steps, self.given) and self.steps != ANY_STEPS and not early:
+        if self.calls not in (0, self.steps, self.given) and self.steps != ANY_STEPS:
             raise UsageError(
                 f"{self.name} ran {self.calls} times in {self.steps} steps of events; a layer fires once a step "
                 "(layout='BT' if events are [B, T, ...])"
