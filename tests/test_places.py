@@ -798,3 +798,25 @@ def test_a_function_that_chooses_by_another_rule_keeps_its_gradient_and_is_noted
 
     found = plan(Net().double(), data())
     assert any(note.startswith("Largest in Net gives 0 or one value") for note in found.notes)
+
+
+def test_a_threshold_that_also_runs_without_gradients_is_not_noted():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(INPUTS, 6), nn.Linear(6, CLASSES)
+
+        def step(self, x: Tensor, membrane: Tensor | float) -> tuple[Tensor, Tensor]:
+            membrane = 0.9 * membrane + self.a(x)
+            return membrane, Above.apply(membrane - 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                membrane, _ = self.step(x[0], 0.0)
+            outputs = []
+            for now in x:
+                membrane, spikes = self.step(now, membrane)
+                outputs.append(self.b(spikes))
+            return torch.stack(outputs)
+
+    assert not any("gives 0 or one value" in note for note in plan(Net().double(), data()).notes)

@@ -64,7 +64,7 @@ def find_places(
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
     firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
     firing = firing or [f for f in found if f.fires(trained=True)]  # all that is trained lies behind them
-    notes += [f.note() for f in found if f.stairs is None and two_valued(f.calls)]
+    notes += [f.note() for f in found if f.is_unknown]
     others = set(first.calls) - {f.key for f in firing}
     known = {f.function: frozenset(path for function, path in others if function is f.function) for f in firing}
     names = named(model, firing, {name for name, _ in layers})
@@ -249,6 +249,12 @@ class Finding:
         )
         self.stairs = staircase(self.function, self.calls) if trained else None
         return self.stairs is not None
+
+    @property
+    def is_unknown(self) -> bool:
+        """True if neurons seem to fire here, by an unknown rule or for parts of a batch."""
+        known = self.stairs is not None or (not self.parts and staircase(self.function, self.calls) is not None)
+        return not known and two_valued(self.calls)
 
     def note(self) -> str:
         says = f"{self.function.__name__} in {type(self.modules[0]).__name__}"
