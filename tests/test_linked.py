@@ -151,4 +151,4 @@ def test_a_step_of_the_kernel_is_a_step_of_the_drawer():
     x = drive / scale
     assert torch.equal(spikes, torch.stack([drawer(*now) for now in enumerate(x)]) * own)
     torch.testing.assert_close(step.slope, Logistic().slope(x) / scale * own)
-    torch.testing.assert_close(step.farthest, torch.stack([-(x * own).min(), (x * own).max()]))
+    torch.testing.assert_close(step.farthest, torch.stack([-x[own.expand_as(x)].min(), x[own.expand_as(x)].max()]))

@@ -1,6 +1,7 @@
 """Per-sample losses: against PyTorch, padding left out, one value a sample."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import separable
-from ulr_snn import LIF, ULR, Online, TimeAverage, UsageError, attach, train
+from ulr_snn import LIF, ULR, Independent, Online, TimeAverage, UsageError, WeightNoise, attach, plan, train
 from ulr_snn.losses.evaluation import by_flips
 from ulr_snn.losses.named import LOSSES, NamedLoss, resolve, total
 from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
@@ -320,3 +321,66 @@ def test_parameters_of_a_loss_get_their_gradient_at_every_time_step():
             (expected,) = torch.autograd.grad(each_step(estimate.packed[0], y, None).mean() / len(x), factors)
             torch.testing.assert_close(factors.grad, expected)
             factors.grad = None
+
+
+@pytest.mark.parametrize("kind", ["with a gradient", "without a gradient"])
+def test_a_penalty_changes_no_other_gradient(kind):
+    """Also of parameters with noise of their own, and of losses without a gradient."""
+    x, y = separable()[0]
+    found = []
+    for penalty in (0.0, 0.1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+        loss = Prototypes(model, penalty)
+
+        def of_batch(outputs, targets, loss=loss):
+            return loss(outputs if kind == "with a gradient" else outputs.detach(), targets)
+
+        estimator = ULR(copies=4, noise={"0.weight": WeightNoise(), "outputs": None})
+        with attach(model, estimator, of_batch, seed=1) as ulr:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the loss has no gradient
+                for _ in range(2):
+                    model.zero_grad()
+                    ulr.backward(x, y)
+            found.append([ulr.structure.credit.name, *(q.grad for q in (model[0].weight, model[-1].weight))])
+    assert found[0][0] == found[1][0]
+    for without, penalised, weight in zip(found[0][1:], found[1][1:], (model[0].weight, model[-1].weight), strict=True):
+        torch.testing.assert_close(penalised - without, 0.1 * weight.sign(), rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_that_the_loss_alone_reads_are_trained_if_they_are_the_models():
+    x, y = separable()[0]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+    loss = Prototypes(model, 0.0)
+    model.register_parameter("points", loss.points)
+    assert ("points", "3x3", "exact, of the loss itself") in plan(model, (x, y), loss=loss).rows
+    before = loss.points.detach().clone()
+    train(model, [(x, y)] * 3, 1, loss=loss, progress=False)
+    assert not torch.equal(before, loss.points)
+
+
+def test_mixed_samples_without_a_label_count_for_nothing():
+    """The step is that of the labelled samples alone."""
+    x, y = separable()[0]
+    half, found = len(y) // 2, []
+    for events, labels in ((x[:, :half], y[:half]), (x, torch.cat([y[:half], torch.full_like(y[half:], -100)]))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+        with attach(model, ULR(credit="global", sampling=Independent(4, multi_sample=True)), seed=1) as ulr:
+            ulr.backward(events, labels)
+        found.append([q.grad for q in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_an_ignore_index_of_none_ignores_nothing():
+    class Focal(nn.Module):
+        ignore_index = None
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs.sum(0), targets, reduction="none")
+
+    x, y = separable()[0]
+    model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), nn.Linear(6, CLASSES))
+    assert train(model, [(x, y)], 1, loss=Focal(), progress=False).history[0]["train_accuracy"] is not None

@@ -445,6 +445,45 @@ def test_an_epoch_that_max_steps_has_ended_goes_on(first, second, epochs, tmp_pa
     assert told == epochs
 
 
+def test_a_validation_that_fails_behind_an_epoch_that_max_steps_has_ended(tmp_path):
+    """The epoch is not over, so that nothing of it is told twice or lost."""
+    loader, calls = batches(), []
+
+    class Fails:
+        def __call__(self, entry, model):
+            calls.append(entry["epoch"])
+            if len(calls) == 1:
+                raise Stop
+
+    options = {"run_dir": tmp_path, "progress": False}
+    with pytest.raises(Stop):
+        ulr_snn.train(net(), loader, 1, callbacks=[Fails()], max_steps=3, **options)
+    result = ulr_snn.train(net(), loader, 1, callbacks=[Fails()], max_steps=6, resume=True, **options)
+    again = ulr_snn.train(net(), loader, 1, callbacks=[Fails()], max_steps=6, resume=True, **options)
+    assert [entry["epoch"] for entry in result.history] == [entry["epoch"] for entry in again.history] == [1]
+
+
+def test_callbacks_see_an_epoch_that_goes_on_as_if_it_had_not_ended(tmp_path):
+    class Counts:
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+
+        def __call__(self, entry, model):
+            self.epochs.append(entry["epoch"])
+
+        def state_dict(self) -> dict:
+            return {"epochs": list(self.epochs)}
+
+        def load_state_dict(self, state: dict) -> None:
+            self.epochs = list(state["epochs"])
+
+    options = {"run_dir": tmp_path, "progress": False}
+    ulr_snn.train(net(), batches(), 2, callbacks=[Counts()], max_steps=8, **options)
+    seen = Counts()
+    ulr_snn.train(net(), batches(), 3, callbacks=[seen], max_steps=18, resume=True, **options)
+    assert seen.epochs == [1, 2, 3]
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulr_snn.credit.kinds import Learned
 from ulr_snn.credit.maps import Shared
-from ulr_snn.credit.structure import Structure
+from ulr_snn.credit.structure import LOSS, Structure
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import checked
 from ulr_snn.estimators.attachment import LearnedAttachment
@@ -126,7 +126,8 @@ def _source(structure: Structure, sources: list[str] | None) -> str:
         return "none"
     if sources == [SOURCE]:
         return "weight noise: loss minus baseline, times the score"
-    return " + ".join("exact, through the outputs" if s == "outputs" else f"credit at site {s}" for s in sources)
+    exact = {"outputs": "exact, through the outputs", LOSS: "exact, of the loss itself"}
+    return " + ".join(exact.get(s, f"credit at site {s}") for s in sources)
 
 
 def _noise(config: Config, record: Record, level: NoiseLevel) -> str:

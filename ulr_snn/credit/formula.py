@@ -44,13 +44,14 @@ class PassLike(Protocol):
 class Contribution:
     """A gradient and the tensor at which it enters the graph. site: the site whose current or drive the tensor is, or
     None for the outputs. copies: the copies of its rows, or None for the exact gradient at the outputs. by_score: the
-    gradient is the summand of the score."""
+    gradient is the summand of the score. of_loss: the tensor is a loss that reads parameters besides the outputs."""
 
     tensor: Tensor
     gradient: Tensor
     site: str | None = None
     copies: list[int] | None = None
     by_score: bool = False
+    of_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,14 @@ class Formula:
         """Yields the contributions of all passes of a group. predictions: one for each pass and record. exact_fraction:
         the group's share of the exact gradient."""
         losses = group.losses
-        sample_weights = multi_sample_weights(losses) if self.sampling.multi_sample else torch.ones_like(losses)
+        mixed = self.sampling.multi_sample
+        sample_weights = multi_sample_weights(losses * group.share) if mixed else torch.ones_like(losses)
         for p, predicted in zip(group.passes, predictions, strict=True):
             weight = sample_weights[p.copies].flatten() / losses.numel()  # [rows]
             signal = self.signal(group, p, predicted) if self.credit.unbiased or self.gradientless else None
             yield from self.contributions(p, predicted, weight, signal, losses.numel(), exact_fraction, group.site)
+            for loss in p.evaluation.others:
+                yield Contribution(loss, (weight * exact_fraction).to(loss.dtype), of_loss=True)
 
     def contributions(
         self,
@@ -121,7 +125,7 @@ class Formula:
         if not self.credit.unbiased:
             losses, mean = group.joined("gradientless"), self.mean_gradientless
         if self.sampling.multi_sample:
-            return multi_sample_signals(losses)[p.copies].flatten()
+            return multi_sample_signals(losses * group.share)[p.copies].flatten() / group.share
         if self.credit.reward_to_go:
             losses = group.joined("loss_in_time")  # [K, B, T]
             steps = losses.shape[-1]
@@ -138,7 +142,8 @@ class Formula:
     def of_weights(self, passes: list[Pass], losses: Tensor) -> Tensor:
         """Returns the weights of the scores of weight noise, [K, B]."""
         if self.sampling.multi_sample:
-            return multi_sample_signals(losses)
+            share = Group(None, passes).share
+            return multi_sample_signals(losses * share) / share
         group = self.sampling.group
         return torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
 

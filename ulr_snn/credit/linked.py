@@ -110,8 +110,10 @@ class StepLink:
         if self._draw is not None:
             largest = self._draw.farthest
         else:
-            own = (zero_padding(x, t, self.lengths, self.whole) for t, x in self._x.items())
-            largest = torch.stack([farthest(x) for x in own]).amax(0)
+            own = (zero_padding(torch.ones_like(x), t, self.lengths, self.whole) for t, x in self._x.items())
+            masks = own if self.lengths is not None else [None] * len(self._x)
+            found = [farthest(x, mask) for x, mask in zip(self._x.values(), masks, strict=True)]
+            largest = torch.stack(found).amax(0)
         return LinkedRecord(site, largest * self.scale.detach().mean())
 
 

@@ -27,6 +27,8 @@ STEPS = ("Round", "Sign", "Floor", "Ceil", "Trunc", "Heaviside", "Fix")  # funct
 Routes = tuple[dict[str, list[str]], dict[str, dict[str, Path]], dict[str, Path], list[str]]
 FLIPS = 1024  # most output spikes of a sample, over all time steps, of which each is flipped
 
+LOSS = "loss"  # source of parameters that the loss alone reads
+
 
 @dataclass
 class Structure:
@@ -49,7 +51,7 @@ class Structure:
     recurrent: dict[str, Path]
     from_outputs: list[str]
     output_functions: int | None  # functions of time that resolve the outputs; None: outputs without a time axis
-    parameters: dict[str, list[str]]  # parameter -> sources of its gradient: "outputs" and sites
+    parameters: dict[str, list[str]]  # parameter -> sources of its gradient: "outputs", sites, or LOSS alone
     differentiable: bool  # whether the loss has a gradient in the outputs
     responding: set[str]  # black boxes with a learned response
     driven: set[str] | None  # sites that depend on events without passing spikes; None: not looked for

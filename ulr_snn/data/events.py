@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler, Subset
 
 from ulr_snn.data.augment import Transform, augmented
 from ulr_snn.data.binning import Binned, Rows, Timed, bin_events
@@ -352,7 +352,7 @@ def loader(
         pin_memory = torch.cuda.is_available() and not sparse
     generator = torch.Generator().manual_seed(seed % 2**64)
     sampler = None
-    if _augments(dataset):
+    if _augments(dataset) and not isinstance(dataset, IterableDataset):
         dataset = _whole(dataset)
         dataset = dataset if isinstance(dataset, EventDataset) else SeededItems(dataset)
         indices = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)

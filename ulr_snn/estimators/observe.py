@@ -6,9 +6,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from ulr_snn.credit.kinds import Auto
-from ulr_snn.credit.structure import Structure, treatment_of
+from ulr_snn.credit.structure import LOSS, Structure, treatment_of
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.config import Config
+from ulr_snn.losses.evaluation import parameters_of
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.forward import Forward
 from ulr_snn.model.passes import Pass
@@ -66,6 +67,9 @@ def observed(
         )
     structure.weights = dict(chosen_weights(forward, p, batch, config, structure) if weights is None else weights)
     structure.parameters |= {name: [SOURCE] for name in structure.weights}
+    of_loss = {id(q) for q in parameters_of(p.evaluation.others)}
+    left = [name for name, q in model.named_parameters() if name in structure.untrained and id(q) in of_loss]
+    structure.parameters |= {name: [LOSS] for name in left}
     if config.sampling.by_layer and structure.weights:
         raise UsageError("ULR got layerwise, but parameters have noise of their own (see plan); use one alone")
     if config.sampling.multi_sample and treatment.gradientless and not structure.credit.unbiased:

@@ -86,7 +86,8 @@ class Brought:
     def ignored(self) -> int:
         """The label that the loss leaves out."""
         given = getattr(self.loss, "keywords", {}).get("ignore_index", IGNORED)  # of functools.partial
-        return int(getattr(getattr(self.loss, "loss_fn", self.loss), "ignore_index", given))
+        found = getattr(getattr(self.loss, "loss_fn", self.loss), "ignore_index", given)
+        return found if isinstance(found, int) else IGNORED
 
     @property
     def reduction(self) -> str:

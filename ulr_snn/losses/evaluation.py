@@ -13,7 +13,7 @@ Where the outputs are spikes s, the effect of each is the loss with it less the 
 The derivative of E[L] in the firing probability of spike i, at fixed other spikes, is the mean of this difference.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.losses.named import Objective, total
-from ulr_snn.model.graph import leaves, variables
+from ulr_snn.model.graph import variables
 from ulr_snn.model.targets import Targets
 from ulr_snn.noise.kinds import OutputNoise
 from ulr_snn.noise.random import Noise
@@ -56,6 +56,7 @@ class LossEvaluation:
     steps: Tensor | None  # contribution of each time step to the loss [T, rows], for `in_time`
     # Weighted losses [rows] that depend on parameters also without the outputs, in the graph of these parameters.
     others: tuple[Tensor, ...] = ()
+    share: Tensor | None = None  # of samples with a label, by which the losses are divided; None: they are not
 
     @cached_property
     def loss(self) -> Tensor:
@@ -76,7 +77,12 @@ class LossEvaluation:
     def brought(self, model: nn.Module) -> list[Tensor]:
         """Returns the parameters that the losses bring themselves, such as prototypes of classes."""
         own = {id(q) for q in model.parameters()} if self.others else set()
-        return [q for q in variables(self.others).values() if q is not None and id(q) not in own]
+        found: list[Tensor] = [q for q in parameters_of(self.others) if id(q) not in own]
+        if found and ranks.count() > 1:
+            raise UsageError(
+                "the loss has parameters of its own, which the ranks do not share; make the loss a module of the model"
+            )
+        return found
 
     def without_gradient(self, flat: bool) -> frozenset[int]:
         """Returns the indices of losses without a gradient. flat: a gradient that is zero everywhere counts as none."""
@@ -105,16 +111,15 @@ def evaluate_losses(
     errors: list[Tensor | None] = []
     values: list[Tensor] = []
     others: list[Tensor] = []
+    error: Tensor | None
     for i, (weight, loss) in enumerate(objective.losses):
         if noise is not None and i in treatment.smoothed:
             of_totals = i in objective.of_totals
             value, error = smoothed(loss, outputs, targets, mask, treatment.smoothed[i], noise, SITE + i, of_totals)
         elif i in treatment.flipped:
             value, error = by_flips(loss, outputs, targets, mask)
-        elif i in treatment.gradientless:
-            value, error = loss(outputs, targets, mask), None
         else:
-            value, error, graph = with_gradient(loss, outputs, targets, mask)
+            value, error, graph = with_gradient(loss, outputs, targets, mask, i not in treatment.gradientless)
             others += [] if graph is None else [weight * graph]
         values.append(weight * value)
         errors.append(None if error is None else weight * error)
@@ -131,7 +136,8 @@ def evaluate_losses(
         costs.append((activity[cost.counts], gradient, value.detach()))
     steps = in_time(objective, outputs, targets, mask) if treatment.in_time else None
     weights = tuple(weight for weight, _ in objective.losses)
-    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(others))
+    share = targets.labelled() if objective.of_labelled else None
+    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(others), share)
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
@@ -144,12 +150,21 @@ def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tenso
     return added([weight * steps(outputs, targets, mask) for weight, steps in objective.steps])
 
 
+def parameters_of(losses: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Returns the parameters that losses depend on besides the outputs."""
+    return [q for q in variables(losses).values() if isinstance(q, nn.Parameter)]
+
+
 def with_gradient(
-    loss: Callable[[Tensor, Targets, Tensor | None], Tensor], outputs: Tensor, targets: Targets, mask: Tensor | None
+    loss: Callable[[Tensor, Targets, Tensor | None], Tensor],
+    outputs: Tensor,
+    targets: Targets,
+    mask: Tensor | None,
+    asked: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the loss [rows], its gradient in the shape of the outputs, or None if it has none, and the loss in the
-    graph of parameters, or None if it depends on outputs alone."""
-    leaf = outputs.detach().requires_grad_()
+    """Returns the loss [rows], its gradient in the shape of the outputs, or None if it has none or is not `asked` for
+    it, and the loss in the graph of parameters, or None if it depends on none."""
+    leaf = outputs.detach().requires_grad_(asked)
     try:
         with torch.enable_grad():
             value = loss(leaf, targets, mask)
@@ -159,9 +174,11 @@ def with_gradient(
         value = loss(outputs, targets, mask)
     if not value.requires_grad:
         return value, None, None
-    alone = leaves([value]) <= {id(leaf)}
-    found = torch.autograd.grad(value, leaf, torch.ones_like(value), retain_graph=not alone, allow_unused=True)
-    return value.detach(), found[0], None if alone else value
+    graph = value if parameters_of([value]) else None
+    if not asked:
+        return value.detach(), None, graph
+    found = torch.autograd.grad(value, leaf, torch.ones_like(value), retain_graph=graph is not None, allow_unused=True)
+    return value.detach(), found[0], graph
 
 
 @torch.no_grad()

@@ -119,8 +119,9 @@ class Tally:
         return {name: getattr(self, name) for name in COUNTS} | {"own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        older = {"weight": float(state["samples"]), "classes": state["correct"] is not None}
         for name in COUNTS:
-            setattr(self, name, state[name])
+            setattr(self, name, older[name] if name not in state else state[name] or 0)
         for name, found in state["own"].items():
             if name in self.own:
                 self.own[name].load_state_dict(found)

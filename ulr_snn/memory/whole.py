@@ -92,17 +92,24 @@ def add_gradients(step: Step, formula: Formula, passes: list[Pass], groups: list
         contributions += found
     credit.learn_after(learner.prediction, groups, now)
     contributions.sort(key=lambda part: part.by_score)
-    wanted = [*step.parameters.values(), *(q for p in passes for q in p.evaluation.brought(step.model))]
-    enter([(part.tensor, part.gradient) for part in contributions], wanted)
+    enter_all(step, contributions, passes)
 
 
 def add_by_pass(step: Step, formula: Formula, passes: Iterator[Pass] | list[Pass], counted: list[Pass]) -> None:
     """Adds the same gradient pass by pass, where a pass needs only the losses of all passes, `counted`."""
     for p in passes:
-        wanted = [*step.parameters.values(), *p.evaluation.brought(step.model)]
         predictions = formula.credit.predict(step.learner.prediction, [p], step.config.sampling.group)
-        contributions = formula.of_group(Group(None, [p], counted), predictions, 1.0)
-        enter([(part.tensor, part.gradient) for part in contributions], wanted)
+        enter_all(step, list(formula.of_group(Group(None, [p], counted), predictions, 1.0)), [p])
+
+
+def enter_all(step: Step, contributions: list[Contribution], passes: list[Pass]) -> None:
+    """Adds the gradients of the contributions. Losses that depend on parameters besides the outputs give their gradient
+    also to parameters with weight noise, and to their own."""
+    pairs = [(part.tensor, part.gradient) for part in contributions if not part.of_loss]
+    enter(pairs, list(step.parameters.values()))
+    if of_losses := [(part.tensor, part.gradient) for part in contributions if part.of_loss]:
+        brought = [q for p in passes for q in p.evaluation.brought(step.model)]
+        enter(of_losses, [*(q for q in step.model.parameters() if q.requires_grad), *brought])
 
 
 def halves(

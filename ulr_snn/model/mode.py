@@ -22,7 +22,8 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
         model.train(training)
     if training:
         for module in modules_with_own_modes(model):
-            module.train()  # as the user's own loop would do
+            if module.training:  # no other such module has frozen it
+                module.train(True)  # as the user's own loop would do
         for module, mode in modes if modes[0][1] else ():
             module.training &= mode
     try:

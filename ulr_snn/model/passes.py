@@ -59,9 +59,8 @@ class Pass:
 
     @property
     def ends(self) -> list[tuple[Tensor, Tensor]]:
-        """The tensors through which the loss depends differentiably on spikes and parameters, with its gradients."""
+        """The tensors at which spikes reach the loss differentiably, with the loss's gradient at each."""
         ends = [] if self.error is None else [(self.outputs, self.error)]
-        ends += [(loss, torch.ones_like(loss)) for loss in self.evaluation.others]
         return ends + [(activity, gradient) for activity, gradient, _ in self.evaluation.costs]
 
 
@@ -77,6 +76,12 @@ class Group:
     def joined(self, kind: str) -> Tensor:
         """Returns the "loss", "gradientless" or "loss_in_time" of all copies, [K, B, ...]."""
         return torch.cat([getattr(p, kind) for p in self.counted or self.passes])
+
+    @property
+    def share(self) -> Tensor | float:
+        """See `LossEvaluation.share`; 1 if the losses are not divided."""
+        found = self.passes[0].evaluation.share
+        return 1.0 if found is None else found.to(self.losses)
 
     @property
     def losses(self) -> Tensor:

@@ -39,7 +39,10 @@ def secant(probability: Callable[[Tensor], Tensor], x: Tensor, distances: Tensor
 
 def farthest(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the largest -x and the largest x, [2]. mask: 0 on entries to leave out."""
-    x = (x if mask is None else x * mask).detach()
+    x = x.detach()
+    if mask is not None:
+        out = ~mask.bool()
+        return torch.stack([-x.masked_fill(out, torch.inf).min(), x.masked_fill(out, -torch.inf).max()])
     low, high = stored(x, channels_last(x)).aminmax()  # which copies what is not contiguous
     return torch.stack([-low, high])
 

@@ -70,8 +70,8 @@ class Session:
 
     epoch: epochs so far, without the one that is under way; best: the epoch with the best validation; stopped: a
     callback has ended the training; batch: the last one of an epoch under way; told: states of the callbacks before
-    they saw it; generators: their states after the last step, where later code may draw from them; cut: the state of
-    the last epoch if `max_steps` has ended it, since a resumed run may make more steps of it.
+    they saw it; generators: their states after the last step, where later code may draw from them; cut: states before
+    the end of the last epoch if `max_steps` has ended it, since a resumed run may make more steps of it.
     """
 
     model: nn.Module
@@ -194,8 +194,8 @@ class Session:
                 if waiting == 0:
                     self.end_between_steps()
                 if self.finished:
-                    whole = epoch.batches == length_hint(self.loader, -1)
-                    self.cut = None if whole else epoch.state_dict()
+                    (unfinished,) = ranks.agree([epoch.batches != length_hint(self.loader, -1)])
+                    self.cut = {"epoch": epoch.state_dict(), **self.before_end()} if unfinished else None
                     break
             if waiting:
                 self.end_step(epoch, waiting)
@@ -283,9 +283,23 @@ class Session:
             "versions": versions(),
         }
 
+    def before_end(self) -> dict[str, Any]:
+        """Returns the state of what sees the end of an epoch, and may see it again in a resumed run."""
+        schedule = self.stepper.schedule
+        return {"callbacks": self.remembered(), "schedule": None if schedule is None else schedule.state_dict()}
+
     def remembered(self) -> list[Any]:
         """Returns the states of the callbacks that have one, each with what it was made with."""
         return [[settings_of(each), each.state_dict()] for each in self.callbacks if offers(each, "state_dict")]
+
+    def load_callbacks(self, kept: list[Any]) -> None:
+        """Gives each callback the state of one that was made in the same way."""
+        kept = list(kept)
+        for each in self.callbacks:
+            found = next((pair for pair in kept if pair[0] == settings_of(each)), None)
+            if found is not None and offers(each, "load_state_dict"):
+                each.load_state_dict(found[1])
+                kept.remove(found)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in PLAIN:
@@ -293,22 +307,18 @@ class Session:
         self.attached.load_state_dict(state["attached"])
         settings = self.keeper.settings
         anew = any(state["settings"][name] != settings[name] for name in ("optimizer", "scheduler"))
+        own = state["ranks"][ranks.rank() % len(state["ranks"])]
+        under_way, cut, callbacks = own["under_way"], own.get("cut"), state["callbacks"]
+        if cut is not None and under_way is None and self.stopped is None and not self.finished:
+            under_way, callbacks, self.epoch = cut["epoch"], cut["callbacks"], self.epoch - 1
+            self.seconds -= self.history.pop()["seconds"]
+            state["stepper"] = state["stepper"] | {"schedule": cut["schedule"]}
         self.stepper.load_state_dict(state["stepper"], anew)
-        kept = list(state["callbacks"])
-        for each in self.callbacks:
-            found = next((pair for pair in kept if pair[0] == settings_of(each)), None)
-            if found is not None and offers(each, "load_state_dict"):
-                each.load_state_dict(found[1])
-                kept.remove(found)
+        self.load_callbacks(callbacks)
         if self.epoch:
             start_workers(self.loader)
-        own = state["ranks"][ranks.rank() % len(state["ranks"])]
         restore(own["generators"], self.loader)
-        under_way = own["under_way"]
         cut_alike = repeats(self.loader) and len(state["ranks"]) == ranks.count()
-        if own["cut"] is not None and not self.finished:
-            under_way, self.epoch = own["cut"], self.epoch - 1
-            self.seconds -= self.history.pop()["seconds"]
         if under_way is None:
             return
         if not (cut_alike or under_way["trained"]):

@@ -73,7 +73,8 @@ class Stepper:
         """Leaves a step out. Raises FloatingPointError with on_nonfinite="stop"."""
         if self.attached.on_nonfinite == "stop":
             found = ((name, q.grad) for name, q in self.model.named_parameters() if q.grad is not None)
-            name, gradient = next((name, g) for name, g in found if not all_finite(g))
+            lost = ((name, g) for name, g in found if not all_finite(g))
+            name, gradient = next(lost, ("a parameter of the loss", torch.full((), torch.nan)))
             raise FloatingPointError(
                 f"the gradient of {name} is not finite at step {number} ({part_of(gradient)}), with a finite loss; "
                 "look for roots, logarithms and divisions at zero in the loss, lower the learning rate, or use "
