@@ -67,8 +67,8 @@ class Batch:
         check_samples(tree, interface.layout, steps, samples)
         if lengths is not None and (lengths.shape != (samples,) or lengths.min() < 1 or lengths.max() > steps):
             raise UsageError(f"lengths must be [B], each from 1 to the {steps} steps of the batch")
-        if lengths is not None and bool((lengths == steps).all()):
-            lengths = None  # there is no padding
+        if lengths is not None and ranks.count() == 1 and bool((lengths == steps).all()):
+            lengths = None  # there is no padding; of several ranks another may have some
         reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
         dtype = reference.dtype if reference is not None else torch.get_default_dtype()
         frames = EventList.of(x) if x.layout is torch.sparse_coo else x
