@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 Events = list[tuple[int, int, int, int]]
 
@@ -169,3 +170,12 @@ def smnist(root: Path) -> None:
         images = np.where(draw.random((count, 28, 28)) < 0.3, draw.integers(0, 256, (count, 28, 28)), 0)
         images[0, 3, 3:6] = 255
         write_idx(root / "smnist", split, images, list(range(count)))
+
+
+def reads_of(dataset: type, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the indices at which a data set of tonic is read from now on. Its files count as there."""
+    monkeypatch.setattr(dataset, "_check_exists", lambda self: True)
+    reads: list[int] = []
+    item = dataset.__getitem__
+    monkeypatch.setattr(dataset, "__getitem__", lambda self, i: reads.append(i) or item(self, i))
+    return reads

@@ -363,10 +363,7 @@ def test_wrong_arguments_of_from_tonic_are_told(options, complaint, tmp_path):
 def test_tonics_transforms_and_files_are_part_of_the_cache(tmp_path, monkeypatch):
     tonic = pytest.importorskip("tonic")
     recordings.dvsgesture(tmp_path)
-    monkeypatch.setattr(tonic.datasets.DVSGesture, "_check_exists", lambda self: True)
-    reads = []
-    item = tonic.datasets.DVSGesture.__getitem__
-    monkeypatch.setattr(tonic.datasets.DVSGesture, "__getitem__", lambda self, i: reads.append(i) or item(self, i))
+    reads = recordings.reads_of(tonic.datasets.DVSGesture, monkeypatch)
 
     def load(**arguments):
         before = len(reads)

@@ -257,6 +257,11 @@ def test_snntorchs_losses_of_spike_times(weight):
 # -- losses with parameters --------------------------------------------------------------------------------
 
 
+def averaging(x: Tensor) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+
+
 class Prototypes(nn.Module):
     """Distances of the mean outputs to learned points, and a penalty of a model's weights."""
 
@@ -290,8 +295,7 @@ def test_parameters_of_a_loss_get_their_gradient(estimator):
     x, y = separable()[0]
     found = []
     for penalty in (0.0, 0.1):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+        model = averaging(x)
         loss = Prototypes(model, penalty)
         with attach(model, estimator, loss, seed=1) as ulr:
             for _ in range(2):
@@ -329,8 +333,7 @@ def test_a_penalty_changes_no_other_gradient(kind):
     x, y = separable()[0]
     found = []
     for penalty in (0.0, 0.1):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+        model = averaging(x)
         loss = Prototypes(model, penalty)
 
         def of_batch(outputs, targets, loss=loss):
@@ -351,8 +354,7 @@ def test_a_penalty_changes_no_other_gradient(kind):
 
 def test_parameters_that_the_loss_alone_reads_are_trained_if_they_are_the_models():
     x, y = separable()[0]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+    model = averaging(x)
     loss = Prototypes(model, 0.0)
     model.register_parameter("points", loss.points)
     assert ("points", "3x3", "exact, of the loss itself") in plan(model, (x, y), loss=loss).rows
@@ -366,8 +368,7 @@ def test_mixed_samples_without_a_label_count_for_nothing():
     x, y = separable()[0]
     half, found = len(y) // 2, []
     for events, labels in ((x[:, :half], y[:half]), (x, torch.cat([y[:half], torch.full_like(y[half:], -100)]))):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), TimeAverage(), nn.Linear(6, CLASSES))
+        model = averaging(x)
         with attach(model, ULR(credit="global", sampling=Independent(4, multi_sample=True)), seed=1) as ulr:
             ulr.backward(events, labels)
         found.append([q.grad for q in model.parameters()])

@@ -106,10 +106,7 @@ def test_a_set_of_tonics_base_class_is_told_by_its_recordings(mine, tmp_path):
 def test_a_set_of_tonic_is_told_by_its_state_and_files(tmp_path, monkeypatch):
     tonic = pytest.importorskip("tonic")
     recordings.dvsgesture(tmp_path)
-    monkeypatch.setattr(tonic.datasets.DVSGesture, "_check_exists", lambda self: True)
-    reads = []
-    item = tonic.datasets.DVSGesture.__getitem__
-    monkeypatch.setattr(tonic.datasets.DVSGesture, "__getitem__", lambda self, i: reads.append(i) or item(self, i))
+    reads = recordings.reads_of(tonic.datasets.DVSGesture, monkeypatch)
 
     def load(cut=None, targets=None, **attributes):
         given = tonic.datasets.DVSGesture(save_to=str(tmp_path))

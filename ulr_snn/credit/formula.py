@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulr_snn.credit.base import Credit
 from ulr_snn.credit.baseline import baseline, multi_sample_signals, multi_sample_weights, to_go
 from ulr_snn.credit.kinds import CreditKind
+from ulr_snn.losses.evaluation import LossEvaluation
 from ulr_snn.model.passes import Group, Pass
 from ulr_snn.sampling.kinds import Sampling
 from ulr_snn.sites.records import Record
@@ -72,7 +73,9 @@ class Formula:
         the group's share of the exact gradient."""
         losses = group.losses
         mixed = self.sampling.multi_sample
-        sample_weights = multi_sample_weights(losses * group.share) if mixed else torch.ones_like(losses)
+        sample_weights = (
+            multi_sample_weights(losses * group.passes[0].evaluation.share) if mixed else torch.ones_like(losses)
+        )
         for p, predicted in zip(group.passes, predictions, strict=True):
             weight = sample_weights[p.copies].flatten() / losses.numel()  # [rows]
             signal = self.signal(group, p, predicted) if self.credit.unbiased or self.gradientless else None
@@ -125,7 +128,7 @@ class Formula:
         if not self.credit.unbiased:
             losses, mean = group.joined("gradientless"), self.mean_gradientless
         if self.sampling.multi_sample:
-            return multi_sample_signals(losses * group.share)[p.copies].flatten() / group.share
+            return mixed_signals(losses, p)[p.copies].flatten()
         if self.credit.reward_to_go:
             losses = group.joined("loss_in_time")  # [K, B, T]
             steps = losses.shape[-1]
@@ -142,10 +145,16 @@ class Formula:
     def of_weights(self, passes: list[Pass], losses: Tensor) -> Tensor:
         """Returns the weights of the scores of weight noise, [K, B]."""
         if self.sampling.multi_sample:
-            share = Group(None, passes).share
-            return multi_sample_signals(losses * share) / share
+            return mixed_signals(losses, passes[0])
         group = self.sampling.group
         return torch.cat([p.loss - baseline(losses, p.copies, group, self.mean_loss) for p in passes])
+
+
+def mixed_signals(losses: Tensor, p: Pass) -> Tensor:
+    """Returns `multi_sample_signals` of losses [K, B] before their division by the share of labelled samples, divided
+    by it afterwards. p: a pass of the step."""
+    share = p.evaluation.share
+    return multi_sample_signals(losses * share) / share
 
 
 def enter(pairs: Iterable[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
@@ -154,3 +163,13 @@ def enter(pairs: Iterable[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
     if wanted and pairs:
         tensors, gradients = zip(*pairs, strict=True)
         torch.autograd.backward(tensors, gradients, inputs=wanted)
+
+
+def enter_losses(
+    pairs: Iterable[tuple[Tensor, Tensor]], evaluations: Iterable[LossEvaluation], model: nn.Module
+) -> None:
+    """Adds the gradients of losses that read parameters besides the outputs, to all parameters of the model, and to
+    those that the losses bring."""
+    if pairs := list(pairs):
+        brought = [q for evaluation in evaluations for q in evaluation.brought(model)]
+        enter(pairs, [*(q for q in model.parameters() if q.requires_grad), *brought])

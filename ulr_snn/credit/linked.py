@@ -105,15 +105,15 @@ class StepLink:
                 self._slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
         return self._slopes if self.whole else self._slopes[t]
 
+    def _mask(self, t: int, x: Tensor) -> Tensor | None:
+        return None if self.lengths is None else zero_padding(torch.ones_like(x), t, self.lengths, self.whole)
+
     def record(self, site: str) -> LinkedRecord:
         """Returns the record of the pass after its last step."""
         if self._draw is not None:
             largest = self._draw.farthest
         else:
-            own = (zero_padding(torch.ones_like(x), t, self.lengths, self.whole) for t, x in self._x.items())
-            masks = own if self.lengths is not None else [None] * len(self._x)
-            found = [farthest(x, mask) for x, mask in zip(self._x.values(), masks, strict=True)]
-            largest = torch.stack(found).amax(0)
+            largest = torch.stack([farthest(x, self._mask(t, x)) for t, x in self._x.items()]).amax(0)
         return LinkedRecord(site, largest * self.scale.detach().mean())
 
 

@@ -56,7 +56,7 @@ class LossEvaluation:
     steps: Tensor | None  # contribution of each time step to the loss [T, rows], for `in_time`
     # Weighted losses [rows] that depend on parameters also without the outputs, in the graph of these parameters.
     others: tuple[Tensor, ...] = ()
-    share: Tensor | None = None  # of samples with a label, by which the losses are divided; None: they are not
+    divided: Targets | None = None  # the targets, if the losses are divided by the share of samples with a label
 
     @cached_property
     def loss(self) -> Tensor:
@@ -73,6 +73,12 @@ class LossEvaluation:
     def gradientless_loss(self) -> Tensor:
         """Sum of the losses without a gradient, [rows]."""
         return added([torch.zeros_like(self.values[0])] + [self.values[i] for i in sorted(self.treatment.gradientless)])
+
+    @property
+    def share(self) -> Tensor | float:
+        """The share of samples with a label, by which the losses are divided; 1 if they are not."""
+        found = None if self.divided is None else self.divided.labelled()
+        return 1.0 if found is None else found.to(self.loss)
 
     def brought(self, model: nn.Module) -> list[Tensor]:
         """Returns the parameters that the losses bring themselves, such as prototypes of classes."""
@@ -136,8 +142,8 @@ def evaluate_losses(
         costs.append((activity[cost.counts], gradient, value.detach()))
     steps = in_time(objective, outputs, targets, mask) if treatment.in_time else None
     weights = tuple(weight for weight, _ in objective.losses)
-    share = targets.labelled() if objective.of_labelled else None
-    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(others), share)
+    divided = targets if objective.of_labelled else None
+    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(others), divided)
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ulr_snn.credit.baseline import moving
-from ulr_snn.credit.formula import enter
+from ulr_snn.credit.formula import enter_losses
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.estimators.step_sizes import times_summed
@@ -200,11 +200,10 @@ class TimeChunks(Chunks):
         if step.usable(losses):
             for collected in learned:
                 collected.learn(learner.prediction.maps)
-            wanted: list[Tensor] = [q for q in step.model.parameters() if q.requires_grad]
             if evaluation.error is not None:
-                self._backward(step, run, seen, outputs, evaluation.error, wanted)
+                self._backward(step, run, seen, outputs, evaluation.error)
             weight = losses.new_full((batch.samples,), 1 / batch.samples)
-            enter([(loss, weight) for loss in evaluation.others], wanted + evaluation.brought(step.model))
+            enter_losses([(loss, weight) for loss in evaluation.others], [evaluation], step.model)
             learner.level.store_distances(run.farthest)
             learner.mean_loss = moving(learner.mean_loss, losses)
         else:
@@ -212,10 +211,9 @@ class TimeChunks(Chunks):
         step.count(-(-run.steps_run // batch.steps))
         return Estimate(losses.mean(0), outputs.detach()[None], stats, batch)
 
-    def _backward(
-        self, step: Step, run: ChunkedRun, seen: Tensor, outputs: Tensor, error: Tensor, wanted: list[Tensor]
-    ) -> None:
+    def _backward(self, step: Step, run: ChunkedRun, seen: Tensor, outputs: Tensor, error: Tensor) -> None:
         """Adds the gradient of the batch's mean loss: of the modules after the average, then of the chunks."""
+        wanted: list[Tensor] = [q for q in step.model.parameters() if q.requires_grad]
         if run.split.back:
             if wanted and outputs.requires_grad:
                 torch.autograd.backward(outputs, error / run.batch.samples, inputs=wanted, retain_graph=True)

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.credit.base import Credit
-from ulr_snn.credit.formula import enter
+from ulr_snn.credit.formula import enter, enter_losses
 from ulr_snn.credit.pooling import SpikePooling
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import widened
 from ulr_snn.kernels.state import State
-from ulr_snn.losses.evaluation import evaluate_losses
+from ulr_snn.losses.evaluation import LossEvaluation, evaluate_losses
 from ulr_snn.memory.chunk import Chunk, ChunkSite, Fired
 from ulr_snn.memory.chunked import RegressionRows, see_farthest
 from ulr_snn.memory.chunks import Chunks
@@ -187,10 +187,14 @@ class OnlineRun:
         with torch.no_grad():
             for rows in self.learned:
                 rows.see(range(t, t + 1), fired, self.batch.valid)
-        loss, error, others, brought = self._evaluate(t, outputs)
+        found, share = self._evaluate(t, outputs)
+        loss = found.loss * share
         stats = {"copies": 1, "step": learner.step, "time": t, "times": self.batch.steps}
         if self.training_step.usable(loss, updated=t > 0):
-            self._backward(outputs, error, records, others, brought)
+            assert found.error is not None
+            self._backward(outputs, found.error * share.view(1, -1, *[1] * (outputs.ndim - 2)), records)
+            weight = share / self.batch.samples
+            enter_losses([(other, weight) for other in found.others], [found], self.bound.model)
             see_farthest(self.farthest, fired)
             if t == self.batch.steps - 1:
                 learner.level.store_distances(self.farthest)
@@ -222,26 +226,15 @@ class OnlineRun:
         check_outputs(x, 1, self.batch.samples)
         return x
 
-    def _evaluate(self, t: int, outputs: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """Returns the time step's part of the loss [B], the gradient of this part in the outputs, and the losses that
-        depend on parameters also without the outputs, with their weights, and the parameters that they bring."""
+    def _evaluate(self, t: int, outputs: Tensor) -> tuple[LossEvaluation, Tensor]:
+        """Returns the evaluation of the loss at a time step, and the step's share in the loss of each sample [B]."""
         targets = self.batch.targets.part(slice(t, t + 1), slice(None))
         found = evaluate_losses(self.batch.objective, self.treatment, outputs, {}, targets, None, self.noise)
         if found.error is None:
             raise RuntimeError("an update at every time step was begun for a loss without a gradient")
-        share = self.batch.share[t].to(outputs.dtype)
-        others = [(loss, share / self.batch.samples) for loss in found.others]
-        error = found.error * share.view(1, -1, *[1] * (outputs.ndim - 2))
-        return found.loss * share, error, others, found.brought(self.bound.model)
+        return found, self.batch.share[t].to(outputs.dtype)
 
-    def _backward(
-        self,
-        outputs: Tensor,
-        error: Tensor,
-        records: list[Record],
-        others: list[tuple[Tensor, Tensor]],
-        brought: list[Tensor],
-    ) -> None:
+    def _backward(self, outputs: Tensor, error: Tensor, records: list[Record]) -> None:
         """Adds the gradient of a time step: the formula's ∂L/∂J of each layer, times the traces of its inputs."""
         passed = Chunk([(outputs, error)], records)
         found = self.learner.prediction.credit_at_once(passed)
@@ -249,7 +242,7 @@ class OnlineRun:
         weight = outputs.new_full((self.batch.samples,), 1 / self.batch.samples)
         given = {part.site: part for part in self.formula.contributions(passed, credits, weight)}
         stages = zip(self.stages, self.traces, [record.site for record in records] + [None], strict=True)
-        pairs = others
+        pairs: list[tuple[Tensor, Tensor]] = []
         for stage, trace, site in stages:  # records are in the order of the stages
             if site in given and stage.learning:
                 g = given[site].gradient
@@ -257,7 +250,7 @@ class OnlineRun:
         for name, weights in self.recurring.items():
             if name in given:
                 pairs += self.recurrent[name].gradients([weights], given[name].gradient)
-        wanted = [*(q for q in self.bound.model.parameters() if q.requires_grad), *brought]
+        wanted: list[Tensor] = [q for q in self.bound.model.parameters() if q.requires_grad]
         enter([pair for pair in pairs if pair[0].requires_grad], wanted)
 
 

@@ -50,7 +50,10 @@ class CopiesOverRanks:
         if not step.usable(losses):
             stats["skipped"] = True
             return estimate
-        evaluations = [LossEvaluation([loss], [None], [], LossTreatment(), (1.0,), None) for loss in losses]
+        divided = passes[0].evaluation.divided
+        evaluations = [
+            LossEvaluation([loss], [None], [], LossTreatment(), (1.0,), None, divided=divided) for loss in losses
+        ]
         every = [Pass([copy], passes[0].outputs, [], {}, found) for copy, found in enumerate(evaluations)]
         weights.add_gradients(step.model, learner.step - 1, step.formula.of_weights(every, losses))
         learner.learn(every, losses)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.credit.formula import Contribution, Formula, enter
+from ulr_snn.credit.formula import Contribution, Formula, enter, enter_losses
 from ulr_snn.estimators.base import Estimate
 from ulr_snn.kernels import ranks
 from ulr_snn.memory.step import Step
@@ -107,9 +107,8 @@ def enter_all(step: Step, contributions: list[Contribution], passes: list[Pass])
     also to parameters with weight noise, and to their own."""
     pairs = [(part.tensor, part.gradient) for part in contributions if not part.of_loss]
     enter(pairs, list(step.parameters.values()))
-    if of_losses := [(part.tensor, part.gradient) for part in contributions if part.of_loss]:
-        brought = [q for p in passes for q in p.evaluation.brought(step.model)]
-        enter(of_losses, [*(q for q in step.model.parameters() if q.requires_grad), *brought])
+    of_losses = [(part.tensor, part.gradient) for part in contributions if part.of_loss]
+    enter_losses(of_losses, [p.evaluation for p in passes], step.model)
 
 
 def halves(

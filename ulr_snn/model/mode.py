@@ -21,9 +21,9 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     if not (training and model.training):
         model.train(training)
     if training:
-        for module in modules_with_own_modes(model):
-            if module.training:  # no other such module has frozen it
-                module.train(True)  # as the user's own loop would do
+        for module in list(model.modules()):
+            if module.training and type(module).train is not nn.Module.train:
+                module.train(True)  # as the user's own loop would do, for a class that keeps norms frozen
         for module, mode in modes if modes[0][1] else ():
             module.training &= mode
     try:
@@ -31,11 +31,6 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def modules_with_own_modes(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules in training mode whose classes say what that means, such as those that freeze a norm."""
-    return [module for module in model.modules() if module.training and type(module).train is not nn.Module.train]
 
 
 def check_model(model: Any) -> nn.Module:

@@ -78,12 +78,6 @@ class Group:
         return torch.cat([getattr(p, kind) for p in self.counted or self.passes])
 
     @property
-    def share(self) -> Tensor | float:
-        """See `LossEvaluation.share`; 1 if the losses are not divided."""
-        found = self.passes[0].evaluation.share
-        return 1.0 if found is None else found.to(self.losses)
-
-    @property
     def losses(self) -> Tensor:
         """The losses of all copies, [K, B]."""
         return self.joined("loss")
