@@ -6,6 +6,7 @@ import math
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -247,3 +248,22 @@ def test_csv_log_leaves_other_files_alone(tmp_path, content):
     with pytest.raises(UsageError, match="holds something else"):
         CSVLog(path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("answer", [True, np.bool_(True), torch.tensor(True)])
+def test_a_callback_ends_the_training_by_any_kind_of_true(answer):
+    assert len(quiet(BATCHES, 3, lambda entry, model: answer).history) == 1
+    assert len(quiet(BATCHES, 3, lambda entry, model: 1).history) == 3  # as of a write to a file
+
+
+def test_what_callbacks_put_into_the_history_is_saved(tmp_path):
+    def score(entry, model):
+        entry |= {"f1": np.float64(0.5), "loss": torch.tensor(2.0), "each": np.ones(2), "words": ("a", None)}
+
+    history = quiet(BATCHES, 2, score, run_dir=tmp_path).history
+    assert history[1] | {"f1": 0.5, "loss": 2.0, "each": [1.0, 1.0], "words": ["a", None]} == history[1]
+    assert type(history[0]["f1"]) is float
+    again = quiet(BATCHES, 3, score, run_dir=tmp_path, resume=True).history
+    assert again[:2] == history
+    with pytest.raises(UsageError, match="callbacks in the history"):
+        quiet(BATCHES, 1, lambda entry, model: entry.update(model=model), run_dir=tmp_path / "other")

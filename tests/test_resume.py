@@ -31,6 +31,7 @@ from tests.written import Above
 from tests.written import Own as WrittenOut
 from ulr_snn import ULR, Online, UsageError
 from ulr_snn.errors import Interrupted, LoaderError, SaveError, Terminated
+from ulr_snn.peers import METHODS
 from ulr_snn.runs import directory
 from ulr_snn.runs.checkpoints import checkpoints
 from ulr_snn.runs.directory import RunDirectory
@@ -428,6 +429,53 @@ def test_changed_settings_are_taken_where_asked_for(tmp_path):
     assert slow.history[-1]["lr"] == 0.3
     assert usual(tmp_path, "changed", 4, lr=0.5, scheduler=None).history[-1]["lr"] == 0.5
     assert 0 < usual(tmp_path, "changed", 6, lr=0.5).history[-1]["lr"] < 0.5  # the cosine of six epochs
+
+
+def half_frozen() -> nn.Sequential:
+    model = net()
+    model[0].requires_grad_(False)
+    return model
+
+
+def test_layers_that_have_thawed_stay_so(tmp_path):
+    def thaw(entry, model):
+        if entry["epoch"] == 1:
+            model[0].requires_grad_(True)
+        if entry["epoch"] == stop:
+            raise Stop
+
+    stop = 0
+    whole, resumed = half_frozen(), half_frozen()
+    ulr_snn.train(whole, batches(), 4, callbacks=[thaw], progress=False)
+    stop = 2
+    with pytest.raises(Stop):
+        usual(tmp_path, epochs=4, model=half_frozen(), callbacks=[thaw])
+    stop = 0
+    usual(tmp_path, True, 4, model=resumed, callbacks=[thaw])
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(UsageError, match=r"frozen parameters \(0.weight, 0.bias\), not \(\)"):
+        usual(tmp_path, True, 5)
+
+
+OTHERS = {
+    "an estimator of another kind": ({"estimator": METHODS["surrogate"]()}, {}),
+    "evolution": ({}, {"estimator": METHODS["evolution"]()}),
+    "expected gradients": ({}, {"estimator": METHODS["expected"]()}),
+    "groups of parameters": (
+        {"optimizer": lambda q: torch.optim.SGD(q, 0.1)},
+        {"optimizer": lambda q: torch.optim.SGD([{"params": [each]} for each in q], 0.1)},
+    ),
+    "frozen parameters": ({}, {"model": half_frozen()}),
+    "precision": ({}, {"model": net().double()}),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_run_goes_on_with_other_parts(change, tmp_path):
+    first, second = OTHERS[change]
+    usual(tmp_path, **first)
+    found = usual(tmp_path, "changed", 2, **second)
+    assert len(found.history) == 2 and found.history[1]["train_loss"] < 2
 
 
 @pytest.mark.parametrize(

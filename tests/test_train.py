@@ -17,6 +17,7 @@ from ulr_snn import LIF, ULR, Fold, Logistic, Online, RecurrentLIF, TimeAverage,
 from ulr_snn.noise.level import NoiseLevel
 from ulr_snn.noise.random import Noise
 from ulr_snn.peers import SurrogateBPTT
+from ulr_snn.runs.directory import load_checkpoint
 from ulr_snn.runs.optim import cosine, make_optimizer, one_cycle
 from ulr_snn.sites.binding import bind
 
@@ -163,6 +164,62 @@ def test_an_optimizer_of_some_parameters_trains_only_those():
     train(model)
     assert torch.equal(model[0].weight, before[0].weight) and model[0].weight.grad is None
     assert not torch.equal(model[2].weight, before[2].weight)
+
+
+def test_layers_that_thaw_are_trained_and_new_ones_asked_for():
+    def thaw(entry, model):
+        model[0].requires_grad_(True)
+
+    model = net()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    train(model, callbacks=[thaw])
+    assert not torch.equal(model[0].weight, before)
+
+    def replace(entry, model):
+        model[0] = nn.Linear(PIXELS, 16)
+
+    for optimizer in (None, torch.optim.SGD):
+        with pytest.raises(UsageError, match=r"0.weight became trainable .* \(add_param_group\)"):
+            train(net(), callbacks=[replace], optimizer=optimizer)
+
+    def hold(entry, model):
+        if entry["epoch"] == 1:
+            replace(entry, model)
+            held.add_param_group({"params": list(model[0].parameters())})
+            new.append(model[0].weight.clone())
+
+    model, new = net(), []
+    held = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, callbacks=[hold], optimizer=held, scheduler=None)
+    assert not torch.equal(model[0].weight, new[0])
+
+
+@pytest.mark.parametrize("scheduler", ["auto", "cosine", "one-cycle"])
+def test_an_optimizer_has_its_rates_back_after_a_schedule(scheduler):
+    model = net()
+    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}], 0.1)
+    for _ in range(2):  # torch keeps the first rates for other schedules, in the group
+        train(model, optimizer=optimizer, scheduler=scheduler, epochs=1)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+    optimizer.param_groups[0]["lr"] = 0.05
+    with pytest.raises(KeyError, match="lost"):
+        train(model, optimizer=optimizer, scheduler=scheduler, callbacks=[lambda entry, model: {}["lost"]])
+    assert optimizer.param_groups[0]["lr"] == 0.05 and "initial_lr" not in optimizer.param_groups[0]
+    train(model, optimizer=optimizer, scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5))
+    assert optimizer.param_groups[0]["lr"] == 0.05 * 0.5**12
+
+
+def test_a_compiled_model_trains_as_the_one_inside(tmp_path):
+    compiled = torch.compile(net(), backend="eager")
+    result = train(compiled, val_loader=batches(32), run_dir=tmp_path)
+    assert torch.equal(weights(compiled), weights(train(net()).model))
+    loaded = net(seed=5)
+    for model in (loaded, torch.compile(net(seed=5), backend="eager")):
+        load_checkpoint(tmp_path, model)
+        assert torch.equal(weights(model), weights(compiled))
+    assert ulr_snn.evaluate(compiled, batches(32))["loss"] == result.history[-1]["val_loss"]
+    assert [row[0] for row in ulr_snn.plan(compiled, batches(32)[0]).rows][:2] == ["0.weight", "0.bias"]
 
 
 def test_schedules():

@@ -26,7 +26,7 @@ from ulr_snn.runs import order
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.optim import defaults
 from ulr_snn.runs.progress import say
-from ulr_snn.train import Result, train
+from ulr_snn.train import Result, check_reusable, train
 
 DIVERGED = {"accuracy": 0.0, "loss": None, "seconds_a_step": None, "forward_passes": 0}
 COLUMNS = ("method", "lr", "accuracy", "loss", "ms a step", "peak MiB", "forward passes")
@@ -103,6 +103,8 @@ def compare(
         raise UsageError(f"compare got lr for {', '.join(map(repr, others))}; the methods are {', '.join(estimators)}")
     if options.keys() & {"run_dir", "resume"} or isinstance(options.get("optimizer"), torch.optim.Optimizer):
         raise UsageError("compare got run_dir, resume or an optimizer of its own; every training starts anew")
+    trainings = each_training(estimators, lr, "optimizer" in options)
+    check_reusable(len(trainings), loader=loader, val_loader=val_loader)
     device = pick_device(device)
     weights = copy.deepcopy(model.to(device).state_dict())
     gradients = [q.grad for q in model.parameters()]
@@ -116,16 +118,15 @@ def compare(
             model.load_state_dict(weights)
             with same_draws(loader, seed), suppress(FloatingPointError, UsageError):  # the training raises them again
                 train(model, list(itertools.islice(loader, 1)), 1, estimator=estimator, **a_step)
-        for method, estimator in estimators.items():
-            for rate in rates(method, lr, None if "optimizer" in options else defaults(estimator).lr):
-                model.load_state_dict(weights)
-                row: dict[str, Any] = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
-                rows.append(row)
-                if progress:
-                    say(method if rate is None else f"{method}, lr {rate:g}")
-                with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
-                    row |= figures(train(model, loader, epochs, estimator=estimator, lr=rate, **whole))
-                row["peak_memory_bytes"] = memory.bytes
+        for method, estimator, rate in trainings:
+            model.load_state_dict(weights)
+            row: dict[str, Any] = {"method": method, "lr": rate, "seed": seed, **DIVERGED, "history": []}
+            rows.append(row)
+            if progress:
+                say(method if rate is None else f"{method}, lr {rate:g}")
+            with same_draws(loader, seed), PeakMemory(device) as memory, suppress(FloatingPointError):
+                row |= figures(train(model, loader, epochs, estimator=estimator, lr=rate, **whole))
+            row["peak_memory_bytes"] = memory.bytes
     finally:
         model.load_state_dict(weights)
         for q, gradient in zip(model.parameters(), gradients, strict=True):
@@ -155,6 +156,17 @@ def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(methods, str) or not methods or any(name not in known for name in methods):
         raise UsageError(f"compare got methods={methods!r}; give some of {', '.join(known)}, or names with estimators")
     return {name: known[name]() for name in methods}
+
+
+def each_training(
+    estimators: Mapping[str, Estimator], lr: Rates | Mapping[str, Rates] | None, own_rate: bool
+) -> list[tuple[str, Estimator, float | None]]:
+    """Returns method, estimator and learning rate of each training. own_rate: the optimizer has one of its own."""
+    return [
+        (method, estimator, rate)
+        for method, estimator in estimators.items()
+        for rate in rates(method, lr, None if own_rate else defaults(estimator).lr)
+    ]
 
 
 def rates(method: str, lr: Rates | Mapping[str, Rates] | None, default: float | None) -> list[float | None]:

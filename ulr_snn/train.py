@@ -1,6 +1,6 @@
 """`train`, the training loop."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -35,7 +35,7 @@ from ulr_snn.model.interface import Interface
 from ulr_snn.model.mode import Model, mode_of, move, pick_device
 from ulr_snn.runs.directory import RunDirectory
 from ulr_snn.runs.keeping import Keeper
-from ulr_snn.runs.optim import USUAL, defaults, length, loader_length, make_optimizer, make_scheduler
+from ulr_snn.runs.optim import USUAL, defaults, length, loader_length, make_optimizer, make_scheduler, same_rates
 from ulr_snn.runs.session import Session, Settings
 from ulr_snn.runs.settings import described
 from ulr_snn.runs.steps import Stepper
@@ -108,15 +108,15 @@ def train(
     moving = make_optimizer(model, optimizer, lr, estimator)
     started = described(model, loader, moving, given | {"estimator": estimator, "layout": interface.layout})
     steps, batches = length(loader, epochs, accumulate, max_steps)
-    schedule = make_scheduler(moving, scheduler, steps, defaults(estimator) if optimizer is None else USUAL)
-    attached = estimator.attach(model, loss, seed, interface, batches, rates=optimizer is None)
-    keeper = Keeper.of(run_dir, resume, save_every, started)
-    with mode_of(model, training=True), attached, keeper.in_use():
-        first = ranks.rank() == 0
-        stepper = Stepper(model, attached, moving, schedule, clip)
-        session = Session(model, loader, attached, stepper, settings, keeper, callbacks if first else ())
-        session.run(epochs, validation(model, val_loader, loss, interface, settings), bool(progress) and first)
-        figures = session.finish(seed, val_loader is not None)
+    with same_rates(moving, scheduler):
+        schedule = make_scheduler(moving, scheduler, steps, defaults(estimator) if optimizer is None else USUAL)
+        attached = estimator.attach(model, loss, seed, interface, batches, rates=optimizer is None)
+        keeper = Keeper.of(run_dir, resume, save_every, started)
+        with mode_of(model, training=True), attached, keeper.in_use():
+            stepper, first = Stepper(model, attached, moving, schedule, clip), ranks.rank() == 0
+            session = Session(model, loader, attached, stepper, settings, keeper, callbacks if first else ())
+            session.run(epochs, validation(model, val_loader, loss, interface, settings), bool(progress) and first)
+            figures = session.finish(seed, val_loader is not None)
     return Result(model, estimator, figures, session.history)
 
 
@@ -130,10 +130,18 @@ def validation(
     return partial(evaluate, model, loader, loss=loss, device=settings.device, autocast=settings.autocast, **options)
 
 
+def check_reusable(times: int, **loaders: Iterable[Any] | None) -> None:
+    """Raises UsageError for a loader that cannot be used so many times."""
+    for name, given in loaders.items():
+        if isinstance(given, Iterator) and times > 1:
+            raise UsageError(
+                f"the {name} is a {type(given).__name__}, which can be used only once; give a list or a DataLoader"
+            )
+
+
 def check_loaders(loader: Iterable[Any], val_loader: Iterable[Any] | None, epochs: int) -> None:
     """Raises UsageError for an empty loader, and for validation data that are used up after the first epoch."""
     for name, given in (("loader", loader), ("val_loader", val_loader)):
         if given is not None and loader_length(given) == 0:
             raise UsageError(f"the {name} is empty; give it at least one batch")
-    if isinstance(val_loader, Generator) and epochs > 1:
-        raise UsageError("the val_loader is a generator, which can be used only once; give a list or a DataLoader")
+    check_reusable(epochs, val_loader=val_loader)

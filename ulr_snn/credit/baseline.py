@@ -22,7 +22,7 @@ def baseline(losses: Tensor, copies: list[int], group: int, moving: Tensor | Non
 def moving(mean: Tensor | None, losses: Tensor) -> Tensor:
     """Returns the exponential moving average of the losses after one more step."""
     now = ranks.mean(losses)
-    return now if mean is None else mean.lerp(now, 0.05)
+    return now if mean is None else mean.to(now.dtype).lerp(now, 0.05)
 
 
 def to_go(losses: Tensor) -> Tensor:

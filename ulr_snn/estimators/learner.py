@@ -154,8 +154,10 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.observe_again()  # with the state's choices
-        self.resumed = state["step"] > 0
-        self.step, self.forward_passes = state["step"], state["forward_passes"]
+        self.step, self.forward_passes = state.get("step", 0), state["forward_passes"]
+        if "feedback" not in state:
+            return  # of an attachment of another kind, which has learned nothing of this
+        self.resumed = self.step > 0
         state = {"mean_gradientless": state.get("mean_blind"), **state}  # the name of earlier versions
         for name in ("mean_loss", "mean_gradientless"):
             setattr(self, name, None if state[name] is None else state[name].to(device))

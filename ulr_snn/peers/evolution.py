@@ -110,4 +110,5 @@ class EvolutionAttachment(PeerAttachment):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         device = next(self.model.parameters()).device
-        self.mean_loss = None if state["mean_loss"] is None else state["mean_loss"].to(device)
+        mean = state.get("mean_loss")
+        self.mean_loss = None if mean is None else mean.to(device)

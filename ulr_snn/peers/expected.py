@@ -84,7 +84,7 @@ class ExpectedAttachment(SurrogateAttachment):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.level.starts = dict(state["noise_starts"])
+        self.level.starts = dict(state.get("noise_starts", {}))
 
 
 @dataclass

@@ -26,10 +26,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ulr_snn.errors import SaveError, UsageError, lost_process, reason
+from ulr_snn.kernels.ranks import unwrapped
 
 _NAME = re.compile(r"checkpoint-(\d{4,})")
 WEIGHTS, STATE, CONFIG, MANIFEST = "model.safetensors", "state.pt", "config.json", "manifest.json"
@@ -85,9 +87,9 @@ def load_weights(file: Path, model: nn.Module) -> None:
     from safetensors.torch import load_model
 
     try:
-        load_model(model, str(file))
+        load_model(unwrapped(model), str(file))
     except RuntimeError as error:
-        raise UsageError(f"the weights in '{file}' do not fit this model: {error}") from error
+        raise UsageError(f"the weights in '{file}' do not fit this model: {' '.join(str(error).split())}") from error
     except (SafetensorError, OSError) as error:
         raise UsageError(f"the weights in '{file}' cannot be read, {error}; copy the file again") from error
 
@@ -208,7 +210,7 @@ def _save_state(state: dict[str, Any], file: Path) -> None:
     except Exception as error:
         raise UsageError(
             "the state of this run cannot be saved for resuming: optimizer, scheduler, estimator and callbacks must "
-            f"keep only tensors and plain Python values in their state_dict ({reason(error)})"
+            "keep only tensors and plain Python values in their state_dict, as callbacks in the history"
         ) from error
 
 
@@ -236,16 +238,23 @@ def remove(path: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Returns a value as JSON."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    """Returns a value as JSON, with null for NaN and infinity."""
+    return json.dumps(_finite(in_numbers(value)), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    """Converts a value for JSON: 0-d tensors and NumPy numbers to Python numbers, NaN and infinity to None."""
+def in_numbers(value: Any) -> Any:
+    """Returns a value with Python's numbers, or lists of them, in place of tensors and of NumPy's numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): in_numbers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
+        return [in_numbers(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor | numpy.ndarray | numpy.generic) else value
+
+
+def _finite(value: Any) -> Any:
+    """Returns plain values with None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ulr_snn.estimators.base import Estimator
 from ulr_snn.kernels import ranks
 from ulr_snn.model.mode import trainable
 
+RATES = ("lr", "initial_lr")  # of a group; the second is that of torch's schedules
 WARM_UP = 0.1  # fraction of the steps, in the cosine schedule
 RISE, FIRST = 0.4, 1 / 25  # fraction of the steps until the highest rate of one cycle, and the share that it begins at
 
@@ -52,11 +54,14 @@ def make_optimizer(model: nn.Module, optimizer: Any, lr: float | None, estimator
     if lr is not None and optimizer is not None:
         raise UsageError(f"train got lr={lr} and an optimizer, which has its own; give one of them")
     if optimizer is None:
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        usual, groups = defaults(estimator), [{"params": [p]} for p in parameters]
+        held = [p for p in model.parameters() if p.requires_grad or p.is_floating_point()]  # also for those that thaw
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in held)
+        usual, groups = defaults(estimator), [{"params": [p]} for p in held]
         return torch.optim.Adam(groups, usual.lr if lr is None else lr, betas=(usual.momentum, 0.999), fused=fused)
     if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
-        raise UsageError(f"train got optimizer={optimizer!r}; it is an optimizer or a factory parameters -> optimizer")
+        raise UsageError(
+            f"train got optimizer={shown(optimizer)}; it is an optimizer or a factory parameters -> optimizer"
+        )
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
     check_optimizer(made, parameters)
     return made
@@ -94,14 +99,28 @@ def make_scheduler(optimizer: Optimizer, scheduler: Any, steps: int | None, usua
     name = usual.schedule if scheduler == "auto" else scheduler
     if not isinstance(name, str) or name not in SCHEDULES:
         raise UsageError(
-            f"train got scheduler={scheduler!r}; it is 'auto', {', '.join(map(repr, SCHEDULES))}, None or a factory "
-            "optimizer -> scheduler"
+            f"train got scheduler={shown(scheduler)}; it is 'auto', {', '.join(map(repr, SCHEDULES))}, None or a "
+            "factory optimizer -> scheduler"
         )
     if steps is None:
         raise UsageError(
             f"the {name} schedule needs the number of steps: give a loader with a length, or scheduler=None"
         )
     return LambdaLR(optimizer, lambda step: SCHEDULES[name](step, steps))
+
+
+@contextmanager
+def same_rates(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
+    """Gives the groups of an optimizer their learning rates back after a schedule of `train`'s own, which ends at zero.
+    Torch would also take the first rates again for a schedule of the next training."""
+    kept = [(group, {name: group[name] for name in RATES if name in group}) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, rates in kept if isinstance(scheduler, str) else ():
+            for name in RATES:
+                group.pop(name, None)
+            group.update(rates)
 
 
 def check_scheduler(scheduler: Any, optimizer: Optimizer, steps: int | None) -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.errors.arguments import plain
 from ulr_snn.estimators.base import Attachment, Estimate, Estimator, in_sum, offers
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import reduced_precision
 from ulr_snn.losses.metrics import Tally, scores
 from ulr_snn.model.reading import read
-from ulr_snn.runs.checkpoints import try_out
+from ulr_snn.runs.checkpoints import in_numbers, try_out
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.keeping import Keeper, Place, check_weights
 from ulr_snn.runs.order import State, begun, of_loader, repeats, restore, set_epoch, start_workers, states
@@ -147,6 +148,7 @@ class Session:
             self.under_way = Epoch(self.epoch + 1, tally, states(self.loader), passes, self.stepper.lr)
         epoch = self.under_way
         if not epoch.trained:
+            self.stepper.check_held()
             self.train_epoch(epoch, epochs, progress)
             check_weights(self.model, self.place)
             if epoch.number == 1:
@@ -160,7 +162,8 @@ class Session:
         if progress:
             report(entry, epochs, self.settings.metrics)
         self.told = self.remembered()  # before they see this epoch, which a resumed run shows again
-        stops = [callback(entry, self.model) is True for callback in self.callbacks]
+        stops = [plain(callback(entry, self.model)) is True for callback in self.callbacks]
+        entry |= in_numbers(entry)  # what they have put into it
         self.stepper.end_epoch(entry.get("val_loss", entry["train_loss"]))
         (stop,) = ranks.agree([any(stops)])
         self.see_best(entry)
@@ -281,6 +284,7 @@ class Session:
             "callbacks": self.remembered() if self.told is None else self.told,
             "ranks": ranks.gathered(own),
             "versions": versions(),
+            "frozen": [name for name, q in self.model.named_parameters() if not q.requires_grad],
         }
 
     def before_end(self) -> dict[str, Any]:
@@ -305,6 +309,9 @@ class Session:
         for name in PLAIN:
             setattr(self, name, state[name])
         self.attached.load_state_dict(state["attached"])
+        if "frozen" in state and not self.keeper.changed:  # callbacks may have thawed some
+            for name, q in self.model.named_parameters():
+                q.requires_grad_(name not in state["frozen"])
         settings = self.keeper.settings
         anew = any(state["settings"][name] != settings[name] for name in ("optimizer", "scheduler"))
         own = state["ranks"][ranks.rank() % len(state["ranks"])]
@@ -313,7 +320,7 @@ class Session:
             under_way, callbacks, self.epoch = cut["epoch"], cut["callbacks"], self.epoch - 1
             self.seconds -= self.history.pop()["seconds"]
             state["stepper"] = state["stepper"] | {"schedule": cut["schedule"]}
-        self.stepper.load_state_dict(state["stepper"], anew)
+        self.stepper.load_state_dict(state["stepper"], anew, self.keeper.changed)
         self.load_callbacks(callbacks)
         if self.epoch:
             start_workers(self.loader)

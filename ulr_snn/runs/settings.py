@@ -24,6 +24,7 @@ def described(
     groups = [{name: q for name, q in group.items() if name != "params"} for group in optimizer.param_groups]
     return {
         "model": in_words(model),
+        "frozen parameters": in_words([name for name, q in model.named_parameters() if not q.requires_grad]),
         "batches an epoch": loader_length(loader),
         "batch size": getattr(loader, "batch_size", None),
         "processes": ranks.count(),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import UsageError, reason
 from ulr_snn.estimators.base import Attachment
 from ulr_snn.model.mode import all_finite
 
@@ -33,6 +33,21 @@ class Stepper:
     clip: float | None
     size: float = 1.0
     good: int = 0
+
+    def __post_init__(self) -> None:
+        # The user may leave out parameters. Those that the model gets later must be held.
+        self.known = {id(q): q for q in self.model.parameters() if q.requires_grad}
+
+    def check_held(self) -> None:
+        """Raises UsageError for parameters that became trainable in the training, if the optimizer does not hold
+        them."""
+        held = {id(q) for group in self.optimizer.param_groups for q in group["params"]} | self.known.keys()
+        for name, q in self.model.named_parameters():
+            if q.requires_grad and id(q) not in held:
+                raise UsageError(
+                    f"{name} became trainable during the training, but {type(self.optimizer).__name__} does not hold "
+                    "it; give train an optimizer that does (add_param_group), or begin another training"
+                )
 
     @property
     def lr(self) -> float:
@@ -116,7 +131,7 @@ class Stepper:
         groups, rates = self.optimizer.param_groups, [group["lr"] for group in self.optimizer.param_groups]
         try:
             for group in groups:  # with factors, each group has one parameter
-                group["lr"] *= self.size * (factors.get(names[id(group["params"][0])], 1.0) if factors else 1.0)
+                group["lr"] *= self.size * (factors.get(names.get(id(group["params"][0]), ""), 1.0) if factors else 1.0)
             yield
         finally:
             for group, rate in zip(groups, rates, strict=True):
@@ -133,9 +148,9 @@ class Stepper:
             "good": self.good,
         }
 
-    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any], anew: bool = False, changed: bool = False) -> None:
         """Loads a state. anew: the optimizer or schedule has other settings, which stay; of the state they take moments
-        of the same kind of optimizer, and the number of steps."""
+        of the same kind of optimizer, and the number of steps. changed: they may also have other parameters."""
         self.size, self.good = state["size"], state["good"]
         if anew:
             self.go_on_anew(state)
@@ -145,7 +160,10 @@ class Stepper:
             if self.schedule is not None and state["schedule"] is not None:
                 self.schedule.load_state_dict(state["schedule"])
         except (ValueError, KeyError) as error:
-            raise UsageError(f"the state of the optimizer or schedule is of another one: {error}") from error
+            if changed:
+                self.go_on_anew(state)
+                return
+            raise UsageError(f"the state of the optimizer or schedule is of another one: {reason(error)}") from error
 
     def go_on_anew(self, state: dict[str, Any]) -> None:
         """Goes on from the state of an optimizer and a schedule with other settings."""
