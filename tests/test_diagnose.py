@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tests.helpers import averaging, currents, png_size
 from ulr_snn import ULR, Diagnosis, Logistic, Online, UsageError, diagnose
@@ -132,3 +133,18 @@ def test_halves_leave_no_bias():
 def test_too_few_draws():
     with pytest.raises(UsageError, match="draws=2"):
         diagnose(net(), data(), draws=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", [prune.identity, nn.utils.weight_norm])
+def test_states_in_a_graph_are_copied(change):
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.last = [super().forward(x)]
+            return self.last[0]
+
+    model = Keeping(*net())
+    change(model[0], "weight")
+    model(data()[0])  # torch copies neither this output nor the weight
+    found = diagnose(model, data(), {"feedback": ULR()}, draws=4, reference_draws=4, warm_up=0)
+    assert found.row("feedback", "0")["passes"] == 1 and model.last[0].grad_fn is not None

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from tests.helpers import library_of
-from ulr_snn import LIF, ULR, CurrentNoise, Logistic, Online, SpikeBudget, attach, evaluate, plan, train
+from ulr_snn import LIF, ULR, CurrentNoise, Logistic, Online, RecurrentLIF, SpikeBudget, attach, evaluate, plan, train
 from ulr_snn.adapters import adapt
 from ulr_snn.errors import UsageError
 from ulr_snn.memory.chunks import ChunkLimits, TimeChunks
@@ -1191,3 +1193,64 @@ def test_other_parameters_than_a_modules_own_keep_the_models_own_code(how):
         for _ in range(3):
             ulr.backward(x, y)
     assert model.delta.grad.any()
+
+
+# -- weights that hooks make anew
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer of snnTorch, in a loop over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.readout = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.lif = library_of("snntorch").RLeaky(0.9, linear_features=7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (spikes, mem), outputs = self.lif.init_rleaky(), []
+        for now in x:
+            spikes, mem = self.lif(self.enter(now), spikes, mem)
+            outputs.append(self.readout(spikes))
+        return torch.stack(outputs)
+
+
+def own_recurrent() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), RecurrentLIF(7), nn.Linear(7, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("make, name", [(own_recurrent, "1.recurrent"), (Recurrent, "lif.recurrent")])
+@pytest.mark.parametrize("change", [partial(prune.l1_unstructured, amount=0.5), nn.utils.weight_norm])
+def test_recurrent_weights_that_hooks_make_anew_are_trained(make, name, change):
+    x, y = 2 * torch.rand(9, 6, 5, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+    plain, model = make(), make()
+    layer, held = model.get_submodule(name), plain.get_submodule(name)
+    change(layer, "weight")
+    held.weight.data.copy_(layer.weight.detach())
+    layer(torch.zeros(0, 7))
+    for each in (plain, model):
+        attach(each, seed=0).backward(x, y)
+    parts = {q: p for q, p in layer.named_parameters() if q.startswith("weight")}
+    layer(torch.zeros(0, 7))
+    expected = torch.autograd.grad(layer.weight, list(parts.values()), held.weight.grad)
+    for part, gradient in zip(parts.values(), expected, strict=True):
+        torch.testing.assert_close(part.grad, gradient, rtol=1e-4, atol=1e-6)
+    before = layer.weight.detach().clone()
+    loss = train(model, [(x, y)] * 3, 1, device="cpu", progress=False, val_loader=[(x, y)]).history[0]["val_loss"]
+    with torch.no_grad():
+        outputs = model.eval()(x).sum(0)
+        layer(torch.zeros(0, 7))
+    assert loss == pytest.approx(functional.cross_entropy(outputs, y).item())
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_hook_inside_a_neuron_is_called():
+    model, calls = Recurrent(), []
+    model.lif.recurrent.register_forward_hook(lambda *_: calls.append(1))
+    x, y = torch.rand(9, 6, 5), torch.arange(6) % 3
+    attach(model).backward(x, y)
+    calls.clear()
+    attach(model).backward(x, y)
+    assert calls and "hooks" in plan(model, (x, y)).engine[0]

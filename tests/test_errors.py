@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ulr_snn
 from ulr_snn import LIF, ULR, Gaussian, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, UsageError, attach
@@ -268,3 +269,37 @@ def test_thresholds_of_shape_one_by_n():
     x = torch.rand(5, 4, 3)
     thresholds = torch.tensor([0.5, 0.9, 1.5])
     assert torch.equal(LIF(threshold=thresholds[None])(x), LIF(threshold=thresholds)(x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, first: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, 3), LIF(), nn.Linear(3, 2))
+        self.reentrant, self.first = reentrant, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.net[self.first : self.first + 2]
+        return self.net[self.first + 2 :](checkpoint(part, self.net[: self.first](x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_would_fire_again_in_the_backward_pass(reentrant):
+    for first in (0, 1):
+        model = Checkpointed(reentrant, first)
+        for use in (
+            lambda m: attach(m).backward(X, Y),
+            lambda m: ulr_snn.plan(m, (X, Y)),
+            lambda m: ulr_snn.compare(m, [(X, Y)], [(X, Y)], ["surrogate"], epochs=1, progress=False, device="cpu"),
+        ):
+            with pytest.raises(UsageError, match=r"a LIF fires in a part .* checkpoint"):
+                use(model)
+        plain = ulr_snn.evaluate(model.net, [(X, Y)], device="cpu")
+        assert ulr_snn.evaluate(model, [(X, Y)], device="cpu") == plain
+
+
+def test_layers_that_do_not_fire_may_be_checkpointed():
+    model = Checkpointed(False, 2)
+    found = [attach(each, seed=0).backward(X, Y).loss for each in (model, model.net)]
+    assert torch.equal(*found)

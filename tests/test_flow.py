@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import averaging, currents, errors
-from ulr_snn import LIF, ULR, Fold, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan, train
+from ulr_snn import LIF, ULR, Fold, LayerByLayer, Logistic, TimeAverage, UsageError, WeightNoise, attach, plan, train
 from ulr_snn.memory.step import Step
 
 STEPS, BATCH, PIXELS, CLASSES = 5, 6, 4, 3
@@ -206,3 +206,50 @@ def test_a_train_method_of_ones_own_is_called(called):
     x, y = torch.rand(5, 8, 4), torch.arange(8) % 3
     train(model, [(x, y)] * 2, 1, device="cpu", progress=False)
     assert not norm[0].running_mean.any() and model[1].training
+
+
+EACH_WAY = {
+    "feedback": ULR(firing=FIRING),
+    "global": ULR(credit="global", firing=FIRING),
+    "copies in turn": ULR(credit="global", memory="replay", firing=FIRING),
+    "layer by layer": ULR(credit="global", sampling=LayerByLayer(), firing=FIRING),
+    "noise on weights": ULR(noise={"0.weight": WeightNoise()}, firing=FIRING),
+}
+
+
+@pytest.mark.parametrize("way", EACH_WAY)
+def test_hooks_of_parameters_see_the_whole_gradient_once(way):
+    usual = gradients(net(), EACH_WAY[way])
+    size = 0.5 * max(float(g.abs().max()) for g in usual.values())
+    model, calls = net(), []
+    for q in model.parameters():
+        q.grad = torch.ones_like(q)
+        q.register_hook(lambda g: calls.append("before") or g.clamp(-size, size))
+        q.register_post_accumulate_grad_hook(lambda q: calls.append("after"))
+    found = gradients(model, EACH_WAY[way])
+    assert calls.count("before") == calls.count("after") == len(usual)
+    for name, g in found.items():
+        torch.testing.assert_close(g, 1 + usual[name].clamp(-size, size))
+    model[0].weight.sum().backward()  # hooks are there as before
+    assert len(calls) == 2 * len(usual) + 2
+
+
+def test_an_optimizer_may_step_in_a_hook():
+    usual, model = gradients(net(), ULR(credit="global", memory="replay")), net()
+    optimizers = {q: torch.optim.SGD([q], 0.1) for q in model.parameters()}
+    for q in model.parameters():
+        q.register_post_accumulate_grad_hook(lambda q: optimizers[q].step())
+    gradients(model, ULR(credit="global", memory="replay"))
+    for (name, q), before in zip(model.named_parameters(), net().parameters(), strict=True):
+        torch.testing.assert_close(q.detach(), before - 0.1 * usual[name])
+
+
+def test_hooks_stay_after_an_error():
+    model, calls = net(), []
+    model[0].weight.register_hook(calls.append)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    with pytest.raises(ZeroDivisionError):
+        gradients(model, ULR(), lambda outputs, targets: 1 / 0)
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    model[0].weight.sum().backward()
+    assert len(calls) == 1

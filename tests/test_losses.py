@@ -385,3 +385,18 @@ def test_an_ignore_index_of_none_ignores_nothing():
     x, y = separable()[0]
     model = nn.Sequential(nn.Linear(x.shape[2], 6), LIF(), nn.Linear(6, CLASSES))
     assert train(model, [(x, y)], 1, loss=Focal(), progress=False).history[0]["train_accuracy"] is not None
+
+
+@pytest.mark.filterwarnings("error:Using a target size")
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(reduction="sum"), nn.BCEWithLogitsLoss()])
+def test_values_of_a_single_feature_need_no_axis_of_their_own(loss):
+    outputs, values = OUTPUTS[..., :1], torch.rand(STEPS, BATCH, dtype=torch.float64)
+    objective = resolve(loss)
+    for seen, targets in ((outputs[0], values[0]), (outputs, values)):
+        found = objective(seen, Targets(Leaf(targets, over_time=targets.ndim > 1)))
+        torch.testing.assert_close(found.mean(), loss(seen[..., 0], targets))
+
+
+def test_labels_that_a_loss_of_values_refuses_are_told():
+    with pytest.raises(UsageError, match=r"BCEWithLogitsLoss got .*int64 \(4, 3\), .*give targets of floats"):
+        resolve(nn.BCEWithLogitsLoss())(OUTPUTS[0], VALUES.long())

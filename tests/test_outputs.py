@@ -718,3 +718,48 @@ def test_schedules_by_the_loss_and_a_callback_that_ends_the_training():
     assert len(ended.history) == 2
     with pytest.raises(UsageError, match="LBFGS evaluates the loss several times"):
         train(readout(), [(x, y)], 1, optimizer=torch.optim.LBFGS, **CPU)
+
+
+# -- losses that read more than the outputs
+
+
+class Kept(nn.Module):
+    """A net that keeps its spikes in an attribute, and has a head beside its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.lif = nn.Linear(INPUTS, 8), LIF()
+        self.out, self.beside = nn.Linear(8, CLASSES), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.spikes = self.lif(self.hidden(x))
+        self.beside(self.spikes)
+        return self.out(self.spikes)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.sum(0), targets, reduction="none")
+
+
+@unread
+@pytest.mark.parametrize("layer", ["hidden", "lif", "beside"])
+@pytest.mark.parametrize("estimator", [None, ULR(credit="global"), ULR(credit="residual")])
+def test_a_loss_of_what_a_hook_keeps_is_refused(layer, estimator):
+    model, kept = Kept(), {}
+    model.get_submodule(layer).register_forward_hook(lambda _, given, result: kept.update({layer: result}))
+    x, y = torch.rand(STEPS, BATCH, INPUTS), torch.arange(BATCH) % CLASSES
+    with pytest.raises(UsageError, match=r"besides its outputs, .* output='all'"):
+        attach(model, estimator, lambda o, y: cross_entropy(o, y) + kept[layer].mean((0, 2))).backward(x, y)
+    attach(model, estimator, lambda o, y: cross_entropy(o, y) + kept[layer].detach().mean((0, 2))).backward(x, y)
+    attach(model, estimator, lambda o, y: cross_entropy(o, y) + model.hidden.weight.mean()).backward(x, y)
+
+
+@unread
+def test_a_loss_of_what_no_pass_leaves_is_refused():
+    model = Kept()
+    batch = torch.rand(STEPS, BATCH, INPUTS), torch.arange(BATCH) % CLASSES
+    with pytest.raises(UsageError, match=r"'spikes' of Kept, .* output='all'"):
+        train(model, [batch], 1, loss=lambda o, y: cross_entropy(o, y) + model.spikes.mean((0, 2)), **CPU)
+    with pytest.raises(AttributeError, match="nothing"):
+        train(model, [batch], 1, loss=lambda o, y: o.nothing, **CPU)

@@ -346,6 +346,20 @@ WRONG = {
         lambda model: train(model, ONE * 5, scheduler=lambda o: OneCycleLR(o, 0.1, total_steps=2)),
         "total_steps=2",
     ),
+    "validation data of an iterator": (lambda model: train(model, epochs=2, val_loader=iter(ONE)), "a tuple_iterator"),
+    "comparisons on an iterator": (
+        lambda model: ulr_snn.compare(model, iter(ONE), ONE),
+        "the loader is a tuple_iterator",
+    ),
+    "comparisons by an iterator": (
+        lambda model: ulr_snn.compare(model, ONE, map(tuple, ONE)),
+        "the val_loader is a map",
+    ),
+    "a list of modules": (lambda model: train(nn.ModuleList([model])), "ModuleList has no forward"),
+    "a module without super": (lambda _: train(type("Bare", (nn.Module,), {"__init__": lambda _: None})()), "super()"),
+    "nothing to diagnose": (lambda model: diagnose(net().requires_grad_(False)), "no trainable parameter"),
+    "an array of objects": (lambda model: train(model, [(X.numpy().astype(object), Y)]), "an array of object"),
+    "optimizers": (lambda model: train(model, optimizer=[SGD(model.parameters(), 0.1)]), "optimizer=[SGD ( Parameter"),
     "resume without run_dir": (lambda model: train(model, resume=True), "run_dir"),
     "in inference mode": (lambda model: torch.inference_mode()(train)(model), "inference_mode"),
     "an estimator's class": (lambda model: train(model, estimator=ULR), "estimator"),
@@ -411,6 +425,10 @@ RIGHT = {
         m, y=torch.full((3, 2), NAN), loss=lambda o, y: (o - y.nan_to_num()).square().sum(1)
     ),
     "copies of NumPy's": lambda m: train(m, estimator=ULR(copies=np.int64(2), antithetic=np.bool_(True))),
+    "events of eight bits": lambda m: step(m, x=X.to(torch.float8_e4m3fn)),
+    "arrays that torch refuses": lambda m: torch.testing.assert_close(
+        step(m, x=X.numpy()[::-1].astype(">f4"), y=Y.numpy()[::-1]).loss, step(net(), x=X.flip(0), y=Y.flip(0)).loss
+    ),
     "a traced net for inference": lambda m: torch.testing.assert_close(torch.jit.trace(m, X)(X), m(X)),
 }
 

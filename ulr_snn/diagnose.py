@@ -1,6 +1,5 @@
 """`diagnose`: compares gradient estimates, layer by layer, with the mean of many unbiased ones."""
 
-import copy
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulr_snn.adapters.memories import duplicate
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Draws, Fraction, Natural, Whole, checked
 from ulr_snn.estimators.attachment import Attaches
@@ -19,7 +19,7 @@ from ulr_snn.kernels import ranks
 from ulr_snn.losses.named import LossSpec
 from ulr_snn.model.call import same_generators
 from ulr_snn.model.interface import Interface
-from ulr_snn.model.mode import Model, mode_of
+from ulr_snn.model.mode import Model, mode_of, trainable
 from ulr_snn.model.reading import read
 
 ALL = "all layers"
@@ -127,6 +127,7 @@ def diagnose(
     progress: fraction of the training, which sets the level of the firing noise. Raises UsageError for fewer than 4
     draws, or estimators of different nets without a reference.
     """
+    trainable(model)
     interface = Interface.of(time_first, layout, output)
     if estimators is None:
         estimators = usual(model, batch, loss, progress, interface, seed)
@@ -186,7 +187,7 @@ def measured(
     seed: int,
 ) -> Moments:
     """Measures the moments of an estimator's gradients of one batch, on a copy of the model."""
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     x, targets, lengths = read(batch, model)
     found = Moments()
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ leaves in the graph is a state of its batch: a next batch that began with it wou
 So each pass begins with what was there before the first one.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,19 +24,33 @@ _memories: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # names
 _known: WeakSet[nn.Module] = WeakSet()  # models of which a pass with a graph has shown them
 
 
-def in_graph(value: Any, depth: int = DEEPEST) -> bool:
+def in_graph(value: Any) -> bool:
     """Returns whether a value is, or contains, a tensor that was computed from parameters."""
+    return any(True for _ in computed(value))
+
+
+def computed(value: Any, depth: int = DEEPEST) -> Iterator[Tensor]:
+    """Yields the tensors that a value is, or contains, and that were computed from parameters."""
     if isinstance(value, Tensor):
-        return value.grad_fn is not None
+        yield from [value] if value.grad_fn is not None else []
+        return
     if depth == 0 or isinstance(value, (*SHARED, str, bytes, int, float)):
-        return False
+        return
     if isinstance(value, Mapping):
         parts: Any = value.values()
     elif isinstance(value, Sequence):
         parts = value if len(value) <= LONG else [*islice(value, LONG), *islice(reversed(value), LONG)]
     else:
         parts = getattr(value, "__dict__", {}).values()
-    return any(in_graph(part, depth - 1) for part in list(parts))
+    for part in list(parts):
+        yield from computed(part, depth - 1)
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """Returns a deep copy of a model. States that its own code has kept, with their graphs, are copied without these,
+    since torch copies no tensor in a graph."""
+    held = [tensor for m in model.modules() for own in (vars(m), m._buffers) for tensor in computed(own)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
 
 
 @dataclass

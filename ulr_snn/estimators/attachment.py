@@ -23,7 +23,7 @@ from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import Binder, BoundModel
 from ulr_snn.model.interface import Interface
 from ulr_snn.sites.binding import check_layers, open_modules, spiking_layers
-from ulr_snn.sites.flow import check_flow, frozen, with_flow
+from ulr_snn.sites.flow import check_flow, frozen, hooks_once, with_flow
 from ulr_snn.sites.weights import check_names
 
 
@@ -164,8 +164,10 @@ class LearnedAttachment(Attachment):
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Freezes parameters, takes memory from the pool, and enables autograd, for the time of the context."""
-        with frozen(self.model, self.config.flow), self.pool.used(), torch.enable_grad():
+        """Freezes parameters, takes memory from the pool, enables autograd, and holds hooks of parameters back, for the
+        time of the context."""
+        model = self.model
+        with frozen(model, self.config.flow), torch.enable_grad(), hooks_once(model), self.pool.used():
             yield
 
 

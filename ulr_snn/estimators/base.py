@@ -103,6 +103,7 @@ class Attachment:
 
     def averages_for(self, wrapper: nn.Module) -> None:
         """Keeps a DistributedDataParallel from averaging gradients by itself, until `close`."""
+        wrapper = getattr(wrapper, "_orig_mod", wrapper)  # of torch.compile
         if isinstance(wrapper, DistributedDataParallel):
             self.wrapper, wrapper.require_backward_grad_sync = wrapper, False
 

@@ -12,6 +12,7 @@ from ulr_snn.estimators.config import Config
 from ulr_snn.losses.evaluation import parameters_of
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.forward import Forward
+from ulr_snn.model.graph import leaves, share_nodes
 from ulr_snn.model.passes import Pass
 from ulr_snn.model.replay import driven_by_events, sites_without_effect
 from ulr_snn.noise.kinds import WeightNoise
@@ -32,6 +33,7 @@ def observed(
     driven: sites that read the input not only by spikes, if known; weights: noise on parameters, if chosen before.
     """
     model = forward.bound.model
+    check_reads(p)
     treatment = treatment_of(batch.objective, p, config.credit, config.noise, model)
     treatment = replace(treatment, in_time=config.credit.reward_to_go)
     learnable = len(treatment.gradientless) < len(batch.objective.losses)
@@ -75,6 +77,19 @@ def observed(
     if config.sampling.multi_sample and treatment.gradientless and not structure.credit.unbiased:
         raise UsageError("ULR got multi_sample, but one of the mixed losses has no gradient; use credit='global'")
     return structure
+
+
+def check_reads(p: Pass) -> None:
+    """Raises UsageError for a loss that depends on what the model computes in the pass besides its outputs, as a
+    forward hook may keep it: the loss has its gradient in the outputs alone."""
+    if p.evaluation.reading:
+        spikes = {id(leaf) for record in p.records for leaf in record.leaves}
+        inside = [p.outputs, *(record.x for record in p.records)]
+        if leaves(p.evaluation.reading) & spikes or share_nodes(p.evaluation.reading, inside):
+            raise UsageError(
+                "the loss reads what the model computes besides its outputs, such as spikes that a hook keeps, and "
+                "would have no gradient there; let the model return it, and read it by output='all'"
+            )
 
 
 def chosen_weights(

@@ -259,10 +259,14 @@ def together(batches: Iterable[Item]) -> Iterator[Item]:
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside DistributedDataParallel, and any other model as it is. Raises UsageError for a model
-    that is cut into parts, or copied onto several devices."""
+    """Returns the module inside DistributedDataParallel or torch.compile, whose compiled code would be made anew for
+    each step's noise, and any other model as it is. Raises UsageError for a model that is cut into parts, or copied
+    onto several devices."""
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)  # torch has no public name for it
+    if isinstance(model, nn.Module) and isinstance(compiled, nn.Module):
+        return unwrapped(compiled)
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
         raise UsageError(

@@ -113,13 +113,25 @@ class Brought:
         if hasattr(self.loss, "spk_time_fn"):
             outputs = outputs.detach()  # the derivative of snnTorch's spike times is a surrogate
         if self.reads_one or of_torchmetrics(self.loss):
-            value = self._of_library(outputs, targets.only, mask)
+            value = self._of_library(outputs, of_single(targets.only, outputs), mask)
         else:
-            value = self.unreduced(self.view.external(outputs), targets.external())
+            value = self._of_user(self.view.external(outputs), targets.external())
             if self.reduction != "none":
                 first = len(self.view.slots) == 1 and self.view.slots[0].axes != "TB"
                 value = self._reduced(value, whole, None, None, batch_first=first)
         return checked(value, whole)
+
+    def _of_user(self, outputs: Any, targets: Any) -> Any:
+        """Calls a function of the user's own. Raises UsageError if it reads what a pass does not leave in the model."""
+        try:
+            return self.unreduced(outputs, targets)
+        except AttributeError as error:
+            if not isinstance(error.obj, nn.Module):
+                raise
+            raise UsageError(
+                f"the loss reads {error.name!r} of {type(error.obj).__name__}, which no pass leaves there; let the "
+                "model return it, and read it by output='all'"
+            ) from error
 
     def _of_library(self, outputs: Tensor, targets: Leaf, mask: Tensor | None) -> Any:
         """Returns the value of a library's object, which sees time first. Samples of the same length are evaluated
@@ -160,10 +172,11 @@ class Brought:
         try:
             return self.unreduced(outputs, targets)
         except (RuntimeError, ValueError) as error:
-            if not isinstance(outputs, Tensor) or outputs.shape == targets.shape:
+            values = targets.is_floating_point()
+            if not isinstance(outputs, Tensor) or (outputs.shape == targets.shape and values):
                 raise
             shapes = f"outputs {tuple(outputs.shape)} and targets {targets.dtype} {tuple(targets.shape)}"
-            advice = "give targets that fit them"
+            advice = f"give targets{'' if values else ' of floats'} that fit them"
             if isinstance(self.loss, BY_CLASS) and outputs.ndim >= 3 and targets.ndim == 1:
                 advice = "use loss='ce_rate' or 'ce_count', or TimeAverage() before the last layer"
             raise UsageError(f"{name_of(self.loss)} got {shapes}, and refused them; {advice}") from error
@@ -222,6 +235,15 @@ def name_of(loss: Any) -> str:
 def of_torchmetrics(loss: Any) -> bool:
     """Returns whether an object is a metric of torchmetrics."""
     return any(kind.__module__ == "torchmetrics.metric" for kind in type(loss).__mro__)
+
+
+def of_single(targets: Leaf, outputs: Tensor) -> Leaf:
+    """Returns targets with an axis for a single feature, which values [B] or [T, B] need not have. Torch would compare
+    each sample with the targets of all."""
+    values, shape = targets.tensor.is_floating_point(), outputs.shape[1 - targets.axis if outputs.ndim > 2 else 0 : -1]
+    if values and outputs.shape[-1] == 1 and targets.tensor.shape == shape:
+        return replace(targets, tensor=targets.tensor[..., None])
+    return targets
 
 
 def by_sample(loss: Any, outputs: Tensor, targets: Leaf, over_time: bool) -> Tensor:

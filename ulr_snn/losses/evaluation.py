@@ -24,7 +24,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.losses.named import Objective, total
-from ulr_snn.model.graph import variables
+from ulr_snn.model.graph import leaves, variables
 from ulr_snn.model.targets import Targets
 from ulr_snn.noise.kinds import OutputNoise
 from ulr_snn.noise.random import Noise
@@ -54,8 +54,8 @@ class LossEvaluation:
     treatment: LossTreatment
     weights: tuple[float, ...]  # weights of the losses
     steps: Tensor | None  # contribution of each time step to the loss [T, rows], for `in_time`
-    # Weighted losses [rows] that depend on parameters also without the outputs, in the graph of these parameters.
-    others: tuple[Tensor, ...] = ()
+    reading: tuple[Tensor, ...] = ()  # losses [rows] that depend on tensors besides the outputs, in their graph
+    others: tuple[Tensor, ...] = ()  # those of them that depend on parameters, weighted
     divided: Targets | None = None  # the targets, if the losses are divided by the share of samples with a label
 
     @cached_property
@@ -116,6 +116,7 @@ def evaluate_losses(
     outputs = widened(outputs.detach())
     errors: list[Tensor | None] = []
     values: list[Tensor] = []
+    reading: list[Tensor] = []
     others: list[Tensor] = []
     error: Tensor | None
     for i, (weight, loss) in enumerate(objective.losses):
@@ -126,7 +127,9 @@ def evaluate_losses(
             value, error = by_flips(loss, outputs, targets, mask)
         else:
             value, error, graph = with_gradient(loss, outputs, targets, mask, i not in treatment.gradientless)
-            others += [] if graph is None else [weight * graph]
+            if graph is not None:
+                reading.append(graph)
+                others += [weight * graph] if parameters_of([graph]) else []
         values.append(weight * value)
         errors.append(None if error is None else weight * error)
     costs = []
@@ -143,7 +146,7 @@ def evaluate_losses(
     steps = in_time(objective, outputs, targets, mask) if treatment.in_time else None
     weights = tuple(weight for weight, _ in objective.losses)
     divided = targets if objective.of_labelled else None
-    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(others), divided)
+    return LossEvaluation(values, errors, costs, treatment, weights, steps, tuple(reading), tuple(others), divided)
 
 
 def in_time(objective: Objective, outputs: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
@@ -169,7 +172,7 @@ def with_gradient(
     asked: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the loss [rows], its gradient in the shape of the outputs, or None if it has none or is not `asked` for
-    it, and the loss in the graph of parameters, or None if it depends on none."""
+    it, and the loss in the graph of tensors besides the outputs, or None if it depends on none."""
     leaf = outputs.detach().requires_grad_(asked)
     try:
         with torch.enable_grad():
@@ -180,7 +183,7 @@ def with_gradient(
         value = loss(outputs, targets, mask)
     if not value.requires_grad:
         return value, None, None
-    graph = value if parameters_of([value]) else None
+    graph = value if leaves([value]) - {id(leaf)} else None
     if not asked:
         return value.detach(), None, graph
     found = torch.autograd.grad(value, leaf, torch.ones_like(value), retain_graph=graph is not None, allow_unused=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import accepts, shown
 from ulr_snn.kernels import ranks
-from ulr_snn.losses.brought import of_torchmetrics
+from ulr_snn.losses.brought import of_single, of_torchmetrics
 from ulr_snn.losses.named import total
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.neurons import output_mask
@@ -190,7 +190,7 @@ class OwnMetric:
 
 def seen_by_torchmetrics(outputs: Tensor, batch: Batch) -> tuple[Any, Tensor]:
     """Returns the outputs, zero on padding, and the targets of a batch as an object of torchmetrics gets them."""
-    leaf = batch.targets.only
+    leaf = of_single(batch.targets.only, outputs)
     if outputs.ndim < 3:
         return batch.view.external(outputs), leaf.tensor
     if not leaf.over_time:

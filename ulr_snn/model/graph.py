@@ -35,6 +35,23 @@ def variables(tensors: Iterable[Tensor]) -> dict[int, Tensor | None]:
     return found
 
 
+def share_nodes(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
+    """Returns whether tensors depend on an operation of which others depend, too."""
+    return bool(_operations(first) & _operations(second))
+
+
+def _operations(tensors: Iterable[Tensor]) -> set[Any]:
+    """Returns the nodes of the graph behind the tensors, without those of leaf tensors."""
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    found: set[Any] = set(stack)
+    while stack:
+        node: Any = stack.pop()
+        new = {parent for parent, _ in node.next_functions if parent is not None} - found
+        found |= new
+        stack += new
+    return {node for node in found if not hasattr(node, "variable")}
+
+
 def passes_through(tensors: Iterable[Tensor], ids: set[int], names: tuple[str, ...]) -> bool:
     """Returns whether a path from the tensors to leaves of these ids passes a node with one of these names. names:
     beginnings of the names."""

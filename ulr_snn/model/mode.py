@@ -37,9 +37,13 @@ def check_model(model: Any) -> nn.Module:
     """Returns the model, without its DistributedDataParallel. Raises UsageError for anything but a model, such as its
     class, for a model that is cut into parts, for parameters without finite values, and for NaN in buffers, which may
     be infinite (a threshold, a mask)."""
+    if isinstance(model, nn.Module) and "_parameters" not in vars(model):
+        raise UsageError(f"{type(model).__name__} was made without super().__init__(), which a torch module needs")
     model = ranks.unwrapped(model)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{shown(model)} is no torch module; give a model, as in Net()")
+    if getattr(model.forward, "__func__", None) is nn.Module.forward:  # which raises an error
+        raise UsageError(f"{type(model).__name__} has no forward; give a model that has one")
     if isinstance(model.parameters(), Mapping):  # as Rockpool's modules, until they are asked for torch's methods
         kind = type(model).__name__
         raise UsageError(
@@ -69,6 +73,8 @@ Model = Annotated[nn.Module, Rule("a torch module", check_model)]
 def all_finite(tensor: Tensor) -> bool:
     """Returns whether a tensor holds neither NaN nor infinite values. A finite sum shows it sooner; it may overflow."""
     values = tensor.detach()
+    if values.is_floating_point() and values.itemsize == 1:
+        values = values.float()  # torch computes nothing in eight bits
     return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(torch.isfinite(values).all())
 
 

@@ -180,11 +180,11 @@ class LIF(SpikingNeuron):
         return neuron
 
     def run(self, current: Tensor, fire: Fire, state: State | None = None) -> Outcome:
-        weight = self._weight(current)
+        weight = self.recurrent_weight(current)
         fed_back = None if weight is None else partial(linear, weight=weight)
         return scan(current, self.beta.clamp(0, 1), self.threshold, self.reset, fire, fed_back, state)
 
-    def _weight(self, current: Tensor) -> Tensor | None:
+    def recurrent_weight(self, current: Tensor) -> Tensor | None:
         """Returns V in the precision of the current, or None. Raises UsageError if it is no Linear without a bias."""
         recurrent = self.recurrent
         if recurrent is None:
@@ -193,6 +193,8 @@ class LIF(SpikingNeuron):
             raise UsageError(
                 f"RecurrentLIF.recurrent is {type(recurrent).__name__}; it has to be a Linear without a bias"
             )
+        if not isinstance(recurrent, Weighted) and not isinstance(recurrent.weight, nn.Parameter):
+            recurrent(current.new_zeros(0, recurrent.in_features))  # hooks of pruning and norms make the weights anew
         return recurrent.weight.to(current.dtype)
 
     def fired(
@@ -202,12 +204,12 @@ class LIF(SpikingNeuron):
         done = None
         if type(self) in (LIF, RecurrentLIF) and (drawer is None or draw is not None):
             leak = self.beta.clamp(0, 1), self.threshold, self.reset
-            done = dispatch.scan(current, self._weight(current), *leak, draw, self.lengths, state, known)
+            done = dispatch.scan(current, self.recurrent_weight(current), *leak, draw, self.lengths, state, known)
         return super().fired(current, drawer, state, known) if done is None else done
 
     def _total(self, current: Tensor, spikes: Tensor, fed_back: Tensor | None, before: Tensor | None = None) -> Tensor:
         """Returns an autograd handle for the sum of input and recurrent current. Its values are undefined."""
-        return current if fed_back is None else _Total.apply(current, self._weight(current), spikes, before)
+        return current if fed_back is None else _Total.apply(current, self.recurrent_weight(current), spikes, before)
 
     def drive_at(self, current: Tensor, spikes: Tensor, drive: Tensor, fed_back: Tensor | None) -> Tensor:
         total = self._total(current, spikes, fed_back)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
 from ulr_snn.errors import UsageError
 from ulr_snn.model.interface import Interface, axes_in_words
-from ulr_snn.model.targets import as_tensors, ragged
+from ulr_snn.model.targets import as_tensors, of_array, ragged
 from ulr_snn.model.trees import mapped, tensors
 from ulr_snn.model.view import Slot, View
 
@@ -61,7 +61,7 @@ def read(batch: Any, model: nn.Module, device: torch.device | None = None) -> tu
 def lengths_of(given: Any) -> Tensor:
     """Returns lengths as a tensor. Raises UsageError for a third item of a batch that holds no whole numbers."""
     try:
-        lengths = torch.as_tensor(given)
+        lengths = of_array(given)
     except (ValueError, TypeError, RuntimeError):
         lengths = None
     if lengths is None or lengths.ndim != 1 or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -111,7 +111,7 @@ def one_tensor(x: Any, targets: Any, interface: Interface, most: float) -> tuple
         kind = "a nested tensor" if x.is_nested else "on the meta device, without values"
         raise UsageError(f"the input is {kind}; give a tensor {axes_in_words(interface.layout)} or a list of sequences")
     if isinstance(x, numpy.ndarray):
-        x = torch.as_tensor(x)
+        x = of_array(x)
     if isinstance(x, PackedSequence):
         x, lengths = pad_packed_sequence(x, interface.layout == "BT")
     if isinstance(x, list | tuple) and of_samples(x, targets, interface, most):
@@ -196,7 +196,7 @@ def samples_of(targets: Any) -> int | None:
 
 def padded(x: list[Any], interface: Interface) -> tuple[Tensor, Tensor]:
     """Returns a list of sequences [T_i, ...] as one tensor in the batch's layout, padded by zeros, and the lengths."""
-    parts = [torch.as_tensor(item) for item in x]
+    parts = [of_array(item) for item in x]
     if interface.layout == "B" or len({part.shape[1:] for part in parts}) > 1:
         raise UsageError(
             f"the input is a list of {len(x)} sequences; give sequences [T_i, ...] with layout 'TB' or 'BT'"

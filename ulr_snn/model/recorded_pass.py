@@ -146,6 +146,8 @@ class RecordedPass:
                 neuron = self.neuron_of(link) is not None
                 for name in within(link.name):
                     check_module(name, self.model.get_submodule(name), neuron)
+                for name, module in link.module.named_modules() if neuron else ():  # such as its recurrent weights
+                    check_module(f"{link.name}.{name}", module, neuron)
                 if link.mode == "whole" and not neuron:
                     check_each_step(link)
             except NoChain:

@@ -139,6 +139,17 @@ def left_out(labels: Tensor, index: int = IGNORED) -> Tensor:
     return labels.long() == index
 
 
+def of_array(given: Any) -> Tensor:
+    """Returns a tensor of an array or a number. Torch takes only arrays in the machine's byte order with positive
+    strides, so others are copied. Raises UsageError for an array of objects."""
+    if isinstance(given, numpy.ndarray | numpy.generic):
+        if given.dtype.kind not in "biufc":
+            raise UsageError(f"a batch holds an array of {given.dtype}; give numbers, as by .astype('float32')")
+        if min(given.strides, default=0) < 0 or not given.dtype.isnative:
+            given = numpy.array(given, given.dtype.newbyteorder("="), order="C")
+    return torch.as_tensor(given)
+
+
 def as_tensors(given: Any) -> Any:
     """Returns a tree of tensors. NumPy arrays, numbers and lists of numbers become tensors.
 
@@ -147,7 +158,7 @@ def as_tensors(given: Any) -> Any:
     if isinstance(given, Tensor):
         return given
     if isinstance(given, numpy.ndarray | numpy.generic | int | float):
-        return torch.as_tensor(given)
+        return of_array(given)
     if (
         isinstance(given, list | tuple)
         and given
@@ -155,7 +166,7 @@ def as_tensors(given: Any) -> Any:
     ):
         return torch.as_tensor(given)
     if isinstance(given, list) and ragged(given):
-        return padded([torch.as_tensor(item) for item in given], batch_first=True)
+        return padded([of_array(item) for item in given], batch_first=True)
     if isinstance(given, dict):
         return {key: as_tensors(item) for key, item in given.items()}
     if isinstance(given, list | tuple):
@@ -183,7 +194,7 @@ def of_sequences(targets: list[Any], layout: str, lengths: Tensor) -> tuple[Any,
     layout of the batch: by 0, or by -100 for labels."""
     if not all(isinstance(item, Tensor | numpy.ndarray) for item in targets):
         return targets, False
-    parts = [torch.as_tensor(item) for item in targets]
+    parts = [of_array(item) for item in targets]
     if len({part.shape for part in parts}) == 1:
         return torch.stack(parts), True
     if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths.tolist(), strict=True)):

@@ -83,8 +83,8 @@ def differentiable_spikes(neuron: LIF, current: Tensor, peer: Any) -> Tensor:
     peer: has `fire(t, drive)`, its surrogate `derivative(drive)`, and `detach_reset`.
     """
     mask = None if neuron.lengths is None else step_mask(neuron.lengths, current)
-    recurrent = neuron.recurrent.weight if neuron.recurrent is not None else None
-    return _SurrogateScan.apply(current, neuron.beta.clamp(0, 1), neuron.threshold, recurrent, neuron, peer, mask)
+    weight = neuron.recurrent_weight(current)
+    return _SurrogateScan.apply(current, neuron.beta.clamp(0, 1), neuron.threshold, weight, neuron, peer, mask)
 
 
 class _SurrogateScan(torch.autograd.Function):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from threading import Lock, RLock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, StepNeuron, adapt, adapted, current_of, fresh_state, libraries
-from ulr_snn.adapters.intercept import SKIPPED
+from ulr_snn.adapters.intercept import SKIPPED, runs_again
 from ulr_snn.adapters.memories import own_memories
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import quick_convolutions
@@ -239,6 +239,7 @@ def never_fires(neuron: SpikingNeuron | StepNeuron) -> bool:
 
 _turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # not attributes, since models are copied and saved
 _turns_made = Lock()
+_seen: WeakSet[nn.Module] = WeakSet()  # models of which a pass with noise and a graph has run
 
 
 def _after_fork() -> None:
@@ -276,6 +277,23 @@ def seeing_sequences(module: nn.Module, site: StepSite) -> Iterator[None]:
 
 
 @contextmanager
+def firing_once(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within this context, a layer that would fire anew in the backward pass raises a UsageError."""
+
+    def check(module: nn.Module, _: Any) -> None:
+        if runs_again():
+            raise UsageError(
+                f"a {type(module).__name__} fires in a part of the model that is checkpointed, and would fire anew in "
+                "the backward pass; leave torch.utils.checkpoint out, or put only layers that do not fire into it"
+            )
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(check).remove)
+        yield
+
+
+@contextmanager
 def bind_sites(
     model: nn.Module, sites: Sequence[Any], lengths: Tensor | None, layers: Layers | None = None
 ) -> Iterator[None]:
@@ -299,7 +317,12 @@ def bind_sites(
             if site is not None and slot:
                 module.__dict__[slot] = site
                 stack.callback(module.__dict__.pop, slot, None)
+        noisy = any(getattr(site, "noise", site) is not None for site in sites) and torch.is_grad_enabled()
+        if noisy and model not in _seen:
+            stack.enter_context(firing_once(modules))
         for module in timed:
             module.lengths = lengths
             stack.callback(module.__dict__.pop, "lengths", None)
         yield
+        if noisy:
+            _seen.add(model)

@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.sites.binding import Layers, inside, spiking_layers, turn
 from ulr_snn.sites.weights import named
 
+HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # attributes of a tensor with its hooks, by number
 FLOWS = ("ulr", "backprop", "frozen")
 
 
@@ -70,3 +72,30 @@ def frozen(model: nn.Module, flow: Mapping[str, str]) -> Iterator[None]:
                 q.requires_grad_(True)
             for module in still:
                 module.training = True
+
+
+@contextmanager
+def hooks_once(model: nn.Module) -> Iterator[None]:
+    """Within this context, hooks of parameters do not run. At its end they run once, with the gradient that a step has
+    added in several backward passes or without one, as after the backward pass of a loss. A hook may change it, or
+    make an optimizer step."""
+    # Torch has no public way to hold hooks back. It looks into these dictionaries before each call of a hook.
+    kept = []
+    for q in model.parameters():
+        hooks = [found for name in HOOKS if q.requires_grad and (found := getattr(q, name, None))]
+        kept += [(q, q.grad, [(found, dict(found)) for found in hooks])] if hooks else []
+    added: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for q, _, hooks in kept:
+            q.grad = None
+            for found, _ in hooks:
+                found.clear()
+        yield
+        added = [(q, q.grad) for q, *_ in kept if q.grad is not None]
+    finally:
+        for q, before, hooks in kept:
+            q.grad = before
+            for found, own in hooks:
+                found.update(own)
+    if added:
+        torch.autograd.backward([q for q, _ in added], [gradient for _, gradient in added])
