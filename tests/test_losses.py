@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -400,3 +401,10 @@ def test_values_of_a_single_feature_need_no_axis_of_their_own(loss):
 def test_labels_that_a_loss_of_values_refuses_are_told():
     with pytest.raises(UsageError, match=r"BCEWithLogitsLoss got .*int64 \(4, 3\), .*give targets of floats"):
         resolve(nn.BCEWithLogitsLoss())(OUTPUTS[0], VALUES.long())
+
+
+def test_a_function_of_torch_with_options_is_the_object_with_them():
+    options = {"weight": torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64), "label_smoothing": 0.1}
+    found = resolve(partial(F.cross_entropy, **options))(OUTPUTS[0], LABELS)
+    torch.testing.assert_close(found.mean(), F.cross_entropy(OUTPUTS[0], LABELS, **options))
+    assert found.shape == (BATCH,)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -555,3 +556,36 @@ def test_progress_is_a_line_for_each_epoch(capsys):
     assert len(lines) == 2 and all(re.fullmatch(shape % epoch, line) for epoch, line in enumerate(lines, 1))
     train(epochs=1, progress=False)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length, warned", [(10, True), (2, True), (6, False), (None, False)])
+def test_a_loader_of_another_length_than_it_says_is_told(length, warned):
+    class Loader:
+        def __iter__(self):
+            return iter(batches())
+
+    if length is not None:
+        Loader.__len__ = lambda self: length
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(loader=Loader(), epochs=1, scheduler=None)
+    assert ["gave 6 batches" in str(each.message) for each in caught] == [True] * warned
+
+
+def test_parameters_of_a_loss_that_no_optimizer_holds_are_told():
+    head = nn.Linear(CLASSES, CLASSES)
+
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(head(outputs), targets, reduction="none")
+
+    before = head.weight.clone()
+    with pytest.warns(UserWarning, match=r"of its own, of shape \(2, 2\), \(2,\), that Adam does not hold"):
+        train(loss=loss)
+    assert torch.equal(head.weight, before)
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, loss=loss, optimizer=torch.optim.SGD([*model.parameters(), *head.parameters()], 0.1))
+        assert not torch.equal(head.weight, before)
+        head.requires_grad_(False)
+        train(loss=loss)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import UsageError, unwritable
 from ulr_snn.errors.arguments import Batches, Count, Flag, LearningRates, Rates, Whole, checked
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.online import Online
@@ -40,8 +40,12 @@ class Comparison:
     versions: dict[str, str]
 
     def best(self, method: str) -> dict[str, Any]:
-        """Returns the row of this method with the highest validation accuracy, or lowest loss for regression."""
+        """Returns the row of this method with the highest validation accuracy, or lowest loss for regression. Raises
+        UsageError for a method that was not compared."""
         rows = [row for row in self.rows if row["method"] == method]
+        if not rows:
+            names = ", ".join(dict.fromkeys(row["method"] for row in self.rows))
+            raise UsageError(f"{method!r} was not compared; the methods are {names}")
         return max(rows, key=lambda row: (row["loss"] is not None, row["accuracy"] or 0.0, -(row["loss"] or 0.0)))
 
     def __str__(self) -> str:
@@ -61,8 +65,11 @@ class Comparison:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes all rows as JSON."""
-        Path(path).write_text(json.dumps({"versions": self.versions, "rows": self.rows}, indent=2) + "\n")
+        """Writes all rows as JSON. Raises UsageError for a path that cannot be written."""
+        try:
+            Path(path).write_text(json.dumps({"versions": self.versions, "rows": self.rows}, indent=2) + "\n")
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws accuracy (or loss) by epoch, step time and memory into a PNG file."""

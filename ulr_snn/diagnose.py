@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters.memories import duplicate
 from ulr_snn.errors import UsageError
-from ulr_snn.errors.arguments import Draws, Fraction, Natural, Whole, checked
+from ulr_snn.errors.arguments import Draws, Fraction, Natural, Whole, checked, shown
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.estimators.ulr import ULR, or_default
@@ -64,8 +64,12 @@ class Diagnosis:
     advice: str
 
     def row(self, estimator: str, layer: str = ALL) -> dict[str, Any]:
-        """Returns the row of an estimator and a layer."""
-        return next(row for row in self.rows if (row["estimator"], row["layer"]) == (estimator, layer))
+        """Returns the row of an estimator and a layer. Raises UsageError if there is none."""
+        found = {(row["estimator"], row["layer"]): row for row in self.rows}
+        if (estimator, layer) not in found:
+            names = ", ".join(map(repr, dict.fromkeys(name for pair in found for name in pair)))
+            raise UsageError(f"there is no row of {estimator!r} and {layer!r}; the names are {names}")
+        return found[estimator, layer]
 
     def __str__(self) -> str:
         def number(value: float | None) -> str:
@@ -131,6 +135,8 @@ def diagnose(
     interface = Interface.of(time_first, layout, output)
     if estimators is None:
         estimators = usual(model, batch, loss, progress, interface, seed)
+    if not isinstance(estimators, Mapping) or not estimators:
+        raise UsageError(f"diagnose got estimators={shown(estimators)}; give some by name, as in {{'mine': ULR()}}")
     estimators = {name: or_default(estimator) for name, estimator in estimators.items()}
     options = (batch, loss, warm_up, progress, interface)
     if reference is None:

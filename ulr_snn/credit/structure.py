@@ -64,6 +64,7 @@ class Structure:
     changes: bool = True  # whether the model changes spikes in place
     current_noise: bool = False  # whether there are sites with noise on their input current
     detached: list[str] = field(default_factory=list)  # names of loss functions without a gradient
+    brought: list[Tensor] = field(default_factory=list)  # parameters that the losses bring themselves
     joint: bool = False  # whether credit goes through code whose state is not known, so that all passes must be linked
 
     @property

@@ -15,6 +15,11 @@ class UsageError(ValueError):
     """A wrong use: one sentence that says what is wrong, where, and what to do."""
 
 
+def unwritable(path: object, error: OSError) -> UsageError:
+    """Returns the error for a file that cannot be written."""
+    return UsageError(f"'{path}' cannot be written: {error.strerror}; name a file in a folder that exists")
+
+
 class NotFiniteError(UsageError, FloatingPointError):
     """A loss that is not finite before a weight has changed, so that no learning rate is to blame."""
 

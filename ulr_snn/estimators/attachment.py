@@ -22,6 +22,7 @@ from ulr_snn.memory.step import Memory, Step
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import Binder, BoundModel
 from ulr_snn.model.interface import Interface
+from ulr_snn.model.mode import trainable
 from ulr_snn.sites.binding import check_layers, open_modules, spiking_layers
 from ulr_snn.sites.flow import check_flow, frozen, hooks_once, with_flow
 from ulr_snn.sites.weights import check_names
@@ -79,6 +80,8 @@ class LearnedAttachment(Attachment):
     ) -> Iterator[Estimate]:
         known = self.structure
         with self._ready(), ranks.joint(self.model, gradients=not self.online):
+            if any(True for _ in self.model.parameters()):  # they may have been frozen since
+                trainable(self.model)
             if not self._begun:
                 self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
             step = self.prepared(x, targets, loss, lengths)

@@ -55,7 +55,7 @@ def observed(
         lambda: driven_by_events(forward, batch, p) if driven is None else driven,
         lambda sites: sites_without_effect(forward, batch, p, sites),
     )
-    structure.treatment = treatment
+    structure.treatment, structure.brought = treatment, p.evaluation.brought(model)
     if structure.joint and (treatment.gradientless or config.sampling.multi_sample):
         why = "one of the losses has no gradient" if treatment.gradientless else "ULR got multi_sample"
         raise UsageError(f"functions in the model's code fire, and {why}; use credit='global'")

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy
@@ -51,6 +51,8 @@ class Brought:
             raise UsageError(f"loss={shown(loss)} is no loss; give a name or a callable (outputs, targets) -> [B]")
         if isinstance(loss, type):
             raise UsageError(f"the loss is the class {loss.__name__}; give an object, as in {loss.__name__}()")
+        if isinstance(loss, partial) and loss.func in FUNCTIONS and not loss.args:
+            loss = FUNCTIONS[loss.func](**loss.keywords)
         loss = FUNCTIONS[loss]() if loss in FUNCTIONS else loss
         if not accepts(loss.forward if isinstance(loss, nn.Module) else loss, 2):
             raise UsageError(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import UsageError, unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,9 +33,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     try:
         figure.savefig(path, format="png")
     except OSError as error:
-        raise UsageError(
-            f"'{path}' cannot be written: {error.strerror}; name a file in a folder that exists"
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def save_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:

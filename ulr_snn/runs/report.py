@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ulr_snn.errors import UsageError
+from ulr_snn.errors import UsageError, unwritable
 from ulr_snn.errors.arguments import Batches, FilePath, checked
 from ulr_snn.estimators.base import Estimator
 from ulr_snn.losses.named import LossSpec
@@ -97,9 +97,7 @@ def write_report(
     try:
         path.write_text(page(run, found), encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            f"'{path}' cannot be written: {error.strerror}; name a file in a folder that exists"
-        ) from error
+        raise unwritable(path, error) from error
     return path
 
 

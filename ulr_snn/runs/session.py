@@ -21,6 +21,7 @@ from ulr_snn.model.reading import read
 from ulr_snn.runs.checkpoints import in_numbers, try_out
 from ulr_snn.runs.directory import peak_memory_bytes, versions
 from ulr_snn.runs.keeping import Keeper, Place, check_weights
+from ulr_snn.runs.optim import loader_length
 from ulr_snn.runs.order import State, begun, of_loader, repeats, restore, set_epoch, start_workers, states
 from ulr_snn.runs.progress import progress_bar, report
 from ulr_snn.runs.quiet import first_not_finite, quiet_layers
@@ -203,6 +204,13 @@ class Session:
             if waiting:
                 self.end_step(epoch, waiting)
                 self.between = True
+        promised = loader_length(self.loader)
+        if promised not in (None, epoch.batches) and ranks.count() == 1 and not self.finished:
+            warnings.warn(
+                f"the loader has the length {promised}, but gave {epoch.batches} batches in an epoch; schedule and "
+                "firing noise follow its length, so give it the right one",
+                stacklevel=6,
+            )
         if not epoch.tally.samples:
             raise UsageError(
                 f"epoch {epoch.number} made no step: the loader gave no batch (a generator can be used only once), or "
@@ -249,6 +257,8 @@ class Session:
     def end_step(self, epoch: Epoch, batches: int) -> None:
         """Makes a step on the mean gradient of the batches, and a step of the schedule."""
         epoch.lr = self.stepper.lr
+        if self.steps == 0:
+            self.stepper.warn_of_loss()
         if self.attached.online or self.stepper.step(batches, self.steps + 1):
             self.stepper.advance()
             self.steps += 1

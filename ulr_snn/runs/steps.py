@@ -49,6 +49,19 @@ class Stepper:
                     "it; give train an optimizer that does (add_param_group), or begin another training"
                 )
 
+    def warn_of_loss(self) -> None:
+        """Warns of parameters of the loss that the optimizer does not hold. The first step has shown them."""
+        structure = getattr(self.attached, "structure", None)
+        held = {id(q) for group in self.optimizer.param_groups for q in group["params"]}
+        left = [] if structure is None else [q for q in structure.brought if id(q) not in held]
+        if left:
+            shapes = ", ".join(str(tuple(q.shape)) for q in left)
+            warnings.warn(
+                f"the loss has parameters of its own, of shape {shapes}, that {type(self.optimizer).__name__} does not "
+                "hold, so they stay as they are; make it a module of the model (model.loss = loss), or freeze it",
+                stacklevel=6,
+            )
+
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
