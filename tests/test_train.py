@@ -589,3 +589,21 @@ def test_parameters_of_a_loss_that_no_optimizer_holds_are_told():
         assert not torch.equal(head.weight, before)
         head.requires_grad_(False)
         train(loss=loss)
+
+
+def test_parameters_that_the_first_call_makes_are_asked_for():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rest = None, nn.Sequential(LIF(), nn.Linear(7, CLASSES))
+
+        def forward(self, x):
+            self.first = nn.Linear(x.shape[-1], 7) if self.first is None else self.first
+            return self.rest(self.first(x))
+
+    model = Lazy()
+    with pytest.raises(UsageError, match=r"first.weight became trainable .* begin another training"):
+        train(model, epochs=1)
+    before = model.first.weight.clone()
+    train(model, epochs=1)
+    assert not torch.equal(model.first.weight, before)

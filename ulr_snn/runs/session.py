@@ -258,6 +258,7 @@ class Session:
         """Makes a step on the mean gradient of the batches, and a step of the schedule."""
         epoch.lr = self.stepper.lr
         if self.steps == 0:
+            self.stepper.check_held()  # parameters that the first call of the model makes
             self.stepper.warn_of_loss()
         if self.attached.online or self.stepper.step(batches, self.steps + 1):
             self.stepper.advance()
