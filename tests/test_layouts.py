@@ -667,3 +667,42 @@ def test_spikes_are_counted_for_their_sample(shape, expected):
     activity.see("spikes", nn.Identity(), sequence)
     activity.finish()
     assert activity["spikes"].tolist() == expected
+
+
+class Words(nn.Module):
+    """Rows of a table at indices [T, B], [B, T] or, for static ones, [B, T], and `Loop` of these."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout, self.loop = layout, Loop("TB", reduced=True)
+        self.table = nn.Embedding(9, INPUTS, dtype=torch.float64)
+        with torch.no_grad():
+            self.table.weight.mul_(2)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.loop(self.table(indices if self.layout == "TB" else indices.transpose(0, 1)))
+
+
+@pytest.mark.parametrize("layout", ["TB", "BT", "B"])
+def test_a_model_with_a_table_takes_indices(layout):
+    """Refused without an axis of features, or else given as numbers, which torch looks up in no table."""
+    indices, y = torch.randint(9, (STEPS, BATCH), generator=torch.Generator().manual_seed(1)), data()[1]
+    given, model, rows = indices if layout == "TB" else indices.T, Words(layout), Loop("TB", reduced=True)
+    found, losses = gradients(model, given, y, ULR(), layout=layout)
+    shown = model.table(indices).detach()
+    expected, others = gradients(rows, shown, y, ULR())
+    assert torch.equal(losses, others)
+    for one, other in zip(found[: len(expected)], expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[-1].count_nonzero() > 0
+    result = train(model, [(given, y)] * 3, 2, layout=layout, val_loader=[(given, y)], progress=False, device="cpu")
+    assert result.metrics["steps"] == 6
+
+
+def test_one_step_of_indices_a_call():
+    net = nn.Sequential(nn.Embedding(9, INPUTS), nn.Linear(INPUTS, 8), snn.Leaky(beta=0.9, init_hidden=True))
+    indices = torch.randint(9, (STEPS, BATCH), generator=torch.Generator().manual_seed(1))
+    found, _ = gradients(nn.Sequential(net, nn.Linear(8, 3)), indices, data()[1], ULR())
+    assert all(gradient.count_nonzero() > 0 for gradient in found)
+    with pytest.raises(UsageError, match=r"events have shape \(7, 5\)"):
+        gradients(net[1:], indices.float(), data()[1], ULR())

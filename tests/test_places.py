@@ -14,6 +14,7 @@ from tests.helpers import library_of
 from tests.written import BATCH, CLASSES, INPUTS, STEPS, Above, Own, Unasked, data, gradients, layered
 from ulr_snn import LIF, ULR, CurrentNoise, Independent, Logistic, UsageError, attach, evaluate, plan, train
 from ulr_snn.adapters.intercept import handled
+from ulr_snn.kernels import dispatch
 from ulr_snn.model.staircase import staircase
 
 
@@ -281,6 +282,21 @@ def test_functions_of_all_time_steps_at_once(form, lengths):
         assert all(float(g.abs().max()) > 0 for g in at_once)
         for a, b in zip(at_once, in_steps, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_all_time_steps_at_once_are_drawn_by_one_kernel(monkeypatch):
+    """And not by one for each time step, which made such models slow."""
+
+    class Once(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Above.apply(x - 1.0)
+
+    drawn, draw = [], dispatch.StepDraw.__call__
+    monkeypatch.setattr(dispatch.StepDraw, "__call__", lambda self, t, drive: drawn.append(t) or draw(self, t, drive))
+    x, y = data()
+    with attach(layered(lambda _: Once()).float(), ULR(), seed=5) as ulr:
+        ulr.backward(x.float(), y)
+    assert drawn == [0, 0]
 
 
 def test_layers_on_one_line_are_told_apart_where_they_can_be():

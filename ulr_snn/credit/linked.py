@@ -88,9 +88,7 @@ class StepLink:
         """Draws spikes from drives as in `fired`, without a graph."""
         draw = self._kernel(drive)
         if draw is not None:
-            wide = drive.float()
-            spikes = torch.stack([draw(*now) for now in enumerate(wide)]) if self.whole else draw(t, wide)
-            return spikes.to(drive.dtype)
+            return draw(t, drive.float()).to(drive.dtype)
         x = self._x[t] = drive / self.scale.detach()
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
         return zero_padding(spikes, t, self.lengths, self.whole)

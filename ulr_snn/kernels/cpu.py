@@ -412,24 +412,27 @@ def _ordered(bits):
 
 @compiled(nogil=True)
 def fire(first, end, drive, t, scale, law, row1, row2, mirrored, counters, own, over, slope, farthest, spikes):
-    """Draws the spikes [B, N] of some rows at time step t from drives [B, N], and computes their `_slope` [T, B, N].
-    row1, row2, mirrored, counters, own: as for `scan`; farthest [B, 2]: `_ordered` bits of the largest -drive /
-    scale and of the largest drive / scale so far."""
-    neurons = drive.shape[1]
+    """Draws the spikes [S, B, N] of some rows from drives [S, B, N] of S time steps from t on, and computes their
+    `_slope` [T, B, N]. row1, row2, mirrored, counters, own: as for `scan`; farthest [B, 2]: `_ordered` bits of the
+    largest -drive / scale and of the largest drive / scale so far."""
+    steps, _, neurons = drive.shape
     x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+    bits = x.view(np.int32)
     for b in range(first, end):
-        for n in range(neurons):
-            x[n] = drive[b, n] / scale[n]
-        _slope(law, x, over, scale, t < own[b], slope[t, b])
-        if t >= own[b]:
-            _fill(spikes[b], _f(0))
-            continue
-        _uniforms(row1[t, b], row2[t, b], mirrored[b], counters, uniform)
-        _fire(law, x, uniform, spikes[b])
-        bits, below, above = x.view(np.int32), farthest[b, 0], farthest[b, 1]
-        for n in range(neurons):
-            below = max(below, _ordered(bits[n] ^ _SIGN))
-            above = max(above, _ordered(bits[n]))
+        below, above = farthest[b, 0], farthest[b, 1]
+        for step in range(steps):
+            now = t + step
+            for n in range(neurons):
+                x[n] = drive[step, b, n] / scale[n]
+            _slope(law, x, over, scale, now < own[b], slope[now, b])
+            if now >= own[b]:
+                _fill(spikes[step, b], _f(0))
+                continue
+            _uniforms(row1[now, b], row2[now, b], mirrored[b], counters, uniform)
+            _fire(law, x, uniform, spikes[step, b])
+            for n in range(neurons):
+                below = max(below, _ordered(bits[n] ^ _SIGN))
+                above = max(above, _ordered(bits[n]))
         farthest[b, 0], farthest[b, 1] = below, above
 
 

@@ -151,8 +151,9 @@ def words(key: int, sample: Tensor, stream: Tensor, first: int, steps: int) -> t
 
 
 class StepDraw:
-    """Draws the spikes of a layer on a CPU that runs step by step. like: drives [B, ...] of one step. lengths, over: as
-    in `credit`. slope: the slope for credit per unit of membrane [T, B, ...], valid up to the last step drawn."""
+    """Draws the spikes of a layer on a CPU whose drives arrive by time steps, one or all at once. like: drives [B, ...]
+    of one step. lengths, over: as in `credit`. slope: the slope for credit per unit of membrane [T, B, ...], valid up
+    to the last step drawn."""
 
     def __init__(self, draw: Draw, like: Tensor, lengths: Tensor | None, over: Tensor | None) -> None:
         if draw.words is None:
@@ -169,8 +170,7 @@ class StepDraw:
             _counters(features, last), _own(lengths, steps, rows), _distances(over), _array(self.slope, last),
             self._farthest,
         )  # fmt: skip
-        self._parts = None if like.numel() > SMALL else 1
-        self._fire = cpu_kernels().fire
+        self._fire, self._shape = cpu_kernels().fire, (-1, rows, like[0].numel())
 
     @property
     def farthest(self) -> Tensor:
@@ -179,7 +179,7 @@ class StepDraw:
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)  # see `cpu._ordered`
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
-        """Draws and returns the spikes [B, ...] of time step t, without a graph."""
+        """Draws and returns the spikes [B, ...] of time step t, or [T, B, ...] of all steps, without a graph."""
         drive = laid(drive.detach(), self._last)
         return self._drawn(t, drive, torch.empty_like(drive))
 
@@ -191,14 +191,13 @@ class StepDraw:
         return spikes
 
     def _drawn(self, t: int, drive: Tensor, spikes: Tensor) -> Tensor:
-        """Overwrites the spikes, and the slope of this step."""
-        rows = len(drive)
-        arrays = [stored(each, self._last).view(rows, -1).numpy() for each in (drive, spikes)]
+        """Overwrites the spikes, and the slopes of these steps."""
+        arrays = [stored(each, self._last).view(self._shape).numpy() for each in (drive, spikes)]
         given = arrays[0], t, *self._given, arrays[1]
-        if self._parts == 1:
-            self._fire(0, rows, *given)
+        if drive.numel() <= SMALL:
+            self._fire(0, self._shape[1], *given)
         else:
-            shared(rows, lambda first, end: self._fire(first, end, *given))
+            shared(self._shape[1], lambda first, end: self._fire(first, end, *given))
         return spikes
 
 

@@ -14,7 +14,7 @@ from ulr_snn.model.event_list import EventList
 from ulr_snn.model.events import Events, Frames
 from ulr_snn.model.interface import USUAL, Interface
 from ulr_snn.model.mode import all_finite
-from ulr_snn.model.reading import lengths_of, one_tensor, takes
+from ulr_snn.model.reading import lengths_of, one_tensor
 from ulr_snn.model.targets import Leaf, Targets, as_tensors, check_samples, of_sequences
 from ulr_snn.model.trees import items, mapped
 from ulr_snn.model.view import AS_IS, Index, View
@@ -55,7 +55,7 @@ class Batch:
         if interface.layout == "B" and lengths is not None:
             raise UsageError("a static input has no time steps, but the batch has lengths; leave lengths out")
         x_given = x
-        x, inputs, own_lengths = one_tensor(x, targets, interface, takes(model))
+        x, inputs, own_lengths = one_tensor(x, targets, interface, model)
         x = tracked(x)
         listed = False
         if own_lengths is not None and isinstance(targets, list) and targets is not x_given:

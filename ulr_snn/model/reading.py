@@ -19,6 +19,7 @@ from ulr_snn.model.view import Slot, View
 
 TARGETS = ("label", "labels", "label_ids", "target", "targets", "y")
 LENGTHS = ("length", "lengths", "lens", "seq_len", "seq_lens", "seq_lengths")
+INDICES = (torch.int32, torch.int64)
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 FORMS = "(x, y) or (x, y, lengths) of tensors, a dict with a key such as 'label', or x alone"
 
@@ -102,11 +103,11 @@ def of_words(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
-def one_tensor(x: Any, targets: Any, interface: Interface, most: float) -> tuple[Tensor, View, Tensor | None]:
+def one_tensor(x: Any, targets: Any, interface: Interface, model: nn.Module) -> tuple[Tensor, View, Tensor | None]:
     """Returns the inputs of a batch as one tensor [T, B, ...], [1, B, ...] for static inputs, with the form of several
-    inputs (empty for one), and the lengths of a list of sequences. most: number of inputs that the model can take.
-    Raises UsageError for inputs of a wrong shape."""
-    lengths = None
+    inputs or of indices (empty for one input of numbers), and the lengths of a list of sequences. Raises UsageError for
+    inputs of a wrong shape."""
+    lengths, most = None, takes(model)
     if isinstance(x, Tensor) and (x.is_nested or x.is_meta):
         kind = "a nested tensor" if x.is_nested else "on the meta device, without values"
         raise UsageError(f"the input is {kind}; give a tensor {axes_in_words(interface.layout)} or a list of sequences")
@@ -118,15 +119,17 @@ def one_tensor(x: Any, targets: Any, interface: Interface, most: float) -> tuple
         x, lengths = padded(list(x), interface)
     if isinstance(x, list | tuple) and len(x) == 1:
         (x,) = x
-    if isinstance(x, Tensor):
+    indices = isinstance(x, Tensor) and x.dtype in INDICES and reads_indices(model)
+    if isinstance(x, Tensor) and not indices:
         return time_first(x, interface), View(), lengths
-    arrays = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else []
+    arrays = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else [x] if indices else []
     if not arrays or not all(isinstance(item, Tensor | numpy.ndarray) for item in arrays):
         raise wrong_shape(type(x).__name__, interface)
     parts = as_tensors(x)
     found = [part.to_dense() if part.layout is torch.sparse_coo else part for part in tensors(parts)]
     least = 2 if interface.layout == "B" else 3
-    first = time_first(next((part for part in found if part.ndim >= least), found[0]), interface)
+    without = found[0].unsqueeze(-1) if found[0].ndim == least - 1 else found[0]  # a feature, as indices are
+    first = time_first(next((part for part in found if part.ndim >= least), without), interface)
     slots = [Slot.of(part, len(first), first.shape[1], interface.layout == "BT") for part in found]
     if interface.layout == "B":
         slots = [Slot("B", part.shape[1:]) if len(part) == first.shape[1] else None for part in found]
@@ -140,6 +143,11 @@ def one_tensor(x: Any, targets: Any, interface: Interface, most: float) -> tuple
     view = replace(view, slots=tuple(replace(slot, dtype=kind) for slot, kind in zip(view.slots, kept, strict=True)))
     whole = view.internal([part.to(dtype) for part in found])
     return (whole if view.over_time else whole[None]), view, lengths
+
+
+def reads_indices(model: nn.Module) -> bool:
+    """Returns whether a model looks up rows of a table, for which torch takes no other numbers than INDICES."""
+    return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
 
 
 def time_first(x: Tensor, interface: Interface) -> Tensor:
