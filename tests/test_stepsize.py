@@ -88,6 +88,18 @@ def test_the_factors_of_the_learning_rate():
     assert found.factor("inside", ["weight noise"]) == 1.0
 
 
+def test_a_readout_that_learns_alone_has_at_least_the_rate_itself():
+    rates = []
+    for alone in (False, True):
+        net = model(nn.Linear(7, CLASSES))
+        net[0].requires_grad_(not alone)
+        with attach(net, loss="ce_count", seed=0) as ulr:
+            ulr.learner.step_sizes = StepSizes()
+            ulr.backward(1e3 * data()[0].repeat(10, 1, 1), data()[1])
+            rates.append(ulr.learning_rates()["2.weight"])
+    assert rates[0] < rates[1] == 1
+
+
 @pytest.mark.parametrize("moves", [[0.2], [3.0], [0.9, 0.9], [0.1, 0.3, 7.0], [0.1, 0.3, 0.7, 5.0, 9.0], [0.4] * 9])
 def test_all_parameters_together_keep_to_one_bound(moves):
     """Those that move little move as they would, and all others by the same number of thresholds."""

@@ -131,7 +131,8 @@ class Learner:
         if self.step_sizes is None or self.structure is None:
             return {}
         found, bound = self.structure.parameters.items(), self.step_sizes.bound()
-        return {name: self.step_sizes.factor(name, sources, bound) / self.times for name, sources in found}
+        alone = all(set(sources) <= {"outputs"} for _, sources in found)
+        return {name: self.step_sizes.factor(name, sources, bound, alone) / self.times for name, sources in found}
 
     def observe_again(self) -> None:
         """Drops the structure, so that the next pass is observed."""

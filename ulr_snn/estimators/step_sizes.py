@@ -19,6 +19,8 @@ H is small after few neurons, or neurons that hardly fire; a readout then needs 
 below goes through the readout, and layers cannot follow a readout that changes sign. The term SIZE W bounds its steps
 for that reason. All this is for readouts that are linear up to a common offset of all outputs. Other readouts, such as
 a long short-term memory, have at most NONLINEAR times lr, because larger steps destroy what they have learned.
+
+Where only a readout learns, as behind a reservoir, no layer has to follow it, and its factor is 1 at least.
 """
 
 import math
@@ -81,16 +83,16 @@ class StepSizes:
         """True if this step measures."""
         return step < OFTEN or step % SELDOM == 0
 
-    def factor(self, parameter: str, sources: list[str], bound: float | None = None) -> float:
+    def factor(self, parameter: str, sources: list[str], bound: float | None = None, alone: bool = False) -> float:
         """Returns the learning rate factor of a parameter with gradients from these sites or "outputs". bound: that of
-        `bound`, if it is known."""
+        `bound`, if it is known. alone: no parameter has a gradient from a site."""
         if sources == ["outputs"]:
             least = READOUT / (self.summed or 1.0)
             if not self.linear:
                 return min(NONLINEAR, least)
             moved = self.reach.get("outputs", {}).get(parameter)
             size = self.size.get(parameter, math.inf)
-            return max(least, min(OUTPUTS / moved, READOUT, SIZE * size) if moved else 0.0)
+            return max(least, min(OUTPUTS / moved, READOUT, SIZE * size) if moved else 0.0, float(alone))
         reached = [self.reach.get(source, {}).get(parameter) for source in sources]
         bound = self.bound() if bound is None else bound
         return min([1.0, *(bound / g for g in reached if g)])
