@@ -93,12 +93,16 @@ class Staircase:
         """Returns whether the output is that of a call without noise."""
         return torch.equal(self.values(arguments), output)
 
+    def probes(self, x: Tensor, sample: Tensor) -> Tensor:
+        """Returns numbers next to the thresholds in the shape of one sample of x, or else of x if it has too few."""
+        beside = self._beside(x)
+        like = sample if sample.numel() >= len(beside) and self.below is self.over is None else x
+        return beside.repeat(-(-like.numel() // len(beside)))[: like.numel()].view(like.shape)
+
     @torch.no_grad()
-    def holds(self, own: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
-        """Returns whether a function is still this staircase, by what its own forward gives next to the thresholds."""
-        x = arguments[self.membrane]
-        probes = self._beside(x)
-        given = self.at(probes.repeat(-(-x.numel() // len(probes)))[: x.numel()].view(x.shape), arguments)
+    def holds(self, own: Callable[..., Tensor], arguments: tuple[Any, ...], probes: Tensor) -> bool:
+        """Returns whether a function is still this staircase, by what its own forward gives for `probes`."""
+        given = self.at(probes, arguments)
         return self.gives(given, own(*given))
 
     def _beside(self, like: Tensor) -> Tensor:

@@ -145,8 +145,11 @@ class Stepper:
         try:
             for group in groups:  # with factors, each group has one parameter
                 group["lr"] *= self.size * (factors.get(names.get(id(group["params"][0]), ""), 1.0) if factors else 1.0)
+            if factors:
+                self.optimizer.param_groups = joined(groups)
             yield
         finally:
+            self.optimizer.param_groups = groups
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
@@ -190,6 +193,15 @@ class Stepper:
             warnings.simplefilter("ignore")  # torch's, of steps of a schedule without steps of the optimizer
             for _ in range((state["schedule"] or {}).get("last_epoch", 0)):
                 self.advance()
+
+
+def joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns groups that differ in their rates and parameters alone as one for each rate. One call of a fused
+    optimizer then moves many parameters."""
+    found: dict[float, list[dict[str, Any]]] = {}
+    for group in groups:
+        found.setdefault(group["lr"], []).append(group)
+    return [alike[0] | {"params": [q for group in alike for q in group["params"]]} for alike in found.values()]
 
 
 def part_of(tensor: Tensor) -> str:
