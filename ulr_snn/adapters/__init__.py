@@ -16,7 +16,8 @@ from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.adapters.blackbox import BlackBox, State, copies_of_state, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
 
-_OWN = ("base", "blackbox", "intercept", "memories", "nir", "places", "stairs")  # files that hold no adapter
+# Files that hold no adapter.
+_OWN = ("base", "blackbox", "comparisons", "intercept", "memories", "nir", "places", "stairs")
 _adapters: dict[str, Adapter | None] = {m.name: None for m in iter_modules(__path__) if m.name not in _OWN}
 
 

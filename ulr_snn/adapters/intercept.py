@@ -36,6 +36,17 @@ def kind_of(frame: FrameType) -> int:
     return kind
 
 
+def user_frame() -> FrameType | None:
+    """Returns the frame of the code outside of torch and ulr_snn that calls the caller of this function."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        known = _kinds.get(id(frame.f_code))
+        if (kind_of(frame) if known is None else known[0]) != SKIP:
+            break
+        frame = frame.f_back
+    return frame
+
+
 def frames() -> Iterator[tuple[FrameType, nn.Module | None]]:
     """Yields the frames of the model's code that lead to a function, from the inside out, and the module that is the
     first argument of each."""

@@ -6,7 +6,7 @@ bound, its site draws what the function returns, and the function's backward pas
 surrogate is not asked for, and all other code runs as it is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from ulr_snn.adapters.base import StepNeuron
 from ulr_snn.adapters.blackbox import detached
+from ulr_snn.adapters.comparisons import Comparison, Rewriting, Rule
 from ulr_snn.adapters.intercept import Enter, Path, handled, handler_of, path, set_backward
 from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.errors import UsageError
@@ -70,7 +71,7 @@ class Place(StepNeuron):
     modules: those whose code leads there, from the inside out. turn: which of the calls on the path it is, if each
     holds all time steps. unit: the distance from rest to the threshold. calls, steps: number of calls in a pass over so
     many time steps. features: see `Layout`. known: paths at which the function fires no neurons; within: ids of the
-    model's modules.
+    model's modules. rules: those of the model's comparisons.
     """
 
     inside = True
@@ -90,10 +91,12 @@ class Place(StepNeuron):
         steps: int,
         known: frozenset[Path],
         within: frozenset[int],
+        rules: Mapping[Any, Rule],
     ) -> None:
         super().__init__(modules[0])
         self.modules, self.function, self.path, self.turn = modules, function, path, turn
         self.stairs, self.layout, self.features, self.known, self.within = stairs, layout, features, known, within
+        self.rules = rules
         self.strict, self.whole, self.calls, self.steps = stairs.strict, layout.whole, calls, steps
         self.widest = stairs.widest
         self.axis = 2 if self.whole else 1  # of the thresholds of a flight: the first behind time and samples
@@ -127,6 +130,8 @@ class Place(StepNeuron):
                 if not isinstance(handler, _Places):
                     handler = _Places(self.function.__name__, self.within)
                     stack.enter_context(handled(self.function, handler))
+                    if self.function is Comparison:
+                        stack.enter_context(Rewriting(self.rules))
                 sites = handler.sites.setdefault(self.path, [])
                 if any(place is self for place, _ in sites):
                     name = type(self.module).__name__

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ulr_snn.adapters import BlackBox, State, current_of, derived, detached, replaced, with_current
 from ulr_snn.adapters.memories import once
+from ulr_snn.adapters.places import Place
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, generator_state, no_side_effects, set_generator_state
 from ulr_snn.model.chain import own_code
@@ -36,9 +37,33 @@ def find_layers(
     modules with. noise: see `ULR`. notes: receives a line for every other module that cuts the graph or fires with a
     gradient of its own."""
     find_memories(model, events, call)
+    noted: list[str] = []
+    asked = any(isinstance(site, CurrentNoise) for site in noise.values())
+    layers = layers_of(model, events, call, noise, noted, plain=not asked)
+    kinds = {type(neuron) for _, neuron in layers}
+    if BlackBox in kinds and Place in kinds:  # credit of places does not reach a box, but that of boxes does
+        again: list[str] = []
+        others = layers_of(model, events, call, noise, again, plain=False)
+        if Place not in {type(neuron) for _, neuron in others}:
+            layers, noted = others, again
+    if notes is not None:
+        notes += noted
+    return layers
+
+
+def layers_of(
+    model: nn.Module,
+    events: Callable[[], Tensor],
+    call: Call,
+    noise: Mapping[str, Any],
+    notes: list[str],
+    plain: bool,
+) -> Layers:
+    """Returns all layers of a model that get noise; see `find_layers`. plain: also neurons that fire by a comparison
+    without any gradient."""
     noise = {name: CurrentNoise() for name, module in model.named_modules() if name and derived(module)} | dict(noise)
     boxes = {name for name, site in noise.items() if isinstance(site, CurrentNoise)}
-    places = find_places(model, events, call, spiking_layers(model), boxes, notes)
+    places = find_places(model, events, call, spiking_layers(model), boxes, notes, plain)
     placed = {id(module) for _, place in places for module in place.modules}
     free = [name for name, module in model.named_modules() if name and id(module) not in placed]
     names = boxes | (set(free) & set(unknown(model)))
@@ -52,15 +77,15 @@ def find_layers(
             stack.enter_context(watch.watching())
         call.outputs(model, copied(x))
     with no_side_effects(model):
-        found = black_boxes(watched, x, noise, [] if notes is None else notes)
+        found = black_boxes(watched, x, noise, notes)
     return noted_layers(model, events, call, [*spiking_layers(model, found), *places], notes)
 
 
 def noted_layers(
-    model: nn.Module, events: Callable[[], Tensor], call: Call, layers: Layers, notes: list[str] | None
+    model: nn.Module, events: Callable[[], Tensor], call: Call, layers: Layers, notes: list[str]
 ) -> Layers:
     """Returns the layers. If there are none, notes receives a line for each operation that fires."""
-    if not layers and notes is not None and open_modules(model):
+    if not layers and open_modules(model):
         notes += operations_that_fire(model, events, call)
     return layers
 

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public way to see all operations
 
+from ulr_snn.adapters.comparisons import Comparison
 from ulr_snn.adapters.intercept import SKIPPED, Enter, Path, handled, modules, path, runs_again
 from ulr_snn.adapters.places import Layout, Place
 from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.errors import UsageError
 from ulr_snn.model.call import Call, copied, no_side_effects
+from ulr_snn.model.comparison_search import Comparisons
 from ulr_snn.model.staircase import Calls, staircase
+from ulr_snn.model.tracing import Node, Tracing
 from ulr_snn.noise.firing import Logistic
 from ulr_snn.noise.level import NoiseLevel
-from ulr_snn.sites.binding import Layers, bind, open_modules
+from ulr_snn.sites.binding import Layers, bind, module_of, open_modules
 
 AT_REST = 0.1  # share of its spread by which a membrane rests below the threshold, or the spread is its unit
 OPERATIONS = "aten", "prim", "prims"  # namespaces of torch's own operations
@@ -34,19 +37,21 @@ def find_places(
     layers: Layers,
     boxes: Collection[str] = (),
     notes: list[str] | None = None,
+    plain: bool = True,
 ) -> list[tuple[str, Place]]:
     """Returns the places where the model's code fires by itself, by name, in the order in which they run. events: makes
     events [T, B, ...] to run the model with. layers: those that fire otherwise. boxes: names of modules that are not
-    looked into. notes: receives a line for each function that fires by a rule of its own. Raises UsageError for a place
-    that fires in a way that no site can take over."""
+    looked into. notes: receives a line for each function that fires by a rule of its own. plain: neurons may fire by a
+    comparison without any gradient. Raises UsageError for a place that fires in a way that no site can take over."""
     if not open_modules(model):
         return []
-    functions, x = list(own_functions(Function)), events()
-    if not functions or not x.is_floating_point():
+    functions: list[type[Function]] = [Comparison, *own_functions(Function)]
+    x = events()
+    if not x.is_floating_point():
         return []
     first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
     if made := set(own_functions(Function)) - set(functions):  # by code that imports others when it first runs
-        functions = list(own_functions(Function))
+        functions = [Comparison, *own_functions(Function)]
         first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
         if made := set(own_functions(Function)) - set(functions):
             raise UsageError(
@@ -55,6 +60,10 @@ def find_places(
             )
     notes = [] if notes is None else notes
     notes += first.notes
+    comparisons = Comparisons.of(first.tracing.nodes, first.returned, plain)
+    masks = {key for key in first.calls if key[0] is Comparison and key not in comparisons.calls}
+    for key in masks:
+        del first.calls[key]
     if not first.calls:
         return []
     run = partial(seen, model, call, functions, layers)
@@ -64,11 +73,25 @@ def find_places(
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
     firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
     firing = firing or [f for f in found if f.fires(trained=True)]  # all that is trained lies behind them
+    if again := [f for f in firing if f.key in first.checkpointed]:
+        raise UsageError(
+            f"{again[0].function.__name__} fires in a part of the model that is checkpointed, and would fire anew in "
+            "the backward pass; leave torch.utils.checkpoint out"
+        )
     notes += [f.note() for f in found if f.is_unknown]
-    others = set(first.calls) - {f.key for f in firing}
+    others = (set(first.calls) | masks) - {f.key for f in firing}
     known = {f.function: frozenset(path for function, path in others if function is f.function) for f in firing}
     names = named(model, firing, {name for name, _ in layers})
-    return [(name, f.place(len(x), known[f.function], first.within)) for name, f in zip(names, firing, strict=True)]
+    rules = comparisons.rules({f.key for f in firing})
+    around = comparisons.around()
+    notes += [
+        f"{name} fires by a comparison, with noise in place of the gradient of a detour around it"
+        for name, f in zip(names, firing, strict=True)
+        if f.key in around
+    ]
+    return [
+        (name, f.place(len(x), known[f.function], first.within, rules)) for name, f in zip(names, firing, strict=True)
+    ]
 
 
 def own_functions(base: type[Function]) -> Iterator[type[Function]]:
@@ -86,9 +109,11 @@ def rows(x: Tensor, samples: tuple[int, ...]) -> Tensor:
 
 @dataclass
 class Seen:
-    """The calls of functions in a pass. within: ids of the model's modules; calls: arguments and output of each call,
-    by function and path; modules: those whose code leads there, from the inside out. leaves_torch: the model's code
-    asks for tensors without a graph. notes: a line for each function that fires in a way that no site can take over."""
+    """The calls of functions in a pass. within: ids of the model's modules; taken: of those that fire otherwise. calls:
+    arguments and output of each call, by function and path; modules: those whose code leads there, from the inside out.
+    notes: a line for each function that fires in a way that no site can take over. leaves_torch: the model's code asks
+    for tensors without a graph. last: key of the last call. returned: what the model returns. checkpointed: keys of
+    calls that run again in the backward pass."""
 
     model: nn.Module
     within: frozenset[int]
@@ -96,6 +121,19 @@ class Seen:
     modules: dict[Key, list[nn.Module]] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     leaves_torch: bool = False
+    taken: frozenset[int] = frozenset()
+    last: Key | None = None
+    returned: list[Node] = field(default_factory=list)
+    checkpointed: set[Key] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.tracing = Tracing(self.within, self._may_fire, lambda: self.last)
+
+    def _may_fire(self) -> bool:
+        """Returns whether the code that runs may fire by comparisons."""
+        if self.leaves_torch or torch._C._are_functorch_transforms_active():  # no public name, as below
+            return False
+        return not any(id(module) in self.taken for module in modules())
 
     def handler(self, function: type[Function]) -> Callable[..., tuple[Any, Enter | None]]:
         """Returns a handler that lets the function run and notes its calls."""
@@ -106,15 +144,12 @@ class Seen:
                     f"{function.__name__} runs inside of vmap or another transform of torch.func, where its calls "
                     "cannot be seen one by one; write the axis out, as [B, ensemble, ...] with einsum"
                 )
-            key = function, path(self.within)
+            self.last = key = function, path(self.within)
             if key not in self.modules:
                 own_modules = [module for module in modules() if id(module) in self.within]
                 self.modules[key] = own_modules or [self.model]
                 if runs_again():
-                    raise UsageError(
-                        f"{function.__name__} fires in a part of the model that is checkpointed, and would fire anew "
-                        "in the backward pass; leave torch.utils.checkpoint out"
-                    )
+                    self.checkpointed.add(key)
             kept = tuple(item.clone() if isinstance(item, Tensor) else item for item in arguments)
             for before, after in zip(arguments, kept, strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
@@ -130,12 +165,17 @@ class Seen:
                 )
             return output, None
 
-        return noting
+        def unseen(own: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Enter | None]:
+            with self.tracing.mute():
+                return noting(own, arguments)
+
+        return unseen
 
 
 def seen(model: nn.Module, call: Call, functions: list[type[Function]], layers: Layers, x: Tensor) -> Seen:
     """Runs a pass without noise and returns what functions did in it."""
-    found = Seen(model, frozenset(map(id, model.modules())))
+    taken = frozenset(id(inner) for _, neuron in layers for inner in module_of(neuron).modules())
+    found = Seen(model, frozenset(map(id, model.modules())), taken=taken)
     try:
         with torch.enable_grad():
             watched(model, call, functions, layers, x, found)
@@ -156,7 +196,8 @@ def watched(
         stack.enter_context(bind(model, NoiseLevel(Logistic()), steps=len(x), layers=layers))
         for function in functions:
             stack.enter_context(handled(function, found.handler(function)))
-        call.outputs(model, copied(x))
+        with found.tracing:
+            found.returned = [found.tracing.node(call.outputs(model, copied(x)))]
 
 
 def findings(first: Seen, second: Seen, empty: Seen, steps: int) -> list["Finding"]:
@@ -265,13 +306,13 @@ class Finding:
             )
         return f"{says} gives 0 or one value, by a rule that is not a threshold, and keeps a gradient of its own"
 
-    def place(self, steps: int, known: frozenset[Path], within: frozenset[int]) -> Place:
+    def place(self, steps: int, known: frozenset[Path], within: frozenset[int], rules: Any) -> Place:
         """Returns the place."""
         assert self.stairs is not None
         assert self.layout is not None
         features = self.layout.features(self.calls[0][0][self.stairs.membrane])
         unit, calls, where = self.unit(self.stairs), len(self.calls), (self.function, self.path, self.turn)
-        return Place(self.modules, *where, self.stairs, self.layout, features, unit, calls, steps, known, within)
+        return Place(self.modules, *where, self.stairs, self.layout, features, unit, calls, steps, known, within, rules)
 
     def unit(self, stairs: Staircase) -> float:
         """Returns the spacing of a flight, else the distance from rest to the nearest threshold. Rest is where
