@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from tests.written import CLASSES, INPUTS, Above, Own, data, gradients, layered
 from ulr_snn import ULR, Logistic, UsageError, attach, evaluate, plan, train
@@ -302,3 +303,43 @@ def test_black_boxes_keep_their_noise_beside_plain_comparisons():
     model = layered(lambda beta: Own(beta, "zero", DETOURS["three"]) if beta == 0.8 else Box())
     with pytest.raises(UsageError, match="3 has noise on its current"):
         plan(model, data())
+
+
+class Levels(Function):
+    """Counts thresholds at 0.5, 1.5, 2.5 and 3.5."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(0, 4).round()
+
+
+def straight(v: Tensor) -> Tensor:
+    found = torch.clamp(v, 0, 4)
+    return found + (torch.round(found) - found).detach()
+
+
+COUNTS: dict[str, Fire] = {
+    "round": lambda v: torch.round(v.clamp(0, 4)),
+    "floor": lambda v: (v + 0.5).floor().clamp(0, 4),
+    "divided": lambda v: torch.relu(torch.ceil(v.clamp_max(4) - 0.5)),
+    "detour": straight,
+    "detour of the membrane": lambda v: (v.clamp(min=0, max=4).round() - v).detach() + v,
+    "three": lambda v: v.clamp(0, 4) - v.clamp(0, 4).detach() + v.clamp(0, 4).round(),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_rounding_counts_thresholds(name):
+    estimator = ULR(firing=Logistic(0.4))
+    found, like = (gradients(net(fire), estimator) for fire in (COUNTS[name], Levels.apply))
+    assert len(found) == len(like)
+    for a, b in zip(found, like, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * float(b.abs().max()))
+
+
+def test_rounding_in_both_directions_keeps_its_detour():
+    def rounded(v: Tensor) -> Tensor:
+        return v + (v.round() - v).detach()
+
+    model = layered(lambda beta: Own(beta, "zero", Above.apply) if beta == 0.8 else Own(0.0, "zero", rounded))
+    assert [site for site, *_ in plan(model, data()).sites] == ["1"]

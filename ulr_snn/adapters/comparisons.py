@@ -35,6 +35,10 @@ COMPARISONS = ABOVE | AT_LEAST | BELOW | AT_MOST
 DECISIONS = COMPARISONS | STEPS | SIGNS
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 CUTS = {torch.detach, Tensor.detach, Tensor.detach_, torch.detach_, DATA}
+ROUNDS = {
+    *(torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil, torch.trunc, Tensor.trunc),
+    *(torch.fix, Tensor.fix),
+}
 CHOICES = {torch.where, Tensor.where}
 FILLS = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, Tensor.__setitem__}
 CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type, Tensor.type_as}
@@ -42,6 +46,64 @@ BENDS = {  # functions of one number that are no straight lines, and that spikes
     *(torch.relu, Tensor.relu, functional.relu, torch.clamp, Tensor.clamp, torch.clip, Tensor.clip),
     *(torch.clamp_min, Tensor.clamp_min, functional.hardtanh, torch.abs, Tensor.abs, torch.square, Tensor.square),
 }
+
+
+# Operations of one number that may stand before or behind rounding, in a staircase with several steps.
+CLIMBS = {
+    *ROUNDS,
+    *BENDS,
+    *(torch.clamp_max, Tensor.clamp_max, Tensor.add, torch.add, Tensor.sub, torch.sub, Tensor.mul, torch.mul),
+    *(Tensor.div, torch.div, torch.true_divide, Tensor.true_divide, functional.relu6),
+}
+
+
+class Climb(NamedTuple):
+    """Operations of one number, after one another. operations: each with its other arguments."""
+
+    operations: tuple[tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]
+
+    @property
+    def rounds(self) -> bool:
+        """True if one of the operations rounds."""
+        return any(operation in ROUNDS for operation, *_ in self.operations)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for operation, arguments, named in self.operations:
+            x = operation(x, *arguments, **dict(named))
+        return x
+
+    def then(self, operation: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> "Climb":
+        """Returns this with one operation more."""
+        return Climb((*self.operations, (operation, arguments, tuple(named.items()))))
+
+
+def climbing(operation: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, Climb] | None:
+    """Returns the tensor in which a chain of operations of one number begins, and the chain; None if the last is not
+    one of these."""
+    first, *others = *arguments, *named.values()
+    if not isinstance(first, Tensor) or not first.is_floating_point() or any(isinstance(o, Tensor) for o in others):
+        return None
+    start, climb, *versions = getattr(first, "ulr_climb", (first, Climb(()), first._version, first._version))
+    if versions != [start._version, first._version]:  # changed in place
+        start, climb = first, Climb(())
+    return start, climb.then(operation, arguments[1:], named)
+
+
+def climbed(result: Any, found: tuple[Tensor, Climb]) -> None:
+    """Notes the chain of operations that a tensor comes from."""
+    result.ulr_climb = *found, found[0]._version, result._version
+
+
+class Rounding(Function):
+    """Returns what a chain of operations that round makes of a membrane."""
+
+    @staticmethod
+    def forward(ctx: Any, membrane: Tensor, climb: Climb) -> Tensor:
+        return climb(membrane)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, None]:
+        return None, None
 
 
 class Comparison(Function):
@@ -54,6 +116,9 @@ class Comparison(Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[None, None]:
         return None, None
+
+
+PLAIN: tuple[type[Function], ...] = Comparison, Rounding  # what stands for code in plain torch
 
 
 class _Choice(Function):
@@ -125,15 +190,17 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How an operation runs. decides: it is a comparison that fires; turned: see `Sides.of`. inner: it lies within a
-    detour. cut: positions of arguments that are detached. before: it leads to the membranes of a comparison, so that it
-    runs by the rule even where it reads no spikes."""
+    """How an operation runs. decides: it is a comparison that fires, or the end of a staircase; turned: see `Sides.of`.
+    climbs: it is one of the operations of a staircase. inner: it lies within a detour. cut: positions of arguments that
+    are detached. before: it leads to the membranes of a comparison, so that it runs by the rule even where it reads no
+    spikes."""
 
     decides: bool = False
     turned: bool = False
     inner: bool = False
     cut: frozenset[int] = frozenset()
     before: bool = False
+    climbs: bool = False
 
 
 class Rewriting(TorchFunctionMode):
@@ -156,6 +223,8 @@ class Rewriting(TorchFunctionMode):
         return self._run(operation, args, named, rule)
 
     def _run(self, operation: Any, args: tuple[Any, ...], named: Mapping[str, Any], rule: Rule) -> Any:
+        if rule.climbs:
+            return self._climbed(operation, args, named, rule)
         if rule.decides:
             sides = Sides.of(operation, (*args, *named.values()), rule.turned)
             if sides is not None:
@@ -163,6 +232,18 @@ class Rewriting(TorchFunctionMode):
         elif rule.before or any(drawn(item) is not None for item in args):
             return followed(operation, args, named, rule)
         return operation(*args, **named)
+
+    def _climbed(self, operation: Any, args: tuple[Any, ...], named: Mapping[str, Any], rule: Rule) -> Any:
+        """Runs an operation of a staircase, the last of them as `Rounding`."""
+        found = climbing(operation, args, named)
+        if found is not None and rule.decides:
+            with torch.set_grad_enabled(self.graph):
+                levels: Tensor = Rounding.apply(*found)
+            return marked(levels, True)
+        result = operation(*args, **named)
+        if found is not None:
+            climbed(result, found)
+        return result
 
     def spikes(self, sides: Sides) -> Tensor:
         """Returns the spikes of neurons with these membranes, in the graph. Each comparison of the same membranes with

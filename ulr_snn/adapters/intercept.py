@@ -29,11 +29,23 @@ _kinds: dict[int, tuple[int, CodeType]] = {}  # by id, which the code that is ke
 def kind_of(frame: FrameType) -> int:
     """Returns the kind of a frame's code."""
     code = frame.f_code
-    name = frame.f_globals.get("__name__", "")
     own = PLAIN if not code.co_argcount else BOUND
-    kind = END if name == CALLS else SKIP if name.partition(".")[0] in SKIPPED else own
+    kind = END if frame.f_globals.get("__name__") == CALLS else SKIP if package_of(frame) in SKIPPED else own
     _kinds[id(code)] = kind, code
     return kind
+
+
+def package_of(frame: FrameType) -> str:
+    """Returns the top package of a frame's code."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def caller(file: str) -> str:
+    """Returns the top package, torch apart, of the code that calls code of a file."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (frame.f_code.co_filename == file or package_of(frame) == "torch"):
+        frame = frame.f_back
+    return "" if frame is None else package_of(frame)
 
 
 def user_frame() -> FrameType | None:

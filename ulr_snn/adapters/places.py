@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from ulr_snn.adapters.base import StepNeuron
 from ulr_snn.adapters.blackbox import detached
-from ulr_snn.adapters.comparisons import Comparison, Rewriting, Rule
+from ulr_snn.adapters.comparisons import PLAIN, Rewriting, Rule
 from ulr_snn.adapters.intercept import Enter, Path, handled, handler_of, path, set_backward
 from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.errors import UsageError
@@ -130,7 +130,8 @@ class Place(StepNeuron):
                 if not isinstance(handler, _Places):
                     handler = _Places(self.function.__name__, self.within)
                     stack.enter_context(handled(self.function, handler))
-                    if self.function is Comparison:
+                    others = (handler_of(function) for function in PLAIN if function is not self.function)
+                    if self.function in PLAIN and not any(isinstance(other, _Places) for other in others):
                         stack.enter_context(Rewriting(self.rules))
                 sites = handler.sites.setdefault(self.path, [])
                 if any(place is self for place, _ in sites):

@@ -6,12 +6,12 @@ on a number, though its gradient does. One that gives a comparison the gradient 
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ulr_snn.adapters.comparisons import BENDS, Key, Rule
+from ulr_snn.adapters.comparisons import BENDS, CLIMBS, Key, Rule
 from ulr_snn.model.tracing import KEPT, Node, replayed
 
 FORWARD, BACK = 4, 3  # operations between a cut and the end of a detour, and between what it cuts and its beginning
@@ -175,31 +175,32 @@ def rules(calls: Collection[Node], ways: Collection[Detour]) -> dict[Key, Rule]:
     around them."""
     found: dict[Key, Rule] = {}
 
-    def note(node: Node, rule: Rule) -> None:
-        for key in node.keys:
-            before = found.get(key, rule)
-            cut = before.cut | rule.cut
-            ahead = before.before or rule.before
-            found[key] = Rule(rule.decides, rule.turned, before.inner or rule.inner, cut, ahead)
+    def note(keys: list[Key], **has: Any) -> None:
+        for key in keys:
+            rule = found.get(key, Rule())
+            kept = {name: value or getattr(rule, name) for name, value in has.items() if name != "cut"}
+            found[key] = replace(rule, **kept, cut=rule.cut | has.get("cut", frozenset()))
 
     for call in calls:
-        note(call, Rule(decides=True, turned=call.turned))
+        climbs = any(operation in CLIMBS for operation, _ in call.keys)
+        note(call.keys, decides=True, turned=call.turned, climbs=climbs)
+        note(call.climbs, climbs=True)
         stack = [call]
         while stack:  # all that reads truth values, or that bends spikes
             node = stack.pop()
             for child in node.children:
                 bends = any(operation in BENDS for operation, _ in child.keys)
                 if child.decides is None and (bends or not node.floating):
-                    note(child, Rule())
+                    note(child.keys)
                     stack.append(child)
     for way in ways:
         for node, cut in within(way):
             if node.decides is not None:
-                note(node, Rule(decides=True, turned=node.turned, inner=True))
+                note(node.keys, inner=True)
             else:
-                note(node, Rule(inner=True, cut=cut))
+                note(node.keys, inner=True, cut=cut)
         for node in (node for call in way.decisions for node in cut_before(call)):
-            note(node, Rule(inner=True, before=True))
+            note(node.keys, inner=True, before=True)
     return found
 
 

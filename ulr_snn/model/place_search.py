@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public way to see all operations
 
-from ulr_snn.adapters.comparisons import Comparison
+from ulr_snn.adapters.comparisons import PLAIN
 from ulr_snn.adapters.intercept import SKIPPED, Enter, Path, handled, modules, path, runs_again
 from ulr_snn.adapters.places import Layout, Place
 from ulr_snn.adapters.stairs import Staircase
@@ -45,13 +45,13 @@ def find_places(
     comparison without any gradient. Raises UsageError for a place that fires in a way that no site can take over."""
     if not open_modules(model):
         return []
-    functions: list[type[Function]] = [Comparison, *own_functions(Function)]
+    functions: list[type[Function]] = [*PLAIN, *own_functions(Function)]
     x = events()
     if not x.is_floating_point():
         return []
     first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
     if made := set(own_functions(Function)) - set(functions):  # by code that imports others when it first runs
-        functions = [Comparison, *own_functions(Function)]
+        functions = [*PLAIN, *own_functions(Function)]
         first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
         if made := set(own_functions(Function)) - set(functions):
             raise UsageError(
@@ -61,7 +61,7 @@ def find_places(
     notes = [] if notes is None else notes
     notes += first.notes
     comparisons = Comparisons.of(first.tracing.nodes, first.returned, plain)
-    masks = {key for key in first.calls if key[0] is Comparison and key not in comparisons.calls}
+    masks = {key for key in first.calls if key[0] in PLAIN and key not in comparisons.calls}
     for key in masks:
         del first.calls[key]
     if not first.calls:

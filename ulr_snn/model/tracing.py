@@ -7,11 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from ulr_snn.adapters import libraries
-from ulr_snn.adapters.comparisons import CASTS, COMPARISONS, DECISIONS, Comparison, Key, Sides, known, remember, spot_of
-from ulr_snn.adapters.intercept import SKIPPED, path, user_frame
+from ulr_snn.adapters.comparisons import (
+    CASTS,
+    CLIMBS,
+    COMPARISONS,
+    DECISIONS,
+    Climb,
+    Comparison,
+    Key,
+    Rounding,
+    Sides,
+    climbed,
+    climbing,
+    known,
+    remember,
+    spot_of,
+)
+from ulr_snn.adapters.intercept import SKIPPED, caller, path, user_frame
+from ulr_snn.model.staircase import staircase
 
 KEPT = 2  # calls of an operation at a spot whose values are kept
 LIKES = {  # of their argument, they read the shape alone
@@ -26,7 +43,7 @@ class Node:
     """A result of an operation. index: its place in the trace. parents: of its arguments. keys: the operation at each
     spot where it gave this result. path: the operation, and the path of calls to it. call: the operation with its
     arguments, tensors as nodes, if values are kept. decides: the function and path of a comparison; turned: its second
-    argument is the membrane."""
+    argument is the membrane; climbs: the operations of a staircase before it, at their spots."""
 
     index: int
     parents: tuple["Node", ...]
@@ -40,6 +57,7 @@ class Node:
     is_parameter: bool = False
     decides: Any = None
     turned: bool = False
+    climbs: list[Key] = field(default_factory=list)
     children: list["Node"] = field(default_factory=list)
 
     @property
@@ -59,6 +77,14 @@ class Node:
         return found
 
 
+class _Unhandled(Function):
+    """`Rounding`, of which no handler takes calls over."""
+
+    @staticmethod
+    def forward(ctx: Any, membrane: Tensor, climb: Climb) -> Tensor:
+        return climb(membrane)
+
+
 class Tracing(TorchFunctionMode):
     """Runs comparisons in code of the model as calls of `Comparison`, and notes operations. modules: ids of those of
     the model; within: returns whether the code that runs may fire by comparisons; last: returns the key of the last
@@ -71,22 +97,32 @@ class Tracing(TorchFunctionMode):
         self._leaves: dict[int, tuple[Tensor, Node]] = {}  # the tensors stay alive, so that ids stay theirs
         self._counts: dict[Any, int] = {}
         self._same: dict[Any, Node] = {}
+        self._stairs: dict[Any, bool] = {}
 
     def __torch_function__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if self.muted:
             return operation(*args, **named)
         decides = self._decision(operation, args, named) if operation in DECISIONS else None
+        found = climbing(operation, args, named) if operation in CLIMBS else None
         given = flat([*args, *named.values()])
         read = 0 if operation in LIKES else 1 if operation in CASTS else len(given)
         parents = tuple(map(self.node, given[:read]))
+        climbs: list[Key] = []
         versions = [(t._version, t.requires_grad) for t in given]
         result = operation(*args, **named)
+        if found is not None and result is not args[0]:
+            decides = self._staircase(*found, result)
+            if decides is None:
+                climbed(result, found)
+            else:
+                climbs = self._between(parents[0], self.node(found[0]))
+                parents = (self.node(found[0]),)
         changed = args[:1] if operation in SETS else ()
         for out in flat([result, *changed]):
             before = next((v for t, v in zip(given, versions, strict=True) if t is out), None)
             if before is None or before != (out._version, out.requires_grad) or changed:
-                self._note(out, operation, parents, args, named, decides)
+                self._note(out, operation, parents, args, named, decides).climbs = climbs
         return result
 
     def node(self, tensor: Tensor) -> Node:
@@ -102,6 +138,10 @@ class Tracing(TorchFunctionMode):
             self._leaves[id(tensor)] = tensor, node
         return self._leaves[id(tensor)][1]
 
+    def _between(self, last: Node, first: Node) -> list[Key]:
+        """Returns the keys of the operations of one number from a node on to another."""
+        return [] if last is first else [*last.keys, *self._between(last.parents[0], first)]
+
     def _new(self, parents: tuple[Node, ...], tensor: Tensor) -> Node:
         node = Node(len(self.nodes), parents, tensor.shape, tensor.dtype, tensor.requires_grad)
         self.nodes.append(node)
@@ -115,14 +155,16 @@ class Tracing(TorchFunctionMode):
         args: tuple[Any, ...],
         named: Mapping[str, Any],
         decides: Any,
-    ) -> None:
+    ) -> Node:
         frame = user_frame()
         key: Key = (operation, (0, 0) if frame is None else spot_of(frame))
         here = operation, path(self.modules)
         count = self._counts[here] = self._counts.get(here, 0) + 1
         kept = count <= KEPT and operation not in LIKES
-        same = operation, tuple(p.index for p in parents), repr([a for a in args if not isinstance(a, Tensor)])
-        before = self._same.get(same) if kept and not named and decides is None else None
+        plain = tuple(a for a in args if not isinstance(a, Tensor))
+        again = kept and decides is None and not named and all(isinstance(a, int | float | str | None) for a in plain)
+        same = (operation, tuple(p.index for p in parents), plain) if again else None
+        before = self._same.get(same)
         if before is not None and before.value is not None and torch.equal(before.value, out):
             before.keys.append(key)  # computed again
             node = before
@@ -134,14 +176,16 @@ class Tracing(TorchFunctionMode):
                 parent.children.append(node)
             if decides is not None:
                 node.decides, node.turned = decides
-            if kept:
+            if same is not None:
                 self._same[same] = node
+            if kept:
                 node.value = out.detach().clone()
                 node.call = operation, tuple(map(self._plain, args)), {n: self._plain(a) for n, a in named.items()}
         if out.is_leaf and out.requires_grad:
             self._leaves[id(out)] = out, node
         else:
             out.ulr_node = self, node  # type: ignore[attr-defined]
+        return node
 
     def _plain(self, item: Any) -> Any:
         return self.node(item) if isinstance(item, Tensor) else item
@@ -152,16 +196,31 @@ class Tracing(TorchFunctionMode):
         given = (*args, *named.values())
         turned = operation in COMPARISONS and len(given) == 2 and trained(given[1]) and not trained(given[0])
         sides = Sides.of(operation, given, turned)
-        frame = user_frame()
-        if sides is None or frame is None or not self.within():
-            return None
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] in (*SKIPPED, *libraries()):
+        if sides is None or not self.may_decide():
             return None
         spikes = known(self, sides)
         if spikes is None:
             spikes = Comparison.apply(sides.drive, sides.strict)
             remember(self, sides, named_by(spikes, self.last()))
         return getattr(spikes, "ulr_key", None), turned
+
+    def may_decide(self) -> bool:
+        """Returns whether the code that runs may fire: the model's own, and not that of a neuron that is known."""
+        return caller(__file__) not in (*SKIPPED, *libraries()) and self.within()
+
+    def _staircase(self, start: Tensor, climb: Climb, result: Tensor) -> Any:
+        """Runs operations that round as `Rounding`, if they make a staircase, and returns the key of this call."""
+        if not (climb.rounds and trained(start) and self.may_decide()):
+            return None
+        here = path(self.modules)
+        if here not in self._stairs:
+            with self.mute():
+                stairs = staircase(_Unhandled, [((start.detach(), climb), result.detach())])
+            self._stairs[here] = stairs is not None
+        if not self._stairs[here]:
+            return None
+        Rounding.apply(start, climb)
+        return self.last(), False
 
     @contextmanager
     def mute(self) -> Iterator[None]:
