@@ -122,7 +122,7 @@ def test_what_cannot_be_bound_is_named_with_the_reason():
 
     class Sign(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return (x > 0).float()
+            return (x.detach() > 0).float()
 
     folded = nn.Sequential(Fold(nn.Linear(PIXELS, 7), Sign()), *list(mixed())[2:])
     (note,) = plan(folded, data()).notes

@@ -230,6 +230,26 @@ def test_masks_of_membranes_and_inputs_stay_as_they_are():
     assert all("logistic" in noise for _, noise, _ in found.sites)
 
 
+def test_a_reset_by_a_comparison_beside_a_function_stays_as_it_is():
+    """As in DIET-SNN, with a learned threshold."""
+
+    class Threshold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.threshold = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v, found = torch.zeros_like(x[0]), []
+            for now in x:
+                above = v / self.threshold - 1.0
+                reset = self.threshold * (above > 0).to(v)
+                found.append(Above.apply(above))
+                v = 0.9 * v + now - reset
+            return torch.stack(found)
+
+    assert [site for site, *_ in plan(layered(lambda _: Threshold()), data()).sites] == ["1", "3"]
+
+
 def test_quantised_weights_keep_their_detour():
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -93,8 +93,14 @@ def emits(calls: list[Node], returned: set[Node]) -> bool:
 
 
 def mixes(node: Node) -> bool:
-    """Returns whether parameters of another shape, as weights, act on a node."""
-    return any(parent.trained and parent.shape != node.shape for parent in node.parents)
+    """Returns whether weights act on a node: parameters that do not belong to its numbers one by one."""
+    return any(parent.trained and not broadcasts(parent.shape, node.shape) for parent in node.parents)
+
+
+def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Returns whether a tensor of one shape may be expanded to another."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in pairs)
 
 
 def elementwise(node: Node) -> set[Node]:

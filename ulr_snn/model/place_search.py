@@ -27,6 +27,8 @@ from ulr_snn.sites.binding import Layers, bind, module_of, open_modules
 AT_REST = 0.1  # share of its spread by which a membrane rests below the threshold, or the spread is its unit
 OPERATIONS = "aten", "prim", "prims"  # namespaces of torch's own operations
 
+REPLACED = "by a comparison, with noise in place of the gradient of a detour around it"
+
 Key = tuple[type[Function], Path]
 
 
@@ -45,19 +47,10 @@ def find_places(
     comparison without any gradient. Raises UsageError for a place that fires in a way that no site can take over."""
     if not open_modules(model):
         return []
-    functions: list[type[Function]] = [*PLAIN, *own_functions(Function)]
     x = events()
     if not x.is_floating_point():
         return []
-    first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
-    if made := set(own_functions(Function)) - set(functions):  # by code that imports others when it first runs
-        functions = [*PLAIN, *own_functions(Function)]
-        first = seen(model, call, functions, layers, rows(x, (0, 1, 2)))
-        if made := set(own_functions(Function)) - set(functions):
-            raise UsageError(
-                f"the model makes {min(f.__name__ for f in made)}, a function of autograd, each time it runs; define "
-                "it once, outside of forward"
-            )
+    functions, first = first_seen(model, call, layers, rows(x, (0, 1, 2)))
     notes = [] if notes is None else notes
     notes += first.notes
     comparisons = Comparisons.of(first.tracing.nodes, first.returned, plain)
@@ -73,25 +66,30 @@ def find_places(
     found = [f for f in found if not any(id(module) in closed for module in f.modules)]
     firing = [f for f in found if f.fires(first.leaves_torch or bool(layers))]
     firing = firing or [f for f in found if f.fires(trained=True)]  # all that is trained lies behind them
-    if again := [f for f in firing if f.key in first.checkpointed]:
-        raise UsageError(
-            f"{again[0].function.__name__} fires in a part of the model that is checkpointed, and would fire anew in "
-            "the backward pass; leave torch.utils.checkpoint out"
-        )
+    first.check(firing)
     notes += [f.note() for f in found if f.is_unknown]
     others = (set(first.calls) | masks) - {f.key for f in firing}
     known = {f.function: frozenset(path for function, path in others if function is f.function) for f in firing}
     names = named(model, firing, {name for name, _ in layers})
     rules = comparisons.rules({f.key for f in firing})
-    around = comparisons.around()
-    notes += [
-        f"{name} fires by a comparison, with noise in place of the gradient of a detour around it"
-        for name, f in zip(names, firing, strict=True)
-        if f.key in around
-    ]
-    return [
-        (name, f.place(len(x), known[f.function], first.within, rules)) for name, f in zip(names, firing, strict=True)
-    ]
+    pairs = list(zip(names, firing, strict=True))
+    notes += [f"{name} fires {REPLACED}" for name, f in pairs if f.key in comparisons.around()]
+    return [(name, f.place(len(x), known[f.function], first.within, rules)) for name, f in pairs]
+
+
+def first_seen(model: nn.Module, call: Call, layers: Layers, x: Tensor) -> tuple[list[type[Function]], "Seen"]:
+    """Returns the functions that may fire, and what they did in a pass over x."""
+    functions: list[type[Function]] = [*PLAIN, *own_functions(Function)]
+    first = seen(model, call, functions, layers, x)
+    if set(own_functions(Function)) - set(functions):  # by code that imports others when it first runs
+        functions = [*PLAIN, *own_functions(Function)]
+        first = seen(model, call, functions, layers, x)
+        if made := set(own_functions(Function)) - set(functions):
+            raise UsageError(
+                f"the model makes {min(f.__name__ for f in made)}, a function of autograd, each time it runs; define "
+                "it once, outside of forward"
+            )
+    return functions, first
 
 
 def own_functions(base: type[Function]) -> Iterator[type[Function]]:
@@ -128,6 +126,14 @@ class Seen:
 
     def __post_init__(self) -> None:
         self.tracing = Tracing(self.within, self._may_fire, lambda: self.last)
+
+    def check(self, firing: list["Finding"]) -> None:
+        """Raises UsageError for a place whose code runs again in the backward pass."""
+        if again := [f.function.__name__ for f in firing if f.key in self.checkpointed]:
+            raise UsageError(
+                f"{again[0]} fires in a part of the model that is checkpointed, and would fire anew in the backward "
+                "pass; leave torch.utils.checkpoint out"
+            )
 
     def _may_fire(self) -> bool:
         """Returns whether the code that runs may fire by comparisons."""
