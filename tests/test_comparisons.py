@@ -249,6 +249,27 @@ def test_a_reset_by_a_comparison_beside_a_function_stays_as_it_is():
 
     assert [site for site, *_ in plan(layered(lambda _: Threshold()), data()).sites] == ["1", "3"]
 
+    class OnOneLine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(INPUTS, 8), nn.Linear(8, 6)])
+            self.thresholds = nn.ParameterList([torch.ones(()), torch.ones(())])
+            self.out = nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            v: list[Tensor] = [x.new_zeros(x.shape[1], layer.out_features) for layer in self.layers]
+            found = []
+            for now in x:
+                for i, layer in enumerate(self.layers):
+                    above = v[i] / self.thresholds[i] - 1.0
+                    spikes, reset = Above.apply(above), self.thresholds[i] * (above > 0).to(above)
+                    v[i] = 0.9 * v[i] + layer(now) - reset
+                    now = spikes
+                found.append(self.out(now))
+            return torch.stack(found)
+
+    assert [site for site, *_ in plan(OnOneLine().double(), data()).sites] == ["Above", "Above_2"]
+
 
 def test_quantised_weights_keep_their_detour():
     class Net(nn.Module):

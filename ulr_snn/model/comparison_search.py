@@ -49,7 +49,7 @@ class Comparisons:
         returned |= set(nodes[:unseen])  # what a layer returns that is not traced may follow from all before it
 
         def fires(key: Any, found: list[Node]) -> bool:
-            alone = plain and key not in around and in_graph(found) and emits(found, returned)
+            alone = plain and key not in around and in_graph(found) and emits(found, returned, outputs)
             return (alone or key in around) and behind_parameters(found[-1])
 
         return cls({key: found for key, found in calls.items() if fires(key, found)}, ways)
@@ -69,10 +69,11 @@ def in_graph(calls: list[Node]) -> bool:
     return any(parent.trained for call in calls for parent in call.parents)
 
 
-def emits(calls: list[Node], returned: set[Node]) -> bool:
+def emits(calls: list[Node], returned: set[Node], outputs: Collection[Node]) -> bool:
     """Returns whether the spikes of a comparison reach what the model returns, other than by their own membrane. calls:
-    results of the comparison; returned: nodes from which the model's result follows."""
-    calls = calls[: 2 * KEPT]
+    results of the comparison; returned: nodes from which the model's result, outputs, follows."""
+    shapes = dict.fromkeys(call.shape for call in calls)  # layers on one line of a loop
+    calls = [call for shape in shapes for call in [c for c in calls if c.shape == shape][: 2 * KEPT]]
     own = {node for call in calls for parent in call.parents for node in elementwise(parent)}
     stack = list(calls)
     seen = set(stack)
@@ -86,7 +87,7 @@ def emits(calls: list[Node], returned: set[Node]) -> bool:
                 return True
             others = (parent for parent in child.parents if parent is not node)
             if child.decides is None and own.isdisjoint(n for parent in others for n in elementwise(parent)):
-                if not child.children:
+                if child in outputs:
                     return True
                 stack.append(child)
     return False
