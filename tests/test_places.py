@@ -174,7 +174,7 @@ def test_several_thresholds_have_the_credit_of_as_many_neurons():
     class Apart(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             levels = torch.arange(4, dtype=x.dtype) + 0.5
-            return Above.apply(x.unsqueeze(-1) - levels).sum(-1)
+            return Above.apply(x.unsqueeze(2) - levels[:, None]).sum(2)
 
     class Counting(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -63,9 +63,9 @@ class Staircase:
 
     def drive(self, x: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
         """Returns the distances of `standing` from the thresholds, with an axis for several of them. climbed: number of
-        thresholds below; axis: where a flight has this axis, before those of the features."""
+        thresholds below; axis: where that axis is, before those of the features, so that sums over it are fast."""
         if len(self.thresholds) > 1:
-            return x.unsqueeze(-1) - torch.tensor(self.thresholds, dtype=x.dtype, device=x.device)
+            return torch.stack([x - threshold for threshold in self.thresholds], axis)
         return x - self.thresholds[0] if self.thresholds[0] else x
 
     def settled(self, drive: Tensor, climbed: Tensor | None, axis: int = 1) -> Tensor:
@@ -75,7 +75,7 @@ class Staircase:
     def output(self, spikes: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
         """Returns the output for spikes in the shape of the drive."""
         if len(self.rises) > 1:
-            spikes = spikes @ torch.tensor(self.rises, dtype=spikes.dtype, device=spikes.device)
+            spikes = self._climbed(spikes, axis)
         elif self.rises != (1.0,):
             spikes = self.rises[0] * spikes
         found = self.first + spikes if self.first else spikes
@@ -116,7 +116,15 @@ class Staircase:
         drive."""
         if len(self.rises) == 1:
             return a * slope if self.rises == (1.0,) else a * slope * self.rises[0]
-        return a * (slope @ torch.tensor(self.rises, dtype=slope.dtype, device=slope.device))
+        return a * self._climbed(slope, axis)
+
+    def _climbed(self, steps: Tensor, axis: int) -> Tensor:
+        """Returns the sum of numbers at the thresholds, each times its rise."""
+        first, *others = steps.unbind(axis)
+        found = first * self.rises[0]
+        for step, rise in zip(others, self.rises[1:], strict=True):
+            found = found.add_(step, alpha=rise)
+        return found
 
 
 @dataclass(frozen=True)
