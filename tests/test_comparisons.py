@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from tests.written import CLASSES, INPUTS, Above, Own, data, gradients, layered
-from ulr_snn import ULR, Logistic, UsageError, attach, evaluate, plan, train
+from ulr_snn import ULR, Independent, Logistic, TimeAverage, UsageError, attach, evaluate, plan, train
 
 Fire = Callable[[Tensor], Tensor]
 
@@ -386,3 +386,24 @@ def test_rounding_in_both_directions_keeps_its_detour():
 
     model = layered(lambda beta: Own(beta, "zero", Above.apply) if beta == 0.8 else Own(0.0, "zero", rounded))
     assert [site for site, *_ in plan(model, data()).sites] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [ULR(credit="residual"), ULR(maps="learned"), ULR(sampling=Independent(2, multi_sample=True))],
+    ids=["residual", "learned", "multi_sample"],
+)
+def test_a_module_that_fires_in_plain_torch_is_a_black_box_for_estimators_that_go_layer_by_layer(estimator):
+    class Hard(nn.Module):
+        def forward(self, current: Tensor) -> Tensor:
+            return (current > 0.1).to(current.dtype)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Hard(), TimeAverage(), nn.Linear(6, 3))
+    x, y = torch.rand(5, 4, 4), torch.tensor([0, 1, 2, 0])
+    assert [how.startswith("gaussian") for _, how, _ in plan(model, (x, y), estimator).sites] == [True]
+    assert not any(how.startswith("gaussian") for _, how, _ in plan(model, (x, y)).sites)
+    with attach(model, estimator) as ulr:
+        ulr.backward(x, y)
+    assert model[0].weight.grad.abs().sum() > 0
+    evaluate(model, [(x, y)], estimator=estimator, mode="stochastic")

@@ -11,7 +11,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Batches, Count, Flag, Whole, checked, one_of
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
-from ulr_snn.estimators.config import Config
+from ulr_snn.estimators.config import Config, in_one_product
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.kernels.precision import Autocast, reduced_precision
 from ulr_snn.losses.metrics import Activities, Several, Tally, check_metrics, scores, share_counted
@@ -133,10 +133,10 @@ def bound_exactly(model: nn.Module, batch: Batch, config: Config, counts: Collec
     """Binds the model for evaluation; fused only if its outputs on this batch are bitwise those of the model's code."""
     fused = "operations" not in counts  # operations are counted in the model's own modules
     with torch.enable_grad():  # binding reads autograd graphs
-        bound = BoundModel.of(model, batch, config.noise, own_code=not fused)
+        bound = BoundModel.of(model, batch, config.noise, own_code=not fused, plain=in_one_product(config))
     if not isinstance(bound.model, Chain):
         return bound
-    own = BoundModel.of(model, batch, config.noise, own_code=True)
+    own = BoundModel.of(model, batch, config.noise, own_code=True, plain=in_one_product(config))
     level, batch = NoiseLevel(config.firing), own.adapted(batch)
     with no_side_effects(model):
         outputs = [each.outputs(copied(batch.x), level, lengths=batch.lengths)[0] for each in (bound, own)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ulr_snn.credit.structure import Structure
 from ulr_snn.errors import UsageError
 from ulr_snn.estimators.base import Attachment, Estimate, in_sum
-from ulr_snn.estimators.config import Config
+from ulr_snn.estimators.config import Config, in_one_product
 from ulr_snn.estimators.learner import Learner
 from ulr_snn.estimators.observe import warnings_of
 from ulr_snn.kernels import ranks
@@ -54,7 +54,7 @@ class LearnedAttachment(Attachment):
         self.config = config.with_noise(with_flow(model, config.flow, config.noise))
         check_layers(model, spiking_layers(model), [*open_modules(model), *self.config.noise])
         self.memory, self.online, self.on_nonfinite = memory, memory.online, config.on_nonfinite
-        self.binder = Binder(model, self.config.noise)
+        self.binder = Binder(model, self.config.noise, plain=in_one_product(config))
         self.learner = Learner(self.config, seed, total_steps, progress, rates)
         self.pool = Pool(lean=memory.lean)
         self._bound: BoundModel | None = None

@@ -32,3 +32,9 @@ class Config(Protocol):
     def with_noise(self, noise: NoiseByName) -> "Config":
         """Returns the same configuration with other noise."""
         ...
+
+
+def in_one_product(config: Config) -> bool:
+    """Returns whether credit may go through all layers in one product, as it does where the model's own code fires."""
+    layer_by_layer = config.credit.unbiased and config.credit.goes_back
+    return not (layer_by_layer or config.maps == "learned" or config.sampling.multi_sample)

@@ -50,15 +50,18 @@ class BoundModel:
     findings: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, noise: Mapping[str, Any], own_code: bool = False) -> "BoundModel":
-        """Binds a model to batches like this one. noise: see `ULR`; own_code: no chain is looked for."""
+    def of(
+        cls, model: nn.Module, batch: Batch, noise: Mapping[str, Any], own_code: bool = False, plain: bool = True
+    ) -> "BoundModel":
+        """Binds a model to batches like this one. noise: see `ULR`; own_code: no chain is looked for; plain: see
+        `find_layers`."""
         running, why = model, ""
         notes: list[str] = []
         with Views(model) as views:
             seen, steps = find_call(model, batch)
         batch = batch.over(steps)
         try:
-            chain = None if own_code else recognise(model, seen, batch.frames, batch.dtype, noise)
+            chain = None if own_code else recognise(model, seen, batch.frames, batch.dtype, noise, plain=plain)
             # Operations of recurrent weights, and of modules behind a chain, are counted in the model's own modules.
             counted = "operations" in batch.objective.counts
             if chain is not None and counted and (chain.recurs or chain.tail is not None):
@@ -67,7 +70,7 @@ class BoundModel:
         except NoChain as error:
             why = str(error)
         call = seen if running is model else Call(view=seen.view.time_first)
-        layers = find_layers(running, lambda: batch.x, call, noise, notes)
+        layers = find_layers(running, lambda: batch.x, call, noise, notes, plain)
         return cls(running, call, seen, steps if batch.static else None, layers, tuple(notes), why, views.found)
 
     def adapted(self, batch: Batch) -> Batch:
@@ -167,8 +170,8 @@ class BoundModel:
 class Binder:
     """Binds a model to batches, and keeps the `BoundModel` until something that it depends on changes."""
 
-    def __init__(self, model: nn.Module, noise: Mapping[str, Any], own_code: bool = False) -> None:
-        self.model, self.noise, self.own_code = model, noise, own_code
+    def __init__(self, model: nn.Module, noise: Mapping[str, Any], own_code: bool = False, plain: bool = True) -> None:
+        self.model, self.noise, self.own_code, self.plain = model, noise, own_code, plain
         self._seen: Any = None
         self._bound: BoundModel | None = None
 
@@ -177,7 +180,7 @@ class Binder:
         batch as the model sees it."""
         seen = self._look(batch)
         if self._bound is None or seen != self._seen:
-            found = BoundModel.of(self.model, batch, self.noise, self.own_code)
+            found = BoundModel.of(self.model, batch, self.noise, self.own_code, self.plain)
             if not found.seen.keeps_time and any(getattr(noise, "per_sample", False) for noise in self.noise.values()):
                 raise UsageError(
                     "WeightNoise(per_sample=True) needs layers and outputs with the events' time steps; use "

@@ -32,14 +32,15 @@ def find_layers(
     call: Call,
     noise: Mapping[str, Any],
     notes: list[str] | None = None,
+    plain: bool = True,
 ) -> Layers:
     """Returns all layers of a model that get noise, by name, in module order. events: makes events [T, B, ...] to probe
     modules with. noise: see `ULR`. notes: receives a line for every other module that cuts the graph or fires with a
-    gradient of its own."""
+    gradient of its own. plain: modules that fire by a comparison without any gradient are no black boxes."""
     find_memories(model, events, call)
     noted: list[str] = []
     asked = any(isinstance(site, CurrentNoise) for site in noise.values())
-    layers = layers_of(model, events, call, noise, noted, plain=not asked)
+    layers = layers_of(model, events, call, noise, noted, plain=plain and not asked)
     kinds = {type(neuron) for _, neuron in layers}
     if BlackBox in kinds and Place in kinds:  # credit of places does not reach a box, but that of boxes does
         again: list[str] = []

@@ -33,10 +33,16 @@ SAMPLES, STEPS = 3, 96  # samples and time steps of a batch that are recorded
 
 @full_precision()
 def recognise(
-    model: nn.Module, call: Call, frames: Frames, dtype: torch.dtype, noise: Mapping[str, Any], whole: bool = False
+    model: nn.Module,
+    call: Call,
+    frames: Frames,
+    dtype: torch.dtype,
+    noise: Mapping[str, Any],
+    whole: bool = False,
+    plain: bool = True,
 ) -> Chain:
     """Returns the chain that is equivalent to a model on frames [T, B, ...] like these, or raises NoChain. call: how
-    the model is called; noise: see `ULR`; whole: the chain must be all of the model."""
+    the model is called; noise: see `ULR`; whole: the chain must be all of the model; plain: see `find_layers`."""
     for name, site in noise.items():
         if isinstance(site, CurrentNoise) or (isinstance(site, WeightNoise) and site.per_sample):
             raise NoChain(f"there is noise of its own at {name}")
@@ -47,7 +53,7 @@ def recognise(
     lengths = {len(frames)} if call.way == "static" else {min(STEPS, len(frames)), len(frames)}
     for steps in sorted(lengths):
         try:
-            return chain_of(model, call, frames[:steps, :SAMPLES].to(dtype), noise, whole)
+            return chain_of(model, call, frames[:steps, :SAMPLES].to(dtype), noise, whole, plain)
         except NoChain:
             raise
         except Exception as error:  # the model may need all time steps
@@ -57,14 +63,16 @@ def recognise(
     raise NoChain(f"it cannot be recorded, {type(reason).__name__}") from reason
 
 
-def chain_of(model: nn.Module, call: Call, x: Tensor, noise: Mapping[str, Any], whole: bool) -> Chain:
+def chain_of(
+    model: nn.Module, call: Call, x: Tensor, noise: Mapping[str, Any], whole: bool, plain: bool = True
+) -> Chain:
     """Records a model with events x [T, B, ...] and returns its chain. A single step or sample is taken twice. Raises
     NoChain, and any error of the model."""
     if len(x) == 1 and call.way == "static":
         raise NoChain("it runs a single time step")
     x = x.repeat(2 if len(x) == 1 else 1, 2 if x.shape[1] == 1 else 1, *[1] * (x.ndim - 2)).contiguous()
     cuts: list[str] = []
-    layers = find_layers(model, lambda: x, call, noise, cuts)
+    layers = find_layers(model, lambda: x, call, noise, cuts, plain)
     whole = whole or bool(cuts)  # plan lists modules that cut the graph, which it finds in whole models only
     check_neurons(model, layers)
     why = unfit(model, layers)

@@ -13,6 +13,7 @@ from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import checked
 from ulr_snn.estimators.attachment import Attaches
 from ulr_snn.estimators.base import Estimator
+from ulr_snn.estimators.config import in_one_product
 from ulr_snn.estimators.ulr import ULR, or_default
 from ulr_snn.kernels.precision import widened
 from ulr_snn.losses.named import Objective
@@ -133,7 +134,7 @@ def bound_to_record(model: nn.Module, batch: Batch, estimator: Estimator | None)
     estimator = or_default(estimator)
     config = estimator.config if isinstance(estimator, Attaches) else ULR()  # a peer has no such noise
     with torch.enable_grad():  # binding reads autograd graphs
-        bound = BoundModel.of(model, batch, config.noise, own_code=True)
+        bound = BoundModel.of(model, batch, config.noise, own_code=True, plain=in_one_product(config))
     check_layers(model, bound.layers, notes=bound.notes)
     return bound
 
