@@ -82,6 +82,31 @@ def test_spikes_and_drives_equal_the_reference(shape, reset, recurrent, law, ref
 
 
 @each_reset
+@pytest.mark.parametrize("neurons", [10, 33, 1030])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_numbers_do_not_depend_on_the_rows_beside_them(padded, neurons, reset):
+    """Narrow rows are processed together, and threads and ranks share the rows."""
+    rows, own = 29, torch.arange(29) % 6 + 1
+    neuron, current = neuron_of((6, rows, neurons), reset, False), current_of((6, rows, neurons))
+    a, over = current_of(current.shape, 1), torch.tensor([1.5, 4.0, 12.0, 80.0])
+
+    def run(some: int) -> list[Tensor]:
+        torch.manual_seed(2)
+        neuron.lengths = own[:some] if padded else None
+        drawer = drawer_of((6, some, neurons), Logistic(), True, 6)
+        spikes, x, _ = neuron.fired(current[:, :some], drawer)
+        law = "logistic", drawer.scale, neuron.lengths
+        leak = neuron.beta, neuron.threshold, neuron.reset
+        credit = dispatch.credit(a[:, :some], x, *law, spikes, *leak, None, True, over=over)
+        return [spikes, x, dispatch.slopes(x, *law, over), *credit]
+
+    with torch.no_grad():
+        whole = run(rows)
+        for some in (1, 2, 11):
+            assert all(torch.equal(part, every[:, :some]) for part, every in zip(run(some), whole, strict=True))
+
+
+@each_reset
 @pytest.mark.parametrize("kernels", [True, False], ids=["fused", "reference"])
 def test_two_parts_of_time_equal_the_whole(reset, kernels, reference):
     shape = (9, 4, 6)

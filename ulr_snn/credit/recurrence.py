@@ -48,7 +48,7 @@ class Recurrence:
     membrane: Callable[[], Tensor]
     path: Path | None = None
     weight: Tensor | None = None
-    fused: Callable[[Tensor, Tensor, bool, bool, Tensor | None], Any] | None = None
+    fused: Callable[[Tensor, Tensor | None, bool, bool, Tensor | None], Any] | None = None
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """Returns beta k_t and h_t, expanded over time where they are constant."""
@@ -65,11 +65,11 @@ class Recurrence:
         """Returns (a + h g + C g, g) [T, B, ...]: the total credit of every spike, and ∂L/∂J of every input current.
         Without `totals` the first is None. later: g [B, ...] of the step after the last; it is overwritten by g of the
         first step. overwrite: the memory of a may be reused."""
-        later = rest(self.spikes).to(a.dtype) if later is None else later
         if self.fused is not None and (self.weight is None or self._dense):
             done = self.fused(a, later, totals, overwrite, self.weight)
             if done is not None:
                 return done
+        later = rest(self.spikes).to(a.dtype) if later is None else later
         kept, h = self._steps()
         through, total, currents = self._through(h), empty_like(a if totals else a[:1]), self.slope()
         steps = zip(*(each.unbind() for each in (a, h, kept, currents, total.expand(a.shape))), strict=True)

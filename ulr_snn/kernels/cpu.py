@@ -169,6 +169,19 @@ def _products(typing, out, o, x, s, step, columns, c, inputs):
     return numba.void(out, o, x, s, step, columns, c, inputs), code
 
 
+@intrinsic
+def _plus(typing, a, b, c):
+    """Returns a b + c, without rounding in between where the processor can. Of a sum of two products, the compiler may
+    round another one in each copy of a loop, so that a number would depend on its place."""
+
+    def code(context, builder, signature, arguments):
+        kind = ir.FloatType()
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [kind], ir.FunctionType(kind, [kind] * 3))
+        return builder.call(function, arguments)
+
+    return numba.float32(numba.float32, numba.float32, numba.float32), code
+
+
 _add4, _add16, _add64 = _adder(4), _adder(16), _adder(64)
 _weighted16, _weighted64 = _summer(16), _summer(64)
 
@@ -271,13 +284,13 @@ def _fire(law, x, uniform, spikes):
 def _charge(reset, membrane, before, current, beta, threshold):
     """Advances the membranes of one row by one time step. before: spikes of the previous step."""
     if reset == SUBTRACT:
-        for n in range(len(membrane)):
+        for n in range(len(current)):
             membrane[n] = beta[n] * membrane[n] + current[n] - threshold[n] * before[n]
     elif reset == ZERO:
-        for n in range(len(membrane)):
+        for n in range(len(current)):
             membrane[n] = beta[n] * (membrane[n] * (_ONE - before[n])) + current[n]
     else:
-        for n in range(len(membrane)):
+        for n in range(len(current)):
             membrane[n] = beta[n] * membrane[n] + current[n]
 
 
@@ -310,40 +323,58 @@ def _recurrent(weight, before, places, values, blank, out):
     _weighted(out, 0, blank, 0, weight, 0, neurons, places, values, 0, count, neurons)
 
 
-@compiled(nogil=True)
-def scan(first, end, current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, counters, own, membrane,
-         before, spikes, x, fed_back):  # fmt: skip
-    """Runs rows of a layer over time. Membrane and spikes (before) [B, N] of the previous step become the last step's.
+@compiled(inline="always")
+def _drawn(law, x, t, b, row1, row2, mirrored, counters, valid, uniform, spikes):
+    """Computes the spikes of the rows from b on at time step t from their drives x; zero on padding. uniform: space for
+    as many numbers."""
+    if valid:
+        if _draws(law):
+            for row in range(b, b + len(x) // len(counters)):
+                out = uniform[(row - b) * len(counters) : (row - b + 1) * len(counters)]
+                _uniforms(row1[t, row], row2[t, row], mirrored[row], counters, out)
+        _fire(law, x, uniform, spikes)
+    else:
+        _fill(spikes, _f(0))
 
-    current [T, B, N]; weight: recurrent, from each source to all targets [N * N], or None; beta, threshold, scale [N];
+
+@compiled(nogil=True)
+def scan(first, end, shape, current, weight, beta, threshold, scale, reset, law, row1, row2, mirrored, counters, own,
+         fresh, membrane, before, spikes, x, fed_back):  # fmt: skip
+    """Runs rows of a layer over time. Sequences [T, B, N], of this shape, and states [B, N] are flat. Membrane and
+    spikes (before) of the previous step become the last step's. fresh: they are zero at first, whatever they hold.
+
+    current: sequence; weight: recurrent, from each source to all targets [N * N], or None; beta, threshold, scale: of
+    the neurons of as many rows as are one vector, since each call and each rest of a vector costs (1 with padding);
     row1, row2 [T, B] uint32: words of the noise; mirrored [B] bool; counters [N] uint32: see `_uniforms`; own [B]:
     number of steps without padding.
     Writes spikes (with law KNOWN it reads them), standardised drives and, with recurrent weights, the recurrent
-    current, all [T, B, N].
+    current.
     """
-    steps, _, neurons = current.shape
-    uniform, total = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
+    steps, rows, neurons = shape
+    wide, group = len(scale), len(scale) // neurons
+    uniform, total, blank = np.empty(wide, np.float32), np.empty(wide, np.float32), np.zeros(neurons, np.float32)
     places, values = np.empty(neurons, np.int32), np.empty(neurons, np.float32)
-    blank = np.zeros(neurons, np.float32)
     for t in range(steps):
-        for b in range(first, end):
-            arriving = current[t, b]
+        for b in range(first, end, group):
+            low, count = b * neurons, (min(b + group, end) - b) * neurons
+            at, u, last = t * rows * neurons + low, membrane[low : low + count], before[low : low + count]
+            if fresh and t == 0:
+                _fill(u, _f(0))
+                _fill(last, _f(0))
+            arriving = current[at : at + count]
             if weight is not None:
-                recurrent = fed_back[t, b]
-                _recurrent(weight, before[b], places, values, blank, recurrent)
-                for n in range(neurons):
-                    total[n] = arriving[n] + recurrent[n]
-                arriving = total
-            _charge(reset, membrane[b], before[b], arriving, beta, threshold)
-            here, fired = x[t, b], spikes[t, b]
-            for n in range(neurons):
-                here[n] = (membrane[b, n] - threshold[n]) / scale[n]
-            if _draws(law):
-                _uniforms(row1[t, b], row2[t, b], mirrored[b], counters, uniform)
-            _fire(law, here, uniform, fired)
-            if t >= own[b]:
-                _copy(blank, fired)
-            _copy(fired, before[b])
+                for row in range(0, count, neurons):
+                    _recurrent(weight, last[row : row + neurons], places, values, blank,
+                               fed_back[at + row : at + row + neurons])  # fmt: skip
+                for n in range(count):
+                    total[n] = arriving[n] + fed_back[at + n]
+                arriving = total[:count]
+            _charge(reset, u, last, arriving, beta, threshold)
+            here, now = x[at : at + count], spikes[at : at + count]
+            for n in range(count):
+                here[n] = (u[n] - threshold[n]) / scale[n]
+            _drawn(law, here, t, b, row1, row2, mirrored, counters, t < own[b], uniform, now)
+            _copy(now, last)
 
 
 @compiled(inline="always")
@@ -387,7 +418,7 @@ def _near_secants(x, over, out):
 
 @compiled(fastmath=FUSED)
 def _slope(law, x, over, scale, valid, out):
-    """Computes p' per unit of membrane, or secants instead, of one row at one time step; 0 on padding."""
+    """Computes p' per unit of membrane of some rows at one time step, or secants instead; 0 on padding."""
     if not valid:
         _fill(out, _f(0))
         return
@@ -407,75 +438,90 @@ def _slope(law, x, over, scale, valid, out):
 @compiled()
 def _ordered(bits):
     """Returns the bits of a float as an integer that has the order of the floats, or the bits of such an integer."""
-    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @compiled(nogil=True)
-def fire(first, end, drive, t, scale, law, row1, row2, mirrored, counters, own, over, slope, farthest, spikes):
+def fire(first, end, shape, drive, t, scale, law, row1, row2, mirrored, counters, own, over, slope, farthest, spikes):
     """Draws the spikes [S, B, N] of some rows from drives [S, B, N] of S time steps from t on, and computes their
-    `_slope` [T, B, N]. row1, row2, mirrored, counters, own: as for `scan`; farthest [B, 2]: `_ordered` bits of the
-    largest -drive / scale and of the largest drive / scale so far."""
-    steps, _, neurons = drive.shape
-    x, uniform = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
-    bits = x.view(np.int32)
-    for b in range(first, end):
-        below, above = farthest[b, 0], farthest[b, 1]
-        for step in range(steps):
-            now = t + step
-            for n in range(neurons):
-                x[n] = drive[step, b, n] / scale[n]
-            _slope(law, x, over, scale, now < own[b], slope[now, b])
-            if now >= own[b]:
-                _fill(spikes[step, b], _f(0))
-                continue
-            _uniforms(row1[now, b], row2[now, b], mirrored[b], counters, uniform)
-            _fire(law, x, uniform, spikes[step, b])
-            for n in range(neurons):
-                below = max(below, _ordered(bits[n] ^ _SIGN))
-                above = max(above, _ordered(bits[n]))
+    `_slope` [T, B, N], of this shape. All three are flat. farthest [B, 2]: `_ordered` bits of the largest -drive / scale
+    and of the largest drive / scale so far. The rest: as in `scan`."""
+    _, rows, neurons = shape
+    group = len(scale) // neurons
+    x, uniform = np.empty(len(scale), np.float32), np.empty(len(scale), np.float32)
+    for b in range(first, end, group):
+        low, count = b * neurons, (min(b + group, end) - b) * neurons
+        here, below, above = x[:count], farthest[b, 0], farthest[b, 1]
+        for step in range(len(drive) // (rows * neurons)):
+            now, at = t + step, step * rows * neurons + low
+            valid, to = now < own[b], at + t * rows * neurons
+            for n in range(count):
+                here[n] = drive[at + n] / scale[n]
+            _slope(law, here, over, scale, valid, slope[to : to + count])
+            _drawn(law, here, now, b, row1, row2, mirrored, counters, valid, uniform, spikes[at : at + count])
+            if valid:
+                bits = here.view(np.int32)
+                for n in range(count):
+                    below = max(below, _ordered(bits[n] ^ _SIGN))
+                    above = max(above, _ordered(bits[n]))
         farthest[b, 0], farthest[b, 1] = below, above
 
 
 @compiled(nogil=True)
-def slopes(first, end, law, x, over, scale, own, out):
-    """Computes p' per unit of membrane [T, B, N] of drives x, or secants over distances `over`; 0 on padding."""
-    for t in range(len(x)):
-        for b in range(first, end):
-            _slope(law, x[t, b], over, scale, t < own[b], out[t, b])
+def slopes(first, end, shape, law, x, over, scale, own, out):
+    """Computes p' per unit of membrane of flat drives x [T, B, N], or secants over distances `over`; 0 on padding."""
+    steps, rows, neurons = shape
+    group = len(scale) // neurons
+    for t in range(steps):
+        for b in range(first, end, group):
+            low, high = (t * rows + b) * neurons, (t * rows + min(b + group, end)) * neurons
+            _slope(law, x[low:high], over, scale, t < own[b], out[low:high])
 
 
 @compiled(nogil=True)
-def credit(first, end, a, x, law, over, scale, own, spikes, beta, threshold, columns, reset, later, totals, currents):
+def credit(first, end, shape, a, x, law, over, scale, own, spikes, beta, threshold, columns, reset, later, totals,
+           currents):  # fmt: skip
     """Computes `Recurrence.credit` of some rows: total_t = a_t + h_t g_{t+1} + C g_{t+1}, g_t = kept_t g_{t+1} +
-    total_t p'_t, all [T, B, N]. The first g is later [B, N], which becomes that of the first step. a: may be [1, B, N],
-    the same at every step; x: standardised drives, for p' (see `slopes`); spikes: read only for reset "zero"; columns:
-    C^T in blocks of LINE (see `columns`), or None without recurrent weights; totals: [T, B, N], or [0, 0, 0] if not
-    wanted; currents: may be the same array as a."""
-    steps, _, neurons = x.shape
-    wide, high = -(-neurons // LINE) * LINE, -(-(end - first) // TILE) * TILE
-    flat, sums = np.zeros(high * wide, np.float32), np.zeros(high * wide, np.float32)  # g, padded with zeros
-    total, slope = np.empty(neurons, np.float32), np.empty(neurons, np.float32)
-    for b in range(first, end):
-        _copy(later[b], flat[(b - first) * wide :])
-    for back in range(steps):
-        t = steps - 1 - back
-        if columns is not None:
-            for low in range(0, wide, LINE):
-                for at in range(0, high * wide, TILE * wide):
-                    _products(sums, at + low, flat, at, wide, columns, low * neurons, neurons)
-        for b in range(first, end):
-            at = (b - first) * wide
-            now, recurrent = flat[at : at + neurons], sums[at : at + neurons]
-            _slope(law, x[t, b], over, scale, t < own[b], slope)
-            _credit(
-                a[min(t, len(a) - 1), b], x[t, b], scale, spikes[t, b], beta, threshold, reset, recurrent, now, total,
-                slope,
-            )  # fmt: skip
-            _copy(now, currents[t, b])
-            if len(totals):
-                _copy(total, totals[t, b])
-    for b in range(first, end):
-        _copy(flat[(b - first) * wide : (b - first) * wide + neurons], later[b])
+    total_t p'_t, all [T, B, N], of this shape, and flat. The first g is later [B, N], which becomes that of the first
+    step; empty: it is zero. a: may be [1, B, N], the same at every step; x: standardised drives, for p' (see `slopes`);
+    spikes: read only for reset "zero"; columns: C^T in blocks of LINE (see `columns`), or None without recurrent
+    weights; totals: empty if not wanted; currents: may be the same array as a."""
+    steps, rows, neurons = shape
+    group = len(scale) // neurons
+    span, wide, high = group, neurons, group  # rows that go back in time together
+    if columns is not None:  # products of all rows, padded with zeros
+        span, wide, high = max(1, end - first), -(-neurons // LINE) * LINE, -(-(end - first) // TILE) * TILE
+    flat, sums = np.zeros(high * wide, np.float32), np.zeros(high * wide, np.float32)
+    total, slope = np.empty(len(scale), np.float32), np.empty(len(scale), np.float32)
+    varies = len(a) > rows * neurons
+    for start in range(first, end, span):
+        stop = min(start + span, end)
+        _fill(flat, _f(0))
+        if len(later):
+            for b in range(start, stop):
+                _copy(later[b * neurons : (b + 1) * neurons], flat[(b - start) * wide :])
+        for back in range(steps):
+            t = steps - 1 - back
+            if columns is not None:
+                for low in range(0, wide, LINE):
+                    for at in range(0, high * wide, TILE * wide):
+                        _products(sums, at + low, flat, at, wide, columns, low * neurons, neurons)
+            for b in range(start, stop, group):
+                count = (min(b + group, stop) - b) * neurons
+                at, here, given = (b - start) * wide, (t * rows + b) * neurons, (t * varies * rows + b) * neurons
+                now, recurrent, out = flat[at : at + count], sums[at : at + count], total[:count]
+                standing = x[here : here + count]
+                _slope(law, standing, over, scale, t < own[b], slope[:count])
+                _credit(
+                    a[given : given + count], standing, scale, spikes[here : here + count], beta, threshold, reset,
+                    recurrent, now, out, slope,
+                )  # fmt: skip
+                _copy(now, currents[here : here + count])
+                if len(totals):
+                    _copy(out, totals[here : here + count])
+        if len(later):
+            for b in range(start, stop):
+                _copy(flat[(b - start) * wide : (b - start) * wide + neurons], later[b * neurons :])
 
 
 @compiled(fastmath=FUSED)
@@ -484,15 +530,15 @@ def _credit(a, x, scale, spikes, beta, threshold, reset, recurrent, g, total, sl
     if reset == SUBTRACT:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - threshold[n] * g[n]
-            g[n] = _kept(beta[n] * g[n] + total[n] * slope[n])
+            g[n] = _kept(_plus(beta[n], g[n], total[n] * slope[n]))
     elif reset == ZERO:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n] - beta[n] * (x[n] * scale[n] + threshold[n]) * g[n]
-            g[n] = _kept(beta[n] * (_ONE - spikes[n]) * g[n] + total[n] * slope[n])
+            g[n] = _kept(_plus(beta[n] * (_ONE - spikes[n]), g[n], total[n] * slope[n]))
     else:
         for n in range(len(g)):
             total[n] = a[n] + recurrent[n]
-            g[n] = _kept(beta[n] * g[n] + total[n] * slope[n])
+            g[n] = _kept(_plus(beta[n], g[n], total[n] * slope[n]))
 
 
 @compiled(nogil=True)

@@ -28,6 +28,8 @@ Pair = tuple[int, int]
 
 SMALL = 1 << 14  # up to so many numbers, one thread is faster than several
 LAWS = {"logistic": 0, "gaussian": None}  # the constants of cpu.py
+TOGETHER = 1 << 10  # numbers of some narrow rows that kernels process as one vector
+NOTHING = np.empty(0, np.float32)  # the state of rows that begin at rest
 
 
 @lru_cache
@@ -96,8 +98,8 @@ def scan(
         return None
     last, features, (steps, rows) = channels_last(current, 2), current.shape[2:], current.shape[:2]
     scale = torch.ones((), dtype=torch.float32) if draw is None else draw.scale
-    per_neuron = [_per_neuron(value, features, last) for value in (beta, threshold, scale)]
-    state = State(rest(current), rest(current)) if state is None else state
+    group = 1 if weight is not None else _together(rows, features, lengths)
+    per_neuron = [_per_neuron(value, features, last, group) for value in (beta, threshold, scale)]
     spikes, x = (
         empty(*current.shape, last=last) if known is None else laid(known, last),
         empty(*current.shape, last=last),
@@ -108,12 +110,15 @@ def scan(
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
     mirrored = torch.zeros(rows, dtype=torch.bool) if draw is None or draw.mirrored is None else draw.mirrored
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
-    with _rows(last, state.membrane, state.spikes) as states:
+    states = (
+        (state.membrane, state.spikes) if state is not None else (empty(*current.shape[1:], last=last) for _ in "us")
+    )
+    with _rows(last, *states) as arrays:
         given = (
-            _array(current, last), sources, *per_neuron, RESETS.index(reset),
+            (steps, rows, features.numel()), _flat(current, last), sources, *per_neuron, RESETS.index(reset),
             law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
-            mirrored.numpy(), _counters(features, last), _own(lengths, steps, rows), *states,
-            _array(spikes, last), _array(x, last), fed_back.flatten(2).numpy(),
+            mirrored.numpy(), _counters(features, last), _own(lengths, steps, rows),
+            state is None, *arrays, _flat(spikes, last), _flat(x, last), _flat(fed_back, False),
         )  # fmt: skip
         shared(rows, lambda first, end: cpu.scan(first, end, *given))
     return spikes, x, None if weight is None else fed_back
@@ -166,17 +171,17 @@ class StepDraw:
         words = [word.numpy().view("uint32") for word in draw.words]
         features = like.shape[1:]
         self._given = (
-            _per_neuron(draw.scale, features, last), LAWS[draw.law], *words, mirrored.numpy(),
-            _counters(features, last), _own(lengths, steps, rows), _distances(over), _array(self.slope, last),
-            self._farthest,
+            _per_neuron(draw.scale, features, last, _together(rows, features, lengths)), LAWS[draw.law], *words,
+            mirrored.numpy(), _counters(features, last), _own(lengths, steps, rows), _distances(over),
+            _flat(self.slope, last), self._farthest,
         )  # fmt: skip
-        self._fire, self._shape = cpu_kernels().fire, (-1, rows, like[0].numel())
+        self._fire, self._shape = cpu_kernels().fire, (steps, rows, features.numel())
 
     @property
     def farthest(self) -> Tensor:
         """Largest -drive / scale and largest drive / scale so far, [2]."""
-        bits = torch.from_numpy(self._farthest).amax(0)
-        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)  # see `cpu._ordered`
+        bits = self._farthest.max(0)
+        return torch.from_numpy((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32))  # see `cpu._ordered`
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes [B, ...] of time step t, or [T, B, ...] of all steps, without a graph."""
@@ -192,8 +197,8 @@ class StepDraw:
 
     def _drawn(self, t: int, drive: Tensor, spikes: Tensor) -> Tensor:
         """Overwrites the spikes, and the slopes of these steps."""
-        arrays = [stored(each, self._last).view(self._shape).numpy() for each in (drive, spikes)]
-        given = arrays[0], t, *self._given, arrays[1]
+        arrays = [stored(each, self._last).view(-1).numpy() for each in (drive, spikes)]
+        given = self._shape, arrays[0], t, *self._given, arrays[1]
         if drive.numel() <= SMALL:
             self._fire(0, self._shape[1], *given)
         else:
@@ -208,8 +213,9 @@ def slopes(x: Tensor, law: str, scale: Tensor, lengths: Tensor | None, over: Ten
         return None
     last, (steps, rows) = channels_last(x, 2), x.shape[:2]
     out = empty(*x.shape, last=last)
-    of_neurons = _distances(over), _per_neuron(scale, x.shape[2:], last)
-    given = LAWS[law], _array(x, last), *of_neurons, _own(lengths, steps, rows), _array(out, last)
+    of_neurons = _distances(over), _per_neuron(scale, x.shape[2:], last, _together(rows, x.shape[2:], lengths))
+    shape = steps, rows, x.shape[2:].numel()
+    given = shape, LAWS[law], _flat(x, last), *of_neurons, _own(lengths, steps, rows), _flat(out, last)
     shared(rows, lambda first, end: cpu.slopes(first, end, *given))
     return out
 
@@ -224,33 +230,37 @@ def credit(
     beta: Tensor,
     threshold: Tensor,
     reset: str,
-    later: Tensor,
+    later: Tensor | None,
     totals: bool,
     overwrite: bool = False,
     weight: Tensor | None = None,
     over: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor] | None:
     """Returns `credit.recurrence.Recurrence.credit` for standardised drives x. later: g [B, ...] of the step after the
-    last; it is overwritten with that of the first. totals: whether to return totals. overwrite: whether a may be
-    overwritten. weight: C [N, N] of the recurrent current. over: distances [K] of the secants that replace p'."""
+    last, None for zero; it is overwritten with that of the first. totals: whether to return totals. overwrite: whether
+    a may be overwritten. weight: C [N, N] of the recurrent current. over: distances [K] of the secants that replace
+    p'."""
     gpu, cpu = _gpu(a), kernels(a)
     if gpu is not None and in_one_kernel(weight):
+        later = rest(x).to(a.dtype) if later is None else later
         return gpu.credit(a, x, law, scale, lengths, spikes, beta, threshold, reset, later, totals, weight, over)
     if cpu is None or x.dtype != a.dtype or (weight is not None and weight.dtype != a.dtype):
         return None
     last = channels_last(x, 2)
     total = empty(*x.shape, last=last) if totals else empty(0, 0, 0)
     currents = a if overwrite and stored(a, last).is_contiguous() else empty(*x.shape, last=last)
-    of_scale, of_beta, of_threshold = (_per_neuron(value, a.shape[2:], last) for value in (scale, beta, threshold))
+    features, (steps, rows) = a.shape[2:], a.shape[:2]
+    group = 1 if weight is not None else _together(rows, features, lengths)
+    of_scale, of_beta, of_threshold = (_per_neuron(value, features, last, group) for value in (scale, beta, threshold))
     columns = None if weight is None else in_columns(weight, cpu.LINE).numpy()
     each = a if a.stride(0) else a[:1]  # stride 0: a is the same at every step
-    with _rows(last, later) as (g,):
+    with _rows(last, *(() if later is None else (later,))) as states:
         given = (
-            _array(each, last), _array(x, last), LAWS[law], _distances(over), of_scale, _own(lengths, *a.shape[:2]),
-            _array(spikes, last), of_beta, of_threshold, columns, RESETS.index(reset), g,
-            _array(total, last and totals), _array(currents, last),
+            (steps, rows, features.numel()), _flat(each, last), _flat(x, last), LAWS[law], _distances(over), of_scale,
+            _own(lengths, steps, rows), _flat(spikes, last), of_beta, of_threshold, columns, RESETS.index(reset),
+            *(states or (NOTHING,)), _flat(total, last and totals), _flat(currents, last),
         )  # fmt: skip
-        shared(a.shape[1], lambda first, end: cpu.credit(first, end, *given))
+        shared(rows, lambda first, end: cpu.credit(first, end, *given))
     return total if totals else None, currents
 
 
@@ -361,22 +371,35 @@ def _array(sequence: Tensor, last: bool) -> Any:
     return stored(sequence.detach(), last).contiguous().flatten(2).numpy()
 
 
+def _flat(sequence: Tensor, last: bool) -> Any:
+    """Returns the numbers of `_array` in one axis, as kernels with vectors of several rows take them. A view by numpy:
+    one by torch would count as the model's own, see `layout.Views`."""
+    return stored(sequence.detach(), last).contiguous().numpy().reshape(-1)
+
+
 @contextmanager
 def _rows(last: bool, *states: Tensor) -> Iterator[list[Any]]:
-    """Gives states [B, ...] as arrays [B, N] with neurons in the order of this layout. At the end, the states have the
+    """Gives states [B, ...] as flat arrays with neurons in the order of this layout. At the end, the states have the
     values of the arrays."""
     arrays = [laid(state, last) for state in states]
-    yield [stored(array, last).view(len(array), -1).numpy() for array in arrays]
+    yield [stored(array, last).numpy().reshape(-1) for array in arrays]
     for state, array in zip(states, arrays, strict=True):
         if array.data_ptr() != state.data_ptr():
             state.copy_(array)
 
 
-def _per_neuron(value: Tensor, features: torch.Size, last: bool) -> Any:
-    """Broadcasts a value to features [...] and returns it as an array [N] float32 in the order of this layout."""
+def _together(rows: int, features: torch.Size, lengths: Tensor | None) -> int:
+    """Returns how many of these rows a kernel processes as one vector. Rows with padding are processed one by one."""
+    return 1 if lengths is not None else max(1, min(rows, TOGETHER // max(1, features.numel())))
+
+
+def _per_neuron(value: Tensor, features: torch.Size, last: bool, rows: int = 1) -> Any:
+    """Broadcasts a value to features [...] and returns it as an array [N] float32 in the order of this layout, repeated
+    for so many rows."""
     while value.ndim > len(features) and value.shape[0] == 1:
         value = value[0]
-    return stored(value.detach().to(torch.float32).expand(features), last).reshape(-1).contiguous().numpy()
+    wide = value.detach().to(torch.float32).expand(rows, *features)
+    return stored(wide, last).reshape(-1).contiguous().numpy()
 
 
 @lru_cache(maxsize=32)

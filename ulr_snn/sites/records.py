@@ -122,7 +122,7 @@ class Record:
         return (currents[1:] * before).sum((0, 1))
 
     def fused_credit(
-        self, a: Tensor, later: Tensor, totals: bool, overwrite: bool, weight: Tensor | None
+        self, a: Tensor, later: Tensor | None, totals: bool, overwrite: bool, weight: Tensor | None
     ) -> tuple[Tensor | None, Tensor] | None:
         """Calls `kernels.dispatch.credit` for this record; returns None if no kernel applies."""
         law, neuron = law_of(self.firing), self.neuron
