@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn import LIF, ULR, Fold, LeakyReadout, Logistic, RecurrentLIF, TimeAverage, attach
+from ulr_snn.credit.linked import Linked
 from ulr_snn.kernels import dispatch
 from ulr_snn.memory.step import Step
 from ulr_snn.noise.random import Drawer, Noise
@@ -152,3 +153,23 @@ def test_a_step_of_the_kernel_is_a_step_of_the_drawer():
     assert torch.equal(spikes, torch.stack([drawer(*now) for now in enumerate(x)]) * own)
     torch.testing.assert_close(step.slope, Logistic().slope(x) / scale * own)
     torch.testing.assert_close(step.farthest, torch.stack([-x[own.expand_as(x)].min(), x[own.expand_as(x)].max()]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_learned_threshold_and_its_scale_get_the_gradient_of_the_drive_over_the_scale(dtype):
+    """A product of the graph in single precision, as without a learned threshold, and no function in Python."""
+    noise = Noise(3, 5, torch.arange(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
+    scale = (torch.rand(9, generator=torch.Generator().manual_seed(0)) + 0.1).requires_grad_()
+    drive, a = torch.randn(2, 3, 4, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+    drive.requires_grad_()
+    link = Linked.steps(Drawer(noise, Logistic(), 2, 3, scale), scale, None, None, False)
+    fired = [link.fired(t, now) for t, now in enumerate(drive)]
+    found = torch.autograd.grad(fired, [drive, scale], list(a))
+    x = drive.double() / scale.double()
+    drawer = Drawer(noise, Logistic(), 2, 3, scale.detach())
+    for t, spikes in enumerate(fired):
+        assert spikes.dtype == dtype and torch.equal(spikes, drawer(t, x[t].detach()).to(dtype))
+        assert dtype != torch.float32 or "Function" not in type(spikes.grad_fn).__name__
+    wanted = torch.autograd.grad(x, [drive, scale], a * Logistic().slope(x.detach()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)

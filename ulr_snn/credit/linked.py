@@ -6,6 +6,7 @@ current, by `Recurrence` or by its own library's graph. So one product serves bo
 equals `Prediction.credit` of the same pass.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ulr_snn.credit.recurrence import recurrence_of
 from ulr_snn.kernels import dispatch
-from ulr_snn.kernels.precision import full_precision
+from ulr_snn.kernels.precision import full_precision, widened
 from ulr_snn.model.neurons import zero_padding
 from ulr_snn.noise.random import Drawer
 from ulr_snn.noise.secant import farthest
@@ -57,30 +58,36 @@ class _Spikes(torch.autograd.Function):
 class StepLink:
     """Draws the spikes of a layer that its library's code runs, and keeps the slopes that a gradient at them needs.
 
-    It keeps no graph, so that the graph can refer to it. scale: the noise scale, which may depend on a learnable
-    threshold. over: distances [K] of the secants, see `Record`. lengths: [B]; later steps are padding. whole: all time
-    steps arrive at once.
+    It keeps no graph, so that the graph can refer to it. scale: the noise scale. If it depends on a learned threshold,
+    spikes are linked to drives over the scale, and autograd divides; else to drives. over: distances [K] of the
+    secants, see `Record`. lengths: [B]; later steps are padding. whole: all time steps arrive at once.
     """
 
     def __init__(self, drawer: Drawer, scale: Tensor, over: Tensor | None, lengths: Tensor | None, whole: bool) -> None:
         self.drawer, self.scale, self.over, self.lengths, self.whole = drawer, scale, over, lengths, whole
-        self._slopes: Tensor | None = None  # [T, B, ...], per unit of membrane
+        self._unit = torch.ones_like(scale.detach()) if scale.requires_grad else scale  # of drives
+        self._slopes: Tensor | None = None  # [T, B, ...], per unit of the drives
         self._x: dict[int, Tensor] = {}  # standardised drives, if slopes are computed later
         self._draw: dispatch.StepDraw | None = None
 
     def fired(self, t: int, drive: Tensor) -> Tensor:
         """Draws spikes from drives [B, ...] of time step t, or [T, B, ...] of all steps, linked to the drives."""
-        if drive.dtype == torch.float32 and not (self.whole or self.scale.requires_grad):
-            draw = self._kernel(drive)
+        if self._unit is self.scale:
+            return self._fired(t, drive)
+        return self._fired(t, widened(drive) / self.scale).to(drive.dtype)
+
+    def _fired(self, t: int, drive: Tensor) -> Tensor:
+        if drive.dtype == torch.float32 and not self.whole:
+            draw = self._kernel(drive) if self._draw is None else self._draw
             if draw is not None:
                 return draw.linked(t, drive)
-        x = drive / self.scale if self.scale.requires_grad else drive
-        return _Step.apply(x, drive.detach(), self, t)
+        return _Step.apply(drive, self, t)
 
     def _kernel(self, drive: Tensor) -> dispatch.StepDraw | None:
         """Returns what draws by a kernel, or None if no kernel applies. The first step decides."""
         if not self._x and self._draw is None and dispatch.kernels(drive) is not None:
             draw, like = self.drawer.draw(), drive[0] if self.whole else drive
+            draw = None if draw is None else replace(draw, scale=self._unit)
             self._draw = None if draw is None else dispatch.StepDraw(draw, like, self.lengths, self.over)
         return self._draw
 
@@ -89,18 +96,18 @@ class StepLink:
         draw = self._kernel(drive)
         if draw is not None:
             return draw(t, drive.float()).to(drive.dtype)
-        x = self._x[t] = drive / self.scale.detach()
+        x = self._x[t] = drive / self._unit
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
         return zero_padding(spikes, t, self.lengths, self.whole)
 
     def slope(self, t: int) -> Tensor:
-        """Returns ∂p/∂drive as credit uses it (see `response_of`), in the shape of the drive."""
+        """Returns ∂p/∂drive as credit uses it (see `response_of`), in the unit and the shape of the drive."""
         if self._slopes is None:
             if self._draw is not None:
                 self._slopes = self._draw.slope
             else:
                 x = self._x[t] if self.whole else torch.stack([self._x[step] for step in range(len(self._x))])
-                self._slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self.scale.detach()
+                self._slopes = response_of(self.drawer.firing, x, self.lengths, self.over) / self._unit
         return self._slopes if self.whole else self._slopes[t]
 
     def _mask(self, t: int, x: Tensor) -> Tensor | None:
@@ -117,12 +124,10 @@ class StepLink:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, drive: Tensor, link: StepLink, t: int) -> Tensor:
+    def forward(ctx: Any, drive: Tensor, link: StepLink, t: int) -> Tensor:
         ctx.link, ctx.t = link, t
-        return link.drawn(t, drive)
+        return link.drawn(t, drive.detach())
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None, None, None]:
-        link = ctx.link
-        credit = a * link.slope(ctx.t)
-        return credit * link.scale.detach() if link.scale.requires_grad else credit, None, None, None
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None, None]:
+        return a * ctx.link.slope(ctx.t), None, None

@@ -176,6 +176,7 @@ class StepDraw:
             _flat(self.slope, last), self._farthest,
         )  # fmt: skip
         self._fire, self._shape = cpu_kernels().fire, (steps, rows, features.numel())
+        self._steps: tuple[Tensor, ...] = ()  # the slope by time step
 
     @property
     def farthest(self) -> Tensor:
@@ -190,14 +191,16 @@ class StepDraw:
 
     def linked(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes of time step t. In the graph they are `slope` times the drive."""
-        drive = laid(drive, self._last)
-        spikes = drive * self.slope[t]  # keeps the memory of the slope; both get their values below
+        drive = laid(drive, True) if self._last else drive.contiguous()
+        if not self._steps:
+            self._steps = self.slope.unbind()
+        spikes = drive * self._steps[t]  # keeps the memory of the slope; both get their values below
         self._drawn(t, drive.detach(), spikes.detach())
         return spikes
 
     def _drawn(self, t: int, drive: Tensor, spikes: Tensor) -> Tensor:
         """Overwrites the spikes, and the slopes of these steps."""
-        arrays = [stored(each, self._last).view(-1).numpy() for each in (drive, spikes)]
+        arrays = [(stored(each, True) if self._last else each).view(-1).numpy() for each in (drive, spikes)]
         given = self._shape, arrays[0], t, *self._given, arrays[1]
         if drive.numel() <= SMALL:
             self._fire(0, self._shape[1], *given)
