@@ -330,13 +330,14 @@ def test_steps_of_nodes_are_the_nodes_own(kind, options):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("kind", ["LIF", "LSNN"])
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feed forward", "recurrent"])
-def test_steps_of_norse_are_norses_own(recurrent):
+def test_steps_of_norse_are_norses_own(recurrent, kind):
     norse = pytest.importorskip("norse.torch")
     from ulr_snn.adapters.norse import rebound, written_out
 
     torch.manual_seed(0)
-    module = (norse.LIFRecurrentCell(7, 7) if recurrent else norse.LIFCell()).double()
+    module = getattr(norse, f"{kind}RecurrentCell" if recurrent else f"{kind}Cell")(*[7, 7] * recurrent).double()
     x = (20 * torch.rand(9, 3, 7)).double().requires_grad_()
     site, found = Steady(), []
     for run in (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from norse.torch import CobaLIFCell, LIFCorrelation
 from norse.torch.functional.lif import lif_feed_forward_step, lif_step
+from norse.torch.functional.lsnn import lsnn_feed_forward_step, lsnn_step
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -70,28 +71,75 @@ class Layer(StepNeuron):
         return {"activation": activation, "activation_sparse": None}
 
 
+class _Numbers:
+    """The parameters of the equations, which one pass computes once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Tensor, ...]] = {}
+
+    def __call__(self, p: Any, dt: float, like: Tensor) -> tuple[Tensor, ...]:
+        """Returns the share of the current in the membrane, what a step leaves of a current, and the threshold; then,
+        for thresholds that adapt, the share of this threshold and the jump."""
+        key = id(p), dt, like.dtype, like.device
+        if key not in self._known:
+            found = [dt * p.tau_mem_inv, dt * p.tau_syn_inv, p.v_th]
+            found += [dt * p.tau_adapt_inv, p.beta] if hasattr(p, "tau_adapt_inv") else []
+            share, decay, *others = (torch.as_tensor(number).to(like) for number in found)
+            self._known[key] = share, 1 - decay, *others
+        return self._known[key]
+
+
 def written_out(function: Callable[..., Any], p: Any, fire: Callable[[Tensor], Tensor]) -> Callable[..., Any] | None:
-    """Returns a faster equivalent of Norse's LIF step functions, with half of the operations. None for other functions,
-    and for neurons that leak or reset to a value other than zero."""
+    """Returns an equivalent of Norse's LIF and LSNN step functions for one pass, with half of the operations. None for
+    other functions, and for neurons that leak or reset to a value other than zero."""
     rests = [torch.as_tensor(getattr(p, name, 1.0)) for name in ("v_leak", "v_reset")]
-    if function not in (lif_feed_forward_step, lif_step) or any(r.requires_grad or bool((r != 0).any()) for r in rests):
+    if any(r.requires_grad or bool((r != 0).any()) for r in rests):
         return None
+    numbers = _Numbers()
 
     def charged(v: Tensor, i: Tensor, p: Any, dt: float) -> tuple[Tensor, Tensor, Tensor]:
         """Returns membranes, spikes and decayed currents."""
-        v = torch.lerp(v.to(i), i, torch.as_tensor(dt * p.tau_mem_inv).to(i))
-        return v, fire(v - p.v_th), i - dt * p.tau_syn_inv * i
+        share, kept, threshold, *_ = numbers(p, dt, i)
+        v = torch.lerp(v.to(i), i, share)
+        return v, fire(v - threshold), i * kept
 
-    def feed_forward(x: Tensor, state: Any, p: Any, dt: float = 0.001) -> tuple[Tensor, Any]:
+    def adapted(state: Any, p: Any, dt: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns membranes, spikes, decayed currents and thresholds without the jump of this step."""
+        share, kept, threshold, adapts, _ = numbers(p, dt, state.i)
+        v, b = torch.lerp(state.v.to(state.i), state.i, share), torch.lerp(state.b.to(state.i), threshold, adapts)
+        return v, fire(v - b), state.i * kept, b
+
+    def lif(x: Tensor, state: Any, p: Any, dt: float = 0.001) -> tuple[Tensor, Any]:
         v, spikes, i = charged(state.v, state.i + x, p, dt)
         return spikes, type(state)(torch.addcmul(v, v, spikes, value=-1), i)
 
-    def recurrent(x: Tensor, state: Any, into: Tensor, within: Tensor, p: Any, dt: float = 0.001) -> tuple[Tensor, Any]:
+    def lif_recurrent(
+        x: Tensor, state: Any, into: Tensor, within: Tensor, p: Any, dt: float = 0.001
+    ) -> tuple[Tensor, Any]:
         v, spikes, i = charged(state.v, state.i + linear(x, into) + linear(state.z, within), p, dt)
         # Norse detaches the spikes of this reset, too.
         return spikes, type(state)(spikes, torch.addcmul(v, v, spikes.detach(), value=-1), i)
 
-    return feed_forward if function is lif_feed_forward_step else recurrent
+    def lsnn(x: Tensor, state: Any, p: Any, dt: float = 0.001) -> tuple[Tensor, Any]:
+        v, spikes, i, b = adapted(state, p, dt)
+        v, b = torch.addcmul(v, v, spikes, value=-1), torch.addcmul(b, spikes, numbers(p, dt, i)[-1])
+        return spikes, type(state)(v=v, i=i + x, b=b)
+
+    def lsnn_recurrent(
+        x: Tensor, state: Any, into: Tensor, within: Tensor, p: Any, dt: float = 0.001
+    ) -> tuple[Tensor, Any]:
+        v, spikes, i, b = adapted(state, p, dt)
+        fired, i = spikes.detach(), i + linear(x, into) + linear(state.z, within)  # as in Norse
+        v, b = torch.addcmul(v, v, fired, value=-1), torch.addcmul(b, fired, numbers(p, dt, i)[-1])
+        return spikes, type(state)(z=spikes, v=v, i=i, b=b)
+
+    ours: dict[Any, Callable[..., Any]] = {
+        lif_feed_forward_step: lif,
+        lif_step: lif_recurrent,
+        lsnn_feed_forward_step: lsnn,
+        lsnn_step: lsnn_recurrent,
+    }
+    return ours.get(function)
 
 
 def thresholds(function: Callable[..., Any]) -> bool:
