@@ -1026,7 +1026,7 @@ def test_training_is_the_same_and_leaves_the_model_as_it_was(monkeypatch):
     keys, modules, attributes = list(model.state_dict()), list(model.modules()), dict(model.lif1.__dict__)
     other, data = copy.deepcopy(model), [batch(torch.float32)]
     train(model, data, 10, seed=0, progress=False)
-    own = classmethod(lambda cls, model, batch, noise, own_code: of(model, batch, noise, own_code=True))
+    own = classmethod(lambda cls, model, batch, noise, own_code, plain: of(model, batch, noise, own_code=True))
     of = BoundModel.of
     monkeypatch.setattr(BoundModel, "of", own)
     train(other, data, 10, seed=0, progress=False)

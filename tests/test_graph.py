@@ -1,11 +1,12 @@
-"""What an autograd graph reaches."""
+"""What an autograd graph reaches, and what a model holds."""
 
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ulr_snn.kernels.walk import modules_in
 from ulr_snn.model.graph import leaves, passes_through
 
 KINDS: dict[str, Callable[[list[Tensor]], Iterable[Tensor]]] = {
@@ -27,3 +28,13 @@ def test_a_path_from_any_iterable(kind):
     tensors = [b.exp(), a.round().sum()]
     assert passes_through(KINDS[kind](tensors), {id(a)}, ("Round",))
     assert not passes_through(KINDS[kind](tensors), {id(b)}, ("Round",))
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_walk_meets_the_modules_in_the_order_of_torch(scripted):
+    shared, inner = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model = nn.Sequential(inner, shared, nn.Sequential(nn.Tanh(), inner, shared), nn.BatchNorm1d(2, affine=False))
+    model.nothing = None
+    model.register_module("none", None)
+    model = torch.jit.script(model[:2]) if scripted else model
+    assert [id(m) for m in modules_in(model)] == [id(m) for m in model.modules()]

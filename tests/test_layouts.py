@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ulr_snn
 from ulr_snn import LIF, ULR, Global, UsageError, WeightNoise, attach, evaluate, plan, train
 from ulr_snn.model.activity import Activity
+from ulr_snn.model.reading import takes
 from ulr_snn.runs.recording import record
 
 STEPS, BATCH, INPUTS = 7, 5, 6
@@ -706,3 +707,15 @@ def test_one_step_of_indices_a_call():
     assert all(gradient.count_nonzero() > 0 for gradient in found)
     with pytest.raises(UsageError, match=r"events have shape \(7, 5\)"):
         gradients(net[1:], indices.float(), data()[1], ULR())
+
+
+def test_a_forward_that_is_replaced_is_asked_again_how_many_inputs_it_takes():
+    model = Two()
+    assert takes(model) == takes(Two()) == 2
+    model.forward = lambda x: x
+    assert takes(model) == 1
+    del model.forward
+    assert takes(model) == 2
+    Two.forward, own = lambda self, x, y, z: x, Two.forward
+    assert takes(model) == 3
+    Two.forward = own

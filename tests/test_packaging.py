@@ -29,6 +29,7 @@ ORDER = [
     "kernels.state",
     "kernels.team",
     "kernels.triton",
+    "kernels.walk",
     "kernels.gpu",
     "kernels.weight_cache",
     "kernels.windows",

@@ -9,15 +9,18 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.adapters.blackbox import BlackBox, State, copies_of_state, current_of, detached, replaced, with_current
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels.walk import modules_in
 
 # Files that hold no adapter.
 _OWN = ("base", "blackbox", "comparisons", "intercept", "memories", "nir", "places", "stairs")
+_with_tensors: WeakSet[type[StepNeuron]] = WeakSet()  # classes whose thresholds are tensors, which takes long to ask
 _adapters: dict[str, Adapter | None] = {m.name: None for m in iter_modules(__path__) if m.name not in _OWN}
 
 
@@ -66,11 +69,13 @@ def adapt(module: nn.Module, name: str) -> StepNeuron | None:
         if of_users(kind):
             return None
         raise UsageError(f"{name} is a {library_of(kind)} {kind.__name__}: {found}")
-    if found is not None and not isinstance(found.threshold, Tensor):
+    if found is not None and type(found) not in _with_tensors and not isinstance(found.threshold, Tensor):
         raise UsageError(
             f"the adapter of {library_of(kind)} gives {name} a {type(found.threshold).__name__} as threshold; "
             "it must be a tensor, as from torch.as_tensor"
         )
+    if found is not None:
+        _with_tensors.add(type(found))
     return found
 
 
@@ -101,7 +106,7 @@ def couples(module: nn.Module) -> bool:
 @contextmanager
 def fresh_state(model: nn.Module) -> Iterator[None]:
     """Within this context, the model starts from its initial state, which the adapters of its modules restore."""
-    found = {id(adapter): adapter for module in model.modules() if (adapter := adapter_of(module)) is not None}
+    found = {id(adapter): adapter for module in modules_in(model) if (adapter := adapter_of(module)) is not None}
     with ExitStack() as stack:
         for adapter in found.values():
             stack.enter_context(adapter.fresh_state(model))

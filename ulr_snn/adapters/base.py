@@ -133,7 +133,7 @@ class StepNeuron:
             yield
         finally:
             for value, content in kept.values():
-                if content is not None:
+                if content is not None and (value or content):  # most are empty
                     put_back(value, content)
             put_back(attributes, {name: value for name, (value, _) in kept.items()})
 

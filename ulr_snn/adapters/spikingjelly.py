@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ulr_snn.adapters.base import Adapter, Step, StepNeuron
 from ulr_snn.adapters.stairs import Staircase
 from ulr_snn.kernels.precision import full_precision, widened
+from ulr_snn.kernels.walk import modules_in
 from ulr_snn.model.entry import Scaled
 from ulr_snn.model.neurons import LIF
 
@@ -180,7 +181,7 @@ def fires_as_inherited(kind: type) -> bool:
 def fresh_memories(model: nn.Module) -> Iterator[None]:
     """Within this context, all modules with memories, also dropout and synapses, start from their initial state.
     Afterwards their memories are as before."""
-    modules: list[Any] = [module for module in model.modules() if "_memories_rv" in module.__dict__]
+    modules: list[Any] = [module for module in modules_in(model) if "_memories_rv" in module.__dict__]
     kept = [dict(module._memories) for module in modules]
     try:
         for module in modules:

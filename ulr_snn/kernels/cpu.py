@@ -444,8 +444,8 @@ def _ordered(bits):
 @compiled(nogil=True)
 def fire(first, end, shape, drive, t, scale, law, row1, row2, mirrored, counters, own, over, slope, farthest, spikes):
     """Draws the spikes [S, B, N] of some rows from drives [S, B, N] of S time steps from t on, and computes their
-    `_slope` [T, B, N], of this shape. All three are flat. farthest [B, 2]: `_ordered` bits of the largest -drive / scale
-    and of the largest drive / scale so far. The rest: as in `scan`."""
+    `_slope` [T, B, N], of this shape. All three are flat. farthest [B, 2]: `_ordered` bits of the largest
+    -drive / scale and of the largest drive / scale so far. The rest: as in `scan`."""
     _, rows, neurons = shape
     group = len(scale) // neurons
     x, uniform = np.empty(len(scale), np.float32), np.empty(len(scale), np.float32)

@@ -21,6 +21,7 @@ from ulr_snn.kernels.layout import laid, layout_is_free
 from ulr_snn.kernels.limits import limits
 from ulr_snn.kernels.pool import blocks, by_blocks, empty_like, in_step
 from ulr_snn.kernels.sparse import few, linear, wanted
+from ulr_snn.kernels.walk import modules_in
 
 KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 OF_ALL = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS]  # hooks of all modules
@@ -79,7 +80,7 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
 @contextmanager
 def quick_convolutions(model: nn.Module) -> Iterator[None]:
     """Within this context, `convolution` runs in all convolutions of a model that compute as torch's do."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m._conv_forward == MethodType(USUAL, m)]
+    modules = [m for m in modules_in(model) if isinstance(m, nn.Conv2d) and m._conv_forward == MethodType(USUAL, m)]
     for module in modules:
         vars(module)["_conv_forward"] = partial(convolution, module)
     try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Batch:
             raise UsageError(f"lengths must be [B], each from 1 to the {steps} steps of the batch")
         if lengths is not None and ranks.count() == 1 and bool((lengths == steps).all()):
             lengths = None  # there is no padding; of several ranks another may have some
-        reference = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
+        reference = next((p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()), None)
         dtype = reference.dtype if reference is not None else torch.get_default_dtype()
         frames = EventList.of(x) if x.layout is torch.sparse_coo else x
         check_events(frames, dtype, inputs, interface.layout == "B")

@@ -11,6 +11,7 @@ from ulr_snn.adapters import BlackBox, StepNeuron
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.layout import Views, channels_last, free_layout, laid
 from ulr_snn.kernels.pool import in_step
+from ulr_snn.kernels.walk import modules_in
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.call import Call, copied, no_side_effects
 from ulr_snn.model.chain import Chain, NoChain, hooked
@@ -195,8 +196,10 @@ class Binder:
     def _look(self, batch: Batch) -> Any:
         """Returns everything that the bound model depends on, other than parameters and buffers. A chain also depends
         on plain attributes that choose what the model's own code does."""
-        modules = [(id(m), m.training, hooked(m)) for m in self.model.modules()]
-        trained = [q.requires_grad for q in self.model.parameters()]  # functions that these lie before may fire
+        parts = modules_in(self.model)
+        modules = [(id(m), m.training, hooked(m)) for m in parts]
+        # Functions that these lie before may fire.
+        trained = [q.requires_grad for m in parts for q in m._parameters.values() if q is not None]
         neurons = [neuron for _, neuron in spiking_layers(self.model)]
         own = [neuron.options() for neuron in neurons if isinstance(neuron, StepNeuron)]
         running = None if self._bound is None else self._bound.model

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ulr_snn.adapters import adapter_of, copies_of_state, couples
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import run
+from ulr_snn.kernels.walk import modules_in
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.interface import USUAL, Interface
 from ulr_snn.model.reading import VARIABLE, takes
@@ -30,7 +31,7 @@ def coupled_modules(model: nn.Module) -> list[nn.Module]:
     because they would distort its statistics."""
     return [
         m
-        for m in model.modules()
+        for m in modules_in(model)
         if (m.training and (isinstance(m, _BatchNorm | _DropoutNd) or couples(m)))
         or (isinstance(m, _BatchNorm) and m.running_mean is None)
     ]

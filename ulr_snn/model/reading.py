@@ -2,9 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy
 import torch
@@ -24,9 +25,22 @@ VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 FORMS = "(x, y) or (x, y, lengths) of tensors, a dict with a key such as 'label', or x alone"
 
 
+_taken: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # by forward, whose signature takes long to make
+
+
 def takes(model: nn.Module) -> float:
     """Returns the number of inputs that a model's forward can take as arguments; infinite for *args or **kwargs."""
-    arguments = inspect.signature(model.forward).parameters.values()
+    forward: Any = model.forward
+    if getattr(forward, "__self__", None) is not model:  # a forward of the instance's own
+        return _takes(forward)
+    function = forward.__func__
+    if function not in _taken:
+        _taken[function] = _takes(forward)
+    return _taken[function]
+
+
+def _takes(forward: Callable[..., Any]) -> float:
+    arguments = inspect.signature(forward).parameters.values()
     return math.inf if any(argument.kind in VARIABLE for argument in arguments) else len(arguments)
 
 

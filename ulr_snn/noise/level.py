@@ -61,16 +61,18 @@ class NoiseLevel:
         pass of this step."""
         found: dict[str, Tensor] = {}
         for record in [record for records in passes for record in records if record.site not in self.currents]:
-            here = record.farthest
-            found[record.site] = torch.maximum(found.get(record.site, here), here)
+            here, before = record.farthest, found.get(record.site)
+            found[record.site] = here if before is None else torch.maximum(before, here)
         self.store_distances(found)
 
     def store_distances(self, found: dict[str, Tensor]) -> None:
         """Stores the measured distances by site. It ignores distances that are not finite."""
         if self.firing.secants and found:
-            largest = ranks.greatest(torch.stack(list(found.values()))).unbind()
-            pairs = zip(found, largest, strict=True)
-            self.farthest |= {site: farthest for site, farthest in pairs if farthest.isfinite().all()}
+            largest = ranks.greatest(torch.stack(list(found.values())))
+            finite = largest.isfinite().all(1).tolist()
+            self.farthest |= {
+                site: row for site, row, kept in zip(found, largest.unbind(), finite, strict=True) if kept
+            }
 
     def is_calibrated(self, site: str) -> bool:
         """Returns whether the scale of this site needs no calibration, or has been calibrated."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -294,8 +295,13 @@ def sampling_of(
 
 
 def rows_of(copies: list[int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the sample and the copy of each row [copies * batch] of a pass, int32."""
-    copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
-    first = ranks.first_sample()
-    sample = torch.arange(first, first + batch, dtype=torch.int32, device=device).repeat(len(copies))
+    """Returns the sample and the copy of each row [copies * batch] of a pass, int32. They may serve several passes."""
+    return _rows_of(tuple(copies), ranks.first_sample(), batch, device)
+
+
+@lru_cache(maxsize=16)
+def _rows_of(copies: tuple[int, ...], first: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        copy = torch.tensor(copies, dtype=torch.int32, device=device).repeat_interleave(batch)
+        sample = torch.arange(first, first + batch, dtype=torch.int32, device=device).repeat(len(copies))
     return sample, copy

@@ -1,5 +1,6 @@
 """Functions that find the firing sites of a model and bind them to it."""
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from ulr_snn.adapters.intercept import SKIPPED, runs_again
 from ulr_snn.adapters.memories import own_memories
 from ulr_snn.errors import UsageError
 from ulr_snn.kernels.stateless import quick_convolutions
+from ulr_snn.kernels.walk import modules_in
 from ulr_snn.model.chain import own_code
 from ulr_snn.model.neurons import SpikingNeuron, Timed, spread_without_padding, step_mask
 from ulr_snn.noise.level import NoiseLevel
@@ -147,7 +149,7 @@ def seeing_spikes(layers: Layers, see: Callable[[str, nn.Module, Tensor], None])
 def user_modules(model: nn.Module) -> list[nn.Module]:
     """Returns the modules whose classes come from no known library."""
     known = {"torch", "ulr_snn", *libraries()}
-    return [module for module in model.modules() if type(module).__module__.partition(".")[0] not in known]
+    return [module for module in modules_in(model) if type(module).__module__.partition(".")[0] not in known]
 
 
 def open_modules(model: nn.Module) -> list[nn.Module]:
@@ -234,7 +236,10 @@ def bind(
 
 def never_fires(neuron: SpikingNeuron | StepNeuron) -> bool:
     """Returns whether a threshold is infinite. Such neurons are readouts."""
-    return not bool(torch.isfinite(torch.as_tensor(neuron.threshold)).all())
+    threshold = torch.as_tensor(neuron.threshold)
+    if threshold.numel() == 1 and not threshold.is_meta:  # as most are
+        return not math.isfinite(threshold.item())
+    return not bool(torch.isfinite(threshold).all())
 
 
 _turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # not attributes, since models are copied and saved
@@ -300,7 +305,7 @@ def bind_sites(
     """Within this context, each spiking layer has its site: an object with `fire_sequence(neuron, current)` or an
     `adapters.Step`. Other threads wait. Raises UsageError if this thread has already bound the model."""
     neurons = [neuron for _, neuron in (spiking_layers(model) if layers is None else layers)]
-    timed = [module for module in model.modules() if isinstance(module, Timed)]
+    timed = [module for module in modules_in(model) if isinstance(module, Timed)]
     modules = [module_of(neuron) for neuron in neurons]
     slots = [neuron.slot if isinstance(neuron, StepNeuron) else "site" for neuron in neurons]
     with turn(model), turn(own_code(model)), ExitStack() as stack:
