@@ -61,8 +61,9 @@ class Layout:
 
     def features(self, x: Tensor) -> tuple[int, ...]:
         """Returns the sizes of the axes that hold neither samples nor time."""
-        first = 2 if self.whole and (self.axis == 1 or self.each == 1) else 1
-        return tuple(x.movedim(self.axis, 0).shape[1:] if not self.whole else x.shape[first:])
+        if not self.whole:
+            return (*x.shape[: self.axis], *x.shape[self.axis + 1 :])
+        return tuple(x.shape[2 if self.axis == 1 or self.each == 1 else 1 :])
 
 
 class Place(StepNeuron):

@@ -95,7 +95,8 @@ class StepLink:
         """Draws spikes from drives as in `fired`, without a graph."""
         draw = self._kernel(drive)
         if draw is not None:
-            return draw(t, drive.float()).to(drive.dtype)
+            single = drive.dtype == torch.float32
+            return draw(t, drive) if single else draw(t, drive.float()).to(drive.dtype)
         x = self._x[t] = drive / self._unit
         spikes = torch.stack([self.drawer(*now) for now in enumerate(x)]) if self.whole else self.drawer(t, x)
         return zero_padding(spikes, t, self.lengths, self.whole)

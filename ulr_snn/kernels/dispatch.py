@@ -108,7 +108,7 @@ def scan(
     sources = None if weight is None else once(weight, "transposed", transposed).view(-1).numpy()
     words = None if draw is None else draw.words
     row1, row2 = (torch.zeros(steps, rows, dtype=torch.int32),) * 2 if words is None else words
-    mirrored = torch.zeros(rows, dtype=torch.bool) if draw is None or draw.mirrored is None else draw.mirrored
+    mirrored = _all(rows, False) if draw is None or draw.mirrored is None else draw.mirrored.numpy()
     law = cpu.KNOWN if known is not None else cpu.DETERMINISTIC if draw is None else LAWS[draw.law]
     states = (
         (state.membrane, state.spikes) if state is not None else (empty(*current.shape[1:], last=last) for _ in "us")
@@ -116,8 +116,8 @@ def scan(
     with _rows(last, *states) as arrays:
         given = (
             (steps, rows, features.numel()), _flat(current, last), sources, *per_neuron, RESETS.index(reset),
-            law, row1.numpy().view("uint32"), row2.numpy().view("uint32"),
-            mirrored.numpy(), _counters(features, last), _own(lengths, steps, rows),
+            law, row1.numpy().view(np.uint32), row2.numpy().view(np.uint32),
+            mirrored, _counters(features, last), _own(lengths, steps, rows),
             state is None, *arrays, _flat(spikes, last), _flat(x, last), _flat(fed_back, False),
         )  # fmt: skip
         shared(rows, lambda first, end: cpu.scan(first, end, *given))
@@ -150,8 +150,8 @@ def words(key: int, sample: Tensor, stream: Tensor, first: int, steps: int) -> t
         return None
     found = torch.empty(2, steps, len(sample), dtype=torch.int32)
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
-    rows = (tensor.contiguous().numpy().view("uint32") for tensor in (sample, stream))
-    cpu_kernels().words(*rows, low, high, np.uint32(first), *found.numpy().view("uint32"))
+    rows = (tensor.contiguous().numpy().view(np.uint32) for tensor in (sample, stream))
+    cpu_kernels().words(*rows, low, high, np.uint32(first), *found.numpy().view(np.uint32))
     return found[0], found[1]
 
 
@@ -167,12 +167,12 @@ class StepDraw:
         self._last = last = channels_last(like)
         self.slope = empty(steps, *like.shape, last=last)
         self._farthest = np.full((rows, 2), -(2**31), np.int32)
-        mirrored = torch.zeros(rows, dtype=torch.bool) if draw.mirrored is None else draw.mirrored
-        words = [word.numpy().view("uint32") for word in draw.words]
+        mirrored = _all(rows, False) if draw.mirrored is None else draw.mirrored.numpy()
+        words = [word.numpy().view(np.uint32) for word in draw.words]
         features = like.shape[1:]
         self._given = (
             _per_neuron(draw.scale, features, last, _together(rows, features, lengths)), LAWS[draw.law], *words,
-            mirrored.numpy(), _counters(features, last), _own(lengths, steps, rows), _distances(over),
+            mirrored, _counters(features, last), _own(lengths, steps, rows), _distances(over),
             _flat(self.slope, last), self._farthest,
         )  # fmt: skip
         self._fire, self._shape = cpu_kernels().fire, (steps, rows, features.numel())
@@ -186,7 +186,7 @@ class StepDraw:
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes [B, ...] of time step t, or [T, B, ...] of all steps, without a graph."""
-        drive = laid(drive.detach(), self._last)
+        drive = laid(drive.detach(), True) if self._last else drive.detach().contiguous()
         return self._drawn(t, drive, torch.empty_like(drive))
 
     def linked(self, t: int, drive: Tensor) -> Tensor:
@@ -399,6 +399,8 @@ def _together(rows: int, features: torch.Size, lengths: Tensor | None) -> int:
 def _per_neuron(value: Tensor, features: torch.Size, last: bool, rows: int = 1) -> Any:
     """Broadcasts a value to features [...] and returns it as an array [N] float32 in the order of this layout, repeated
     for so many rows."""
+    if value.numel() == 1:  # as most are; plain numbers take a fraction of the time
+        return np.full(rows * features.numel(), value.item(), np.float32)
     while value.ndim > len(features) and value.shape[0] == 1:
         value = value[0]
     wide = value.detach().to(torch.float32).expand(rows, *features)
@@ -427,4 +429,10 @@ def _distances(over: Tensor | None) -> Any:
 
 
 def _own(lengths: Tensor | None, steps: int, rows: int) -> Any:
-    return (torch.full((rows,), steps) if lengths is None else lengths.to(torch.int64)).numpy()
+    return _all(rows, steps) if lengths is None else lengths.to(torch.int64).numpy()
+
+
+@lru_cache(maxsize=32, typed=True)
+def _all(rows: int, value: Any) -> Any:
+    """Returns an array of equal values, which kernels only read."""
+    return np.full(rows, value)
