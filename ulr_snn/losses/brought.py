@@ -115,7 +115,7 @@ class Brought:
         if hasattr(self.loss, "spk_time_fn"):
             outputs = outputs.detach()  # the derivative of snnTorch's spike times is a surrogate
         if self.reads_one or of_torchmetrics(self.loss):
-            value = self._of_library(outputs, of_single(targets.only, outputs), mask)
+            value = self._of_library(outputs, of_single(targets.only, outputs, self.view), mask)
         else:
             value = self._of_user(self.view.external(outputs), targets.external())
             if self.reduction != "none":
@@ -239,9 +239,12 @@ def of_torchmetrics(loss: Any) -> bool:
     return any(kind.__module__ == "torchmetrics.metric" for kind in type(loss).__mro__)
 
 
-def of_single(targets: Leaf, outputs: Tensor) -> Leaf:
+def of_single(targets: Leaf, outputs: Tensor, view: View) -> Leaf:
     """Returns targets with an axis for a single feature, which values [B] or [T, B] need not have. Torch would compare
-    each sample with the targets of all."""
+    each sample with the targets of all. view: that of the model, whose own outputs may have no such axis."""
+    seen = view.time_first.external(outputs)
+    if not isinstance(seen, Tensor) or seen.ndim != outputs.ndim:
+        return targets
     values, shape = targets.tensor.is_floating_point(), outputs.shape[1 - targets.axis if outputs.ndim > 2 else 0 : -1]
     if values and outputs.shape[-1] == 1 and targets.tensor.shape == shape:
         return replace(targets, tensor=targets.tensor[..., None])

@@ -190,7 +190,7 @@ class OwnMetric:
 
 def seen_by_torchmetrics(outputs: Tensor, batch: Batch) -> tuple[Any, Tensor]:
     """Returns the outputs, zero on padding, and the targets of a batch as an object of torchmetrics gets them."""
-    leaf = of_single(batch.targets.only, outputs)
+    leaf = of_single(batch.targets.only, outputs, batch.view)
     if outputs.ndim < 3:
         return batch.view.external(outputs), leaf.tensor
     if not leaf.over_time:
