@@ -75,7 +75,7 @@ class Staircase:
     def output(self, spikes: Tensor, climbed: Tensor | None = None, axis: int = 1) -> Tensor:
         """Returns the output for spikes in the shape of the drive."""
         if len(self.rises) > 1:
-            spikes = self._climbed(spikes, axis)
+            spikes = self._summed(spikes, axis)
         elif self.rises != (1.0,):
             spikes = self.rises[0] * spikes
         found = self.first + spikes if self.first else spikes
@@ -116,9 +116,9 @@ class Staircase:
         drive."""
         if len(self.rises) == 1:
             return a * slope if self.rises == (1.0,) else a * slope * self.rises[0]
-        return a * self._climbed(slope, axis)
+        return a * self._summed(slope, axis)
 
-    def _climbed(self, steps: Tensor, axis: int) -> Tensor:
+    def _summed(self, steps: Tensor, axis: int) -> Tensor:
         """Returns the sum of numbers at the thresholds, each times its rise."""
         first, *others = steps.unbind(axis)
         found = first * self.rises[0]
