@@ -322,7 +322,6 @@ def test_numbers_too_small_for_the_processor_to_be_quick_with_are_zero():
 
 def test_words_of_the_noise_are_the_same_from_the_kernel(monkeypatch):
     sample, stream = torch.arange(6, dtype=torch.int32) * 7919, torch.tensor([0, 1, 0, 2, 1, 5], dtype=torch.int32)
-    noise = Noise(2**40 + 3, 5, sample, stream)
-    found = noise.words(3, 11, 4)
-    monkeypatch.setattr(dispatch, "words", lambda *about: None)
-    assert all(map(torch.equal, found, noise.words(3, 11, 4)))
+    found = Noise(2**40 + 3, 5, sample, stream).words(3, 11, 4)
+    monkeypatch.setattr(dispatch, "row_words", lambda *about: None)
+    assert all(map(torch.equal, found, Noise(2**40 + 3, 5, sample, stream).words(3, 11, 4)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ulr_snn.kernels.walk import modules_in
+from ulr_snn.kernels.walk import modules_in, named_parameters_in, parameters_in
 from ulr_snn.model.graph import leaves, passes_through
 
 KINDS: dict[str, Callable[[list[Tensor]], Iterable[Tensor]]] = {
@@ -38,3 +38,6 @@ def test_a_walk_meets_the_modules_in_the_order_of_torch(scripted):
     model.register_module("none", None)
     model = torch.jit.script(model[:2]) if scripted else model
     assert [id(m) for m in modules_in(model)] == [id(m) for m in model.modules()]
+    assert [id(q) for q in parameters_in(model)] == [id(q) for q in model.parameters()]
+    found = named_parameters_in(model)
+    assert [(name, id(q)) for name, q in found.items()] == [(name, id(q)) for name, q in model.named_parameters()]

@@ -14,6 +14,7 @@ from tests.helpers import library_of
 from tests.written import BATCH, CLASSES, INPUTS, STEPS, Above, Own, Unasked, data, gradients, layered
 from ulr_snn import LIF, ULR, CurrentNoise, Independent, Logistic, UsageError, attach, evaluate, plan, train
 from ulr_snn.adapters.intercept import handled
+from ulr_snn.adapters.places import Later, Place
 from ulr_snn.kernels import dispatch
 from ulr_snn.model.staircase import staircase
 
@@ -297,6 +298,45 @@ def test_all_time_steps_at_once_are_drawn_by_one_kernel(monkeypatch):
     with attach(layered(lambda _: Once()).float(), ULR(), seed=5) as ulr:
         ulr.backward(x.float(), y)
     assert drawn == [0, 0]
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 3, 5, 1] * 4)], ids=["whole", "lengths"])
+def test_later_calls_do_what_the_first_one_does(lengths, monkeypatch):
+    """They run in a fraction of its time."""
+
+    class Each(nn.Module):
+        def __init__(self, function: Any, *rest: Any) -> None:
+            super().__init__()
+            self.function, self.rest = function, rest
+
+        def forward(self, x: Tensor) -> Tensor:
+            v, found = torch.zeros_like(x[0]), []
+            for now in x:
+                v = 0.9 * v + now
+                fired = self.function.apply(v, *self.rest)
+                v = v - fired
+                found.append(fired)
+            return torch.stack(found)
+
+    x, y = data()
+
+    def found() -> list[Tensor]:
+        torch.manual_seed(3)
+        layers = [Each(Half), Each(AtLeast, 3.0), Each(Over, torch.tensor(0.8)), Each(Sign)]
+        model = nn.Sequential(*(m for layer in layers for m in (nn.Linear(INPUTS, INPUTS), layer)))
+        model.append(nn.Linear(INPUTS, CLASSES))
+        with attach(model, ULR(), seed=5) as ulr:
+            ulr.backward(x.float(), y, lengths=lengths)
+            ulr.backward(x.float(), y, lengths=lengths)
+        return [q.grad for q in model.parameters()]
+
+    used, later = [], Later.__call__
+    monkeypatch.setattr(Later, "__call__", lambda self, arguments: used.append(1) or later(self, arguments))
+    fast = found()
+    assert len(used) >= 4 * (STEPS - 1)
+    assert all(float(g.abs().max()) > 0 for g in fast)
+    monkeypatch.setattr(Place, "later", lambda *about: None)
+    assert all(map(torch.equal, fast, found()))
 
 
 def test_layers_on_one_line_are_told_apart_where_they_can_be():

@@ -78,7 +78,7 @@ def plan(
     example_batch: as from the loader. time_first, layout, output: see `train`. Raises UsageError wherever `train` does:
     no spiking layer, a loss that is not one value a sample, labels out of range, swapped axes, NaN.
     """
-    check_tracked(model)
+    check_tracked(model.parameters())
     device = next(model.parameters(), torch.empty(0)).device
     x, targets, lengths = read(example_batch, model, device)
     interface = Interface.of(time_first, layout, output)

@@ -35,6 +35,16 @@ class Staircase:
     over: int | None = None
 
     @property
+    def single(self) -> bool:
+        """True if there is one threshold."""
+        return len(self.thresholds) == 1
+
+    @property
+    def bare(self) -> bool:
+        """True if the output is the spikes themselves."""
+        return self.rises == (1.0,) and not self.first and self.dtype is None
+
+    @property
     def spacing(self) -> float | None:
         """Distance between thresholds that go on without end; None if there are no others."""
         return None
@@ -137,6 +147,10 @@ class Flight(Staircase):
 
     even: float = 1.0
     most: float = torch.inf
+
+    @property
+    def single(self) -> bool:
+        return False
 
     @property
     def spacing(self) -> float | None:

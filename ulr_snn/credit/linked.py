@@ -91,6 +91,11 @@ class StepLink:
             self._draw = None if draw is None else dispatch.StepDraw(draw, like, self.lengths, self.over)
         return self._draw
 
+    @property
+    def kernel(self) -> dispatch.StepDraw | None:
+        """What draws the steps by a kernel; None if none does, or before the first step."""
+        return self._draw
+
     def drawn(self, t: int, drive: Tensor) -> Tensor:
         """Draws spikes from drives as in `fired`, without a graph."""
         draw = self._kernel(drive)

@@ -55,6 +55,7 @@ def kernels(like: Tensor) -> ModuleType | None:
     return cpu_kernels() if choice(like)[0] == "cpu" else None
 
 
+@lru_cache
 def cpu_kernels() -> ModuleType:
     """Imports and returns the module of CPU kernels."""
     from ulr_snn.kernels import cpu
@@ -144,15 +145,21 @@ def check_fit(current: Tensor, weight: Tensor | None, draw: Draw | None, lengths
         )
 
 
-def words(key: int, sample: Tensor, stream: Tensor, first: int, steps: int) -> tuple[Tensor, Tensor] | None:
-    """Returns `Noise.words` of a site with this key; None if no kernel applies."""
+def words(key: int, rows: tuple[Any, Any], first: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Returns `Noise.words` of a site with this key. rows: samples and streams, as arrays [B] uint32."""
+    found = np.empty((2, steps, len(rows[0])), np.uint32)
+    low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
+    cpu_kernels().words(*rows, low, high, np.uint32(first), found[0], found[1])
+    one, two = torch.from_numpy(found.view(np.int32)).unbind()
+    return one, two
+
+
+def row_words(sample: Tensor, stream: Tensor) -> tuple[Any, Any] | None:
+    """Returns samples and streams as `words` takes them; None if no kernel applies."""
     if sample.device.type != "cpu" or not _installed("numba"):
         return None
-    found = torch.empty(2, steps, len(sample), dtype=torch.int32)
-    low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
-    rows = (tensor.contiguous().numpy().view(np.uint32) for tensor in (sample, stream))
-    cpu_kernels().words(*rows, low, high, np.uint32(first), *found.numpy().view(np.uint32))
-    return found[0], found[1]
+    one, two = (tensor.contiguous().numpy().view(np.uint32) for tensor in (sample, stream))
+    return one, two
 
 
 class StepDraw:
@@ -186,7 +193,8 @@ class StepDraw:
 
     def __call__(self, t: int, drive: Tensor) -> Tensor:
         """Draws and returns the spikes [B, ...] of time step t, or [T, B, ...] of all steps, without a graph."""
-        drive = laid(drive.detach(), True) if self._last else drive.detach().contiguous()
+        drive = drive.detach()
+        drive = laid(drive, True) if self._last else drive.contiguous()
         return self._drawn(t, drive, torch.empty_like(drive))
 
     def linked(self, t: int, drive: Tensor) -> Tensor:
@@ -200,12 +208,14 @@ class StepDraw:
 
     def _drawn(self, t: int, drive: Tensor, spikes: Tensor) -> Tensor:
         """Overwrites the spikes, and the slopes of these steps."""
-        arrays = [(stored(each, True) if self._last else each).view(-1).numpy() for each in (drive, spikes)]
-        given = self._shape, arrays[0], t, *self._given, arrays[1]
+        rows, of_drive, of_spikes = self._shape[1], drive, spikes
+        if self._last:
+            of_drive, of_spikes = stored(drive, True), stored(spikes, True)
+        given = self._shape, of_drive.view(-1).numpy(), t, *self._given, of_spikes.view(-1).numpy()
         if drive.numel() <= SMALL:
-            self._fire(0, self._shape[1], *given)
+            self._fire(0, rows, *given)
         else:
-            shared(self._shape[1], lambda first, end: self._fire(first, end, *given))
+            shared(rows, lambda first, end: self._fire(first, end, *given))
         return spikes
 
 
@@ -420,12 +430,11 @@ def _distances(over: Tensor | None) -> Any:
     if over is None:
         return None
     distances, near = over.tolist(), float(cpu_kernels().NEAR)
-    rows = np.zeros((-(-len(distances) // 4) * 4, 4), np.float32)
-    rows[:, 2] = 1
-    for row, d in zip(rows, distances, strict=False):
+    rows: list[tuple[float, ...]] = []
+    for d in distances:
         share, q = 1 / (2 * d * len(distances)), math.exp(-d)
-        row[:] = (d, share, q, share * (1 - q * q)) if d <= near else (d, share, 1, 0)
-    return rows
+        rows.append((d, share, q, share * (1 - q * q)) if d <= near else (d, share, 1, 0))
+    return np.array(rows + [(0, 0, 1, 0)] * (-len(rows) % 4), np.float32)
 
 
 def _own(lengths: Tensor | None, steps: int, rows: int) -> Any:

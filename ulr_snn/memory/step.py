@@ -15,6 +15,7 @@ from ulr_snn.estimators.base import Estimate, refuse
 from ulr_snn.estimators.config import Config
 from ulr_snn.estimators.learner import Learner
 from ulr_snn.kernels import ranks
+from ulr_snn.kernels.walk import named_parameters_in
 from ulr_snn.model.batch import Batch
 from ulr_snn.model.bound import BoundModel
 from ulr_snn.model.call import no_side_effects
@@ -121,7 +122,7 @@ class Step:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters without weight noise, by name."""
         noisy = self.structure.weights
-        return {name: q for name, q in self.model.named_parameters() if q.requires_grad and name not in noisy}
+        return {name: q for name, q in named_parameters_in(self.model).items() if q.requires_grad and name not in noisy}
 
     @property
     def default_copies(self) -> int:

@@ -1,6 +1,6 @@
 """Device and mode of a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ulr_snn.errors import UsageError
 from ulr_snn.errors.arguments import Rule, shown
 from ulr_snn.kernels import ranks
+from ulr_snn.kernels.walk import parameters_in
 
 
 @contextmanager
@@ -85,18 +86,19 @@ def not_finite(model: nn.Module) -> str | None:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Returns the trainable parameters. Raises UsageError if there are none, or inference mode rules out training."""
-    found = [q for q in model.parameters() if q.requires_grad]
+    parameters = parameters_in(model)
+    found = [q for q in parameters if q.requires_grad]
     if not found:
         raise UsageError(f"{type(model).__name__} has no trainable parameter; unfreeze some (requires_grad_(True))")
     if torch.is_inference_mode_enabled():
         raise UsageError("a model cannot learn in torch.inference_mode(); make and train it outside of it")
-    check_tracked(model)
+    check_tracked(parameters)
     return found
 
 
-def check_tracked(model: nn.Module) -> None:
-    """Raises UsageError for a model with parameters that were made in inference mode."""
-    if any(q.is_inference() for q in model.parameters()):
+def check_tracked(parameters: Iterable[nn.Parameter]) -> None:
+    """Raises UsageError for parameters that were made in inference mode."""
+    if any(q.is_inference() for q in parameters):
         raise UsageError("a model made in torch.inference_mode() cannot learn; make it outside of it")
 
 

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,10 @@ class Noise:
             out = torch.where(rows, 1 - out, out)
         return out.view(steps, len(self.sample), *shape)
 
+    @cached_property
+    def _rows(self) -> tuple[Any, Any] | None:
+        return dispatch.row_words(self.sample, self.stream)
+
     def at(self, site: int) -> "Noise":
         """Returns the noise of a site. If copies differ only at another site, this noise is common to all copies."""
         if self.varied is None or site == self.varied:
@@ -94,9 +99,8 @@ class Noise:
     def words(self, site: int, first_step: int, steps: int) -> tuple[Tensor, Tensor]:
         """Returns two random words for every row at every time, [steps, B] int32, which `_hash` mixes with neurons."""
         key = _splitmix(self.seed, self.step, site)
-        done = dispatch.words(key, self.sample, self.stream, first_step, steps)
-        if done is not None:
-            return done
+        if self._rows is not None:
+            return dispatch.words(key, self._rows, first_step, steps)
         time = torch.arange(first_step, first_step + steps, dtype=torch.int32, device=self.sample.device)[:, None]
         rows = torch.stack([self.sample + _int32(word) for word in (key, key >> 32)])
         row1, row2 = _mix(_mix(_mix(rows) + self.stream)[:, None] + time)

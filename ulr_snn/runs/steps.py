@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ulr_snn.errors import UsageError, reason
 from ulr_snn.estimators.base import Attachment
+from ulr_snn.kernels.walk import named_parameters_in
 from ulr_snn.model.mode import all_finite
 
 RECOVERY = 100  # good steps after which on_nonfinite="shrink" doubles the steps again
@@ -140,7 +141,7 @@ class Stepper:
         if not factors and self.size == 1:
             yield
             return
-        names = {id(q): name for name, q in self.model.named_parameters()}
+        names = {id(q): name for name, q in named_parameters_in(self.model).items()}
         groups, rates = self.optimizer.param_groups, [group["lr"] for group in self.optimizer.param_groups]
         try:
             for group in groups:  # with factors, each group has one parameter

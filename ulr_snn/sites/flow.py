@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_snn.errors import UsageError
+from ulr_snn.kernels.walk import parameters_in
 from ulr_snn.noise.kinds import WeightNoise
 from ulr_snn.sites.binding import Layers, inside, spiking_layers, turn
 from ulr_snn.sites.weights import named
@@ -81,7 +82,7 @@ def hooks_once(model: nn.Module) -> Iterator[None]:
     make an optimizer step."""
     # Torch has no public way to hold hooks back. It looks into these dictionaries before each call of a hook.
     kept = []
-    for q in model.parameters():
+    for q in parameters_in(model):
         hooks = [found for name in HOOKS if q.requires_grad and (found := getattr(q, name, None))]
         kept += [(q, q.grad, [(found, dict(found)) for found in hooks])] if hooks else []
     added: list[tuple[nn.Parameter, Tensor]] = []
