@@ -300,9 +300,10 @@ def test_all_time_steps_at_once_are_drawn_by_one_kernel(monkeypatch):
     assert drawn == [0, 0]
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([9, 3, 5, 1] * 4)], ids=["whole", "lengths"])
-def test_later_calls_do_what_the_first_one_does(lengths, monkeypatch):
-    """They run in a fraction of its time."""
+def test_later_calls_do_what_the_first_one_does(lengths, frozen, monkeypatch):
+    """They run in a fraction of its time. Frozen layers fire without noise."""
 
     class Each(nn.Module):
         def __init__(self, function: Any, *rest: Any) -> None:
@@ -325,10 +326,11 @@ def test_later_calls_do_what_the_first_one_does(lengths, monkeypatch):
         layers = [Each(Half), Each(AtLeast, 3.0), Each(Over, torch.tensor(0.8)), Each(Sign)]
         model = nn.Sequential(*(m for layer in layers for m in (nn.Linear(INPUTS, INPUTS), layer)))
         model.append(nn.Linear(INPUTS, CLASSES))
+        model[:-1].requires_grad_(not frozen)
         with attach(model, ULR(), seed=5) as ulr:
             ulr.backward(x.float(), y, lengths=lengths)
             ulr.backward(x.float(), y, lengths=lengths)
-        return [q.grad for q in model.parameters()]
+        return [q.grad for q in model.parameters() if q.requires_grad]
 
     used, later = [], Later.__call__
     monkeypatch.setattr(Later, "__call__", lambda self, arguments: used.append(1) or later(self, arguments))

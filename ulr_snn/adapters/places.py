@@ -193,12 +193,9 @@ class Place(StepNeuron):
 
     def later(self, site: Any, arguments: tuple[Any, ...]) -> "Later | None":
         """Returns what runs the calls that follow one with these arguments, where nothing is left to decide."""
-        plain = self.layout.simple and self.stairs.single and not self.watchers
-        draw = site.link.kernel if plain and getattr(site, "link", None) is not None else None
-        x = arguments[self.stairs.membrane]
-        if draw is None or x.dtype != torch.float32:
-            return None
-        return Later(self, site, draw, x.shape)
+        plain = self.layout.simple and self.stairs.single and not self.watchers and hasattr(site, "later")
+        x, draw = arguments[self.stairs.membrane], site.later() if plain else None
+        return None if draw is None or x.dtype != torch.float32 else Later(self, site, draw, x.shape)
 
     def _enter(self, link: Any, t: int, arguments: tuple[Any, ...], output: int, ctx: Any) -> None:
         set_backward(ctx, _Credit)
@@ -241,9 +238,9 @@ class Place(StepNeuron):
 
 
 class Later:
-    """Runs the calls of a place that follow the first one of a pass, of the same form, by a kernel.
+    """Runs the calls of a place that follow the first one of a pass, of the same form.
 
-    It does what `Place.fired` does for rows [B, ...] and a single threshold, in a fraction of the time.
+    It does what `Place.fired` does for rows [B, ...] and a single threshold, in a fraction of the time. draw: fires.
     """
 
     def __init__(self, place: Place, site: Any, draw: Callable[[int, Tensor], Tensor], shape: torch.Size) -> None:

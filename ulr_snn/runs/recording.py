@@ -184,6 +184,9 @@ class WatchedSteps(StepSite):
         self.drives.append(drive)
         return super().fire(drive)
 
+    def later(self) -> None:
+        """No call passes `fire` by."""
+
 
 def watching(
     name: str, index: int, neuron: SpikingNeuron | StepNeuron, steps: int, lengths: Tensor | None

@@ -1,6 +1,7 @@
 """The firing site of a layer that another library's code runs, usually one time step a call."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +93,7 @@ class StepSite:
         if self.measured:
             self.trace.x.append(drive.detach())
         if self.noise is None or self.measured:
-            return self._zero_padding(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
+            return self._settled(t, drive)
         if self._link is not None:
             if self.neuron.inside:
                 return self._link.drawn(t, drive.detach())
@@ -111,6 +112,17 @@ class StepSite:
         self.trace.x.append(x)
         self.leaves.append(spikes.requires_grad_())
         return self.guard(spikes)
+
+    def _settled(self, t: int, drive: Tensor) -> Tensor:
+        return self._zero_padding(t, drive > 0 if self.neuron.strict else drive >= 0, drive)
+
+    def later(self) -> Callable[[int, Tensor], Tensor] | None:
+        """Returns what fires in the time steps after the first one, from their number and drives; None if that is
+        `fire`."""
+        if self._link is not None:
+            kernel: Callable[[int, Tensor], Tensor] | None = self._link.kernel
+            return kernel
+        return self._settled if self.noise is None and not self.measured else None
 
     @property
     def settles(self) -> bool:
