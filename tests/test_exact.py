@@ -168,20 +168,16 @@ def test_a_secant_is_exact_for_its_own_changes_and_tends_to_the_slope(firing):
 
 
 def test_distances_go_from_the_noise_to_the_farthest_membrane():
-    both_sides, one = torch.tensor([81.0, 2.0]), torch.ones(())
-    torch.testing.assert_close(distances(both_sides, 2, one), torch.tensor([3.0, 27.0]))  # 1, 3, 9, 27, 81
-    near = torch.tensor([81.0, -20.0])  # within 27
-    torch.testing.assert_close(distances(near, 2, one), torch.tensor([3.0, 27.0]))
-    within = torch.tensor([0.1, 0.2])  # the noise
-    torch.testing.assert_close(distances(within, 4, one), torch.ones(4))
-    scale = torch.tensor([0.25, 0.75])  # a mean of 0.5
-    torch.testing.assert_close(distances(both_sides / 2, 2, scale), torch.tensor([3.0, 27.0]))
+    both_sides = torch.tensor([81.0, 2.0])
+    torch.testing.assert_close(distances(both_sides, 2), torch.tensor([3.0, 27.0]))  # 1, 3, 9, 27, 81
+    torch.testing.assert_close(distances(torch.tensor([81.0, -20.0]), 2), torch.tensor([3.0, 27.0]))  # -20 is within 27
+    torch.testing.assert_close(distances(torch.tensor([0.1, 0.2]), 4), torch.ones(4))  # all within the noise
 
 
 @pytest.mark.parametrize("rest", [[81.0, -81.0], [81.0, -30.0], [-81.0, 81.0]])
 def test_a_layer_far_from_its_threshold_has_credit(rest):
     """Such as a silent layer at rest."""
-    found = distances(torch.tensor(rest), 2, torch.ones(()))
+    found = distances(torch.tensor(rest), 2)
     torch.testing.assert_close(found, torch.tensor([81.0 ** (1 / 3), 81.0]))
     assert all(secant(Logistic().probability, torch.tensor([x]), found) > 1e-3 for x in (-81.0, 81.0))  # 0.25 / 81
     assert secant(Logistic().probability, torch.tensor([81.0]), torch.tensor([3.0, 27.0])) < 1e-20

@@ -148,6 +148,7 @@ class Place(StepNeuron):
                     raise UsageError(f"{name} is already bound; leave the other attach or evaluate first")
                 sites.append((self, site))
                 stack.callback(sites.remove, (self, site))
+                stack.callback(handler.later.pop, self.path, None)
             yield
 
     def takes(self, arguments: tuple[Any, ...]) -> bool:

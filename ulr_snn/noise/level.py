@@ -54,7 +54,7 @@ class NoiseLevel:
         """Returns the standardised distances [K] for the secants of a site with noise of this scale. None: credit uses
         the derivative."""
         found = self.farthest.get(site) if self.firing.secants else None
-        return None if found is None else distances(found, self.firing.secants, scale.detach())
+        return None if found is None else distances(found / scale.detach().mean(), self.firing.secants)
 
     def measure_distances(self, passes: Iterable[list[Any]]) -> None:
         """Measures how far membranes are from the threshold, for the secants of the next step. passes: records of each

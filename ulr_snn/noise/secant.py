@@ -47,17 +47,15 @@ def farthest(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.stack([-low, high])
 
 
-def distances(found: Tensor, count: int, scale: Tensor) -> Tensor:
+def distances(found: Tensor, count: int) -> Tensor:
     """Returns [count] standardised distances: the middles of equal parts of the logarithmic scale from 1, the scale of
     the noise, to the farthest membrane, or to beyond it if the nearest is farther than all of them. found: `farthest`
-    of the layer; scale: of the noise, the mean of which counts."""
+    of the layer, standardised."""
     if found.device.type == "cpu":  # plain numbers take a third of the time
-        unit = (scale if scale.numel() == 1 else scale.mean()).item()
-        low, high = sorted(distance / unit for distance in found.tolist())
+        low, high = sorted(found.tolist())
         end, last = max(high, 1.0), (count - 0.5) / count
         power = 1 / (count - 0.5) if -low > end**last else 1 / count
         return torch.tensor([end ** ((k + 0.5) * power) for k in range(count)], dtype=found.dtype)
-    found = found / scale.mean()
     middles = (torch.arange(count, device=found.device, dtype=found.dtype) + 0.5) / count
     end, nearest = found.max().clamp(min=1.0), -found.min()
     return torch.where(nearest > end ** middles[-1], end ** (middles / middles[-1]), end**middles)
