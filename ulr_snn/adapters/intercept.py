@@ -59,42 +59,29 @@ def user_frame() -> FrameType | None:
     return frame
 
 
-def frames() -> Iterator[tuple[FrameType, nn.Module | None]]:
-    """Yields the frames of the model's code that lead to a function, from the inside out, and the module that is the
-    first argument of each."""
-    frame: FrameType | None = sys._getframe(2)
+def calls() -> list[tuple[int, int, Any]]:
+    """Returns the calls of the model's code that lead to a function, from the inside out: the id of the code, the
+    instruction, and the first argument, None if there is none."""
+    found: list[tuple[int, int, Any]] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         known = _kinds.get(id(code))
         kind = kind_of(frame) if known is None else known[0]
-        if kind == END:
-            return
         if kind == BOUND:
-            first = frame.f_locals.get(code.co_varnames[0])
-            yield frame, first if isinstance(first, nn.Module) else None
+            found.append((id(code), frame.f_lasti, frame.f_locals.get(code.co_varnames[0])))
         elif kind == PLAIN:
-            yield frame, None
+            found.append((id(code), frame.f_lasti, None))
+        elif kind == END:
+            break
         frame = frame.f_back
+    return found
 
 
 def path(modules: frozenset[int]) -> Path:
     """Returns the path of calls by which the model's code came here. modules: ids of the modules that tell calls apart,
     those of the model, but not such as its code makes anew."""
-    found: list[tuple[int, int, int]] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:  # as in `frames`, in half of its time
-        code = frame.f_code
-        known = _kinds.get(id(code))
-        kind = kind_of(frame) if known is None else known[0]
-        if kind == BOUND:
-            first = id(frame.f_locals.get(code.co_varnames[0]))
-            found.append((id(code), frame.f_lasti, first if first in modules else 0))
-        elif kind == PLAIN:
-            found.append((id(code), frame.f_lasti, 0))
-        elif kind == END:
-            break
-        frame = frame.f_back
-    return tuple(found)
+    return tuple([(code, at, id(first) if id(first) in modules else 0) for code, at, first in calls()])
 
 
 def runs_again() -> bool:
@@ -109,7 +96,7 @@ def runs_again() -> bool:
 
 def modules() -> list[nn.Module]:
     """Returns the modules whose code leads here, from the inside out."""
-    return [module for _, module in frames() if module is not None]
+    return [first for *_, first in calls() if isinstance(first, nn.Module)]
 
 
 class Handler(Protocol):

@@ -17,7 +17,6 @@ from ulr_snn.estimators.learner import Learner
 from ulr_snn.estimators.observe import warnings_of
 from ulr_snn.kernels import ranks
 from ulr_snn.kernels.pool import Pool
-from ulr_snn.kernels.walk import parameters_in
 from ulr_snn.losses.named import LossSpec, resolve
 from ulr_snn.memory.step import Memory, Step
 from ulr_snn.model.batch import Batch
@@ -81,7 +80,7 @@ class LearnedAttachment(Attachment):
     ) -> Iterator[Estimate]:
         known = self.structure
         with self._ready(), ranks.joint(self.model, gradients=not self.online):
-            if parameters_in(self.model):  # they may have been frozen since
+            if any(True for _ in self.model.parameters()):  # they may have been frozen since
                 trainable(self.model)
             if not self._begun:
                 self.learner.seed, self._begun = ranks.same_start(self.model, self.learner.seed), True
